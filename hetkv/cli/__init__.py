@@ -1,0 +1,34 @@
+"""The `hetkv` command: one module of this package per subcommand, imported only when it is asked for.
+
+A subcommand module has `add_arguments(parser)` and `run(args) -> int`. Bad input is a `hetkv.errors.HetkvError`
+(or `OSError` for files): it prints one line and the command exits with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS: dict[str, str] = {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `hetkv` with `argv` (default: the process's own arguments) and return its exit status."""
+    from hetkv.errors import HetkvError
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv and argv[0] == name:
+            import_module(f"hetkv.cli.{name}").add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return int(import_module(f"hetkv.cli.{args.command}").run(args))
+    except (HetkvError, OSError) as error:
+        print(f"hetkv {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,45 @@
+"""What the simulator and the planner ask of a cost model. Times are seconds, sizes bytes, lengths tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class Estimate(NamedTuple):
+    """A prediction with its central 90 % interval: `low <= value <= high`, all in the unit of `value`."""
+
+    value: float
+    low: float
+    high: float
+
+
+class StepModel(Protocol):
+    """Step times of one instance: a model on `tp x pp` GPUs under one engine.
+
+    One engine step runs `decode_batch` sequences by one token each and `prefill_tokens` prompt tokens, together (chunked
+    prefill) or alone. `decode_context` is the sum over the decode batch of the tokens in each KV cache. `prefill_pairs`
+    is the number of (query, key) pairs that causal attention visits for the prompt tokens: a chunk of `n` tokens behind
+    `p` cached ones has `n*p + n*(n+1)/2`.
+    """
+
+    def step_seconds(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> float:
+        """Central prediction of one step. Called millions of times by the simulator: plain floats, no allocation."""
+        ...
+
+    def step_estimate(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> Estimate:
+        """The same with its 90 % interval."""
+        ...
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens of KV cache that the instance's memory holds beside weights and activations."""
+        ...
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Bytes of KV cache per token, all layers, all ranks of one replica."""
+        ...
