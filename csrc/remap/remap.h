@@ -1,0 +1,47 @@
+// remap: copy elements from any map to any other, converting their dtype on the way. Pack is pool -> frame, unpack is
+// frame -> pool. This header is the contract; the CPU kernels are beside it, the GPU ones under backend/.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "map.h"
+
+namespace hetkv {
+
+// One side of a move. `blocks` points to int32 block ids that stay valid until the remap has completed.
+struct RemapSide {
+  SegmentMap map;
+  const std::int32_t* blocks = nullptr;  // null where the map is not paged
+  std::int64_t first_token = 0;          // index into the sequence, not into a block
+  std::int32_t first_head = 0;           // local head of that side
+};
+
+enum class WireSide : std::uint8_t { kNone = 0, kSource = 1, kDestination = 2 };
+
+// Moves `tokens x heads x channels` elements of one segment. dst = convert(src * multiplier[head]), computed in float32,
+// rounded to nearest even, saturating to the target's largest finite value (NaN stays NaN). Equal dtypes with no
+// multipliers are moved bit for bit. Source and destination memory do not overlap.
+struct RemapJob {
+  RemapSide src;
+  RemapSide dst;
+  std::int64_t tokens = 0;
+  std::int32_t heads = 0;
+  std::int32_t channels = 0;
+  const float* multipliers = nullptr;  // one per head of the job, or null for 1.0
+  // The side that is a wire payload, if any: its bytes are summed into the checksum (remap/checksum.h).
+  // A wire side is always a canonical map whose base is the first byte of the job's part of the payload.
+  WireSide wire = WireSide::kNone;
+  std::uint64_t wire_offset = 0;  // of that part from the start of the payload, in bytes; a multiple of 8
+};
+
+struct RemapResult {
+  std::uint64_t checksum = 0;   // sum over all jobs; meaningful where every job has a wire side
+  std::uint64_t saturated = 0;  // finite or infinite sources that did not fit the target and were clamped
+};
+
+// Runs the jobs on up to `threads` threads (the caller's own included) and returns when all are done. `seed` keys the
+// checksum. Never allocates on the hot path for one thread; never throws. The jobs are trusted: bounds are the caller's.
+RemapResult remap_cpu(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
+
+}  // namespace hetkv

@@ -1,0 +1,134 @@
+// Messages of wire format v1, as docs/wire-format.md defines them. A message is a prelude, a body and a MAC, little-endian,
+// every field at its natural alignment. Encoding and decoding are the only code that knows the byte offsets.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "status.h"
+#include "wire/siphash.h"
+
+namespace hetkv::wire {
+
+constexpr std::uint8_t kMajor = 1;
+constexpr std::uint8_t kMinor = 0;
+constexpr std::size_t kMaxSegments = 4;
+constexpr std::size_t kMaxMessageBytes = 64 * 1024;
+
+enum class Type : std::uint16_t {
+  kFrame = 1,      // sender -> receiver: a slot is filled; the header of one frame (the commit)
+  kTicket = 2,     // receiver -> sender: send me these tokens of this request
+  kGrant = 3,      // receiver -> sender: these slots are yours until you commit or release them
+  kRelease = 4,    // sender -> receiver: slots given back unused
+  kRecall = 5,     // receiver -> sender: release what you do not use
+  kDone = 6,       // receiver -> sender: all routes of this link for this request are verified and in the pool
+  kAbort = 7,      // either: the request is given up
+  kAbortAck = 8,   // either: nothing of this side touches the request's slots any more
+  kHeartbeat = 9,  // either
+  kBye = 10,       // either: orderly end of the link
+};
+
+using RequestId = std::array<std::uint8_t, 16>;
+
+// First 48 bytes of every message.
+struct Prelude {
+  Type type = Type::kHeartbeat;
+  std::uint32_t length = 0;    // of the whole message, MAC included
+  std::uint64_t sequence = 0;  // per direction of a link, from 0, without gaps
+  RequestId request{};         // zeros where the message is of no request
+  std::uint64_t epoch = 0;     // the receiver's number of this attempt; 0 where there is none
+};
+
+// Body of kFrame: which part of the request's cache the slot's payload is.
+struct Frame {
+  std::uint16_t group = 0;       // cache group
+  std::uint16_t segments = 0;    // bit i: segment i of the layer's spec is in the payload, in rising order
+  std::uint32_t layer = 0;       // global
+  std::uint32_t head_start = 0;  // global, half-open
+  std::uint32_t head_stop = 0;
+  std::uint64_t token_start = 0;  // of the sequence, half-open
+  std::uint64_t token_stop = 0;
+  std::array<std::uint8_t, kMaxSegments> dtypes{};     // DType per segment; 0 where absent
+  std::uint8_t scale_encoding = 0;                     // 0: none, or static and agreed at the handshake
+  std::uint8_t codec = 0;                              // 0: plain
+  std::array<std::uint32_t, kMaxSegments> channels{};  // per segment; 0 where absent
+  std::uint32_t slot = 0;
+  std::uint32_t generation = 0;
+  std::uint64_t payload_length = 0;
+  std::uint64_t checksum = 0;   // of the payload (remap/checksum.h), seeded with checksum_seed()
+  std::uint64_t saturated = 0;  // elements clamped while packing
+};
+
+struct TokenRange {
+  std::uint64_t start = 0;
+  std::uint64_t stop = 0;
+};
+
+// Body of kTicket. Block ids stay with the receiver: a sender never needs to name them.
+struct Ticket {
+  std::uint32_t lease_ms = 0;
+  std::vector<TokenRange> groups;  // wanted tokens per cache group; empty ranges are allowed
+};
+
+struct SlotGrant {
+  std::uint32_t slot = 0;
+  std::uint32_t generation = 0;  // rises whenever the slot's memory is replaced
+  std::uint64_t address = 0;
+  std::uint64_t bytes = 0;
+  std::vector<std::uint8_t> rkey;  // empty where this link has seen (slot, generation) before
+};
+struct Grant {
+  std::vector<SlotGrant> slots;
+};
+
+struct SlotName {
+  std::uint32_t slot = 0;
+  std::uint32_t generation = 0;
+};
+struct Release {  // also the body of kRecall, where an empty list recalls all
+  std::vector<SlotName> slots;
+};
+
+struct Done {
+  std::uint64_t frames = 0;
+  std::uint64_t payload_bytes = 0;
+};
+
+struct Abort {
+  Code code = Code::kAborted;
+  std::string reason;  // UTF-8, at most 512 bytes
+};
+
+struct Heartbeat {
+  std::uint64_t clock_ns = 0;  // sender's CLOCK_MONOTONIC
+};
+
+// Each appends nothing and overwrites `out` with one whole message; `prelude.length` is ignored and computed.
+void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Ticket& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Grant& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Release& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Done& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Abort& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Heartbeat& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kAbortAck, kBye: no body
+
+// Checks magic, versions, reserved fields, type, length and MAC, in that order; then the body decoders may run.
+Status open(const std::uint8_t* data, std::size_t size, const SipKey& key, Prelude* prelude);
+// Each checks every length, count, interval and code of the body. `data` and `size` are the whole message.
+Status decode(const std::uint8_t* data, std::size_t size, Frame* body);
+Status decode(const std::uint8_t* data, std::size_t size, Ticket* body);
+Status decode(const std::uint8_t* data, std::size_t size, Grant* body);
+Status decode(const std::uint8_t* data, std::size_t size, Release* body);
+Status decode(const std::uint8_t* data, std::size_t size, Done* body);
+Status decode(const std::uint8_t* data, std::size_t size, Abort* body);
+Status decode(const std::uint8_t* data, std::size_t size, Heartbeat* body);
+
+// Seed of a frame's payload checksum, from what the frame is (request, epoch, layer, heads, tokens, segments), so that a
+// payload that belongs to another frame is seen.
+std::uint64_t checksum_seed(const Prelude& prelude, const Frame& frame);
+
+}  // namespace hetkv::wire

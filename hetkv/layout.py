@@ -1,0 +1,303 @@
+"""Where one rank's layer keeps element (segment, token, head, channel) inside a block: `KVLayout`.
+
+The address of an element, in bytes from the base of its segment's memory, is
+
+    offset + block * block_stride + (token % block_size) * token_stride + head * head_stride
+           + (channel // pack) * outer_stride + (channel % pack) * inner_stride
+
+where `block = block_table[token // block_size]`. `csrc/map.h` is the same formula in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hetkv.dtypes import DType
+from hetkv.errors import InputError
+from hetkv.spec import LayerSpec, Segment
+
+if TYPE_CHECKING:
+    import torch
+
+PACK_BYTES = 16
+"""Width of the innermost run of an x-packed K layout: ROCm paged attention reads 16-byte units."""
+
+
+class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Scales of a quantised segment: element = code * scale. Either static `values`, or float32 kept in the block."""
+
+    values: tuple[float, ...] = ()
+    """Static: one value for the segment, or one per local head."""
+    offset: int = 0
+    block_stride: int = 0
+    token_stride: int = 0
+    head_stride: int = 0
+    group_stride: int = 0
+    """Strides in bytes of scales in memory; used where `values` is empty."""
+    channels_per_scale: int = 0
+    """Channels that share a scale in memory; 0: all channels of the head."""
+
+    def __post_init__(self) -> None:
+        if any(not (0.0 < value < float("inf")) for value in self.values):
+            raise InputError(f"scales must be positive and finite, not {self.values}")
+
+
+class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Placement of one segment for one rank's heads. Offsets and strides are in bytes; `pack` is in channels."""
+
+    dtype: DType
+    heads: int
+    channels: int
+    offset: int
+    block_stride: int
+    token_stride: int
+    head_stride: int
+    inner_stride: int
+    pack: int
+    """Channels of one inner run; equal to `channels` where the channel axis is not split."""
+    outer_stride: int = 0
+    scale: ScaleLayout | None = None
+
+    def block_span(self, block_size: int) -> int:
+        """Bytes from `offset` of a block to behind its last element."""
+        return (
+            (block_size - 1) * self.token_stride
+            + (self.heads - 1) * self.head_stride
+            + (self.channels // self.pack - 1) * self.outer_stride
+            + (self.pack - 1) * self.inner_stride
+            + self.dtype.itemsize
+        )
+
+    def extent(self, block_size: int, num_blocks: int) -> int:
+        """Bytes of memory, from the base, that `num_blocks` blocks reach into."""
+        return self.offset + (num_blocks - 1) * self.block_stride + self.block_span(block_size)
+
+    def view(self, memory: torch.Tensor, block_size: int, num_blocks: int) -> torch.Tensor:
+        """Strided view `[num_blocks, block_size, heads, channels]` of `memory`, whose first byte is the base.
+
+        Where the channel axis is packed the view is `[num_blocks, block_size, heads, channels // pack, pack]`.
+        """
+        import torch
+
+        size = self.dtype.itemsize
+        shape = [num_blocks, block_size, self.heads]
+        strides = [self.block_stride, self.token_stride, self.head_stride]
+        if self.pack == self.channels:
+            shape, strides = [*shape, self.channels], [*strides, self.inner_stride]
+        else:
+            shape, strides = [*shape, self.channels // self.pack, self.pack], [*strides, self.outer_stride, self.inner_stride]
+        elements = torch.empty(0, dtype=self.dtype.torch, device=memory.device).set_(memory.untyped_storage())
+        first = memory.storage_offset() * memory.element_size() + self.offset
+        return elements.as_strided(shape, [stride // size for stride in strides], first // size)
+
+
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Placement of all segments of a layer for one rank, `block_size` tokens a block."""
+
+    name: str
+    block_size: int
+    segments: dict[str, SegmentLayout]
+    shared: bool = False
+    """All segments lie in one allocation (one base); otherwise each has its own."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InputError(f"layout {self.name!r}: block size {self.block_size}")
+        for name, segment in self.segments.items():
+            size = segment.dtype.itemsize
+            strides = (segment.offset, segment.block_stride, segment.token_stride, segment.head_stride)
+            if any(s < 0 or s % size for s in (*strides, segment.inner_stride, segment.outer_stride)):
+                raise InputError(f"layout {self.name!r}, segment {name!r}: strides must be multiples of {size} bytes, not below 0")
+            if segment.pack < 1 or segment.channels % segment.pack:
+                raise InputError(f"layout {self.name!r}, segment {name!r}: {segment.channels} channels in packs of {segment.pack}")
+
+    @property
+    def dtype(self) -> DType:
+        """Dtype of the first segment; layouts of mixed records have others beside it."""
+        return next(iter(self.segments.values())).dtype
+
+    @classmethod
+    def preset(
+        cls, name: str, layer: LayerSpec, heads: int, block_size: int, dtype: DType | str, scale: ScaleLayout | None = None
+    ) -> KVLayout:
+        """A known layout, dense, for `heads` local heads of `layer`.
+
+        | name | memory |
+        |---|---|
+        | `nhd` | K and V apart, each `[block, token, head, channel]` |
+        | `hnd` | K and V apart, each `[block, head, token, channel]` |
+        | `nhd_interleaved`, `hnd_interleaved` | one tensor, `[block, 2, ...]` as above |
+        | `packed_nhd`, `packed_hnd` | one tensor, `[block, token, head, 2d]` or `[block, head, token, 2d]` |
+        | `rocm` | K `[block, head, d/x, token, x]` with x = 16 bytes; V `[block, head, d, token]` |
+        | `latent` | one tensor `[block, token, latent + rope]` (MLA) |
+        | `state` | one record a block `[block, head, bytes]` |
+        """
+        if name not in PRESETS:
+            raise InputError(f"layout {name!r} is not known; known are {', '.join(PRESETS)}")
+        dtype = DType.parse(dtype) if isinstance(dtype, str) else dtype
+        segments = [segment._replace(heads=min(heads, segment.heads)) for segment in layer.segments]
+        return PRESETS[name](name, segments, block_size, dtype, scale)
+
+    @classmethod
+    def from_tensor(
+        cls,
+        tensor: torch.Tensor | Mapping[str, torch.Tensor],
+        axes: str | Mapping[str, str],
+        segments: Sequence[Segment] | None = None,
+        name: str = "from_tensor",
+        scale: ScaleLayout | None = None,
+    ) -> KVLayout:
+        """Layout of existing memory, read from the tensor's own strides.
+
+        `axes` names the tensor's axes in order, separated by spaces: `block`, `token`, `head`, `channel`; `segment` for an
+        axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
+        channels of all segments one behind the other (packed K and V, MLA). Without `head` the memory has one head.
+        K and V in tensors of their own: give mappings from segment name to tensor (and to axes where they differ).
+        `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves.
+        """
+        if not isinstance(tensor, Mapping):
+            if not isinstance(axes, str):
+                raise InputError("one tensor has one axes string")
+            return cls(name, *_read_axes(tensor, axes.split(), segments, scale), shared=True)
+        parts: dict[str, SegmentLayout] = {}
+        sizes = set()
+        for part, memory in tensor.items():
+            names = (axes if isinstance(axes, str) else axes[part]).split()
+            if "segment" in names or "channels" in names:
+                raise InputError(f"segment {part!r} has a tensor of its own, so its axes cannot name {names}")
+            block_size, read = _read_axes(memory, names, [Segment(part, 0, 0)], scale)
+            parts[part] = read[part]
+            sizes.add(block_size)
+        if len(sizes) != 1:
+            raise InputError(f"tensors {list(tensor)} have block sizes {sorted(sizes)}")
+        return cls(name, sizes.pop(), parts)
+
+
+AXES = ("segment", "block", "token", "head", "channel", "outer", "inner", "channels")
+
+
+def _read_axes(
+    tensor: torch.Tensor, names: list[str], segments: Sequence[Segment] | None, scale: ScaleLayout | None
+) -> tuple[int, dict[str, SegmentLayout]]:
+    """Block size and segment layouts of one tensor."""
+    unknown = [axis for axis in names if axis not in AXES]
+    if unknown or len(set(names)) != len(names) or len(names) != tensor.dim():
+        raise InputError(f"axes {' '.join(names)!r} do not name the {tensor.dim()} axes of shape {tuple(tensor.shape)}")
+    dtype = DType.parse(tensor.dtype)
+    shape = dict(zip(names, tensor.shape, strict=True))
+    stride = {axis: step * dtype.itemsize for axis, step in zip(names, tensor.stride(), strict=True)}
+    if "block" not in shape or not ({"channel", "inner", "channels"} & set(names)) or ("outer" in shape) != ("inner" in shape):
+        raise InputError(f"axes {' '.join(names)!r} need block, and channel or channels or both outer and inner")
+    heads = shape.get("head", 1)
+    parts = list(segments) if segments is not None else [Segment("k", heads, 0), Segment("v", heads, 0)]
+    whole = shape.get("channel", shape.get("channels", shape.get("outer", 1) * shape.get("inner", 1)))
+    if "channels" in shape:
+        widths = [part.channels or whole // len(parts) for part in parts]
+        step = stride["channels"]
+        offsets = [sum(widths[:i]) * step for i in range(len(parts))]
+        if sum(widths) != whole:
+            raise InputError(f"the channels axis holds {whole} channels, its segments {widths}")
+    else:
+        widths = [whole] * len(parts)
+        offsets = [i * stride.get("segment", 0) for i in range(len(parts))]
+        if len(parts) != shape.get("segment", 1):
+            raise InputError(f"the segment axis has size {shape.get('segment', 1)}, but there are {len(parts)} segments")
+    inner = stride.get("inner", stride.get("channel", stride.get("channels", dtype.itemsize)))
+    return shape.get("token", 1), {
+        part.name: SegmentLayout(
+            dtype=dtype,
+            heads=heads,
+            channels=width,
+            offset=offset,
+            block_stride=stride["block"],
+            token_stride=stride.get("token", 0),
+            head_stride=stride.get("head", 0),
+            inner_stride=inner,
+            pack=shape.get("inner", width),
+            outer_stride=stride.get("outer", 0),
+            scale=scale,
+        )
+        for part, width, offset in zip(parts, widths, offsets, strict=True)
+    }
+
+
+_Preset = Callable[[str, Sequence[Segment], int, DType, "ScaleLayout | None"], KVLayout]
+
+
+def _dense(
+    segment: Segment, order: str, block_size: int, dtype: DType, scale: ScaleLayout | None, block_bytes: int = 0, offset: int = 0,
+    row: int = 0,
+) -> SegmentLayout:  # fmt: skip
+    """`token` and `head` in the given order around rows of `row` channels (default the segment's own)."""
+    size = dtype.itemsize
+    step = (row or segment.channels) * size
+    token, head = (segment.heads * step, step) if order == "nhd" else (step, block_size * step)
+    return SegmentLayout(
+        dtype, segment.heads, segment.channels, offset, block_bytes or block_size * segment.heads * step, token, head, size,
+        segment.channels, 0, scale,
+    )  # fmt: skip
+
+
+def _apart(order: str) -> _Preset:
+    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+        return KVLayout(name, block_size, {s.name: _dense(s, order, block_size, dtype, scale) for s in segments})
+
+    return make
+
+
+def _interleaved(order: str) -> _Preset:
+    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+        sizes = [block_size * s.heads * s.channels * dtype.itemsize for s in segments]
+        parts = {
+            s.name: _dense(s, order, block_size, dtype, scale, sum(sizes), sum(sizes[:i])) for i, s in enumerate(segments)
+        }
+        return KVLayout(name, block_size, parts, shared=True)
+
+    return make
+
+
+def _packed(order: str) -> _Preset:
+    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+        row = sum(s.channels for s in segments)
+        parts, offset = {}, 0
+        for s in segments:
+            parts[s.name] = _dense(s, order, block_size, dtype, scale, offset=offset, row=row)
+            offset += s.channels * dtype.itemsize
+        return KVLayout(name, block_size, parts, shared=True)
+
+    return make
+
+
+def _rocm(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+    size = dtype.itemsize
+    pack = PACK_BYTES // size
+    parts = {}
+    for s in segments:
+        head = s.channels * block_size * size
+        if s.name == "k":
+            if s.channels % pack:
+                raise InputError(f"layout {name!r} packs {pack} channels of {dtype.value}: {s.channels} channels do not divide")
+            parts[s.name] = SegmentLayout(
+                dtype, s.heads, s.channels, 0, s.heads * head, pack * size, head, size, pack, block_size * pack * size, scale
+            )
+        else:
+            parts[s.name] = SegmentLayout(
+                dtype, s.heads, s.channels, 0, s.heads * head, size, head, block_size * size, s.channels, 0, scale
+            )
+    return KVLayout(name, block_size, parts)
+
+
+PRESETS: dict[str, _Preset] = {
+    "nhd": _apart("nhd"),
+    "hnd": _apart("hnd"),
+    "nhd_interleaved": _interleaved("nhd"),
+    "hnd_interleaved": _interleaved("hnd"),
+    "packed_nhd": _packed("nhd"),
+    "packed_hnd": _packed("hnd"),
+    "rocm": _rocm,
+    "latent": _packed("nhd"),
+    "state": _apart("hnd"),
+}

@@ -1,0 +1,148 @@
+"""One rank's paged KV memory: `KVPool`. It owns nothing that it did not allocate, and keeps alive what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from hetkv.dtypes import DType
+from hetkv.errors import InputError
+from hetkv.layout import KVLayout, ScaleLayout
+from hetkv.spec import KVSpec, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LayerMemory(NamedTuple):
+    """Memory of one layer: a layout, its block count, and for each segment the tensor whose first byte is the base."""
+
+    layout: KVLayout
+    num_blocks: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+class KVPool:
+    """Paged KV memory of one rank: for every global layer of its shard a layout, a block count and base addresses.
+
+    Layers may differ in layout, block size and block count. Tensors must stay allocated while a `Sender` or `Receiver`
+    uses the pool; the pool holds references to them. All lie on one device.
+    """
+
+    def __init__(self, spec: KVSpec, shard: Shard, layers: Mapping[int, LayerMemory]) -> None:
+        self.spec = spec
+        self.shard = shard
+        self.layers = dict(layers)
+        owned = [layer for layer in range(*shard.layers) if spec.layers[layer].shares is None]
+        if sorted(self.layers) != owned:
+            raise InputError(f"the pool has layers {sorted(self.layers)}, its shard layers {owned}")
+        devices = {tensor.device for memory in self.layers.values() for tensor in memory.tensors.values()}
+        if len(devices) > 1:
+            raise InputError(f"a pool lies on one device, not on {', '.join(sorted(map(str, devices)))}")
+        self.device = devices.pop() if devices else None
+        for layer, memory in self.layers.items():
+            self._check(layer, memory)
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: KVSpec,
+        num_blocks: int | Sequence[int],
+        *,
+        layout: str = "nhd",
+        block_size: int | Sequence[int] = 16,
+        dtype: DType | str = DType.BFLOAT16,
+        shard: Shard | None = None,
+        scale: ScaleLayout | None = None,
+        device: torch.device | str = "cpu",
+    ) -> KVPool:
+        """A zeroed pool of a preset layout. `num_blocks` and `block_size` may be given per cache group."""
+        shard = shard or Shard.whole(spec)
+        layers = {}
+        for index in range(*shard.layers):
+            layer = spec.layers[index]
+            if layer.shares is not None:
+                continue
+            blocks = num_blocks if isinstance(num_blocks, int) else num_blocks[layer.group]
+            size = block_size if isinstance(block_size, int) else block_size[layer.group]
+            name, kind = (layer.kind, dtype) if layer.kind != "kv" else (layout, dtype)
+            if layer.kind == "state":
+                size, kind = 1, DType.UINT8
+            made = KVLayout.preset(name, layer, shard.heads[index].size, size, kind, scale)
+            layers[index] = LayerMemory(made, blocks, allocate(made, blocks, device))
+        return cls(spec, shard, layers)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        spec: KVSpec,
+        tensors: Mapping[int, torch.Tensor | Mapping[str, torch.Tensor]],
+        axes: str | Mapping[str, str],
+        *,
+        shard: Shard | None = None,
+        scale: ScaleLayout | None = None,
+    ) -> KVPool:
+        """A pool over an engine's own tensors, one entry per global layer, described by `KVLayout.from_tensor`."""
+        layers = {}
+        for index, memory in tensors.items():
+            parts = [segment._replace(heads=0) for segment in spec.layers[index].segments]
+            layout = KVLayout.from_tensor(memory, axes, parts, scale=scale)
+            if isinstance(memory, Mapping):
+                named, order = dict(memory), axes if isinstance(axes, str) else next(iter(axes.values()))
+            else:
+                named, order = {part.name: memory for part in parts}, str(axes)
+            blocks = next(iter(named.values())).shape[order.split().index("block")]
+            layers[index] = LayerMemory(layout, blocks, named)
+        return cls(spec, shard or Shard.whole(spec), layers)
+
+    def view(self, layer: int, segment: str) -> torch.Tensor:
+        """Strided view `[num_blocks, block_size, heads, channels]` of one segment (see `SegmentLayout.view`)."""
+        memory = self.layers[layer]
+        return memory.layout.segments[segment].view(memory.tensors[segment], memory.layout.block_size, memory.num_blocks)
+
+    def base(self, layer: int, segment: str) -> int:
+        """Address that the segment's offsets count from."""
+        return self.layers[layer].tensors[segment].data_ptr()
+
+    def check_blocks(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> None:
+        """Raise `InputError` unless `block_ids` name distinct blocks of the layer that hold `num_tokens` tokens."""
+        memory = self.layers[layer]
+        need = -(-num_tokens // memory.layout.block_size)
+        if len(block_ids) < need:
+            raise InputError(f"{num_tokens} tokens need {need} blocks of {memory.layout.block_size}, got {len(block_ids)}")
+        if block_ids and not (0 <= min(block_ids) and max(block_ids) < memory.num_blocks):
+            wrong = next(b for b in block_ids if not 0 <= b < memory.num_blocks)
+            raise InputError(f"block id {wrong} is out of range: layer {layer} has {memory.num_blocks} blocks")
+        if len(set(block_ids)) != len(block_ids):
+            wrong = next(b for i, b in enumerate(block_ids) if b in block_ids[:i])
+            raise InputError(f"block id {wrong} is given twice")
+
+    def _check(self, layer: int, memory: LayerMemory) -> None:
+        """The layout must hold the shard's heads and lie inside the tensors."""
+        wanted = self.spec.layers[layer].segments
+        heads = self.shard.heads[layer].size
+        for segment in wanted:
+            part = memory.layout.segments.get(segment.name)
+            if part is None:
+                raise InputError(f"layer {layer}: the layout has no segment {segment.name!r}")
+            if (part.heads, part.channels) != (min(heads, segment.heads), segment.channels):
+                raise InputError(
+                    f"layer {layer}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} channels, "
+                    f"the shard {min(heads, segment.heads)} of {segment.channels}"
+                )
+            tensor = memory.tensors[segment.name]
+            room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+            reach = part.extent(memory.layout.block_size, memory.num_blocks)
+            if reach > room:
+                raise InputError(f"layer {layer}, segment {segment.name!r}: the layout reaches {reach} bytes, the tensor has {room}")
+
+
+def allocate(layout: KVLayout, num_blocks: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Zeroed memory for a dense layout whose outermost axis is the block: one byte tensor per base."""
+    import torch
+
+    sizes = {name: part.block_stride * num_blocks for name, part in layout.segments.items()}
+    if layout.shared:
+        one = torch.zeros(max(sizes.values()), dtype=torch.uint8, device=device)
+        return dict.fromkeys(layout.segments, one)
+    return {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}

@@ -1,0 +1,147 @@
+"""The model's KV geometry (`KVSpec`) and the part of it that one rank holds (`Shard`). Both sides share one spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from hetkv.errors import InputError
+
+LayerKind = Literal["kv", "latent", "state"]
+
+
+class Segment(NamedTuple):
+    """One tensor-like part of a layer's cache: `[tokens, heads, channels]`. The wire sends segments in spec order."""
+
+    name: str
+    heads: int
+    channels: int
+
+
+class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One layer's cache, whole (all heads), as the model defines it; no memory layout."""
+
+    kind: LayerKind
+    segments: tuple[Segment, ...]
+    group: int = 0
+    """Cache group: layers of one group share a block table."""
+    window: int | None = None
+    """Sliding window in tokens: only the last `window` tokens before the end are ever read again."""
+    shares: int | None = None
+    """Global index of the layer whose cache this layer reads (cross-layer KV sharing); it has no memory of its own."""
+
+    def __post_init__(self) -> None:
+        for segment in self.segments:
+            if segment.heads < 1 or segment.channels < 1:
+                raise InputError(f"segment {segment.name!r} has {segment.heads} heads of {segment.channels} channels")
+        if self.window is not None and self.window < 1:
+            raise InputError(f"sliding window of {self.window} tokens")
+
+    @classmethod
+    def kv(
+        cls,
+        heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        group: int = 0,
+        window: int | None = None,
+        shares: int | None = None,
+    ) -> LayerSpec:
+        """MHA, GQA or MQA: keys `heads x head_dim` and values `heads x v_head_dim` (default `head_dim`) a token."""
+        segments = (Segment("k", heads, head_dim), Segment("v", heads, v_head_dim or head_dim))
+        return cls("kv", segments, group, window, shares)
+
+    @classmethod
+    def latent(cls, latent_dim: int, rope_dim: int, *, group: int = 0) -> LayerSpec:
+        """MLA: one head that every tensor-parallel rank holds, `latent_dim` compressed and `rope_dim` rotary channels."""
+        return cls("latent", (Segment("latent", 1, latent_dim), Segment("rope", 1, rope_dim)), group)
+
+    @classmethod
+    def state(cls, heads: int, bytes_per_head: int, *, group: int = 0) -> LayerSpec:
+        """Mamba, linear attention and the like: opaque bytes, one record a request, split over ranks by head."""
+        return cls("state", (Segment("state", heads, bytes_per_head),), group)
+
+
+class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """KV geometry of a model: its layers in order. Equal on both sides, or the handshake refuses."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            if layer.shares is not None and not (0 <= layer.shares < len(self.layers) and layer.shares != index):
+                raise InputError(f"layer {index} shares the cache of layer {layer.shares}, which does not exist")
+            if layer.group < 0:
+                raise InputError(f"layer {index} is in cache group {layer.group}")
+
+    @classmethod
+    def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> KVSpec:
+        """A model whose layers are all alike and in one cache group (Llama, Mistral, Qwen)."""
+        return cls((LayerSpec.kv(num_kv_heads, head_dim, v_head_dim),) * num_layers)
+
+    @property
+    def num_groups(self) -> int:
+        """Cache groups; a request has one list of block ids for each."""
+        return max((layer.group for layer in self.layers), default=-1) + 1
+
+    def group_of(self, layer: int) -> int:
+        """Cache group of a global layer index."""
+        return self.layers[layer].group
+
+
+class Interval(NamedTuple):
+    """Half-open `[start, stop)`."""
+
+    start: int
+    stop: int
+
+    def __and__(self, other: Interval) -> Interval:  # type: ignore[override]
+        start = max(self.start, other.start)
+        return Interval(start, max(start, min(self.stop, other.stop)))
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank holds: a range of global layers, and for each layer of the spec a range of global heads."""
+
+    layers: Interval
+    heads: tuple[Interval, ...]
+    """Per global layer, also for layers outside `layers`, so that the rule that split them can be read off."""
+
+    @classmethod
+    def whole(cls, spec: KVSpec) -> Shard:
+        """One rank that holds everything."""
+        return cls.of(spec)
+
+    @classmethod
+    def of(
+        cls, spec: KVSpec, tp: int = 1, tp_rank: int = 0, pp: int = 1, pp_rank: int = 0, stages: Sequence[int] | None = None
+    ) -> Shard:
+        """Shard of rank (`tp_rank`, `pp_rank`). `stages`: layers of each pipeline stage; default as even as possible.
+
+        `h` heads over `tp` ranks: rank `r` holds `[r*h//tp, (r+1)*h//tp)`, and where `tp > h` the one head `r*h//tp`,
+        so ranks replicate heads. This is the rule of the engines wherever they accept the pair.
+        """
+        if not (0 <= tp_rank < tp and 0 <= pp_rank < pp):
+            raise InputError(f"rank tp {tp_rank} of {tp}, pp {pp_rank} of {pp} does not exist")
+        num_layers = len(spec.layers)
+        sizes = list(stages) if stages is not None else [(r + 1) * num_layers // pp - r * num_layers // pp for r in range(pp)]
+        if len(sizes) != pp or sum(sizes) != num_layers or min(sizes) < 0:
+            raise InputError(f"pipeline stages {sizes} do not split {num_layers} layers over pp {pp}")
+        start = sum(sizes[:pp_rank])
+        return cls(
+            Interval(start, start + sizes[pp_rank]),
+            tuple(head_interval(layer.segments[0].heads, tp, tp_rank) for layer in spec.layers),
+        )
+
+
+def head_interval(heads: int, tp: int, rank: int) -> Interval:
+    """Global heads of one tensor-parallel rank; at least one (see `Shard.of`)."""
+    start = rank * heads // tp
+    return Interval(start, max((rank + 1) * heads // tp, start + 1))
