@@ -1,5 +1,6 @@
-// Messages of wire format v1, as docs/wire-format.md defines them. A message is a prelude, a body and a MAC, little-endian,
-// every field at its natural alignment. Encoding and decoding are the only code that knows the byte offsets.
+// Messages of wire format v1, as docs/wire-format.md defines them. A message is a prelude, a body and a MAC,
+// little-endian, every field at its natural alignment. Encoding and decoding are the only code that knows the byte
+// offsets.
 #pragma once
 
 #include <array>
@@ -17,6 +18,8 @@ constexpr std::uint8_t kMajor = 1;
 constexpr std::uint8_t kMinor = 0;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
+constexpr std::size_t kMaxReasonBytes = 512;
+constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{1} << 40;
 
 enum class Type : std::uint16_t {
   kFrame = 1,      // sender -> receiver: a slot is filled; the header of one frame (the commit)
@@ -30,6 +33,8 @@ enum class Type : std::uint16_t {
   kHeartbeat = 9,  // either
   kBye = 10,       // either: orderly end of the link
 };
+
+const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "abort_ack"
 
 using RequestId = std::array<std::uint8_t, 16>;
 
@@ -61,6 +66,16 @@ struct Frame {
   std::uint64_t checksum = 0;   // of the payload (remap/checksum.h), seeded with checksum_seed()
   std::uint64_t saturated = 0;  // elements clamped while packing
 };
+
+// Where the parts of a frame's payload are. Each part starts at a multiple of 8 bytes from the payload's start and is
+// followed by zeros up to the next multiple of 8, so `total` (the frame's payload_length) is one as well.
+struct PayloadLayout {
+  std::array<std::uint64_t, kMaxSegments> offsets{};  // 0 where the segment is absent
+  std::array<std::uint64_t, kMaxSegments> bytes{};    // without the zeros behind it; 0 where the segment is absent
+  std::uint64_t total = 0;                            // above kMaxPayloadBytes where the frame asks for more than that
+};
+// From segments, heads, tokens, channels and dtypes of `frame`, whose intervals are not reversed.
+PayloadLayout payload_layout(const Frame& frame);
 
 struct TokenRange {
   std::uint64_t start = 0;
@@ -99,14 +114,16 @@ struct Done {
 
 struct Abort {
   Code code = Code::kAborted;
-  std::string reason;  // UTF-8, at most 512 bytes
+  std::string reason;  // UTF-8, at most kMaxReasonBytes; encode() cuts a longer one and replaces malformed bytes by '?'
 };
 
 struct Heartbeat {
   std::uint64_t clock_ns = 0;  // sender's CLOCK_MONOTONIC
 };
 
-// Each appends nothing and overwrites `out` with one whole message; `prelude.length` is ignored and computed.
+// Each appends nothing and overwrites `out` with one whole message. `prelude.length` is ignored and computed, and so is
+// `prelude.type` where the body says it; a Release is a kRecall where the prelude says so. Values are not checked: the
+// other side's decode() is the judge. A message must fit kMaxMessageBytes, so long lists go in several.
 void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Ticket& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Grant& body, const SipKey& key, std::vector<std::uint8_t>& out);
@@ -116,7 +133,8 @@ void encode(const Prelude& prelude, const Abort& body, const SipKey& key, std::v
 void encode(const Prelude& prelude, const Heartbeat& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kAbortAck, kBye: no body
 
-// Checks magic, versions, reserved fields, type, length and MAC, in that order; then the body decoders may run.
+// Checks magic, versions, reserved fields, type, length and MAC, in that order, then whether the message names a
+// request where its type wants one. The body decoders may run after that. The sequence number is the caller's to check.
 Status open(const std::uint8_t* data, std::size_t size, const SipKey& key, Prelude* prelude);
 // Each checks every length, count, interval and code of the body. `data` and `size` are the whole message.
 Status decode(const std::uint8_t* data, std::size_t size, Frame* body);
@@ -127,8 +145,8 @@ Status decode(const std::uint8_t* data, std::size_t size, Done* body);
 Status decode(const std::uint8_t* data, std::size_t size, Abort* body);
 Status decode(const std::uint8_t* data, std::size_t size, Heartbeat* body);
 
-// Seed of a frame's payload checksum, from what the frame is (request, epoch, layer, heads, tokens, segments), so that a
-// payload that belongs to another frame is seen.
+// Seed of a frame's payload checksum, from what the frame is (request, epoch, layer, heads, tokens, segments), so that
+// a payload that belongs to another frame is seen.
 std::uint64_t checksum_seed(const Prelude& prelude, const Frame& frame);
 
 }  // namespace hetkv::wire
