@@ -1,0 +1,48 @@
+"""SipHash-2-4 and the payload checksum of `docs/wire-format.md`, in pure Python: the second of two implementations."""
+
+from __future__ import annotations
+
+import struct
+
+_U64 = (1 << 64) - 1
+
+
+def siphash24(key: bytes, data: bytes) -> int:
+    """SipHash-2-4 with 64-bit output (Aumasson and Bernstein, 2012). `key` has 16 bytes."""
+    k0, k1 = struct.unpack("<QQ", key)
+    v0, v1, v2, v3 = k0 ^ 0x736F6D6570736575, k1 ^ 0x646F72616E646F6D, k0 ^ 0x6C7967656E657261, k1 ^ 0x7465646279746573
+
+    def rounds(count: int) -> None:
+        nonlocal v0, v1, v2, v3
+        for _ in range(count):
+            v0 = (v0 + v1) & _U64
+            v1 = ((v1 << 13) & _U64 | v1 >> 51) ^ v0
+            v0 = (v0 << 32) & _U64 | v0 >> 32
+            v2 = (v2 + v3) & _U64
+            v3 = ((v3 << 16) & _U64 | v3 >> 48) ^ v2
+            v0 = (v0 + v3) & _U64
+            v3 = ((v3 << 21) & _U64 | v3 >> 43) ^ v0
+            v2 = (v2 + v1) & _U64
+            v1 = ((v1 << 17) & _U64 | v1 >> 47) ^ v2
+            v2 = (v2 << 32) & _U64 | v2 >> 32
+
+    padded = data + bytes(7 - len(data) % 8) + bytes([len(data) & 0xFF])
+    for (word,) in struct.iter_unpack("<Q", padded):
+        v3 ^= word
+        rounds(2)
+        v0 ^= word
+    v2 ^= 0xFF
+    rounds(4)
+    digest: int = v0 ^ v1 ^ v2 ^ v3
+    return digest
+
+
+def payload_checksum(payload: bytes | bytearray, seed: int) -> int:
+    """Checksum of a whole payload: the sum modulo 2^64 of `mix(word, index, seed)` over its 8-byte words."""
+    total = 0
+    key = seed
+    for (word,) in struct.iter_unpack("<Q", payload + bytes(-len(payload) % 8)):
+        key = (key + 0x9E3779B97F4A7C15) & _U64
+        x = word ^ key
+        total += (x & 0xFFFFFFFF) * (x >> 32) + word
+    return total & _U64
