@@ -183,7 +183,7 @@ std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dic
       return encode_as<wire::Abort>(prelude, fields, key);
     case wire::Type::kHeartbeat:
       return encode_as<wire::Heartbeat>(prelude, fields, key);
-    case wire::Type::kAbortAck:
+    case wire::Type::kWant:
     case wire::Type::kBye:
       break;
   }
@@ -217,7 +217,7 @@ Status decode_any(wire::Type type, std::string_view message, py::object* fields)
       return decode_as<wire::Abort>(message, fields);
     case wire::Type::kHeartbeat:
       return decode_as<wire::Heartbeat>(message, fields);
-    case wire::Type::kAbortAck:
+    case wire::Type::kWant:
     case wire::Type::kBye:
       break;
   }
@@ -266,7 +266,7 @@ py::tuple wire_decode_unopened(int type, const py::bytes& message) {
 void bind_wire(py::module_& m) {
   using namespace py::literals;
   m.def("wire_encode", &wire_encode, "type"_a, "sequence"_a, "request_id"_a, "epoch"_a, "fields"_a, "key"_a,
-        "One whole message from a dict of its body's fields (empty for abort_ack and bye).");
+        "One whole message from a dict of its body's fields (empty for want and bye).");
   m.def("wire_open", &wire_open, "message"_a, "key"_a,
         "Opens and decodes a message: a dict with `code` (0 where it is valid), `detail`, the prelude and `body`.");
   m.def("wire_decode_unopened", &wire_decode_unopened, "type"_a, "message"_a,

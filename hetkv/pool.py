@@ -40,8 +40,16 @@ class KVPool:
         if len(devices) > 1:
             raise InputError(f"a pool lies on one device, not on {', '.join(sorted(map(str, devices)))}")
         self.device = devices.pop() if devices else None
+        self.groups: dict[int, tuple[int, int]] = {}
+        """Block size and block count of each cache group that has layers here."""
         for layer, memory in self.layers.items():
             self._check(layer, memory)
+            group, paging = spec.group_of(layer), (memory.layout.block_size, memory.num_blocks)
+            if self.groups.setdefault(group, paging) != paging:
+                raise InputError(
+                    f"layer {layer} has {paging[1]} blocks of {paging[0]} tokens, its cache group {group} has "
+                    f"{self.groups[group][1]} of {self.groups[group][0]}"
+                )
 
     @classmethod
     def allocate(
@@ -104,18 +112,42 @@ class KVPool:
         """Address that the segment's offsets count from."""
         return self.layers[layer].tensors[segment].data_ptr()
 
-    def check_blocks(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> None:
-        """Raise `InputError` unless `block_ids` name distinct blocks of the layer that hold `num_tokens` tokens."""
+    def address(self, layer: int, segment: str) -> tuple[int, ...]:
+        """The segment's map as the extension takes it (`SegmentMap` of `csrc/map.h`, in the order of its fields)."""
         memory = self.layers[layer]
-        need = -(-num_tokens // memory.layout.block_size)
+        part = memory.layout.segments[segment]
+        return (
+            self.base(layer, segment) + part.offset,
+            part.block_stride,
+            part.token_stride,
+            part.head_stride,
+            part.outer_stride,
+            part.inner_stride,
+            memory.layout.block_size,
+            part.pack,
+            part.dtype.code,
+        )
+
+    def check_blocks(self, group: int, block_ids: Sequence[int], start: int, stop: int) -> None:
+        """Raise `InputError` unless `block_ids` hold tokens `[start, stop)` of a cache group in distinct blocks.
+
+        Ids of blocks before `start` are not looked at: an engine may have freed them.
+        """
+        if group not in self.groups or start >= stop:
+            return
+        block_size, num_blocks = self.groups[group]
+        first, need = start // block_size, -(-stop // block_size)
         if len(block_ids) < need:
-            raise InputError(f"{num_tokens} tokens need {need} blocks of {memory.layout.block_size}, got {len(block_ids)}")
-        if block_ids and not (0 <= min(block_ids) and max(block_ids) < memory.num_blocks):
-            wrong = next(b for b in block_ids if not 0 <= b < memory.num_blocks)
-            raise InputError(f"block id {wrong} is out of range: layer {layer} has {memory.num_blocks} blocks")
-        if len(set(block_ids)) != len(block_ids):
-            wrong = next(b for i, b in enumerate(block_ids) if b in block_ids[:i])
-            raise InputError(f"block id {wrong} is given twice")
+            raise InputError(
+                f"cache group {group}: tokens up to {stop} need {need} blocks of {block_size}, {len(block_ids)} are given"
+            )
+        used = block_ids[first:need]
+        if not (0 <= min(used) and max(used) < num_blocks):
+            wrong = next(b for b in used if not 0 <= b < num_blocks)
+            raise InputError(f"cache group {group}: block id {wrong} is out of range, the pool has {num_blocks} blocks")
+        if len(set(used)) != len(used):
+            wrong = next(b for i, b in enumerate(used) if b in used[:i])
+            raise InputError(f"cache group {group}: block id {wrong} is given twice")
 
     def _check(self, layer: int, memory: LayerMemory) -> None:
         """The layout must hold the shard's heads and lie inside the tensors."""

@@ -141,7 +141,7 @@ constexpr BodySize body_size(Type type) {
       return {sizeof(AbortBytes), false};
     case Type::kHeartbeat:
       return {sizeof(HeartbeatBytes), true};
-    case Type::kAbortAck:
+    case Type::kWant:
     case Type::kBye:
       return {0, true};
   }

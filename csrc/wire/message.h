@@ -29,12 +29,12 @@ enum class Type : std::uint16_t {
   kRecall = 5,     // receiver -> sender: release what you do not use
   kDone = 6,       // receiver -> sender: all routes of this link for this request are verified and in the pool
   kAbort = 7,      // either: the request is given up
-  kAbortAck = 8,   // either: nothing of this side touches the request's slots any more
+  kWant = 8,       // sender -> receiver: has frames to send and gave its slots back
   kHeartbeat = 9,  // either
   kBye = 10,       // either: orderly end of the link
 };
 
-const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "abort_ack"
+const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "want"
 
 using RequestId = std::array<std::uint8_t, 16>;
 
@@ -131,7 +131,7 @@ void encode(const Prelude& prelude, const Release& body, const SipKey& key, std:
 void encode(const Prelude& prelude, const Done& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Abort& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Heartbeat& body, const SipKey& key, std::vector<std::uint8_t>& out);
-void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kAbortAck, kBye: no body
+void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kWant, kBye: no body
 
 // Checks magic, versions, reserved fields, type, length and MAC, in that order, then whether the message names a
 // request where its type wants one. The body decoders may run after that. The sequence number is the caller's to check.

@@ -15,8 +15,7 @@ bool known(std::uint16_t type) {
 }
 
 bool of_request(Type type) {
-  return type == Type::kFrame || type == Type::kTicket || type == Type::kDone || type == Type::kAbort ||
-         type == Type::kAbortAck;
+  return type == Type::kFrame || type == Type::kTicket || type == Type::kDone || type == Type::kAbort;
 }
 
 std::string hex(const std::uint8_t* data, std::size_t bytes) {
@@ -33,7 +32,7 @@ std::string hex(const std::uint8_t* data, std::size_t bytes) {
 
 const char* name(Type type) {
   constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release",   "recall",
-                                    "done",  "abort",  "abort_ack", "heartbeat", "bye"};
+                                    "done",  "abort",  "want",      "heartbeat", "bye"};
   const auto code = static_cast<std::uint16_t>(type);
   return known(code) ? kNames[code - 1] : "unknown";
 }

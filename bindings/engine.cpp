@@ -1,0 +1,199 @@
+// Binds engine/: Sender, Receiver, their settings and events.
+#include <pybind11/functional.h>
+
+#include "bind.h"
+#include "engine/receiver.h"
+#include "engine/sender.h"
+
+namespace hetkv {
+namespace {
+
+using Address = std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int32_t,
+                           std::int32_t, int>;
+
+std::vector<std::uint8_t> to_vector(const py::bytes& bytes) {
+  const std::string_view view = bytes;
+  return {view.begin(), view.end()};
+}
+
+template <std::size_t N>
+std::array<std::uint8_t, N> to_array(const py::bytes& bytes, const char* what) {
+  const std::string_view view = bytes;
+  if (view.size() != N) throw py::value_error(std::string(what) + " must be " + std::to_string(N) + " bytes");
+  std::array<std::uint8_t, N> out{};
+  std::copy(view.begin(), view.end(), out.begin());
+  return out;
+}
+
+SegmentMap to_map(const Address& at) {
+  SegmentMap map;
+  std::tie(map.base, map.block_stride, map.token_stride, map.head_stride, map.outer_stride, map.inner_stride, map.block_size,
+           map.pack, std::ignore) = at;
+  map.dtype = static_cast<DType>(std::get<8>(at));
+  return map;
+}
+
+std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_t, std::uint64_t>>& pairs) {
+  std::vector<wire::TokenRange> out;
+  for (const auto& [start, stop] : pairs) out.push_back({start, stop});
+  return out;
+}
+
+// Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transfer.py unpacks it.
+py::tuple to_tuple(const Event& event) {
+  return py::make_tuple(static_cast<int>(event.kind), event.handle, event.link, event.layer,
+                        static_cast<int>(event.status.code), event.status.detail);
+}
+
+template <typename E>
+void bind_common(py::class_<E>& type) {
+  type.def(
+          "start", [](E& self) { check(self.start()); }, py::call_guard<py::gil_scoped_release>())
+      .def("stop", &E::stop, py::call_guard<py::gil_scoped_release>(),
+           "Ends all links and requests and joins the progress thread.")
+      .def_property_readonly("address",
+                             [](const E& self) {
+                               const auto& at = self.address();
+                               return py::bytes(reinterpret_cast<const char*>(at.data()), at.size());
+                             })
+      .def(
+          "add_link",
+          [](E& self, LinkConfig config) {
+            std::uint32_t id = 0;
+            check(self.add_link(std::move(config), &id));
+            return id;
+          },
+          py::arg("config"), py::call_guard<py::gil_scoped_release>(), "Number of the new link on this side.")
+      .def("activate_link", &E::activate_link, py::arg("link"),
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "drop_link",
+          [](E& self, std::uint32_t link, int code, std::string reason) {
+            self.drop_link(link, Status::error(static_cast<Code>(code), std::move(reason)));
+          },
+          py::arg("link"), py::arg("code"), py::arg("reason"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait_events",
+          [](E& self) {
+            std::vector<Event> events;
+            {
+              py::gil_scoped_release release;
+              events = self.events().wait();
+            }
+            py::list out;
+            for (const auto& event : events) out.append(to_tuple(event));
+            return out;
+          },
+          "Blocks until something happened; an empty list means that the engine has stopped.")
+      .def("take_trace",
+           [](E& self) {
+             py::list out;
+             for (const auto& span : self.trace().take()) {
+               out.append(py::make_tuple(static_cast<int>(span.kind), span.handle, span.layer, span.start_ns, span.stop_ns,
+                                         span.bytes));
+             }
+             return out;
+           })
+      .def("stats",
+           [](E& self) {
+             const EngineStats& at = self.stats();
+             py::dict out;
+             out["frames"] = at.frames.load();
+             out["payload_bytes"] = at.payload_bytes.load();
+             out["saturated"] = at.saturated.load();
+             out["direct_frames"] = at.direct_frames.load();
+             out["stale_frames"] = at.stale_frames.load();
+             out["failed_requests"] = at.failed_requests.load();
+             out["quarantined_slots"] = at.quarantined_slots.load();
+             out["wakeups"] = at.wakeups.load();
+             return out;
+           })
+      .def(
+          "inject", [](E& self, std::uint32_t link, const py::bytes& bytes) { self.inject(link, to_vector(bytes)); },
+          py::arg("link"), py::arg("message"), "For tests: sends bytes as one message of the link.")
+      .def("next_sequence", &E::next_sequence, py::arg("link"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  py::class_<EngineConfig>(m, "EngineConfig")
+      .def(py::init<>())
+      .def_readwrite("slot_bytes", &EngineConfig::slot_bytes)
+      .def_readwrite("window_bytes", &EngineConfig::window_bytes)
+      .def_readwrite("staging_slots", &EngineConfig::staging_slots)
+      .def_readwrite("max_slots_per_link", &EngineConfig::max_slots_per_link)
+      .def_readwrite("threads", &EngineConfig::threads)
+      .def_readwrite("spin_us", &EngineConfig::spin_us)
+      .def_readwrite("heartbeat_ms", &EngineConfig::heartbeat_ms)
+      .def_readwrite("peer_timeout_ms", &EngineConfig::peer_timeout_ms)
+      .def_readwrite("direct", &EngineConfig::direct)
+      .def_readwrite("trace", &EngineConfig::trace);
+
+  py::class_<SegmentPlan>(m, "SegmentPlan")
+      .def(py::init([](const Address& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
+                       std::vector<float> multipliers) {
+             return SegmentPlan{to_map(pool), first_head, channels, static_cast<DType>(wire_dtype), std::move(multipliers)};
+           }),
+           py::arg("pool"), py::arg("first_head"), py::arg("channels"), py::arg("wire_dtype"), py::arg("multipliers"));
+
+  py::class_<LayerPlan>(m, "LayerPlan")
+      .def(py::init([](std::uint32_t layer, std::uint16_t group, std::uint32_t head_start, std::uint32_t head_stop,
+                       std::vector<SegmentPlan> segments) {
+             return LayerPlan{layer, group, head_start, head_stop, std::move(segments)};
+           }),
+           py::arg("layer"), py::arg("group"), py::arg("head_start"), py::arg("head_stop"), py::arg("segments"))
+      .def("payload_bytes", &LayerPlan::payload_bytes, py::arg("tokens"));
+
+  py::class_<LinkConfig>(m, "LinkConfig")
+      .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key, const py::bytes& receive_key, std::string name,
+                       std::uint32_t instance, std::uint32_t instance_links, std::vector<LayerPlan> plans) {
+             return LinkConfig{to_vector(address),
+                               number,
+                               to_array<16>(send_key, "send_key"),
+                               to_array<16>(receive_key, "receive_key"),
+                               std::move(name),
+                               instance,
+                               instance_links,
+                               std::move(plans)};
+           }),
+           py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"), py::arg("name"),
+           py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
+
+  py::class_<Sender> sender(m, "Sender");
+  sender.def(py::init([](const EngineConfig& config) {
+               return std::make_unique<Sender>(config, std::make_unique<CpuMover>(config.threads));
+             }),
+             py::arg("config"));
+  bind_common(sender);
+  sender
+      .def(
+          "submit",
+          [](Sender& self, const py::bytes& id, std::vector<std::uint64_t> tokens,
+             std::vector<std::vector<std::int32_t>> blocks, std::uint64_t hold_ms) {
+            return self.submit({to_array<16>(id, "request id"), std::move(tokens), std::move(blocks), hold_ms});
+          },
+          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"))
+      .def("extend", &Sender::extend, py::arg("handle"), py::arg("group"), py::arg("blocks"))
+      .def("send_layer", &Sender::send_layer, py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"))
+      .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"));
+
+  py::class_<Receiver> receiver(m, "Receiver");
+  receiver.def(py::init([](const EngineConfig& config) {
+                 return std::make_unique<Receiver>(config, std::make_unique<CpuMover>(config.threads));
+               }),
+               py::arg("config"));
+  bind_common(receiver);
+  receiver
+      .def(
+          "receive",
+          [](Receiver& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& want,
+             std::vector<std::vector<std::int32_t>> blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms) {
+            return self.receive({to_array<16>(id, "request id"), to_ranges(want), std::move(blocks), std::move(links), lease_ms});
+          },
+          py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"))
+      .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
+      .def("retire_link", &Receiver::retire_link, py::arg("link"));
+}
+
+}  // namespace hetkv

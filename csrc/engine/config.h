@@ -1,0 +1,68 @@
+// What Python decides and C++ carries out: settings of an engine, the plan of a link.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "map.h"
+#include "wire/siphash.h"
+
+namespace hetkv {
+
+struct EngineConfig {
+  std::size_t slot_bytes = 1 << 20;     // of one window slot, and of one staging buffer
+  std::size_t window_bytes = 32 << 20;  // receiver: budget of all its slots together
+  int staging_slots = 4;                // sender: staging buffers, used where the window cannot be stored into
+  int max_slots_per_link = 8;           // receiver: most slots that one sender may hold
+  int threads = 1;                      // per remap on the CPU
+  std::uint32_t spin_us = 50;           // how long the progress thread spins while there is work, before it sleeps
+  std::uint32_t heartbeat_ms = 500;
+  std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
+  bool direct = true;                    // store into the peer's window where it can be mapped (reach `shared`, `peer`)
+  bool trace = false;
+};
+
+// One segment of one layer on this side, for the heads of one route.
+struct SegmentPlan {
+  SegmentMap pool;
+  std::int32_t first_head = 0;  // local
+  std::int32_t channels = 0;
+  DType wire_dtype = DType::kUInt8;
+  std::vector<float> multipliers;  // per head of the route, pool -> wire for a sender, wire -> pool for a receiver
+};
+
+// One layer of one route: what a frame of it holds, and where that lies in this side's pool.
+struct LayerPlan {
+  std::uint32_t layer = 0;  // global
+  std::uint16_t group = 0;  // cache group
+  std::uint32_t head_start = 0;
+  std::uint32_t head_stop = 0;
+  std::vector<SegmentPlan> segments;
+
+  std::int32_t heads() const { return static_cast<std::int32_t>(head_stop - head_start); }
+  // Bytes of a payload of `tokens` tokens; every segment's part starts at a multiple of 8.
+  std::uint64_t payload_bytes(std::uint64_t tokens) const {
+    std::uint64_t bytes = 0;
+    for (const auto& segment : segments) bytes = part_end(bytes, segment, tokens);
+    return bytes;
+  }
+  std::uint64_t part_end(std::uint64_t start, const SegmentPlan& segment, std::uint64_t tokens) const {
+    const auto size = static_cast<std::uint64_t>(segment.channels) * static_cast<std::uint64_t>(item_size(segment.wire_dtype));
+    return (start + static_cast<std::uint64_t>(heads()) * tokens * size + 7) / 8 * 8;
+  }
+};
+
+struct LinkConfig {
+  std::vector<std::uint8_t> address;  // of the peer's UCX worker
+  std::uint64_t number = 0;           // of the link, equal on both sides; travels in the header of each message
+  SipKey send_key{};
+  SipKey receive_key{};
+  std::string name;                  // for error texts
+  std::uint32_t instance = 0;        // equal for links to ranks of one peer instance
+  std::uint32_t instance_links = 1;  // links to that instance that have plans
+  std::vector<LayerPlan> plans;
+};
+
+}  // namespace hetkv

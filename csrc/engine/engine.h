@@ -1,0 +1,121 @@
+// What sender and receiver share: a progress thread that owns a UCX worker and all links. Public calls may come from any
+// thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at rest.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine/config.h"
+#include "engine/events.h"
+#include "engine/link.h"
+
+namespace hetkv {
+
+struct EngineStats {
+  std::atomic<std::uint64_t> frames{0};
+  std::atomic<std::uint64_t> payload_bytes{0};
+  std::atomic<std::uint64_t> saturated{0};
+  std::atomic<std::uint64_t> direct_frames{0};  // stored straight into the peer's window
+  std::atomic<std::uint64_t> stale_frames{0};   // of requests that had ended
+  std::atomic<std::uint64_t> failed_requests{0};
+  std::atomic<std::uint64_t> quarantined_slots{0};
+  std::atomic<std::uint64_t> wakeups{0};
+};
+
+class Engine {
+ public:
+  explicit Engine(const EngineConfig& config);
+  virtual ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Starts UCX and the progress thread. Call once.
+  Status start();
+  // Ends all links, fails all requests with kClosed, joins the thread. Derived destructors call it first. Idempotent.
+  void stop();
+
+  const std::vector<std::uint8_t>& address() const { return worker_->address(); }
+  const EngineConfig& config() const { return config_; }
+  EngineStats& stats() { return stats_; }
+  EventQueue& events() { return events_; }
+  Trace& trace() { return trace_; }
+
+  // Blocks until the endpoint exists. From then on messages of the link are taken.
+  Status add_link(LinkConfig config, std::uint32_t* id);
+  // The peer has added its side of the link: messages may be sent.
+  void activate_link(std::uint32_t id);
+  // The link is over (`status` says why); kLinkLost and, once nothing is in flight, kLinkDrained follow. Idempotent.
+  void drop_link(std::uint32_t id, Status status);
+  // For tests of what a peer does with them: sends `bytes` as they are; they take one sequence number.
+  void inject(std::uint32_t id, std::vector<std::uint8_t> bytes);
+  // For tests: the sequence number that the next message on the link will have.
+  std::uint64_t next_sequence(std::uint32_t id);
+
+ protected:
+  // All below run on the progress thread.
+  virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
+  virtual bool step(std::uint64_t now) = 0;  // true: something moved
+  virtual bool busy() const = 0;             // work is in flight: spin before sleeping
+  virtual bool waiting() const = 0;          // deadlines are pending: look at the clock now and then
+  virtual void on_link_up(Link& link) = 0;
+  virtual void on_link_lost(Link& link, const Status& status) = 0;
+  virtual bool link_drained(const Link& link) const = 0;  // no kernel of this side stores into the peer's memory
+  virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended too
+  virtual void on_stop() = 0;
+
+  void post(std::function<void()> command);
+  void call(std::function<void()> command);  // post and wait
+  void lose(Link& link, const Status& status);
+  Link* link(std::uint32_t id);
+  template <typename Body>
+  void send(Link& link, wire::Prelude prelude, const Body& body) {
+    std::vector<std::uint8_t> message;
+    prelude.sequence = link.send_sequence++;
+    wire::encode(prelude, body, link.config.send_key, message);
+    transmit(link, std::move(message));
+  }
+  void send(Link& link, wire::Prelude prelude);
+
+  const EngineConfig config_;
+  EngineStats stats_;
+  EventQueue events_;
+  Trace trace_;
+  std::unique_ptr<ucx::Worker> worker_;
+  std::map<std::uint32_t, std::unique_ptr<Link>> links_;
+
+ private:
+  struct Incoming {
+    std::uint64_t link;
+    std::vector<std::uint8_t> bytes;
+  };
+  void run();
+  bool drain_commands();
+  bool drain_messages();
+  void receive(const Incoming& message);
+  bool check_links(std::uint64_t now);
+  void sleep(std::uint64_t now);
+  void close_all();
+  void transmit(Link& link, std::vector<std::uint8_t> message);
+  void wake();
+
+  std::thread thread_;
+  std::mutex mutex_;  // of commands_ and accepting_
+  std::vector<std::function<void()>> commands_;
+  bool accepting_ = false;
+  std::atomic<bool> sleeping_{false};
+  bool stopping_ = false;
+  int wake_fd_ = -1;
+  int poll_fd_ = -1;
+  std::vector<Incoming> incoming_;
+  std::map<std::uint64_t, Link*> numbers_;  // links by their number
+  std::uint32_t next_link_ = 1;
+};
+
+}  // namespace hetkv

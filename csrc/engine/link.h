@@ -1,0 +1,52 @@
+// One authenticated connection to one peer rank, as the progress thread sees it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/config.h"
+#include "transport/ucx.h"
+#include "wire/message.h"
+
+namespace hetkv {
+
+enum class LinkState : std::uint8_t {
+  kOpening,   // the peer may not know the link yet: it receives, but does not send
+  kUp,        // in use
+  kDraining,  // lost: operations in flight are being cancelled
+  kGone,      // nothing in flight; kept so that its number is never reused
+};
+
+struct Link {
+  Link(std::uint32_t number, LinkConfig settings) : id(number), config(std::move(settings)) {}
+
+  const std::uint32_t id;  // on this side
+  const LinkConfig config;
+  LinkState state = LinkState::kOpening;
+  std::unique_ptr<ucx::Endpoint> endpoint;
+  std::uint64_t send_sequence = 0;
+  std::uint64_t receive_sequence = 0;
+  std::uint64_t heard_ns = 0;
+  std::uint64_t sent_ns = 0;
+
+  bool up() const { return state == LinkState::kUp; }
+
+  // Plan whose frames are exactly (layer, heads), or null.
+  const LayerPlan* find(const wire::Frame& frame) const {
+    for (const auto& plan : config.plans) {
+      if (plan.layer == frame.layer && plan.head_start == frame.head_start && plan.head_stop == frame.head_stop) return &plan;
+    }
+    return nullptr;
+  }
+  // Tokens summed over plans that `want`, token ranges per cache group, asks of this link.
+  std::uint64_t plan_tokens(const std::vector<wire::TokenRange>& want) const {
+    std::uint64_t total = 0;
+    for (const auto& plan : config.plans) total += want[plan.group].stop - want[plan.group].start;
+    return total;
+  }
+};
+
+}  // namespace hetkv

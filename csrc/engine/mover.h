@@ -1,0 +1,46 @@
+// Runs remaps for an engine: at once on the CPU, asynchronously on a GPU backend. Progress thread only.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "engine/config.h"
+#include "remap/remap.h"
+
+namespace hetkv {
+
+// The block table of one request in one cache group. Shared with the tasks that read it, so that it outlives them.
+using BlockTable = std::shared_ptr<const std::vector<std::int32_t>>;
+
+// One frame's pack or unpack. Stays where it is until done.
+struct RemapTask {
+  std::vector<RemapJob> jobs;
+  BlockTable blocks;
+  std::uint64_t seed = 0;
+  RemapResult result;
+  bool done = false;
+  std::uint64_t start_ns = 0;
+  std::uint64_t stop_ns = 0;
+};
+
+// Fills the task's jobs: tokens [start, stop) of `plan` between the pool and a canonical payload at `payload`.
+void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack, RemapTask* task);
+
+class Mover {
+ public:
+  virtual ~Mover() = default;
+  virtual void submit(RemapTask* task) = 0;
+  virtual void poll(RemapTask* task) = 0;  // sets `done`
+};
+
+class CpuMover final : public Mover {
+ public:
+  explicit CpuMover(int threads) : threads_(threads) {}
+  void submit(RemapTask* task) override;
+  void poll(RemapTask*) override {}
+
+ private:
+  int threads_;
+};
+
+}  // namespace hetkv

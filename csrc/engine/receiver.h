@@ -1,0 +1,108 @@
+// The decode side: gives tickets and slots, checks every frame against what it asked for, unpacks, and says when a layer,
+// a route and a request are complete. Nothing outside a ticket's blocks is ever written.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/mover.h"
+#include "engine/slots.h"
+
+namespace hetkv {
+
+// What to receive. `want` and `blocks` are per cache group; `blocks` cover `want` and hold each block once.
+struct Intake {
+  wire::RequestId id{};
+  std::vector<wire::TokenRange> want;
+  std::vector<std::vector<std::int32_t>> blocks;
+  std::vector<std::uint32_t> links;  // who sends a part of it
+  std::uint32_t lease_ms = 0;        // the request must be complete within
+};
+
+class Receiver final : public Engine {
+ public:
+  Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover);
+  ~Receiver() override;
+
+  // Both return at once. A handle is never reused; abort of one that has ended does nothing.
+  std::uint64_t receive(Intake intake);
+  void abort(std::uint64_t handle, std::string reason);
+  // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
+  void retire_link(std::uint32_t link);
+
+ private:
+  // One link's part of a request.
+  struct Part {
+    Link* link = nullptr;
+    std::uint64_t remaining = 0;  // tokens summed over the link's plans
+    std::vector<std::vector<wire::TokenRange>> seen;  // per plan, sorted and disjoint
+    std::uint64_t frames = 0;
+    std::uint64_t bytes = 0;
+    bool done = false;
+  };
+  struct Request {
+    std::uint64_t handle = 0;
+    wire::RequestId id{};
+    std::uint64_t epoch = 0;
+    std::vector<wire::TokenRange> want;
+    std::vector<BlockTable> blocks;
+    std::list<Part> parts;
+    std::map<std::uint32_t, std::uint64_t> layers;  // tokens still missing, over all parts
+    std::uint64_t deadline_ns = 0;
+    std::uint32_t unpacking = 0;
+    Status failure;
+  };
+  struct Unpack {
+    Request* request = nullptr;
+    Part* part = nullptr;
+    const LayerPlan* plan = nullptr;
+    wire::Frame frame;
+    RemapTask task;
+  };
+  // What the receiver knows of a sender's wishes.
+  struct Demand {
+    bool hungry = false;    // it can use slots
+    bool recalled = false;  // it was asked to give unused ones back
+    std::map<std::uint32_t, std::uint32_t> keys;  // slot -> generation whose key the link has
+  };
+
+  void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
+  bool step(std::uint64_t now) override;
+  bool busy() const override { return !unpacks_.empty(); }
+  bool waiting() const override { return !requests_.empty(); }
+  void on_link_up(Link& link) override;
+  void on_link_lost(Link& link, const Status& status) override;
+  bool link_drained(const Link&) const override { return true; }
+  void on_link_closed(Link& link) override;
+  void on_stop() override;
+
+  void on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame);
+  void on_release(Link& link, const wire::Release& release);
+  void on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort);
+  Status admit(Request& request, Part& part, const wire::Frame& frame, const LayerPlan** plan);
+  bool finish(Unpack& unpack);
+  void complete(Request& request);
+  void fail(Request& request, Status status, const Link* told_by = nullptr);
+  bool grant();
+  bool active(const Link& link) const;
+  bool sweep(std::uint64_t now);
+  Request* find(const wire::RequestId& id, std::uint64_t epoch);
+
+  std::unique_ptr<Mover> mover_;
+  SlotPool slots_;
+  std::atomic<std::uint64_t> next_handle_{1};
+  std::uint64_t next_epoch_;
+  std::map<std::uint64_t, Request> requests_;
+  std::map<wire::RequestId, std::uint64_t> handles_;
+  std::list<std::unique_ptr<Unpack>> unpacks_;
+  std::map<std::uint32_t, Demand> demands_;
+  bool slots_moved_ = false;  // a slot was freed or asked for since the last grants
+  bool ended_ = false;
+  std::uint64_t swept_ns_ = 0;
+};
+
+}  // namespace hetkv

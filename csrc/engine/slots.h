@@ -1,0 +1,50 @@
+// The receiver's window: slots of registered memory out of one byte budget, lent to links. Each slot is an allocation of
+// its own, so that one that a silent peer may still write to can be replaced alone. Progress thread only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "transport/ucx.h"
+
+namespace hetkv {
+
+enum class SlotState : std::uint8_t {
+  kFree,
+  kLent,         // the sender's, until it commits or releases it
+  kFilled,       // committed: being unpacked
+  kQuarantined,  // lent to a link that was lost; counts against the budget until the peer is known to be gone
+};
+
+struct Slot {
+  std::uint32_t generation = 0;
+  SlotState state = SlotState::kFree;
+  std::uint32_t link = 0;  // of whom it is lent to, or filled or quarantined by
+  std::unique_ptr<ucx::Memory> memory;  // made when the slot is first lent
+};
+
+class SlotPool {
+ public:
+  SlotPool(std::size_t slot_bytes, std::size_t budget_bytes);
+
+  std::size_t size() const { return slots_.size(); }
+  std::size_t quarantined() const;
+  std::size_t held_by(std::uint32_t link) const;  // lent or filled
+  Slot* at(std::uint32_t id) { return id < slots_.size() ? &slots_[id] : nullptr; }
+
+  // A free slot, now lent to the link, or null where none is free (or memory ran out: `status`).
+  Slot* lend(ucx::Worker& worker, std::uint32_t link, std::uint32_t* id, Status* status);
+  void free(std::uint32_t id) { slots_[id].state = SlotState::kFree; }
+  // The slots that the link holds and has not committed may still be written to.
+  void quarantine(std::uint32_t link);
+  // The peer is gone: its quarantined slots get new memory and a new generation when they are lent again.
+  void retire(std::uint32_t link);
+  void clear() { slots_.clear(); }
+
+ private:
+  std::size_t slot_bytes_;
+  std::vector<Slot> slots_;
+};
+
+}  // namespace hetkv

@@ -1,0 +1,81 @@
+"""Settings of a `Sender` or `Receiver`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hetkv.errors import InputError
+
+if TYPE_CHECKING:
+    from hetkv import _core
+
+MIB = 1 << 20
+
+
+class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How KV is moved. The defaults suit one host; nothing here changes what arrives."""
+
+    slot_bytes: int = MIB
+    """Bytes of one window slot and of one staging buffer: the largest payload of a frame."""
+    window_bytes: int | None = None
+    """Receiver: memory of all its slots together, whatever the number of senders. Default: see `default_window`."""
+    staging_slots: int = 4
+    """Sender: staging buffers, used where a peer's window cannot be stored into."""
+    max_slots_per_link: int = 8
+    """Receiver: most slots that one sender holds at a time."""
+    threads: int = 1
+    """CPU threads of one pack or unpack."""
+    spin_us: int = 50
+    """How long the progress thread spins while there is work, before it sleeps."""
+    heartbeat_s: float = 0.5
+    peer_timeout_s: float = 3.0
+    """Silence after which a peer counts as lost."""
+    lease_s: float = 60.0
+    """Receiver: time in which a request must be complete."""
+    hold_s: float = 120.0
+    """Sender: time for which a request's blocks are held for its tickets and their completion."""
+    handshake_timeout_s: float = 10.0
+    direct: bool = True
+    """Store into a peer's window where it can be mapped (reach `shared`); otherwise always stage and put."""
+    trace: bool = False
+    """Record the time of every pack, put and unpack."""
+
+    def __post_init__(self) -> None:
+        for name in ("slot_bytes", "staging_slots", "max_slots_per_link", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("heartbeat_s", "peer_timeout_s", "lease_s", "hold_s", "handshake_timeout_s"):
+            if not 0.001 <= getattr(self, name) <= 1e6:
+                raise InputError(f"{name} must be between 0.001 and 1e6 seconds, not {getattr(self, name)}")
+        if self.window_bytes is not None and self.window_bytes < self.slot_bytes:
+            raise InputError(f"window_bytes {self.window_bytes} holds no slot of {self.slot_bytes} bytes")
+
+    def engine(self) -> _core.EngineConfig:
+        """The same for the extension."""
+        from hetkv.core import core
+
+        engine = core.EngineConfig()
+        engine.slot_bytes = self.slot_bytes
+        engine.window_bytes = self.window_bytes or max(self.slot_bytes, default_window())
+        engine.staging_slots = self.staging_slots
+        engine.max_slots_per_link = self.max_slots_per_link
+        engine.threads = self.threads
+        engine.spin_us = self.spin_us
+        engine.heartbeat_ms = max(1, round(self.heartbeat_s * 1000))
+        engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))
+        engine.direct = self.direct
+        engine.trace = self.trace
+        return engine
+
+
+def default_window() -> int:
+    """32 MiB, or half of the last-level cache where that is smaller: slots in flight should stay in it."""
+    try:
+        text = max(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")).read_text().strip()
+        cache = int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 * MIB
+    return max(4 * MIB, min(32 * MIB, cache // 2))
