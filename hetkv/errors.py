@@ -9,6 +9,46 @@ class InputError(HetkvError, ValueError):
     """A value, file or option that the caller gave is wrong. Nothing was changed."""
 
 
+class ControlError(HetkvError):
+    """The control channel to one peer failed. Other peers are not affected."""
+
+
+class ControlTimeoutError(ControlError, TimeoutError):
+    """The peer did not answer in time."""
+
+
+class PeerLostError(ControlError, ConnectionError):
+    """The connection to the peer ended, or could not be made. `orderly` is true where the peer said goodbye first."""
+
+    def __init__(self, text: str, *, orderly: bool = False) -> None:
+        super().__init__(text)
+        self.orderly = orderly
+
+
+class MessageError(ControlError):
+    """The peer sent a control message that is oversized, malformed, out of sequence, or of an unknown type or field."""
+
+
+class AuthenticationError(ControlError):
+    """The peer did not prove that it has the shared secret, or a message's MAC is wrong."""
+
+
+class HandshakeError(ControlError):
+    """The two sides cannot work together; see the subclasses and the text."""
+
+
+class VersionError(HandshakeError):
+    """The peer speaks another major version of the control protocol."""
+
+
+class IncompatibleError(HandshakeError):
+    """The two sides' descriptions do not fit: `field` names what differs, `mine` and `theirs` are values as text."""
+
+    def __init__(self, field: str, mine: object, theirs: object, why: str = "") -> None:
+        self.field, self.mine, self.theirs, self.why = field, str(mine), str(theirs), why
+        super().__init__(f"{field}: this side has {mine}, the peer has {theirs}" + (f" ({why})" if why else ""))
+
+
 class WireError(HetkvError):
     """Bytes that are not a message of the wire format this build reads (`docs/wire-format.md`)."""
 
@@ -21,9 +61,58 @@ class UnsupportedError(WireError):
     """A version, or a code of a later minor version, that this build does not know."""
 
 
-class AuthenticationError(HetkvError):
-    """A MAC or a sequence number is wrong: the bytes are not what the peer of this link sent next."""
+class TransferError(HetkvError):
+    """A request did not complete. Its blocks on the decode side are undefined; other requests are not affected."""
 
 
-class ChecksumError(HetkvError):
+class ChecksumError(TransferError):
     """A payload is not what its sender packed."""
+
+
+class ProtocolError(TransferError):
+    """The peer sent what the request or the link does not allow."""
+
+
+class LeaseExpiredError(TransferError):
+    """The request was not complete when its lease ran out, or no receiver asked for it in time."""
+
+
+class AbortedError(TransferError):
+    """One side gave the request up."""
+
+
+class TransportError(TransferError):
+    """UCX reported an error."""
+
+
+class ClosedError(TransferError):
+    """The sender or receiver was closed."""
+
+
+class WaitTimeoutError(HetkvError, TimeoutError):
+    """A wait ended before the thing waited for; the request goes on."""
+
+
+_BY_CODE: dict[int, type[HetkvError]] = {
+    1: InputError,
+    2: MalformedError,
+    3: UnsupportedError,
+    4: AuthenticationError,
+    5: ChecksumError,
+    6: ProtocolError,
+    7: PeerLostError,
+    8: LeaseExpiredError,
+    9: AbortedError,
+    10: TransportError,
+    11: ClosedError,
+}
+
+
+def from_code(code: int, detail: str) -> HetkvError:
+    """The exception of a code of `csrc/status.h`."""
+    return _BY_CODE.get(code, TransferError)(detail)
+
+
+def to_code(error: HetkvError) -> int:
+    """The code of an exception, for the other way round."""
+    return next((code for code, kind in _BY_CODE.items() if isinstance(error, kind)), 10)

@@ -1,0 +1,160 @@
+"""Bytes over one TCP or TLS socket with deadlines (`Channel`), and authenticated records on top of it (`Records`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from hetkv.errors import AuthenticationError, ControlError, ControlTimeoutError, MessageError, PeerLostError
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""Largest payload of one control record. A description of 128 unlike layers with 128 scales each takes 0.4 MiB."""
+
+_HEADER = struct.Struct("<IIQ")
+MAC_BYTES = 32
+_T = TypeVar("_T")
+
+
+class Channel:
+    """A connected socket that it owns. Deadlines are `time.monotonic()` seconds, or `None` for no limit.
+
+    One thread may read while another writes, and any may call `wake`. The socket is non-blocking and every OpenSSL call
+    is under a lock, because an `SSL` object is not thread-safe.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.peer = peer
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._life = threading.Lock()
+
+    def start_tls(
+        self, context: ssl.SSLContext, server_side: bool, hostname: str | None, deadline: float | None
+    ) -> None:
+        """TLS handshake. Raises `AuthenticationError` where the certificates or versions do not fit."""
+        try:
+            with self._life:
+                sock = context.wrap_socket(
+                    self._sock, server_side=server_side, server_hostname=hostname, do_handshake_on_connect=False
+                )
+                self._sock = sock
+        except OSError as error:
+            raise PeerLostError(f"{self.peer}: {error.strerror or error}") from None
+        self._until(sock.do_handshake, select.POLLIN, deadline, "TLS handshake")
+
+    def read(self, size: int, deadline: float | None, what: str) -> bytes:
+        """Exactly `size` bytes; `PeerLostError` at the end, `ControlTimeoutError` when late. `what` is for the text."""
+        data = bytearray()
+        while len(data) < size:
+            part = self._until(partial(self._sock.recv, size - len(data)), select.POLLIN, deadline, what)
+            if not part:
+                raise PeerLostError(
+                    f"{self.peer}: connection closed" + (f" inside its {what}" if data else f" before its {what}")
+                )
+            data += part
+        return bytes(data)
+
+    def write(self, data: bytes, deadline: float | None) -> None:
+        """All of `data`, or `PeerLostError`, or `ControlTimeoutError` where the peer does not take it in time."""
+        view = memoryview(data)
+        while view:
+            view = view[self._until(partial(self._sock.send, view), select.POLLOUT, deadline, "reading") :]
+
+    def linger(self, seconds: float) -> None:
+        """End writing; discard what comes until the peer ends too, as unread bytes would reset the last message."""
+        deadline = time.monotonic() + seconds
+        try:
+            # The TCP half alone: a TLS close_notify is a courtesy, and unwrap() would wait for the peer's.
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+            while self._until(lambda: self._sock.recv(4096), select.POLLIN, deadline, "end"):
+                pass
+        except (OSError, ControlError):
+            pass  # the peer has gone, or takes too long
+
+    def wake(self) -> None:
+        """End both directions, so that a thread inside `read` or `write` returns with `PeerLostError`. Any thread."""
+        with self._life, contextlib.suppress(OSError):  # the peer may have been first
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the descriptor back. No other thread may be inside `read` or `write`."""
+        with self._life:
+            self._sock.close()
+
+    def _until(self, operation: Callable[[], _T], event: int, deadline: float | None, what: str) -> _T:
+        """Retry a non-blocking operation, asleep in between, until it succeeds or the deadline passes."""
+        while True:
+            try:
+                with self._lock:
+                    return operation()
+            except ssl.SSLWantReadError:
+                wait = select.POLLIN
+            except ssl.SSLWantWriteError:
+                wait = select.POLLOUT
+            except BlockingIOError:
+                wait = event
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                raise PeerLostError(f"{self.peer}: connection closed before its {what}") from None
+            except ssl.SSLError as error:
+                raise AuthenticationError(f"{self.peer}: TLS failed: {error}") from None
+            except OSError as error:
+                raise PeerLostError(f"{self.peer}: {error.strerror or error}") from None
+            self._wait(wait, deadline, what)
+
+    def _wait(self, event: int, deadline: float | None, what: str) -> None:
+        remaining = None if deadline is None else deadline - time.monotonic()
+        descriptor = self._sock.fileno()
+        if descriptor < 0:
+            raise PeerLostError(f"{self.peer}: this side closed the connection")
+        poll = select.poll()
+        poll.register(descriptor, event)
+        if (remaining is not None and remaining <= 0) or not poll.poll(None if remaining is None else remaining * 1000):
+            raise ControlTimeoutError(f"{self.peer}: timed out waiting for its {what}")
+
+
+class Records:
+    """Length, sequence number, payload and HMAC-SHA256, one key per direction (`docs/control-channel.md`).
+
+    Reads and writes are each for one thread at a time; they do not disturb each other.
+    """
+
+    def __init__(self, channel: Channel, send_key: bytes, receive_key: bytes) -> None:
+        self._channel = channel
+        self._send_key, self._receive_key = send_key, receive_key
+        self._sent = self._received = 0
+
+    def write(self, payload: bytes, deadline: float | None) -> None:
+        """One record. Raises `MessageError` where the payload is larger than `MAX_MESSAGE_BYTES`."""
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise MessageError(f"a control message of {len(payload)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        body = _HEADER.pack(len(payload), 0, self._sent) + payload
+        self._sent += 1
+        self._channel.write(body + hmac.digest(self._send_key, body, "sha256"), deadline)
+
+    def read(self, deadline: float | None, what: str = "next message") -> bytes:
+        """Payload of the next record, once its length, sequence number and MAC are right."""
+        peer = self._channel.peer
+        header = self._channel.read(_HEADER.size, deadline, what)
+        length, reserved, sequence = _HEADER.unpack(header)
+        if length > MAX_MESSAGE_BYTES:
+            raise MessageError(f"{peer}: control message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        rest = self._channel.read(length + MAC_BYTES, deadline, what)
+        payload, mac = rest[:length], rest[length:]
+        if not hmac.compare_digest(mac, hmac.digest(self._receive_key, header + payload, "sha256")):
+            raise AuthenticationError(f"{peer}: control message {self._received} has a wrong MAC")
+        if sequence != self._received or reserved != 0:
+            raise MessageError(f"{peer}: control message has sequence number {sequence}, expected {self._received}")
+        self._received += 1
+        return payload
