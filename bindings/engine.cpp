@@ -147,18 +147,17 @@ void bind_engine(py::module_& m) {
 
   py::class_<LinkConfig>(m, "LinkConfig")
       .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key, const py::bytes& receive_key, std::string name,
-                       std::uint32_t instance, std::uint32_t instance_links, std::vector<LayerPlan> plans) {
+                       std::uint32_t instance_links, std::vector<LayerPlan> plans) {
              return LinkConfig{to_vector(address),
                                number,
                                to_array<16>(send_key, "send_key"),
                                to_array<16>(receive_key, "receive_key"),
                                std::move(name),
-                               instance,
                                instance_links,
                                std::move(plans)};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"), py::arg("name"),
-           py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
+           py::arg("instance_links"), py::arg("plans"));
 
   py::class_<Sender> sender(m, "Sender");
   sender.def(py::init([](const EngineConfig& config) {

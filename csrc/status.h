@@ -20,7 +20,6 @@ enum class Code : std::uint8_t {
   kAborted = 9,       // AbortedError: one side gave the request up
   kTransport = 10,    // TransportError: UCX reported an error
   kClosed = 11,       // ClosedError: the sender or receiver was closed
-  kTimeout = 12,      // TimeoutError
 };
 
 struct [[nodiscard]] Status {

@@ -60,7 +60,6 @@ struct LinkConfig {
   SipKey send_key{};
   SipKey receive_key{};
   std::string name;                  // for error texts
-  std::uint32_t instance = 0;        // equal for links to ranks of one peer instance
   std::uint32_t instance_links = 1;  // links to that instance that have plans
   std::vector<LayerPlan> plans;
 };

@@ -1,0 +1,276 @@
+"""What `Sender` and `Receiver` share: the engine, the control connections, the thread that turns events into results."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hetkv.config import TransferConfig
+from hetkv.control import ControlConnection, connect
+from hetkv.description import Description, Ready, group_layers, host_id
+from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
+from hetkv.handshake import Role, check_secret
+from hetkv.link import link_plans, linked_ranks
+from hetkv.listener import Listener
+from hetkv.pending import Pending
+from hetkv.pool import KVPool
+from hetkv.spec import Shard
+
+if TYPE_CHECKING:
+    import ssl
+
+    from typing_extensions import Self
+
+    from hetkv import _core
+
+LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
+"""Kinds of events of the engine (`csrc/engine/events.h`)."""
+
+P = TypeVar("P", bound=Pending)
+
+
+class Peer:
+    """One connected rank of the other side. `lost` tells why it is gone, or is `None`."""
+
+    def __init__(self, connection: ControlConnection, link: int) -> None:
+        self.connection = connection
+        self.link = link
+        self.description: Description = connection.peer
+        self.lost: HetkvError | None = None
+
+    @property
+    def name(self) -> str:
+        """`instance/rank`."""
+        return f"{self.description.instance}/{self.description.rank}"
+
+    @property
+    def same_host(self) -> bool:
+        return self.description.host == host_id()
+
+    def __repr__(self) -> str:
+        return f"Peer({self.name!r}, {self.connection.peer_address}" + (f", lost: {self.lost})" if self.lost else ")")
+
+
+class Node(ABC, Generic[P]):
+    """One rank's end of the transport: a pool, an engine with its progress thread, and links to peers.
+
+    The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; any thread
+    may call any method.
+    """
+
+    role: Role
+
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        secret: bytes,
+        instance: str,
+        rank: int = 0,
+        instance_shards: Sequence[Shard] = (),
+        config: TransferConfig | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`instance_shards`: the shards of all ranks of this instance where it has several; `rank` is this one's index.
+
+        `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel. Raises
+        `InputError`, and `TransportError` where UCX does not start.
+        """
+        check_secret(secret)
+        if pool.device is not None and pool.device.type != "cpu":
+            raise InputError(f"a pool on {pool.device} needs a GPU backend, which this build does not have")
+        self.pool = pool
+        self.config = config or TransferConfig()
+        self._secret, self._tls = secret, tls
+        self._lock = threading.Lock()
+        self._peers: dict[int, Peer] = {}
+        self._pending: dict[int, P] = {}
+        self._listeners: list[Listener] = []
+        self._closed = False
+        self.engine: Any = self._make_engine(self.config.engine())
+        self.engine.start()
+        try:
+            self.description = Description(
+                role=self.role,
+                instance=instance,
+                pid=os.getpid(),
+                host=host_id(),
+                spec=pool.spec,
+                shard=pool.shard,
+                layers=group_layers(pool.layers),
+                worker_address=self.engine.address,
+                slot_bytes=self.config.slot_bytes if self.role == "receiver" else 0,
+                heartbeat_interval_ms=max(1, round(self.config.heartbeat_s * 1000)),
+                heartbeat_timeout_ms=max(1, round(self.config.peer_timeout_s * 1000)),
+                lease_ms=round((self.config.lease_s if self.role == "receiver" else self.config.hold_s) * 1000),
+                rank=rank,
+                instance_shards=tuple(instance_shards),
+            )
+        except BaseException:
+            self.engine.stop()
+            raise
+        self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
+        self._dispatcher.start()
+
+    @abstractmethod
+    def _make_engine(self, config: _core.EngineConfig) -> object:
+        """The engine of this role."""
+
+    def listen(self, address: str = "127.0.0.1:0") -> str:
+        """Accept peers at `host:port` (port 0: any free one); returns the address to connect to."""
+        listener = Listener(
+            address,
+            role=self.role,
+            secret=self._secret,
+            describe=lambda: self.description,
+            on_connection=self._accept,
+            timeout=self.config.handshake_timeout_s,
+            tls=self._tls,
+        )
+        with self._lock:
+            self._listeners.append(listener)
+        return listener.address
+
+    def connect(self, address: str) -> Peer:
+        """Connect to a listening peer, check that the two sides fit, and link them.
+
+        Raises `IncompatibleError` with the field and both values, `AuthenticationError`, `PeerLostError`, `InputError`.
+        """
+        connection = connect(
+            address,
+            role=self.role,
+            secret=self._secret,
+            describe=lambda: self.description,
+            timeout=self.config.handshake_timeout_s,
+            tls=self._tls,
+        )
+        return self._link(connection)
+
+    @property
+    def peers(self) -> list[Peer]:
+        """Linked peers that are not lost."""
+        with self._lock:
+            return [peer for peer in self._peers.values() if peer.lost is None]
+
+    def disconnect(self, peer: Peer, reason: str = "disconnected") -> None:
+        """End one link; requests that need it fail with `ClosedError`."""
+        self.engine.drop_link(peer.link, to_code(ClosedError()), reason)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start: frames, payload bytes, saturated elements, stale frames, failed requests, ..."""
+        counters: dict[str, int] = self.engine.stats()
+        return counters
+
+    def close(self) -> None:
+        """End all requests (they fail with `ClosedError`) and links, join all threads. May be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for listener in self._listeners:
+            listener.close()
+        self.engine.stop()
+        self._dispatcher.join()
+        for peer in list(self._peers.values()):
+            peer.connection.close("closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _accept(self, connection: ControlConnection) -> None:
+        """Link a peer that has connected. A failure is the peer's to see; it closes the connection."""
+        try:
+            self._link(connection)
+        except HetkvError:
+            connection.close()
+
+    def _link(self, connection: ControlConnection) -> Peer:
+        from hetkv.core import core
+
+        theirs = connection.peer
+        try:
+            link = self.engine.add_link(
+                core.LinkConfig(
+                    address=theirs.worker_address,
+                    number=connection.link_id,
+                    send_key=connection.data_keys.send,
+                    receive_key=connection.data_keys.receive,
+                    name=f"{theirs.instance}/{theirs.rank}",
+                    instance_links=len(linked_ranks(self.description, theirs)),
+                    plans=link_plans(self.pool, self.description, theirs),
+                )
+            )
+            peer = Peer(connection, link)
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("this side was closed")
+                self._peers[link] = peer
+            try:
+                connection.send(Ready())
+                connection.recv(self.config.handshake_timeout_s)
+            except HetkvError as error:
+                self._on_connection_lost(peer, error)
+                raise
+        except BaseException:
+            connection.close()
+            raise
+        self.engine.activate_link(link)
+        connection.on_lost(lambda error: self._on_connection_lost(peer, error))
+        return peer
+
+    def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
+        """The peer's process ended or closed, so nothing of it touches this side's memory any more."""
+        peer.lost = peer.lost or error
+        self.engine.drop_link(peer.link, to_code(PeerLostError("")), f"{peer.name}: {error}")
+        self._retire(peer)
+        self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        peer.connection.close(str(peer.lost or ""))
+        with self._lock:
+            self._peers.pop(peer.link, None)
+
+    @abstractmethod
+    def _retire(self, peer: Peer) -> None:
+        """The peer is gone for good."""
+
+    def _submit(self, make: Callable[[], P]) -> P:
+        """Register a request while no event of it can be dispatched."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the {self.role} is closed")
+            pending = make()
+            self._pending[pending.handle] = pending
+            return pending
+
+    def _dispatch(self) -> None:
+        """Body of the dispatching thread: ends when the engine has stopped and its events are told."""
+        while events := self.engine.wait_events():
+            for kind, handle, link, layer, code, detail in events:
+                error = from_code(code, detail) if code else None
+                if kind in (LINK_LOST, LINK_DRAINED):
+                    self._on_link_event(kind, link, error)
+                    continue
+                with self._lock:
+                    ended = kind in (COMPLETE, FAILED)
+                    pending = self._pending.pop(handle, None) if ended else self._pending.get(handle)
+                if pending is not None:
+                    pending.on_event(kind, layer, error)
+
+    def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
+        with self._lock:
+            peer = self._peers.get(link)
+        if peer is None:
+            return
+        if kind == LINK_LOST:
+            peer.lost = peer.lost or error
+        elif self.role == "sender":
+            # The end of the connection tells the receiver that no store of this side is under way any more.
+            self._forget(peer)

@@ -1,0 +1,150 @@
+"""Paged KV of one sequence: which blocks it owns (`BlockAllocator`), and reading and writing them (`Pages`).
+
+Every access goes through `KVPool.view`, so it is the same code for every layout: index by block, then by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hetkv.errors import HetkvError, InputError
+from hetkv.layout import ScaleLayout, SegmentLayout
+from hetkv.pool import KVPool
+from hetkv.spec import Shard
+
+
+class PoolFull(HetkvError):
+    """A cache group has too few free blocks. Nothing was allocated; try again once a sequence has ended."""
+
+
+class BlockAllocator:
+    """Free blocks of a pool, per cache group. Last freed, first used."""
+
+    def __init__(self, pool: KVPool) -> None:
+        groups = range(pool.spec.num_groups)
+        members = {g: [m for layer, m in pool.layers.items() if pool.spec.group_of(layer) == g] for g in groups}
+        for group, memories in members.items():
+            if len({(m.num_blocks, m.layout.block_size) for m in memories}) > 1:
+                raise InputError(
+                    f"cache group {group}: its layers differ in block count or block size, so they share no block table"
+                )
+        self.block_sizes = [memories[0].layout.block_size if memories else 1 for memories in members.values()]
+        self._free = [list(range(memories[0].num_blocks if memories else 0))[::-1] for memories in members.values()]
+        self._owned: list[set[int]] = [set() for _ in groups]
+
+    def free_blocks(self, group: int = 0) -> int:
+        """Blocks of a cache group that can be allocated now."""
+        return len(self._free[group])
+
+    def allocate(self, num_tokens: int) -> list[list[int]]:
+        """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short."""
+        wanted = [-(-num_tokens // size) for size in self.block_sizes]
+        for group, count in enumerate(wanted):
+            if count > len(self._free[group]):
+                raise PoolFull(
+                    f"{num_tokens} tokens need {count} blocks of {self.block_sizes[group]} in cache group {group}, "
+                    f"{len(self._free[group])} are free"
+                )
+        taken = [[self._free[group].pop() for _ in range(count)] for group, count in enumerate(wanted)]
+        for group, ids in enumerate(taken):
+            self._owned[group].update(ids)
+        return taken
+
+    def free(self, block_ids: Sequence[Sequence[int]]) -> None:
+        """Give back what `allocate` returned (or part of it). `InputError` for a block that is not allocated."""
+        for group, ids in enumerate(block_ids):
+            wrong = [block for block in ids if block not in self._owned[group]]
+            if wrong:
+                raise InputError(f"block {wrong[0]} of cache group {group} is not allocated")
+            if len(set(ids)) < len(ids):
+                raise InputError(f"cache group {group}: a block is given back twice in {list(ids)}")
+        for group, ids in enumerate(block_ids):
+            self._owned[group].difference_update(ids)
+            self._free[group].extend(reversed(ids))
+
+
+class Pages:
+    """One sequence's blocks in a pool. It borrows both: whoever allocated the blocks frees them.
+
+    `block_ids`: one list per cache group, in token order. Values are cast to the pool's dtype when written (saturating
+    for FP8, divided by the segment's static scale) and cast up when read.
+    """
+
+    def __init__(self, pool: KVPool, block_ids: Sequence[Sequence[int]]) -> None:
+        if pool.shard != Shard.whole(pool.spec):
+            raise InputError("the runtime runs whole models: the pool must hold all layers and all heads")
+        if len(block_ids) != pool.spec.num_groups:
+            raise InputError(f"the model has {pool.spec.num_groups} cache groups, got block ids for {len(block_ids)}")
+        self.pool = pool
+        self.block_ids = [list(ids) for ids in block_ids]
+        self._tables = [torch.tensor(ids, dtype=torch.long, device=pool.device) for ids in self.block_ids]
+        self._views: dict[tuple[int, str], torch.Tensor] = {}
+        for layer, memory in pool.layers.items():
+            pool.check_blocks(layer, self.block_ids[pool.spec.group_of(layer)], 0)
+            for name, part in memory.layout.segments.items():
+                if not part.dtype.torch.is_floating_point:
+                    raise InputError(
+                        f"layer {layer}, segment {name!r}: the runtime does not compute with {part.dtype.value} KV"
+                    )
+                if part.scale is not None and not part.scale.values:
+                    raise InputError(
+                        f"layer {layer}, segment {name!r}: the runtime does not read scales kept in the block"
+                    )
+                view = pool.view(layer, name)
+                # FP8 has no indexed copy on every device; moves of one-byte codes need no arithmetic.
+                self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the blocks hold, in the cache group that holds fewest."""
+        room = (
+            len(self.block_ids[self.pool.spec.group_of(i)]) * m.layout.block_size for i, m in self.pool.layers.items()
+        )
+        return min(room, default=0)
+
+    def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
+        memory = self.pool.layers[layer]
+        size = memory.layout.block_size
+        tokens = torch.arange(start, start + k.shape[0], device=k.device)
+        blocks = self._tables[self.pool.spec.group_of(layer)][tokens // size]
+        for name, values in (("k", k), ("v", v)):
+            part, view = memory.layout.segments[name], self._views[layer, name]
+            view[blocks, tokens % size] = _encode(values, part).reshape(-1, *view.shape[2:])
+
+    def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[stop - start, heads, channels]` of tokens `start` to `stop`. One gather each."""
+        memory = self.pool.layers[layer]
+        size = memory.layout.block_size
+        first = start // size
+        blocks = self._tables[self.pool.spec.group_of(layer)][first : -(-stop // size)]
+        gathered = []
+        for name in ("k", "v"):
+            part = memory.layout.segments[name]
+            rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
+            gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))
+        return gathered[0], gathered[1]
+
+
+def _encode(values: torch.Tensor, part: SegmentLayout) -> torch.Tensor:
+    target = part.dtype.torch
+    if part.scale is not None:
+        values = values.float() / _scale(part.scale, values)
+    if target.itemsize == 1:
+        limit = torch.finfo(target).max
+        return values.float().clamp(-limit, limit).to(target).view(torch.uint8)
+    return values.to(target)
+
+
+def _decode(codes: torch.Tensor, part: SegmentLayout, dtype: torch.dtype) -> torch.Tensor:
+    values = codes.view(part.dtype.torch) if part.dtype.itemsize == 1 else codes
+    if part.scale is not None:
+        return (values.float() * _scale(part.scale, values)).to(dtype)
+    return values.to(dtype)
+
+
+def _scale(scale: ScaleLayout, like: torch.Tensor) -> torch.Tensor:
+    """Static scale as `[1 or heads, 1]`, to go with `[tokens, heads, channels]`."""
+    return torch.tensor(scale.values, dtype=torch.float32, device=like.device)[:, None]
