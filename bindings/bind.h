@@ -5,3 +5,5 @@
 #include <pybind11/stl.h>
 
 namespace py = pybind11;
+
+void bind_remap(py::module_& m);

@@ -3,4 +3,5 @@
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package.";
+  bind_remap(m);
 }
