@@ -18,3 +18,4 @@ void bind_engine(py::module_& m);
 }  // namespace hetkv
 
 void bind_wire(py::module_& m);
+void bind_remap(py::module_& m);

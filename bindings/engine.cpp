@@ -8,9 +8,6 @@
 namespace hetkv {
 namespace {
 
-using Address = std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int32_t,
-                           std::int32_t, int>;
-
 std::vector<std::uint8_t> to_vector(const py::bytes& bytes) {
   const std::string_view view = bytes;
   return {view.begin(), view.end()};
@@ -23,14 +20,6 @@ std::array<std::uint8_t, N> to_array(const py::bytes& bytes, const char* what) {
   std::array<std::uint8_t, N> out{};
   std::copy(view.begin(), view.end(), out.begin());
   return out;
-}
-
-SegmentMap to_map(const Address& at) {
-  SegmentMap map;
-  std::tie(map.base, map.block_stride, map.token_stride, map.head_stride, map.outer_stride, map.inner_stride, map.block_size,
-           map.pack, std::ignore) = at;
-  map.dtype = static_cast<DType>(std::get<8>(at));
-  return map;
 }
 
 std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_t, std::uint64_t>>& pairs) {
@@ -131,9 +120,9 @@ void bind_engine(py::module_& m) {
       .def_readwrite("trace", &EngineConfig::trace);
 
   py::class_<SegmentPlan>(m, "SegmentPlan")
-      .def(py::init([](const Address& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
+      .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
                        std::vector<float> multipliers) {
-             return SegmentPlan{to_map(pool), first_head, channels, static_cast<DType>(wire_dtype), std::move(multipliers)};
+             return SegmentPlan{pool, first_head, channels, static_cast<DType>(wire_dtype), std::move(multipliers)};
            }),
            py::arg("pool"), py::arg("first_head"), py::arg("channels"), py::arg("wire_dtype"), py::arg("multipliers"));
 

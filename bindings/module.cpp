@@ -16,6 +16,7 @@ void check(const Status& status) {
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package.";
+  bind_remap(m);
   bind_wire(m);
   hetkv::bind_engine(m);
 }

@@ -1,7 +1,75 @@
-"""The C++ extension. Errors of the wire codec are returned as `(code, detail)`, `code` as in csrc/status.h."""
+"""hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+from typing_extensions import Buffer
+
+from hetkv.layout import SegmentLayout
+
+class SegmentMap:
+    """Where one segment's elements live: csrc/map.h. Strides are bytes."""
+
+    def __init__(
+        self,
+        *,
+        base: int,
+        block_stride: int,
+        token_stride: int,
+        head_stride: int,
+        outer_stride: int,
+        inner_stride: int,
+        block_size: int,
+        pack: int,
+        dtype: int,
+    ) -> None: ...
+    @staticmethod
+    def of(layout: SegmentLayout, block_size: int, base: int) -> SegmentMap: ...
+    @staticmethod
+    def canonical(base: int, tokens: int, channels: int, dtype: int) -> SegmentMap: ...
+
+class RemapSide:
+    """One side of a job: a map, the block ids where it is paged (copied), where it starts."""
+
+    def __init__(
+        self, map: SegmentMap, blocks: Sequence[int] | Buffer | None = None, first_token: int = 0, first_head: int = 0
+    ) -> None: ...
+
+class RemapJob:
+    """tokens x heads x channels elements from one side to the other: csrc/remap/remap.h."""
+
+    def __init__(
+        self,
+        src: RemapSide,
+        dst: RemapSide,
+        *,
+        tokens: int,
+        heads: int,
+        channels: int,
+        multipliers: Sequence[float] = ...,
+        wire: Literal["", "source", "destination"] = "",
+        wire_offset: int = 0,
+    ) -> None: ...
+
+def remap(jobs: Sequence[RemapJob], seed: int = 0, threads: int = 1) -> tuple[int, int]:
+    """Runs the jobs; returns (checksum of the wire sides, elements saturated). Releases the interpreter lock."""
+
+def checksum(data: Buffer, offset: int = 0, seed: int = 0) -> int:
+    """Payload checksum of a contiguous buffer whose first byte is byte `offset` of the payload."""
+
+def copy(dst: Buffer, src: Buffer, threads: int = 1) -> None:
+    """memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`."""
+
+def available_isas() -> list[str]:
+    """Instruction sets that remap can use here, narrowest first."""
+
+def select_isa(name: str) -> None:
+    """Makes remap use the named instruction set from now on."""
+
+def isa() -> str:
+    """The instruction set that remap uses."""
+
+# Errors of the wire codec are returned as `(code, detail)`, `code` as in csrc/status.h.
 def wire_encode(
     type: int, sequence: int, request_id: bytes, epoch: int, fields: dict[str, Any], key: bytes
 ) -> bytes: ...
@@ -10,3 +78,81 @@ def wire_decode_unopened(type: int, message: bytes) -> tuple[int, str]: ...
 def wire_checksum_seed(request_id: bytes, epoch: int, fields: dict[str, Any]) -> int: ...
 def wire_checksum(payload: bytes, seed: int) -> int: ...
 def siphash24(key: bytes, data: bytes) -> int: ...
+
+class EngineConfig:
+    """Settings of an engine: csrc/engine/config.h."""
+
+    slot_bytes: int
+    window_bytes: int
+    staging_slots: int
+    max_slots_per_link: int
+    threads: int
+    spin_us: int
+    heartbeat_ms: int
+    peer_timeout_ms: int
+    direct: bool
+    trace: bool
+
+    def __init__(self) -> None: ...
+
+class SegmentPlan:
+    """One segment of one layer of a route, on this side."""
+
+    def __init__(
+        self, pool: SegmentMap, first_head: int, channels: int, wire_dtype: int, multipliers: Sequence[float]
+    ) -> None: ...
+
+class LayerPlan:
+    """One layer of one route, on this side."""
+
+    def __init__(
+        self, layer: int, group: int, head_start: int, head_stop: int, segments: Sequence[SegmentPlan]
+    ) -> None: ...
+    def payload_bytes(self, tokens: int) -> int: ...
+
+class LinkConfig:
+    """One link to one peer rank."""
+
+    def __init__(
+        self,
+        *,
+        address: bytes,
+        number: int,
+        send_key: bytes,
+        receive_key: bytes,
+        name: str,
+        instance_links: int,
+        plans: Sequence[LayerPlan],
+    ) -> None: ...
+
+class _Engine:
+    def __init__(self, config: EngineConfig) -> None: ...
+    @property
+    def address(self) -> bytes: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def add_link(self, config: LinkConfig) -> int: ...
+    def activate_link(self, link: int) -> None: ...
+    def drop_link(self, link: int, code: int, reason: str) -> None: ...
+    def wait_events(self) -> list[tuple[int, int, int, int, int, str]]: ...
+    def take_trace(self) -> list[tuple[int, int, int, int, int, int]]: ...
+    def stats(self) -> dict[str, int]: ...
+    def inject(self, link: int, message: bytes) -> None: ...
+    def next_sequence(self, link: int) -> int: ...
+    def abort(self, handle: int, reason: str) -> None: ...
+
+class Sender(_Engine):
+    def submit(self, id: bytes, tokens: Sequence[int], blocks: Sequence[Sequence[int]], hold_ms: int) -> int: ...
+    def extend(self, handle: int, group: int, blocks: Sequence[int]) -> None: ...
+    def send_layer(self, handle: int, layer: int, start: int, stop: int) -> None: ...
+
+class Receiver(_Engine):
+    def receive(
+        self,
+        id: bytes,
+        want: Sequence[tuple[int, int]],
+        blocks: Sequence[Sequence[int]],
+        links: Sequence[int],
+        lease_ms: int,
+    ) -> int: ...
+    def retire_link(self, link: int) -> None: ...

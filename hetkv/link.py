@@ -45,7 +45,7 @@ def link_plans(pool: KVPool, mine: Description, theirs: Description) -> list[_co
                     conversion = segment_conversion(there, here, route.heads, *held[::-1])
                 segments.append(
                     core.SegmentPlan(
-                        pool=pool.address(layer, segment.name),
+                        pool=core.SegmentMap.of(here, mine.layout(layer).block_size, pool.base(layer, segment.name)),
                         first_head=route.heads.start - held[0].start,
                         channels=segment.channels,
                         wire_dtype=conversion.wire.code,

@@ -112,22 +112,6 @@ class KVPool:
         """Address that the segment's offsets count from."""
         return self.layers[layer].tensors[segment].data_ptr()
 
-    def address(self, layer: int, segment: str) -> tuple[int, ...]:
-        """The segment's map as the extension takes it (`SegmentMap` of `csrc/map.h`, in the order of its fields)."""
-        memory = self.layers[layer]
-        part = memory.layout.segments[segment]
-        return (
-            self.base(layer, segment) + part.offset,
-            part.block_stride,
-            part.token_stride,
-            part.head_stride,
-            part.outer_stride,
-            part.inner_stride,
-            memory.layout.block_size,
-            part.pack,
-            part.dtype.code,
-        )
-
     def check_blocks(self, group: int, block_ids: Sequence[int], start: int, stop: int) -> None:
         """Raise `InputError` unless `block_ids` hold tokens `[start, stop)` of a cache group in distinct blocks.
 

@@ -1,24 +1,11 @@
 #include "remap/checksum.h"
 
-#include <cstring>
+#include "remap/isa.h"
 
 namespace hetkv {
 
 std::uint64_t checksum_cpu(const void* data, std::size_t bytes, std::uint64_t offset, std::uint64_t seed) noexcept {
-  const auto* at = static_cast<const unsigned char*>(data);
-  std::uint64_t index = offset / 8;
-  std::uint64_t sum = 0;
-  for (; bytes >= 8; bytes -= 8, at += 8, ++index) {
-    std::uint64_t word;
-    std::memcpy(&word, at, 8);
-    sum += checksum_mix(word, index, seed);
-  }
-  if (bytes > 0) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, at, bytes);
-    sum += checksum_mix(word, index, seed);
-  }
-  return sum;
+  return kernels().checksum(static_cast<const Bytes*>(data), static_cast<std::int64_t>(bytes), offset / 8, seed);
 }
 
 }  // namespace hetkv

@@ -131,7 +131,7 @@ Status decode(const std::uint8_t* data, std::size_t size, Abort* body) {
   AbortBytes raw{};
   if (!found.reader.take(&raw)) return malformed("abort: body is too short");
   if (raw.code == 0) return malformed("abort: code is 0, which is no error");
-  if (raw.code > static_cast<std::uint32_t>(Code::kTimeout)) {
+  if (raw.code > static_cast<std::uint32_t>(Code::kClosed)) {
     return unknown_code("abort: code", raw.code, found.minor);
   }
   if (raw.reason_length > kMaxReasonBytes) {

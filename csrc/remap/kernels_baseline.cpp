@@ -1,0 +1,89 @@
+// Kernels that every CPU of the build's architecture runs: the C library's copies, scalar conversions.
+#include <cstring>
+#include <utility>
+
+#include "convert.h"
+#include "remap/checksum.h"
+#include "remap/kernels.h"
+#include "remap/transpose.h"
+
+namespace hetkv {
+
+std::uint64_t checksum_word(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) noexcept {
+  std::uint64_t word = 0;
+  std::memcpy(&word, data, static_cast<std::size_t>(bytes));
+  return checksum_mix(word, index, seed);
+}
+
+namespace {
+
+constexpr DType dtype_at(std::size_t i) {
+  return static_cast<DType>(i + 1);
+}
+
+void copy_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
+               std::int64_t bytes) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
+  }
+}
+
+std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) {
+  std::uint64_t sum = 0;
+  for (; bytes >= 8; bytes -= 8, data += 8, ++index) {
+    std::uint64_t word;
+    std::memcpy(&word, data, 8);
+    sum += checksum_mix(word, index, seed);
+  }
+  return bytes > 0 ? sum + checksum_word(data, bytes, index, seed) : sum;
+}
+
+std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
+                            std::int64_t src_stride, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+                            std::uint64_t seed) {
+  std::uint64_t sum = 0;
+  for (std::int64_t r = 0; r < rows; ++r, index += index_step) {
+    std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
+    sum += checksum(dst + r * dst_stride, bytes, index, seed);
+  }
+  return sum;
+}
+
+template <std::size_t kSrc, std::size_t kDst>
+std::uint64_t convert_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
+                           std::int64_t src_stride, std::int64_t count, float multiplier) {
+  constexpr FloatFormat from = format_of(dtype_at(kSrc));
+  constexpr FloatFormat to = format_of(dtype_at(kDst));
+  constexpr int from_size = item_size(dtype_at(kSrc));
+  constexpr int to_size = item_size(dtype_at(kDst));
+  std::uint64_t saturated = 0;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const Bytes* in = src + r * src_stride;
+    Bytes* out = dst + r * dst_stride;
+    for (std::int64_t i = 0; i < count; ++i) {
+      std::uint32_t code = 0;  // little-endian
+      std::memcpy(&code, in + i * from_size, from_size);
+      bool clamped;
+      code = encode(to, decode(from, code) * multiplier, &clamped);
+      std::memcpy(out + i * to_size, &code, to_size);
+      saturated += clamped;
+    }
+  }
+  return saturated;
+}
+
+template <std::size_t... kPair>
+constexpr Kernels make_kernels(std::index_sequence<kPair...>) {
+  Kernels set{
+      "baseline", copy_rows, copy_rows_sum, {transpose<1>, transpose<2>, transpose<4>, transpose<8>, transpose<16>},
+      {},         checksum};
+  ((set.convert_rows[kPair / kNumFloats][kPair % kNumFloats] = convert_rows<kPair / kNumFloats, kPair % kNumFloats>),
+   ...);
+  return set;
+}
+
+}  // namespace
+
+const Kernels kBaselineKernels = make_kernels(std::make_index_sequence<kNumFloats * kNumFloats>());
+
+}  // namespace hetkv
