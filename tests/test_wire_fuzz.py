@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -162,3 +165,16 @@ def test_mutated_messages(data: bytes) -> None:
 def test_random_bytes(data: bytes) -> None:
     check_same(data)
     check_same(wire.seal(b"HKV1\1" + data, KEY))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with its sanitizers")
+def test_native_codec_under_sanitizers(tmp_path: Path) -> None:
+    root = VECTORS.parents[1]
+    sources = [root / "tests" / "cpp" / "wire_fuzz.cpp", *sorted((root / "csrc" / "wire").glob("*.cpp"))]
+    flags = ["-std=c++17", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{root}/csrc"]
+    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(tmp_path / "wire_fuzz")], check=True)
+    corpus = sorted(map(str, VECTORS.glob("*/*.bin")))
+    done = subprocess.run([str(tmp_path / "wire_fuzz"), "500000", *corpus], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("500000 messages: ")
