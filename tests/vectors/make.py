@@ -106,6 +106,7 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
     },
     "ticket": ("three cache groups, the last one wants nothing", TICKET, Type.TICKET),
     "grant": ("a new slot with its rkey, and one that the link has seen", GRANT, Type.GRANT),
+    "grant-last": ("a slot that ends at the last address", Grant((SlotGrant(0, 0, 2**64 - 9, 8),)), Type.GRANT),
     "release": ("two slots", RELEASE, Type.RELEASE),
     "release-none": ("no slot", Release(), Type.RELEASE),
     "recall": ("one slot", Recall(((3, 1),)), Type.RECALL),
@@ -257,7 +258,7 @@ def bad_vectors() -> dict[str, Bad]:
         "grant-slot-reserved": Bad("reserved slot field", patch(grant, 84, "I", 9), m, "slots[0].reserved is 9, not 0"),
         "grant-empty-slot": Bad("a slot of no bytes", patch(grant, 72, "Q", 0), m, "grant: slots[0].bytes is 0"),
         "grant-address": Bad(
-            "past the end of memory", patch(grant, 64, "Q", 2**64 - 4096), m, "passes the end of memory"
+            "past the end of memory", patch(grant, 64, "Q", 2**64 - (1 << 20)), m, "passes the end of memory"
         ),
         "grant-twice": Bad("one slot twice", patch(grant, 104, "I", 3), m, "grant: slot 3 is named twice"),
         "grant-trailing": Bad("bytes after the slots", resize(grant, bytes(8)), m, "8 bytes follow the last slot"),
