@@ -1,0 +1,389 @@
+"""Writes the golden and malformed vectors of wire format v1 beside this file, with the Python codec alone.
+
+    python tests/vectors/make.py [FOLDER]
+
+`good.json` and `bad.json` describe `good/*.bin` and `bad/*.bin`; `files.json` describes the files of frames `*.hkv`.
+A vector is changed only together with docs/wire-format.md and the version.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from hetkv.dtypes import DType
+from hetkv.framefile import FrameWriter
+from hetkv.wire import encode, payload_parts, seal
+from hetkv.wire_types import (
+    Abort,
+    Body,
+    Done,
+    Frame,
+    Grant,
+    Heartbeat,
+    Prelude,
+    Recall,
+    Release,
+    SlotGrant,
+    Ticket,
+    Type,
+)
+
+KEY = bytes(range(16))
+REQUEST = bytes.fromhex("0f1e2d3c4b5a69788796a5b4c3d2e1f0")
+EPOCH = 7
+
+
+def frame(dtypes: list[DType | None], channels: list[int], heads: int = 2, tokens: int = 5, **fields: Any) -> Frame:
+    """A frame of `heads` heads from head 4 and `tokens` tokens from token 32, with the payload length that it needs."""
+    fill = [None] * (4 - len(dtypes))
+    made = Frame(
+        group=fields.pop("group", 0),
+        segments=sum(1 << i for i, dtype in enumerate(dtypes) if dtype),
+        layer=fields.pop("layer", 11),
+        head_start=4,
+        head_stop=4 + heads,
+        token_start=32,
+        token_stop=32 + tokens,
+        dtypes=tuple(dtype.code if dtype else 0 for dtype in [*dtypes, *fill]),
+        channels=(*channels, *[0] * len(fill)),
+        slot=3,
+        generation=1,
+        checksum=0x0123456789ABCDEF,
+        **fields,
+    )
+    length = sum((part.bytes + 7) // 8 * 8 for part in payload_parts(made))
+    return msgspec.structs.replace(made, payload_length=length)
+
+
+def message(body: Body, kind: Type, sequence: int = 2) -> bytes:
+    """A message of the right kind of prelude for its type."""
+    if kind in (Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT, Type.ABORT_ACK):
+        return encode(Prelude(kind, sequence, REQUEST, EPOCH), body, KEY)
+    return encode(Prelude(kind, sequence), body, KEY)
+
+
+KV = frame([DType.BFLOAT16, DType.BFLOAT16], [128, 128], saturated=1)
+TICKET = Ticket(30_000, ((0, 640), (128, 640), (0, 0)))
+GRANT = Grant((SlotGrant(3, 1, 0x7F00_0000_1000, 1 << 20, b"rkey of slot 3"), SlotGrant(4, 9, 4096, 8)))
+RELEASE = Release(((3, 1), (4, 9)))
+ABORT = Abort(8, "lease ran out: Größe \u2265 0")
+
+GOOD: dict[str, tuple[str, Body, Type]] = {
+    "frame": ("K and V of two heads and five tokens", KV, Type.FRAME),
+    "frame-mixed": (
+        "MLA record: fp8 values, fp32 scales, bf16 rotary part; parts padded to 8 bytes",
+        frame([DType.FLOAT8_E4M3FN, DType.FLOAT32, DType.BFLOAT16], [511, 3, 63], heads=1, tokens=3, group=2),
+        Type.FRAME,
+    ),
+    "frame-value-only": ("segment 1 alone", frame([None, DType.FLOAT16], [0, 64]), Type.FRAME),
+    "frame-limits": (
+        "the largest values that fields may have",
+        msgspec.structs.replace(
+            frame([DType.UINT8] * 4, [1, 1, 1, 1], heads=1, tokens=8),
+            group=0xFFFF,
+            layer=0xFFFFFFFF,
+            head_start=0xFFFFFFFE,
+            head_stop=0xFFFFFFFF,
+            token_start=2**64 - 9,
+            token_stop=2**64 - 1,
+            slot=0xFFFFFFFF,
+            generation=0xFFFFFFFF,
+            checksum=2**64 - 1,
+            saturated=32,
+        ),
+        Type.FRAME,
+    ),
+    **{
+        f"frame-{dtype.value}": (f"one segment of {dtype.value}", frame([dtype], [96], tokens=1), Type.FRAME)
+        for dtype in DType
+    },
+    "ticket": ("three cache groups, the last one wants nothing", TICKET, Type.TICKET),
+    "grant": ("a new slot with its rkey, and one that the link has seen", GRANT, Type.GRANT),
+    "grant-last": ("a slot that ends at the last address", Grant((SlotGrant(0, 0, 2**64 - 9, 8),)), Type.GRANT),
+    "release": ("two slots", RELEASE, Type.RELEASE),
+    "release-none": ("no slot", Release(), Type.RELEASE),
+    "recall": ("one slot", Recall(((3, 1),)), Type.RECALL),
+    "recall-all": ("no slot named: all of them", Recall(), Type.RECALL),
+    "done": ("32 frames", Done(32, 1 << 29), Type.DONE),
+    "abort": ("a reason with characters of two and three bytes", ABORT, Type.ABORT),
+    "abort-silent": ("no reason", Abort(1), Type.ABORT),
+    "abort-longest": ("a reason of 512 bytes", Abort(12, "x" * 512), Type.ABORT),
+    "abort_ack": ("no body", None, Type.ABORT_ACK),
+    "heartbeat": ("a clock", Heartbeat(123_456_789_012), Type.HEARTBEAT),
+    "bye": ("no body", None, Type.BYE),
+}
+
+
+class Bad(NamedTuple):
+    about: str
+    data: bytes
+    error: str
+    text: str
+
+
+def patch(data: bytes, at: int, code: str, value: int | bytes, sealed: bool = True) -> bytes:
+    """`data` with a little-endian field at byte `at` replaced, and a MAC that fits again unless `sealed` is false."""
+    field = struct.pack("<" + code, value)
+    changed = data[:at] + field + data[at + len(field) :]
+    return seal(changed[:-8], KEY) if sealed else changed
+
+
+def resize(data: bytes, extra: bytes = b"", cut: int = 0) -> bytes:
+    """`data` with its body cut or extended; length and MAC fit again."""
+    body = data[: len(data) - 8 - cut] + extra
+    return seal(body[:8] + struct.pack("<I", len(body) + 8) + body[12:], KEY)
+
+
+def bad_vectors() -> dict[str, Bad]:
+    """Every way to be malformed, each with the error's name and a part of its text."""
+    m, u, a = "MalformedError", "UnsupportedError", "AuthenticationError"
+    kv, beat, bye = message(KV, Type.FRAME), message(Heartbeat(5), Type.HEARTBEAT), message(None, Type.BYE)
+    ticket, grant, release = message(TICKET, Type.TICKET), message(GRANT, Type.GRANT), message(RELEASE, Type.RELEASE)
+    abort, done = message(ABORT, Type.ABORT), message(Done(1, 2), Type.DONE)
+    latin = resize(patch(abort, 52, "I", 1), b"\xe9" + bytes(7), cut=len(abort) - 64)
+    newer = patch(kv, 5, "B", 1)
+    one = frame([DType.UINT8], [1], heads=1, tokens=1)
+    huge = patch(patch(message(one, Type.FRAME), 72, "Q", 2**64 - 1), 88, "I", 2**32 - 1)
+    return {
+        # The prelude.
+        "empty": Bad("no bytes", b"", m, "message of 0 bytes is shorter than 56"),
+        "truncated-prelude": Bad("55 bytes", kv[:55], m, "message of 55 bytes is shorter than 56"),
+        "truncated": Bad("the last 8 bytes are missing", kv[:-8], m, "length is 144, but 136 bytes arrived"),
+        "trailing": Bad("8 bytes too many", kv + bytes(8), m, "length is 144, but 152 bytes arrived"),
+        "magic": Bad("foreign magic", patch(kv, 0, "4s", b"PK\3\4"), m, "magic is 504b0304, not 484b5631"),
+        "major": Bad("a new major version", patch(kv, 4, "B", 2), u, "major version is 2; this side reads 1"),
+        "major-zero": Bad("major version 0", patch(kv, 4, "B", 0), u, "major version is 0"),
+        "reserved": Bad("reserved field used", patch(kv, 12, "I", 1), m, "reserved field at byte 12 is 1, not 0"),
+        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.0 (message is 1.0)"),
+        "type-newer": Bad(
+            "a type of version 1.3",
+            patch(patch(bye, 6, "H", 11), 5, "B", 3),
+            u,
+            "type 11 is not known to version 1.0 (message is 1.3)",
+        ),
+        "length-oversized": Bad(
+            "length over the limit", patch(kv, 8, "I", 65544), m, "length 65544 is over the limit of 65536"
+        ),
+        "length-huge": Bad("length 2^32 - 1", patch(kv, 8, "I", 2**32 - 1), m, "length 4294967295 is over the limit"),
+        "length-short": Bad("length below the bytes", patch(kv, 8, "I", 136), m, "length is 136, but 144"),
+        "length-unaligned": Bad("60 bytes", resize(bye, bytes(4)), m, "length 60 is not a multiple of 8"),
+        "length-frame": Bad("a longer frame", resize(kv, bytes(8)), m, "length of a frame is 152; must be 144"),
+        "length-bye": Bad("a bye with a body", resize(bye, bytes(8)), m, "length of a bye is 64; must be 56"),
+        "length-ticket": Bad(
+            "a ticket without a body", patch(bye, 6, "H", 2), m, "length of a ticket is 56; must be at least 64"
+        ),
+        "bit-flip-body": Bad("one bit of the layer", patch(kv, 52, "B", 10, sealed=False), a, "MAC of a frame"),
+        "bit-flip-sequence": Bad("a replay renumbered", patch(kv, 16, "Q", 3, sealed=False), a, "MAC of a frame"),
+        "bit-flip-mac": Bad("one bit of the MAC", beat[:-1] + bytes([beat[-1] ^ 1]), a, "MAC of a heartbeat"),
+        "wrong-key": Bad("the other direction's key", seal(kv[:-8], bytes(16)), a, "MAC of a frame does not match"),
+        "request-missing": Bad("no request", patch(kv, 24, "16s", b""), m, "request_id of a frame is all zeros"),
+        "request-extra": Bad(
+            "a heartbeat of a request", patch(beat, 24, "16s", REQUEST), m, f"is {REQUEST.hex()}, not zeros"
+        ),
+        "epoch-extra": Bad("a bye of an epoch", patch(bye, 40, "Q", 7), m, "epoch of a bye is 7, not 0"),
+        # The frame.
+        "segments-none": Bad("no segment", patch(kv, 50, "H", 0), m, "segments is 0"),
+        "segments-many": Bad("segment 4", patch(kv, 50, "H", 19), m, "segments is 19, which names a segment above 3"),
+        "heads-empty": Bad("no head", patch(kv, 60, "I", 4), m, "head interval [4, 4) is empty or reversed"),
+        "heads-reversed": Bad("heads reversed", patch(kv, 60, "I", 2), m, "head interval [4, 2) is empty or reversed"),
+        "tokens-empty": Bad("no token", patch(kv, 72, "Q", 32), m, "token interval [32, 32) is empty or reversed"),
+        "tokens-reversed": Bad("tokens reversed", patch(kv, 72, "Q", 31), m, "token interval [32, 31) is empty or"),
+        "frame-reserved": Bad("reserved field used", patch(kv, 86, "H", 256), m, "frame: reserved is 256, not 0"),
+        "scale-newer": Bad(
+            "a scale encoding of 1.1",
+            patch(newer, 84, "B", 1),
+            u,
+            "frame: scale_encoding 1 is not known to version 1.0 (message is 1.1)",
+        ),
+        "codec-newer": Bad(
+            "a codec of 1.1", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.0 (message is 1.1)"
+        ),
+        "dtype-newer": Bad(
+            "a dtype of 1.1",
+            patch(newer, 81, "B", 10),
+            u,
+            "frame: dtypes[1] 10 is not known to version 1.0 (message is 1.1)",
+        ),
+        "dtype-missing": Bad("no dtype", patch(kv, 80, "B", 0), m, "dtypes[0] is 0, but the segment is present"),
+        "dtype-extra": Bad(
+            "dtype of no segment", patch(kv, 83, "B", 3), m, "dtypes[3] is 3, but the segment is absent"
+        ),
+        "channels-missing": Bad(
+            "no channels", patch(kv, 92, "I", 0), m, "channels[1] is 0, but the segment is present"
+        ),
+        "channels-extra": Bad(
+            "channels of no segment", patch(kv, 96, "I", 64), m, "channels[2] is 64, but the segment"
+        ),
+        "payload-short": Bad(
+            "payload length too small", patch(kv, 112, "Q", 5112), m, "payload_length is 5112, but heads, tokens"
+        ),
+        "payload-long": Bad("payload length too large", patch(kv, 112, "Q", 5128), m, "dtypes make 5120"),
+        "payload-unpadded": Bad(
+            "padding not counted",
+            patch(message(GOOD["frame-mixed"][1], Type.FRAME), 112, "Q", 1533 + 36 + 378),
+            m,
+            "payload_length is 1947, but heads, tokens, channels and dtypes make 1960",
+        ),
+        "payload-overflow": Bad("more than 2^64 bytes", huge, m, "over the limit of 1099511627776 bytes"),
+        "saturated-many": Bad(
+            "more than all elements", patch(kv, 128, "Q", 2561), m, "saturated is 2561, but there are 2560 elements"
+        ),
+        # The other bodies.
+        "ticket-none": Bad("no group", resize(patch(ticket, 52, "I", 0), cut=48), m, "ticket: num_groups is 0"),
+        "ticket-many": Bad(
+            "more groups than bytes", patch(ticket, 52, "I", 4), m, "num_groups is 4, but 48 bytes of ranges follow"
+        ),
+        "ticket-huge": Bad("2^32 - 1 groups", patch(ticket, 52, "I", 2**32 - 1), m, "num_groups is 4294967295, but 48"),
+        "ticket-reversed": Bad(
+            "a range reversed", patch(ticket, 72, "Q", 700), m, "token interval [700, 640) of group 1 is reversed"
+        ),
+        "grant-none": Bad("no slot", resize(patch(grant, 48, "I", 0), cut=80), m, "grant: num_slots is 0"),
+        "grant-many": Bad(
+            "more slots than bytes", patch(grant, 48, "I", 3), m, "num_slots is 3, but 80 bytes of slots"
+        ),
+        "grant-cut": Bad(
+            "an rkey eats the next slot", patch(grant, 80, "I", 40), m, "slots[1] is cut short: 8 bytes are left"
+        ),
+        "grant-rkey": Bad("an rkey past the end", patch(grant, 80, "I", 49), m, "slots[0].rkey_length is 49, but 48"),
+        "grant-rkey-huge": Bad("an rkey of 2^32 - 1", patch(grant, 80, "I", 2**32 - 1), m, "is 4294967295, but 48"),
+        "grant-padding": Bad("padding used", patch(grant, 103, "B", 1), m, "slots[0]: padding is 1, not 0"),
+        "grant-reserved": Bad("reserved list field", patch(grant, 52, "I", 9), m, "grant: reserved is 9, not 0"),
+        "grant-slot-reserved": Bad("reserved slot field", patch(grant, 84, "I", 9), m, "slots[0].reserved is 9, not 0"),
+        "grant-empty-slot": Bad("a slot of no bytes", patch(grant, 72, "Q", 0), m, "grant: slots[0].bytes is 0"),
+        "grant-address": Bad(
+            "past the end of memory", patch(grant, 64, "Q", 2**64 - (1 << 20)), m, "passes the end of memory"
+        ),
+        "grant-twice": Bad("one slot twice", patch(grant, 104, "I", 3), m, "grant: slot 3 is named twice"),
+        "grant-trailing": Bad("bytes after the slots", resize(grant, bytes(8)), m, "8 bytes follow the last slot"),
+        "release-many": Bad("more slots than bytes", patch(release, 48, "I", 3), m, "release: num_slots is 3, but 16"),
+        "release-few": Bad("fewer slots than bytes", patch(release, 48, "I", 1), m, "release: num_slots is 1, but 16"),
+        "release-reserved": Bad("reserved field", patch(release, 52, "I", 1), m, "release: reserved is 1, not 0"),
+        "release-twice": Bad("one slot twice", patch(release, 64, "I", 3), m, "release: slot 3 is named twice"),
+        "recall-twice": Bad(
+            "one slot twice", patch(patch(release, 64, "I", 3), 6, "H", 5), m, "recall: slot 3 is named twice"
+        ),
+        "done-request": Bad("done with nothing", patch(done, 24, "16s", b""), m, "request_id of a done is all zeros"),
+        "abort-code-zero": Bad("no error", patch(abort, 48, "I", 0), m, "abort: code is 0, which is no error"),
+        "abort-code-newer": Bad(
+            "a code of 1.2",
+            patch(patch(abort, 48, "I", 13), 5, "B", 2),
+            u,
+            "abort: code 13 is not known to version 1.0 (message is 1.2)",
+        ),
+        "abort-reason-long": Bad(
+            "a reason of 513 bytes",
+            resize(patch(message(GOOD["abort-longest"][1], Type.ABORT), 52, "I", 513), bytes(8)),
+            m,
+            "reason_length 513 is over the limit of 512",
+        ),
+        "abort-reason-cut": Bad("a reason past the end", patch(abort, 52, "I", 33), m, "reason_length is 33, but 32"),
+        "abort-padding": Bad("padding used", patch(abort, len(abort) - 9, "B", 1), m, "abort: padding is 1, not 0"),
+        "abort-latin1": Bad("a reason in Latin-1", latin, m, "abort: reason is not UTF-8 at its byte 0"),
+    }
+
+
+def pattern(size: int, start: int) -> bytes:
+    """Bytes without a short period, to stand for KV data."""
+    return bytes((start + 7 * i + (i >> 8) * 13) & 0xFF for i in range(size))
+
+
+def frame_file() -> tuple[bytes, list[Frame]]:
+    """A file of three frames: K and V, an MLA record with padding, a state."""
+    file = io.BytesIO()
+    writer = FrameWriter(file)
+    frames = []
+    mixed = frame([DType.FLOAT8_E4M3FN, DType.FLOAT32, DType.BFLOAT16], [511, 3, 63], heads=1, tokens=3)
+    for number, shape in enumerate((frame([DType.BFLOAT16] * 2, [64, 64]), mixed, frame([DType.UINT8], [1001]))):
+        parts = {segment: pattern(size, 31 * number + segment) for segment, _, size in payload_parts(shape)}
+        frames.append(writer.write(REQUEST, EPOCH, shape, parts))
+    return file.getvalue(), frames
+
+
+def bad_files(good: bytes, frames: list[Frame]) -> dict[str, Bad]:
+    """Broken copies of the golden file."""
+    first, second = 144 + frames[0].payload_length, 144 + frames[1].payload_length
+    at = 144 + 16
+    swapped = good[:at] + good[at + 8 : at + 16] + good[at : at + 8] + good[at + 16 :]
+    moved = good[:144] + good[152:first] + good[144:152] + good[first:]
+    first_payload = good[144 : 144 + frames[1].payload_length]
+    return {
+        "cut-header": Bad("ends in a header", good[: first + 100], "MalformedError", "header is cut short: 100 of 144"),
+        "cut-payload": Bad(
+            "ends in a payload", good[: first - 1], "MalformedError", "payload is cut short: 2559 of 2560"
+        ),
+        "bit-flip": Bad(
+            "one bit of a payload",
+            good[:200] + bytes([good[200] ^ 4]) + good[201:],
+            "ChecksumError",
+            "frame 0 at byte 0",
+        ),
+        "swapped-words": Bad("two words change places", swapped, "ChecksumError", "payload has the checksum"),
+        "rotated": Bad("all words move by one", moved, "ChecksumError", "payload has the checksum"),
+        "zeroed-word": Bad(
+            "a word is zero", good[:at] + bytes(8) + good[at + 8 :], "ChecksumError", "payload has the checksum"
+        ),
+        "foreign-payload": Bad(
+            "another frame's payload",
+            good[: first + 144] + first_payload + good[first + second :],
+            "ChecksumError",
+            f"frame 1 at byte {first}",
+        ),
+        "missing-frame": Bad(
+            "frame 1 is gone", good[:first] + good[first + second :], "AuthenticationError", "is 2, not 1"
+        ),
+        "message-inside": Bad(
+            "a heartbeat in a file",
+            encode(Prelude(Type.HEARTBEAT), Heartbeat(1), bytes(16)) + good,
+            "MalformedError",
+            "frame 0 at byte 0: length is 64, but 144 bytes arrived",
+        ),
+    }
+
+
+def main(folder: Path) -> None:
+    """Writes all vectors into `folder`."""
+
+    def describe(vectors: dict[str, Bad]) -> dict[str, dict[str, str]]:
+        return {name: {"about": bad.about, "error": bad.error, "text": bad.text} for name, bad in vectors.items()}
+
+    def dump(name: str, value: object) -> None:
+        (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    for kind in ("good", "bad"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    good: dict[str, object] = {}
+    for name, (about, body, kind) in GOOD.items():
+        data = message(body, kind)
+        (folder / "good" / f"{name}.bin").write_bytes(data)
+        prelude = {"sequence": 2, "request_id": data[24:40].hex(), "epoch": int.from_bytes(data[40:48], "little")}
+        good[name] = {"about": about, "type": kind.text, **prelude, "body": plain(body)}
+    dump("good.json", {"key": KEY.hex(), "vectors": good})
+    bad = bad_vectors()
+    for name, vector in bad.items():
+        (folder / "bad" / f"{name}.bin").write_bytes(vector.data)
+    dump("bad.json", {"key": KEY.hex(), "vectors": describe(bad)})
+    data, frames = frame_file()
+    (folder / "good" / "frames.hkv").write_bytes(data)
+    broken = bad_files(data, frames)
+    for name, vector in broken.items():
+        (folder / "bad" / f"{name}.hkv").write_bytes(vector.data)
+    dump("files.json", {"good": [plain(item) for item in frames], "bad": describe(broken)})
+
+
+def plain(body: Body) -> object:
+    """A body as JSON: bytes in hexadecimal."""
+    value = msgspec.to_builtins(body, builtin_types=(bytes,))
+    for slot in value["slots"] if isinstance(body, Grant) else []:
+        slot["rkey"] = slot["rkey"].hex()
+    return value
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
