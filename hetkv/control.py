@@ -183,12 +183,14 @@ class ControlConnection:
             lost = error
         self._channel.wake()
         with self._state:
-            self._lost = lost if self._failed_send is None else self._failed_send
+            if self._closed:
+                return
+            self._lost = lost = self._failed_send or lost
             callbacks, self._callbacks = self._callbacks, []
             self._state.notify_all()
         for callback in callbacks:
             try:
-                callback(self._lost)
+                callback(lost)
             except Exception:
                 _log.exception("%s: on_lost callback failed", self.peer_address)
 
@@ -255,7 +257,10 @@ def establish(
                 channel.start_tls(tls, not connecting, tls_hostname if connecting else None, time.monotonic() + timeout)
             keys = authenticate(channel, secret, role, connecting, timeout)
             records = Records(channel, keys.control_send, keys.control_receive)
-            peer = _agree(records, channel.peer, describe(), connecting, timeout)
+            mine = describe()
+            if mine.role != role:
+                raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
+            peer = _agree(records, channel.peer, mine, connecting, timeout)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:

@@ -55,7 +55,7 @@ class Listener:
         self._wake_read, self._wake_write = os.pipe()
         self._lock = threading.Lock()
         self._handshakes: dict[Channel, None] = {}
-        self._threads: set[threading.Thread] = set()
+        self._threads: list[threading.Thread] = []  # the accepting thread's own, until it has ended
         self._closing = False
         self._acceptor = threading.Thread(target=self._accept, name=f"hetkv-listen-{self.address}", daemon=True)
         self._acceptor.start()
@@ -70,7 +70,7 @@ class Listener:
             for channel in self._handshakes:
                 channel.wake()
         self._acceptor.join()
-        for thread in list(self._threads):
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._sock.close()
@@ -114,12 +114,12 @@ class Listener:
                     del self._handshakes[oldest]
                     oldest.wake()
                 self._handshakes[channel] = None
-                self._threads.add(thread)
             try:
                 thread.start()
-            except BaseException:
-                self._forget(channel, thread)
+            except RuntimeError:
+                self._forget(channel)
                 raise
+            self._threads = [thread, *(other for other in self._threads if other.is_alive())]
         except (OSError, RuntimeError) as error:
             sock.close()
             self._refuse(peer, PeerLostError(f"{peer}: {error}"))
@@ -138,9 +138,6 @@ class Listener:
         else:
             self._forget(channel)
             self._hand_over(connection)
-        finally:
-            with self._lock:
-                self._threads.discard(threading.current_thread())
 
     def _hand_over(self, connection: ControlConnection) -> None:
         if self._closing:
@@ -158,12 +155,10 @@ class Listener:
         except Exception:
             _log.exception("%s: on_refused callback failed", peer)
 
-    def _forget(self, channel: Channel, thread: threading.Thread | None = None) -> None:
-        """The channel's handshake has ended; after this no other thread touches the channel."""
+    def _forget(self, channel: Channel) -> None:
+        """The channel's handshake has ended: neither `close` nor a newer client may end it any more."""
         with self._lock:
             self._handshakes.pop(channel, None)
-            if thread is not None:
-                self._threads.discard(thread)
 
 
 def _bind(address: Address) -> socket.socket:
@@ -173,7 +168,7 @@ def _bind(address: Address) -> socket.socket:
             sock = socket.create_server(("::", address.port), family=socket.AF_INET6, dualstack_ipv6=True)
         else:
             found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[0]
-            sock = socket.create_server(found[4][:2], family=found[0])
+            sock = socket.create_server(found[4], family=found[0])
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}") from None
     sock.setblocking(False)

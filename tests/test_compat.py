@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from control_peers import SPEC, describe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetkv import compat
 from hetkv.compat import Conversion, segment_conversion, wire_dtype
-from hetkv.description import Description, decode, encode, group_layers, host_id
+from hetkv.description import Description, decode, encode
 from hetkv.dtypes import DType
 from hetkv.errors import IncompatibleError, InputError, MessageError
 from hetkv.layout import KVLayout, ScaleLayout
@@ -21,36 +21,6 @@ from hetkv.spec import Interval, KVSpec, LayerSpec, Shard
 
 FN, FNUZ, E5, E5FNUZ = (DType.parse(n) for n in ("fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"))
 BF16, FP16, FP32, INT8, UINT8 = DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.INT8, DType.UINT8
-
-
-def describe(
-    role: str, spec: KVSpec, dtype: DType = BF16, scale: ScaleLayout | None = None, **changes: object
-) -> Description:
-    shard = changes.get("shard", Shard.whole(spec))
-    layers = {}
-    for index in range(*shard.layers):
-        layer = spec.layers[index]
-        if layer.shares is not None:
-            continue
-        name = "nhd" if layer.kind == "kv" else layer.kind
-        kind = UINT8 if layer.kind == "state" else dtype
-        layout = KVLayout.preset(name, layer, shard.heads[index].size, 16, kind, scale)
-        layers[index] = SimpleNamespace(layout=layout, num_blocks=100)
-    values = {
-        "role": role,
-        "instance": f"{role}-0",
-        "pid": 1,
-        "host": host_id(),
-        "spec": spec,
-        "shard": shard,
-        "layers": group_layers(layers),
-        "worker_address": b"\x01\x02",
-        "slot_bytes": 1 << 20 if role == "receiver" else 0,
-        "heartbeat_interval_ms": 500,
-        "heartbeat_timeout_ms": 3000,
-        "lease_ms": 30000,
-    }
-    return Description(**(values | changes))
 
 
 def part(dtype: DType, scales: Sequence[float] = (), heads: int = 4):
@@ -73,9 +43,6 @@ def refused(mine: Description, theirs: Description) -> IncompatibleError:
     assert ours.value.field == other.value.field
     assert (ours.value.mine, ours.value.theirs) == (other.value.theirs, other.value.mine)
     return ours.value
-
-
-SPEC = KVSpec.uniform(4, 4, 64)
 
 
 def test_equal_sides_fit():
