@@ -67,11 +67,11 @@ _BODY_SIZES = {
     Type.RECALL: (_LIST.size, False),
     Type.DONE: (_DONE.size, True),
     Type.ABORT: (_ABORT.size, False),
-    Type.ABORT_ACK: (0, True),
+    Type.WANT: (0, True),
     Type.HEARTBEAT: (_HEARTBEAT.size, True),
     Type.BYE: (0, True),
 }
-_OF_REQUEST = {Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT, Type.ABORT_ACK}
+_OF_REQUEST = {Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT}
 
 
 def checksum_seed(prelude: Prelude, frame: Frame) -> int:
@@ -386,7 +386,7 @@ _DECODERS: dict[Type, Callable[[bytes, int], Body]] = {
     Type.RECALL: lambda body, minor: Recall(_decode_names(body, "recall")),
     Type.DONE: lambda body, minor: Done(*_DONE.unpack(body)),
     Type.ABORT: _decode_abort,
-    Type.ABORT_ACK: lambda body, minor: None,
+    Type.WANT: lambda body, minor: None,
     Type.HEARTBEAT: lambda body, minor: Heartbeat(*_HEARTBEAT.unpack(body)),
     Type.BYE: lambda body, minor: None,
 }

@@ -11,7 +11,7 @@ MAX_SEGMENTS = 4
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_REASON_BYTES = 512
 MAX_PAYLOAD_BYTES = 1 << 40
-MAX_ABORT_CODE = 12
+MAX_ABORT_CODE = 11
 
 
 class Type(enum.IntEnum):
@@ -24,7 +24,7 @@ class Type(enum.IntEnum):
     RECALL = 5
     DONE = 6
     ABORT = 7
-    ABORT_ACK = 8
+    WANT = 8
     HEARTBEAT = 9
     BYE = 10
 
@@ -129,7 +129,7 @@ BODIES: dict[Type, type] = {
     Type.RECALL: Recall,
     Type.DONE: Done,
     Type.ABORT: Abort,
-    Type.ABORT_ACK: type(None),
+    Type.WANT: type(None),
     Type.HEARTBEAT: Heartbeat,
     Type.BYE: type(None),
 }

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hetkv import _core, reference
+from hetkv import reference
+from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.layout import SegmentLayout
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from remap_cases import Side, check, pool, wire
 
-from hetkv import _core, reference
+from hetkv import reference
+from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
 from hetkv.layout import PRESETS, KVLayout, SegmentLayout

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetkv import _core, errors, wire
+from hetkv import errors, wire
+from hetkv.core import core as _core
 from hetkv.checksum import payload_checksum, siphash24
 from hetkv.dtypes import DType
 from hetkv.wire_types import BODIES, Abort, Body, Frame, Grant, Heartbeat, Prelude, SlotGrant, Ticket, Type

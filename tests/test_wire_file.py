@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetkv import _core, errors
+from hetkv import errors
+from hetkv.core import core as _core
 from hetkv.framefile import FILE_KEY, FrameWriter, read_frames, split_payload
 from hetkv.wire import FRAME_BYTES, payload_parts
 from hetkv.wire_types import Frame, Type

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from hetkv import _core, errors, wire
+from hetkv import errors, wire
+from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.wire_types import (
     BODIES,
@@ -80,12 +81,12 @@ bodies = {
     Type.RELEASE: st.builds(Release, names),
     Type.RECALL: st.builds(Recall, names),
     Type.DONE: st.builds(Done, u64, u64),
-    Type.ABORT: st.builds(Abort, st.integers(1, 12), st.text(max_size=128)),
-    Type.ABORT_ACK: st.none(),
+    Type.ABORT: st.builds(Abort, st.integers(1, 11), st.text(max_size=128)),
+    Type.WANT: st.none(),
     Type.HEARTBEAT: st.builds(Heartbeat, u64),
     Type.BYE: st.none(),
 }
-OF_LINK = {Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE}
+OF_LINK = {Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE}
 
 
 @st.composite

@@ -57,7 +57,7 @@ Status run(const std::uint8_t* data, std::size_t size, wire::Type type, const wi
       return decode_and_encode<wire::Abort>(data, size, prelude);
     case wire::Type::kHeartbeat:
       return decode_and_encode<wire::Heartbeat>(data, size, prelude);
-    case wire::Type::kAbortAck:
+    case wire::Type::kWant:
     case wire::Type::kBye:
       break;
   }

@@ -64,7 +64,7 @@ def frame(dtypes: list[DType | None], channels: list[int], heads: int = 2, token
 
 def message(body: Body, kind: Type, sequence: int = 2) -> bytes:
     """A message of the right kind of prelude for its type."""
-    if kind in (Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT, Type.ABORT_ACK):
+    if kind in (Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT):
         return encode(Prelude(kind, sequence, REQUEST, EPOCH), body, KEY)
     return encode(Prelude(kind, sequence), body, KEY)
 
@@ -114,8 +114,8 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
     "done": ("32 frames", Done(32, 1 << 29), Type.DONE),
     "abort": ("a reason with characters of two and three bytes", ABORT, Type.ABORT),
     "abort-silent": ("no reason", Abort(1), Type.ABORT),
-    "abort-longest": ("a reason of 512 bytes", Abort(12, "x" * 512), Type.ABORT),
-    "abort_ack": ("no body", None, Type.ABORT_ACK),
+    "abort-longest": ("a reason of 512 bytes", Abort(11, "x" * 512), Type.ABORT),
+    "want": ("no body", None, Type.WANT),
     "heartbeat": ("a clock", Heartbeat(123_456_789_012), Type.HEARTBEAT),
     "bye": ("no body", None, Type.BYE),
 }
@@ -273,9 +273,9 @@ def bad_vectors() -> dict[str, Bad]:
         "abort-code-zero": Bad("no error", patch(abort, 48, "I", 0), m, "abort: code is 0, which is no error"),
         "abort-code-newer": Bad(
             "a code of 1.2",
-            patch(patch(abort, 48, "I", 13), 5, "B", 2),
+            patch(patch(abort, 48, "I", 12), 5, "B", 2),
             u,
-            "abort: code 13 is not known to version 1.0 (message is 1.2)",
+            "abort: code 12 is not known to version 1.0 (message is 1.2)",
         ),
         "abort-reason-long": Bad(
             "a reason of 513 bytes",
