@@ -6,6 +6,7 @@ share the elements evenly. Every rank of both sides computes the same routes fro
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -99,24 +100,30 @@ def _pieces(
     spec: KVSpec, sources: Sequence[Shard], destinations: Sequence[Shard]
 ) -> Iterator[tuple[_Piece, tuple[int, ...]]]:
     """Each destination's heads, cut wherever a source begins or ends, with the sources that hold the piece."""
+    held = [
+        tuple((s, source.heads[layer]) for s, source in enumerate(sources) if layer in range(*source.layers))
+        for layer in range(len(spec.layers))
+    ]
+    cut = functools.cache(_cut)  # most layers of a model are held alike
     for index, destination in enumerate(destinations):
         for layer in range(*destination.layers):
             if spec.layers[layer].shares is not None:
                 continue
-            wanted = destination.heads[layer]
-            held = {
-                s: common
-                for s, source in enumerate(sources)
-                if source.layers.start <= layer < source.layers.stop and (common := source.heads[layer] & wanted).size
-            }
-            cuts = sorted({*wanted, *(edge for common in held.values() for edge in common)})
-            for start, stop in itertools.pairwise(cuts):
-                holders = tuple(s for s, common in held.items() if common.start <= start and stop <= common.stop)
+            for heads, holders in cut(destination.heads[layer], held[layer]):
                 if not holders:
-                    raise InputError(
-                        f"layer {layer}, heads [{start}, {stop}): destination {index} needs them, no source holds them"
-                    )
-                yield _Piece(index, layer, Interval(start, stop)), holders
+                    where = f"layer {layer}, heads [{heads.start}, {heads.stop})"
+                    raise InputError(f"{where}: destination {index} needs them, no source holds them")
+                yield _Piece(index, layer, heads), holders
+
+
+def _cut(wanted: Interval, held: tuple[tuple[int, Interval], ...]) -> list[tuple[Interval, tuple[int, ...]]]:
+    """`wanted` in pieces that are each held by one set of sources."""
+    inside = [(source, heads & wanted) for source, heads in held]
+    cuts = sorted({*wanted, *(edge for _, heads in inside if heads.size for edge in heads)})
+    return [
+        (Interval(start, stop), tuple(s for s, heads in inside if heads.start <= start and stop <= heads.stop))
+        for start, stop in itertools.pairwise(cuts)
+    ]
 
 
 def _share(spec: KVSpec, holders: tuple[int, ...], pieces: list[_Piece]) -> Iterator[tuple[int, _Piece]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
@@ -281,6 +282,24 @@ def test_a_layout_that_does_not_hold_the_shard_is_named():
         msgspec.structs.replace(good, shard=Shard.of(SPEC, 2, 0))
     with pytest.raises(InputError, match=r"layers\[0\].k.scale has 3 values for 4 heads"):
         describe("sender", SPEC, FN, ScaleLayout((1.0, 2.0, 3.0)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_a_damaged_description_is_refused_or_means_something_else(data):
+    """Whatever a peer sends: a description that holds together, or `MessageError`, and no other error."""
+    good = bytearray(encode(describe("sender", KVSpec((LayerSpec.kv(2, 64), LayerSpec.latent(64, 16))))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(good) - 1))
+        good[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    try:
+        message = decode(bytes(good), "peer")
+    except MessageError:
+        return
+    if isinstance(message, Description):
+        assert decode(encode(message), "peer") == message
+        with contextlib.suppress(IncompatibleError):
+            compat.check(describe("receiver", message.spec), message)
 
 
 def test_an_unknown_field_is_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -306,8 +307,11 @@ def test_another_major_is_refused_naming_both_versions():
     hello = Hello(9, 4, "sender", os.urandom(32), "9.0").encode()
     text = rf"the peer speaks control protocol 9\.4, this side {MAJOR}\.{MINOR}"
     with serving() as server, raw_client(server.address) as sock:
-        sock.sendall(hello)
+        for part in (hello, bytes(9000), bytes(9000), bytes(9000)):
+            sock.sendall(part)  # what is still on its way must not reset the connection before the answer is read
+            time.sleep(0.1)
         answer = drain(sock)
+        assert len(answer) == HELLO_BYTES
         assert struct.unpack_from("<8sHH", answer) == (b"hetkvctl", MAJOR, MINOR)
         error = server.error()
         assert isinstance(error, VersionError)
@@ -365,6 +369,8 @@ def test_silent_clients_cannot_keep_a_peer_out():
         silent = [raw_client(server.address) for _ in range(12)]
         with join(server), server.next():
             pass
+        for sock in silent[:8]:
+            assert len(drain(sock)) == HELLO_BYTES  # the end comes long before the timeout
         for sock in silent:
             sock.close()
 
@@ -392,8 +398,8 @@ def test_a_flipped_bit_closes_with_a_typed_error(bit):
 
             proxy.change = flip
             client.send(Ready())
-            # A longer length waits for bytes that never come; the next message completes it.
-            client.send(Ready())
+            with contextlib.suppress(PeerLostError):
+                client.send(Ready())  # a longer length waits for bytes that never come: this completes it
             lost = loss_of(peer)
             assert isinstance(lost, (AuthenticationError, MessageError))
             assert isinstance(loss_of(client), PeerLostError)
@@ -582,19 +588,31 @@ def test_tls_with_an_unknown_certificate_or_without_tls_fails(contexts):
 
 
 def test_nothing_is_left_behind():
-    join_once = threading.active_count(), open_descriptors()
+    threads, descriptors = threading.active_count(), open_descriptors()
+    kept: list[ControlConnection] = []  # so that it is close, not the garbage collector, that frees the descriptors
     with serving(timeout=1.0) as server:
         for _ in range(5):
-            with join(server), server.next():
-                pass
+            kept += [join(server), server.next()]
             with pytest.raises(AuthenticationError):
                 join(server, secret=bytes(16))
             with pytest.raises(IncompatibleError):
                 join(server, describe=lambda: describe("sender", KVSpec.uniform(3, 4, 64)))
-        silent = raw_client(server.address)
-    silent.close()
-    assert settled(threading.active_count, join_once[0])
-    assert settled(open_descriptors, join_once[1])
+        for connection in kept:
+            connection.close()
+    assert threading.active_count() == threads
+    assert open_descriptors() == descriptors
+
+
+def test_close_ends_a_running_handshake():
+    threads, descriptors = threading.active_count(), open_descriptors()
+    with serving(timeout=30.0) as server, raw_client(server.address) as silent:
+        assert settled(threading.active_count, threads + 2)
+        start = time.monotonic()
+        server.listener.close()
+        assert time.monotonic() - start < 2
+        assert len(drain(silent)) == HELLO_BYTES
+    assert threading.active_count() == threads
+    assert open_descriptors() == descriptors
 
 
 def test_a_closed_listener_leaves_its_connections_open_and_frees_the_port():
