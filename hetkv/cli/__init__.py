@@ -10,7 +10,9 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "demo": "generate text through a prefill and a decode process with unlike KV pools",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
