@@ -1,4 +1,4 @@
-"""Helpers of the control channel's tests: descriptions, pairs of connections, a proxy that sees and changes bytes."""
+"""What the control channel's tests share: descriptions, pairs of connections, a proxy that sees and changes bytes."""
 
 from __future__ import annotations
 
