@@ -1,4 +1,4 @@
-"""Helpers of the control channel's tests: descriptions, pairs of connections, a proxy that sees and changes bytes."""
+"""What the control channel's tests share: descriptions, pairs of connections, a proxy that sees and changes bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,11 +14,13 @@ from typing import NamedTuple
 from hetkv.control import ControlConnection, connect
 from hetkv.description import Description, group_layers, host_id
 from hetkv.dtypes import DType
+from hetkv.errors import ControlError
 from hetkv.layout import KVLayout, ScaleLayout
 from hetkv.listener import Listener
 from hetkv.spec import KVSpec, Shard
 
 SECRET = b"a secret of at least sixteen bytes"
+HELLO_BYTES, PROOF_BYTES = 88, 36
 SPEC = KVSpec.uniform(4, 4, 64)
 
 
@@ -182,3 +185,15 @@ def drain(sock: socket.socket) -> bytes:
         while part := sock.recv(65536):
             data += part
     return data
+
+
+def loss_of(connection: ControlConnection, seconds: float = 5.0) -> ControlError:
+    """Wait for the loss, check that it is told exactly once, return it."""
+    told: list[ControlError] = []
+    event = threading.Event()
+    connection.on_lost(lambda error: (told.append(error), event.set()))
+    assert event.wait(seconds)
+    time.sleep(0.02)
+    assert len(told) == 1
+    assert connection.lost is told[0]
+    return told[0]

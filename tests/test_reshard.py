@@ -58,7 +58,7 @@ def written(route: Route) -> list[tuple[int, int]]:
 
 
 @given(pairs())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_destination_element_is_written_exactly_once_by_a_holder(pair):
     spec, sources, destinations = pair
     held = [elements(spec, source) for source in sources]
@@ -73,7 +73,7 @@ def test_every_destination_element_is_written_exactly_once_by_a_holder(pair):
 
 
 @given(pairs())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_replicas_share_evenly(pair):
     """Over the elements that exactly one set of sources holds, loads differ by less than two of the largest heads."""
     spec, sources, destinations = pair
@@ -95,7 +95,7 @@ def test_replicas_share_evenly(pair):
 
 
 @given(pairs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_routes_are_ordered_disjoint_and_the_same_each_time(pair):
     spec, sources, destinations = pair
     found = routes(spec, sources, destinations)
