@@ -88,7 +88,10 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.pack == self.channels:
             shape, strides = [*shape, self.channels], [*strides, self.inner_stride]
         else:
-            shape, strides = [*shape, self.channels // self.pack, self.pack], [*strides, self.outer_stride, self.inner_stride]
+            shape, strides = (
+                [*shape, self.channels // self.pack, self.pack],
+                [*strides, self.outer_stride, self.inner_stride],
+            )
         elements = torch.empty(0, dtype=self.dtype.torch, device=memory.device).set_(memory.untyped_storage())
         first = memory.storage_offset() * memory.element_size() + self.offset
         return elements.as_strided(shape, [stride // size for stride in strides], first // size)
@@ -110,9 +113,13 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             size = segment.dtype.itemsize
             strides = (segment.offset, segment.block_stride, segment.token_stride, segment.head_stride)
             if any(s < 0 or s % size for s in (*strides, segment.inner_stride, segment.outer_stride)):
-                raise InputError(f"layout {self.name!r}, segment {name!r}: strides must be multiples of {size} bytes, not below 0")
+                raise InputError(
+                    f"layout {self.name!r}, segment {name!r}: strides must be multiples of {size} bytes, not below 0"
+                )
             if segment.pack < 1 or segment.channels % segment.pack:
-                raise InputError(f"layout {self.name!r}, segment {name!r}: {segment.channels} channels in packs of {segment.pack}")
+                raise InputError(
+                    f"layout {self.name!r}, segment {name!r}: {segment.channels} channels in packs of {segment.pack}"
+                )
 
     @property
     def dtype(self) -> DType:
@@ -121,7 +128,13 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def preset(
-        cls, name: str, layer: LayerSpec, heads: int, block_size: int, dtype: DType | str, scale: ScaleLayout | None = None
+        cls,
+        name: str,
+        layer: LayerSpec,
+        heads: int,
+        block_size: int,
+        dtype: DType | str,
+        scale: ScaleLayout | None = None,
     ) -> KVLayout:
         """A known layout, dense, for `heads` local heads of `layer`.
 
@@ -189,7 +202,11 @@ def _read_axes(
     dtype = DType.parse(tensor.dtype)
     shape = dict(zip(names, tensor.shape, strict=True))
     stride = {axis: step * dtype.itemsize for axis, step in zip(names, tensor.stride(), strict=True)}
-    if "block" not in shape or not ({"channel", "inner", "channels"} & set(names)) or ("outer" in shape) != ("inner" in shape):
+    if (
+        "block" not in shape
+        or not ({"channel", "inner", "channels"} & set(names))
+        or ("outer" in shape) != ("inner" in shape)
+    ):
         raise InputError(f"axes {' '.join(names)!r} need block, and channel or channels or both outer and inner")
     heads = shape.get("head", 1)
     parts = list(segments) if segments is not None else [Segment("k", heads, 0), Segment("v", heads, 0)]
@@ -204,7 +221,9 @@ def _read_axes(
         widths = [whole] * len(parts)
         offsets = [i * stride.get("segment", 0) for i in range(len(parts))]
         if len(parts) != shape.get("segment", 1):
-            raise InputError(f"the segment axis has size {shape.get('segment', 1)}, but there are {len(parts)} segments")
+            raise InputError(
+                f"the segment axis has size {shape.get('segment', 1)}, but there are {len(parts)} segments"
+            )
     inner = stride.get("inner", stride.get("channel", stride.get("channels", dtype.itemsize)))
     return shape.get("token", 1), {
         part.name: SegmentLayout(
@@ -242,17 +261,22 @@ def _dense(
 
 
 def _apart(order: str) -> _Preset:
-    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+    def make(
+        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
+    ) -> KVLayout:
         return KVLayout(name, block_size, {s.name: _dense(s, order, block_size, dtype, scale) for s in segments})
 
     return make
 
 
 def _interleaved(order: str) -> _Preset:
-    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+    def make(
+        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
+    ) -> KVLayout:
         sizes = [block_size * s.heads * s.channels * dtype.itemsize for s in segments]
         parts = {
-            s.name: _dense(s, order, block_size, dtype, scale, sum(sizes), sum(sizes[:i])) for i, s in enumerate(segments)
+            s.name: _dense(s, order, block_size, dtype, scale, sum(sizes), sum(sizes[:i]))
+            for i, s in enumerate(segments)
         }
         return KVLayout(name, block_size, parts, shared=True)
 
@@ -260,7 +284,9 @@ def _interleaved(order: str) -> _Preset:
 
 
 def _packed(order: str) -> _Preset:
-    def make(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+    def make(
+        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
+    ) -> KVLayout:
         row = sum(s.channels for s in segments)
         parts, offset = {}, 0
         for s in segments:
@@ -279,9 +305,21 @@ def _rocm(name: str, segments: Sequence[Segment], block_size: int, dtype: DType,
         head = s.channels * block_size * size
         if s.name == "k":
             if s.channels % pack:
-                raise InputError(f"layout {name!r} packs {pack} channels of {dtype.value}: {s.channels} channels do not divide")
+                raise InputError(
+                    f"layout {name!r} packs {pack} channels of {dtype.value}: {s.channels} channels do not divide"
+                )
             parts[s.name] = SegmentLayout(
-                dtype, s.heads, s.channels, 0, s.heads * head, pack * size, head, size, pack, block_size * pack * size, scale
+                dtype,
+                s.heads,
+                s.channels,
+                0,
+                s.heads * head,
+                pack * size,
+                head,
+                size,
+                pack,
+                block_size * pack * size,
+                scale,
             )
         else:
             parts[s.name] = SegmentLayout(

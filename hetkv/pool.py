@@ -73,10 +73,11 @@ class KVPool:
                 continue
             blocks = num_blocks if isinstance(num_blocks, int) else num_blocks[layer.group]
             size = block_size if isinstance(block_size, int) else block_size[layer.group]
-            name, kind = (layer.kind, dtype) if layer.kind != "kv" else (layout, dtype)
+            heads = shard.heads[index].size
             if layer.kind == "state":
-                size, kind = 1, DType.UINT8
-            made = KVLayout.preset(name, layer, shard.heads[index].size, size, kind, scale)
+                made = KVLayout.preset("state", layer, heads, 1, DType.UINT8)
+            else:
+                made = KVLayout.preset(layout if layer.kind == "kv" else layer.kind, layer, heads, size, dtype, scale)
             layers[index] = LayerMemory(made, blocks, allocate(made, blocks, device))
         return cls(spec, shard, layers)
 
@@ -106,7 +107,9 @@ class KVPool:
     def view(self, layer: int, segment: str) -> torch.Tensor:
         """Strided view `[num_blocks, block_size, heads, channels]` of one segment (see `SegmentLayout.view`)."""
         memory = self.layers[layer]
-        return memory.layout.segments[segment].view(memory.tensors[segment], memory.layout.block_size, memory.num_blocks)
+        return memory.layout.segments[segment].view(
+            memory.tensors[segment], memory.layout.block_size, memory.num_blocks
+        )
 
     def base(self, layer: int, segment: str) -> int:
         """Address that the segment's offsets count from."""
@@ -126,7 +129,7 @@ class KVPool:
                 f"cache group {group}: tokens up to {stop} need {need} blocks of {block_size}, {len(block_ids)} are given"
             )
         used = block_ids[first:need]
-        if not (0 <= min(used) and max(used) < num_blocks):
+        if min(used) < 0 or max(used) >= num_blocks:
             wrong = next(b for b in used if not 0 <= b < num_blocks)
             raise InputError(f"cache group {group}: block id {wrong} is out of range, the pool has {num_blocks} blocks")
         if len(set(used)) != len(used):
@@ -150,7 +153,9 @@ class KVPool:
             room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
             reach = part.extent(memory.layout.block_size, memory.num_blocks)
             if reach > room:
-                raise InputError(f"layer {layer}, segment {segment.name!r}: the layout reaches {reach} bytes, the tensor has {room}")
+                raise InputError(
+                    f"layer {layer}, segment {segment.name!r}: the layout reaches {reach} bytes, the tensor has {room}"
+                )
 
 
 def allocate(layout: KVLayout, num_blocks: int, device: torch.device | str) -> dict[str, torch.Tensor]:

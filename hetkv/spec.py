@@ -121,7 +121,13 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(
-        cls, spec: KVSpec, tp: int = 1, tp_rank: int = 0, pp: int = 1, pp_rank: int = 0, stages: Sequence[int] | None = None
+        cls,
+        spec: KVSpec,
+        tp: int = 1,
+        tp_rank: int = 0,
+        pp: int = 1,
+        pp_rank: int = 0,
+        stages: Sequence[int] | None = None,
     ) -> Shard:
         """Shard of rank (`tp_rank`, `pp_rank`). `stages`: layers of each pipeline stage; default as even as possible.
 
@@ -131,7 +137,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not (0 <= tp_rank < tp and 0 <= pp_rank < pp):
             raise InputError(f"rank tp {tp_rank} of {tp}, pp {pp_rank} of {pp} does not exist")
         num_layers = len(spec.layers)
-        sizes = list(stages) if stages is not None else [(r + 1) * num_layers // pp - r * num_layers // pp for r in range(pp)]
+        sizes = (
+            list(stages)
+            if stages is not None
+            else [(r + 1) * num_layers // pp - r * num_layers // pp for r in range(pp)]
+        )
         if len(sizes) != pp or sum(sizes) != num_layers or min(sizes) < 0:
             raise InputError(f"pipeline stages {sizes} do not split {num_layers} layers over pp {pp}")
         start = sum(sizes[:pp_rank])

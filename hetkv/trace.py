@@ -45,7 +45,10 @@ def write_perfetto(path: Path | str, spans: Sequence[Span]) -> None:
             events.append({"ph": "M", "name": "process_name", "pid": processes[name], "args": {"name": name}})
         row = list(ROWS).index(span.row)
         thread = {"pid": processes[name], "tid": row}
-        if not any(e["ph"] == "M" and e["name"] == "thread_name" and (e["pid"], e["tid"]) == tuple(thread.values()) for e in events):
+        if not any(
+            e["ph"] == "M" and e["name"] == "thread_name" and (e["pid"], e["tid"]) == tuple(thread.values())
+            for e in events
+        ):
             events.append({"ph": "M", "name": "thread_name", **thread, "args": {"name": span.row}})
         events.append(
             {

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute-dtype", default=defaults.compute_dtype, metavar="DTYPE")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
-    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of each worker")
+    parser.add_argument(
+        "--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of each worker"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the facts for machines")
     parser.add_argument("--plot", metavar="FILE", help="draw the layer timeline (.svg, .png, .pdf)")
     parser.add_argument("--trace", metavar="FILE", help="write the timeline as a trace for Perfetto")
@@ -86,6 +88,9 @@ def _show(console: Console, options: DemoOptions, result: DemoResult) -> None:
         f"{result.direct_frames} straight into the window",
     )
     table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms")
-    table.add_row("transfer", f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms")
+    table.add_row(
+        "transfer",
+        f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms",
+    )
     table.add_row("TPOT", f"{result.tpot_ms:.2f} ms")
     console.print(table)
