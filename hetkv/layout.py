@@ -165,8 +165,8 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ) -> KVLayout:
         """Layout of existing memory, read from the tensor's own strides.
 
-        `axes` names the tensor's axes in order, separated by spaces: `block`, `token`, `head`, `channel`; `segment` for an
-        axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
+        `axes` names the tensor's axes in order, separated by spaces: `block`, `token`, `head`, `channel`; `segment` for
+        an axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
         channels of all segments one behind the other (packed K and V, MLA). Without `head` the memory has one head.
         K and V in tensors of their own: give mappings from segment name to tensor (and to axes where they differ).
         `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves.
@@ -247,17 +247,32 @@ _Preset = Callable[[str, Sequence[Segment], int, DType, "ScaleLayout | None"], K
 
 
 def _dense(
-    segment: Segment, order: str, block_size: int, dtype: DType, scale: ScaleLayout | None, block_bytes: int = 0, offset: int = 0,
+    segment: Segment,
+    order: str,
+    block_size: int,
+    dtype: DType,
+    scale: ScaleLayout | None,
+    *,
+    block_bytes: int = 0,
+    offset: int = 0,
     row: int = 0,
-) -> SegmentLayout:  # fmt: skip
+) -> SegmentLayout:
     """`token` and `head` in the given order around rows of `row` channels (default the segment's own)."""
     size = dtype.itemsize
     step = (row or segment.channels) * size
     token, head = (segment.heads * step, step) if order == "nhd" else (step, block_size * step)
     return SegmentLayout(
-        dtype, segment.heads, segment.channels, offset, block_bytes or block_size * segment.heads * step, token, head, size,
-        segment.channels, 0, scale,
-    )  # fmt: skip
+        dtype,
+        segment.heads,
+        segment.channels,
+        offset,
+        block_stride=block_bytes or block_size * segment.heads * step,
+        token_stride=token,
+        head_stride=head,
+        inner_stride=size,
+        pack=segment.channels,
+        scale=scale,
+    )
 
 
 def _apart(order: str) -> _Preset:
@@ -275,7 +290,7 @@ def _interleaved(order: str) -> _Preset:
     ) -> KVLayout:
         sizes = [block_size * s.heads * s.channels * dtype.itemsize for s in segments]
         parts = {
-            s.name: _dense(s, order, block_size, dtype, scale, sum(sizes), sum(sizes[:i]))
+            s.name: _dense(s, order, block_size, dtype, scale, block_bytes=sum(sizes), offset=sum(sizes[:i]))
             for i, s in enumerate(segments)
         }
         return KVLayout(name, block_size, parts, shared=True)

@@ -126,7 +126,7 @@ class KVPool:
         first, need = start // block_size, -(-stop // block_size)
         if len(block_ids) < need:
             raise InputError(
-                f"cache group {group}: tokens up to {stop} need {need} blocks of {block_size}, {len(block_ids)} are given"
+                f"cache group {group}: tokens up to {stop} need {need} blocks of {block_size}, not {len(block_ids)}"
             )
         used = block_ids[first:need]
         if min(used) < 0 or max(used) >= num_blocks:
@@ -146,8 +146,8 @@ class KVPool:
                 raise InputError(f"layer {layer}: the layout has no segment {segment.name!r}")
             if (part.heads, part.channels) != (min(heads, segment.heads), segment.channels):
                 raise InputError(
-                    f"layer {layer}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} channels, "
-                    f"the shard {min(heads, segment.heads)} of {segment.channels}"
+                    f"layer {layer}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} "
+                    f"channels, the shard {min(heads, segment.heads)} of {segment.channels}"
                 )
             tensor = memory.tensors[segment.name]
             room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()

@@ -56,7 +56,7 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def latent(cls, latent_dim: int, rope_dim: int, *, group: int = 0) -> LayerSpec:
-        """MLA: one head that every tensor-parallel rank holds, `latent_dim` compressed and `rope_dim` rotary channels."""
+        """MLA: one head that every rank holds, `latent_dim` compressed and `rope_dim` rotary channels."""
         return cls("latent", (Segment("latent", 1, latent_dim), Segment("rope", 1, rope_dim)), group)
 
     @classmethod
@@ -98,7 +98,7 @@ class Interval(NamedTuple):
     start: int
     stop: int
 
-    def __and__(self, other: Interval) -> Interval:  # type: ignore[override]
+    def __and__(self, other: Interval) -> Interval:
         start = max(self.start, other.start)
         return Interval(start, max(start, min(self.stop, other.stop)))
 

@@ -1,4 +1,4 @@
-"""`hetkv demo` without its command line: two workers with unlike pools, one request, and a single process to compare."""
+"""`hetkv demo` without its command line: two workers with unlike pools, and one process to compare."""
 
 from __future__ import annotations
 

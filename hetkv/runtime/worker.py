@@ -1,7 +1,7 @@
 """One rank of a deployment as a process of its own: a prefill worker sends KV, a decode worker receives it.
 
-The parent (the router) talks to a worker through a pipe: it sends `(operation, arguments)` and reads one answer. KV never
-passes through the parent.
+The parent (the router) talks to a worker through a pipe: it sends `(operation, arguments)` and reads one answer.
+KV never passes through the parent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import msgspec
 
 from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError
-from hetkv.node import Node
 from hetkv.pool import KVPool
 from hetkv.trace import Span, engine_spans
 from hetkv.transfer import Reception, Sender, Transmission
@@ -84,7 +83,7 @@ class Worker:
         )
         self.allocator = BlockAllocator(self.pool)
         make = Sender if config.role == "prefill" else Receiver
-        self.node: Node[Any] = make(self.pool, secret=config.secret, instance=config.instance, config=config.transfer)
+        self.node: Any = make(self.pool, secret=config.secret, instance=config.instance, config=config.transfer)
         self.sending: dict[str, tuple[Transmission, list[list[int]]]] = {}
         self.kv_ns: dict[str, int] = {}
         self.accepted: dict[str, tuple[Reception, list[list[int]], int]] = {}
