@@ -76,6 +76,8 @@ class Worker:
         torch.set_num_threads(config.threads)
         self.config = config
         self.model = Decoder.load(config.model, DType.parse(config.compute_dtype).torch)
+        if config.block_size < 1:
+            raise InputError(f"block size {config.block_size}: must be at least 1")
         # A few blocks more than one request needs, so that its block ids are not simply 0, 1, 2, ...
         num_blocks = 2 * -(-config.max_tokens // config.block_size) + 2
         self.pool = KVPool.allocate(
@@ -90,7 +92,8 @@ class Worker:
 
     def listen(self) -> str:
         """Address at which the node takes peers."""
-        return self.node.listen()
+        address: str = self.node.listen()
+        return address
 
     def connect(self, address: str) -> None:
         """Link to a listening peer."""
@@ -206,6 +209,7 @@ class WorkerHandle:
         try:
             answer = self._pipe.recv()
         except EOFError:
+            self._process.join(1)
             raise HetkvError(f"worker {self.config.instance} ended with status {self._process.exitcode}") from None
         if answer[0] == "ok":
             return answer[1]
