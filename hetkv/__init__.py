@@ -1,3 +1,56 @@
-"""hetkv moves the KV cache of large language models between GPUs that do not match."""
+"""hetkv moves the KV cache of large language models between GPUs that do not match.
+
+The names below are imported when they are first used, so that `import hetkv` loads neither UCX nor PyTorch: the cost
+model, the simulator and the planner work without them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "DType": "dtypes",
+    "KVLayout": "layout",
+    "KVPool": "pool",
+    "KVSpec": "spec",
+    "LayerSpec": "spec",
+    "Receiver": "transfer",
+    "Reception": "transfer",
+    "ScaleLayout": "layout",
+    "Sender": "transfer",
+    "Shard": "spec",
+    "TransferConfig": "config",
+    "Transmission": "transfer",
+}
+
+__all__ = [
+    "DType",
+    "KVLayout",
+    "KVPool",
+    "KVSpec",
+    "LayerSpec",
+    "Receiver",
+    "Reception",
+    "ScaleLayout",
+    "Sender",
+    "Shard",
+    "TransferConfig",
+    "Transmission",
+]
+
+if TYPE_CHECKING:
+    from hetkv.config import TransferConfig
+    from hetkv.dtypes import DType
+    from hetkv.layout import KVLayout, ScaleLayout
+    from hetkv.pool import KVPool
+    from hetkv.spec import KVSpec, LayerSpec, Shard
+    from hetkv.transfer import Receiver, Reception, Sender, Transmission
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hetkv' has no attribute {name!r}")
+    return getattr(import_module(f"hetkv.{_HOME[name]}"), name)
