@@ -24,14 +24,8 @@ class BlockAllocator:
 
     def __init__(self, pool: KVPool) -> None:
         groups = range(pool.spec.num_groups)
-        members = {g: [m for layer, m in pool.layers.items() if pool.spec.group_of(layer) == g] for g in groups}
-        for group, memories in members.items():
-            if len({(m.num_blocks, m.layout.block_size) for m in memories}) > 1:
-                raise InputError(
-                    f"cache group {group}: its layers differ in block count or block size, so they share no block table"
-                )
-        self.block_sizes = [memories[0].layout.block_size if memories else 1 for memories in members.values()]
-        self._free = [list(range(memories[0].num_blocks if memories else 0))[::-1] for memories in members.values()]
+        self._paging = [pool.groups.get(group, (1, 0)) for group in groups]
+        self._free = [list(range(num_blocks))[::-1] for _, num_blocks in self._paging]
         self._owned: list[set[int]] = [set() for _ in groups]
 
     def free_blocks(self, group: int = 0) -> int:
@@ -40,11 +34,11 @@ class BlockAllocator:
 
     def allocate(self, num_tokens: int) -> list[list[int]]:
         """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short."""
-        wanted = [-(-num_tokens // size) for size in self.block_sizes]
+        wanted = [-(-num_tokens // block_size) for block_size, _ in self._paging]
         for group, count in enumerate(wanted):
             if count > len(self._free[group]):
                 raise PoolFull(
-                    f"{num_tokens} tokens need {count} blocks of {self.block_sizes[group]} in cache group {group}, "
+                    f"{num_tokens} tokens need {count} blocks of {self._paging[group][0]} in cache group {group}, "
                     f"{len(self._free[group])} are free"
                 )
         taken = [[self._free[group].pop() for _ in range(count)] for group, count in enumerate(wanted)]
@@ -81,8 +75,12 @@ class Pages:
         self.block_ids = [list(ids) for ids in block_ids]
         self._tables = [torch.tensor(ids, dtype=torch.long, device=pool.device) for ids in self.block_ids]
         self._views: dict[tuple[int, str], torch.Tensor] = {}
+        self._last: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.capacity = min(len(ids) * pool.groups[group][0] for group, ids in enumerate(self.block_ids))
+        """Tokens that the blocks hold, in the cache group that holds fewest."""
+        for group, ids in enumerate(self.block_ids):
+            pool.check_blocks(group, ids, 0, len(ids) * pool.groups[group][0])
         for layer, memory in pool.layers.items():
-            pool.check_blocks(layer, self.block_ids[pool.spec.group_of(layer)], 0)
             for name, part in memory.layout.segments.items():
                 if not part.dtype.torch.is_floating_point:
                     raise InputError(
@@ -96,23 +94,12 @@ class Pages:
                 # FP8 has no indexed copy on every device; moves of one-byte codes need no arithmetic.
                 self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the blocks hold, in the cache group that holds fewest."""
-        room = (
-            len(self.block_ids[self.pool.spec.group_of(i)]) * m.layout.block_size for i, m in self.pool.layers.items()
-        )
-        return min(room, default=0)
-
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
-        memory = self.pool.layers[layer]
-        size = memory.layout.block_size
-        tokens = torch.arange(start, start + k.shape[0], device=k.device)
-        blocks = self._tables[self.pool.spec.group_of(layer)][tokens // size]
+        blocks, offsets = self._slots(self.pool.spec.group_of(layer), start, k.shape[0])
         for name, values in (("k", k), ("v", v)):
-            part, view = memory.layout.segments[name], self._views[layer, name]
-            view[blocks, tokens % size] = _encode(values, part).reshape(-1, *view.shape[2:])
+            part, view = self.pool.layers[layer].layout.segments[name], self._views[layer, name]
+            view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
 
     def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[stop - start, heads, channels]` of tokens `start` to `stop`. One gather each."""
@@ -126,6 +113,16 @@ class Pages:
             rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
             gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))
         return gathered[0], gathered[1]
+
+    def _slots(self, group: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block id and place inside the block of each token; kept, because every layer of a pass asks for the same."""
+        key = (group, start, count)
+        if self._last is None or self._last[0] != key:
+            size, _ = self.pool.groups[group]
+            table = self._tables[group]
+            tokens = torch.arange(start, start + count, device=table.device)
+            self._last = (key, (table[tokens // size], tokens % size))
+        return self._last[1]
 
 
 def _encode(values: torch.Tensor, part: SegmentLayout) -> torch.Tensor:
