@@ -95,6 +95,9 @@ void bind_common(py::class_<E>& type) {
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
              out["wakeups"] = at.wakeups.load();
+             out["open_requests"] = at.open_requests.load();
+             out["pending_tickets"] = at.pending_tickets.load();
+             out["lent_slots"] = at.lent_slots.load();
              return out;
            })
       .def(
@@ -136,17 +139,18 @@ void bind_engine(py::module_& m) {
 
   py::class_<LinkConfig>(m, "LinkConfig")
       .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key, const py::bytes& receive_key, std::string name,
-                       std::uint32_t instance_links, std::vector<LayerPlan> plans) {
+                       std::string instance, std::uint32_t instance_links, std::vector<LayerPlan> plans) {
              return LinkConfig{to_vector(address),
                                number,
                                to_array<16>(send_key, "send_key"),
                                to_array<16>(receive_key, "receive_key"),
                                std::move(name),
+                               std::move(instance),
                                instance_links,
                                std::move(plans)};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"), py::arg("name"),
-           py::arg("instance_links"), py::arg("plans"));
+           py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
 
   py::class_<Sender> sender(m, "Sender");
   sender.def(py::init([](const EngineConfig& config) {

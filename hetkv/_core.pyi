@@ -121,6 +121,7 @@ class LinkConfig:
         send_key: bytes,
         receive_key: bytes,
         name: str,
+        instance: str,
         instance_links: int,
         plans: Sequence[LayerPlan],
     ) -> None: ...

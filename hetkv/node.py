@@ -203,6 +203,7 @@ class Node(ABC, Generic[P]):
                     send_key=connection.data_keys.send,
                     receive_key=connection.data_keys.receive,
                     name=f"{theirs.instance}/{theirs.rank}",
+                    instance=theirs.instance,
                     instance_links=len(linked_ranks(self.description, theirs)),
                     plans=link_plans(self.pool, self.description, theirs),
                 )

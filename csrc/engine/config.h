@@ -1,6 +1,7 @@
 // What Python decides and C++ carries out: settings of an engine, the plan of a link.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -48,6 +49,16 @@ struct LayerPlan {
     for (const auto& segment : segments) bytes = part_end(bytes, segment, tokens);
     return bytes;
   }
+  // Most tokens whose payload is sure to fit into `room` bytes.
+  std::uint64_t tokens_in(std::uint64_t room) const {
+    const std::uint64_t padding = 8 * segments.size();
+    std::uint64_t bytes = 0;  // of one token, without padding
+    for (const auto& segment : segments) {
+      bytes += static_cast<std::uint64_t>(heads()) * static_cast<std::uint64_t>(segment.channels) *
+               static_cast<std::uint64_t>(item_size(segment.wire_dtype));
+    }
+    return std::max(room / payload_bytes(1), room > padding ? (room - padding) / bytes : 0);
+  }
   std::uint64_t part_end(std::uint64_t start, const SegmentPlan& segment, std::uint64_t tokens) const {
     const auto size = static_cast<std::uint64_t>(segment.channels) * static_cast<std::uint64_t>(item_size(segment.wire_dtype));
     return (start + static_cast<std::uint64_t>(heads()) * tokens * size + 7) / 8 * 8;
@@ -59,7 +70,8 @@ struct LinkConfig {
   std::uint64_t number = 0;           // of the link, equal on both sides; travels in the header of each message
   SipKey send_key{};
   SipKey receive_key{};
-  std::string name;                  // for error texts
+  std::string name;                  // of the peer, `instance/rank`
+  std::string instance;              // of the peer
   std::uint32_t instance_links = 1;  // links to that instance that have plans
   std::vector<LayerPlan> plans;
 };

@@ -13,6 +13,7 @@ namespace {
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr int kProgressBurst = 64;
 constexpr std::uint64_t kStopMs = 2000;
+constexpr std::uint64_t kFarewellMs = 100;  // how long a goodbye may take to leave
 
 std::string silence(std::uint64_t ns) {
   return "no message from the peer for " + std::to_string(ns / kMs) + " ms: it stopped, or the network did";
@@ -30,12 +31,14 @@ Engine::~Engine() {
 Status Engine::start() {
   auto status = ucx::Worker::create(
       [this](std::uint64_t number, const std::uint8_t* data, std::size_t size) {
-        if (size <= wire::kMaxMessageBytes) incoming_.push_back({number, {data, data + size}});
+        // One that is too long is kept long enough to be refused as such.
+        incoming_.push_back({number, {data, data + std::min(size, wire::kMaxMessageBytes + 8)}});
       },
       &worker_);
   if (!status.ok()) return status;
   wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
+  if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
   for (int fd : {wake_fd_, worker_->event_fd()}) {
     epoll_event event{};
     event.events = EPOLLIN;
@@ -56,15 +59,16 @@ void Engine::stop() {
   events_.close();
 }
 
-void Engine::post(std::function<void()> command) {
+bool Engine::post(std::function<void()> command) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!accepting_) return;
+    if (!accepting_) return false;
     commands_.push_back(std::move(command));
   }
   // Pairs with sleep(): it sets `sleeping_` and then looks at the commands once more.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (sleeping_.load()) wake();
+  return true;
 }
 
 void Engine::call(std::function<void()> command) {
@@ -82,7 +86,25 @@ void Engine::wake() {
   static_cast<void>(!write(wake_fd_, &one, sizeof one));
 }
 
-void Engine::run() {
+void Engine::run() noexcept {
+  Status status = Status::error(Code::kClosed, "this side was closed");
+  try {
+    loop();
+  } catch (const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
+    status = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    accepting_ = false;
+  }
+  try {
+    drain_commands();
+    close_all(status);
+  } catch (const std::exception&) {  // as above, while stopping; what is left is freed with the engine
+  }
+}
+
+void Engine::loop() {
   std::uint64_t busy_ns = now_ns();
   while (!stopping_) {
     bool moved = drain_commands();
@@ -97,12 +119,6 @@ void Engine::run() {
       sleep(now);
     }
   }
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    accepting_ = false;
-  }
-  drain_commands();
-  close_all();
 }
 
 bool Engine::drain_commands() {
@@ -127,7 +143,7 @@ void Engine::receive(const Incoming& message) {
   const auto found = numbers_.find(message.link);
   if (found == numbers_.end()) return;
   Link* at = found->second;
-  if (at->state == LinkState::kDraining || at->state == LinkState::kGone) return;
+  if (at->state == LinkState::kDraining) return;
   wire::Prelude prelude;
   if (auto status = wire::open(message.bytes.data(), message.bytes.size(), at->config.receive_key, &prelude); !status.ok()) {
     lose(*at, status);
@@ -140,9 +156,13 @@ void Engine::receive(const Incoming& message) {
   }
   ++at->receive_sequence;
   at->heard_ns = now_ns();
+  if (at->state == LinkState::kOpening) {  // the peer sends, so it knows the link
+    at->state = LinkState::kUp;
+    on_link_up(*at);
+  }
   if (prelude.type == wire::Type::kHeartbeat) return;
   if (prelude.type == wire::Type::kBye) {
-    lose(*at, Status::error(Code::kPeerLost, "the peer closed the link"));
+    lose(*at, Status::error(Code::kPeerLost, "the peer ended the link"), false);
     return;
   }
   on_message(*at, prelude, message.bytes.data(), message.bytes.size());
@@ -150,19 +170,20 @@ void Engine::receive(const Incoming& message) {
 
 bool Engine::check_links(std::uint64_t now) {
   bool moved = false;
-  for (auto& [id, owned] : links_) {
-    Link& at = *owned;
+  for (auto next = links_.begin(); next != links_.end();) {
+    const auto here = next++;
+    Link& at = *here->second;
     if (at.state == LinkState::kDraining) {
-      if (!link_drained(at)) continue;
-      if (!at.endpoint->closed()) {
-        at.endpoint->close();
-      } else {
-        at.state = LinkState::kGone;
-        on_link_closed(at);
-        at.endpoint.reset();
-        events_.push({EventKind::kLinkDrained, 0, id, -1, {}});
-        moved = true;
-      }
+      if (!may_close(at, now)) continue;
+      at.endpoint->close();
+      if (!at.endpoint->closed() || !link_idle(at)) continue;
+      at.state = LinkState::kGone;
+      on_link_closed(at);
+      at.endpoint.reset();
+      events_.push({EventKind::kLinkDrained, 0, at.id, -1, {}});
+      numbers_.erase(at.config.number);
+      links_.erase(here);
+      moved = true;
     } else if (at.endpoint && at.endpoint->failed()) {
       lose(at, Status::error(Code::kPeerLost, std::string("UCX: ") + ucs_status_string(at.endpoint->failure())));
       moved = true;
@@ -189,11 +210,14 @@ void Engine::sleep(std::uint64_t now) {
     pending = !commands_.empty();
   }
   if (!pending && worker_->arm()) {
-    int wait_ms = busy() ? 1 : waiting() ? 50 : static_cast<int>(config_.peer_timeout_ms);
+    int wait_ms = busy() ? 1 : static_cast<int>(std::min<std::uint32_t>(config_.peer_timeout_ms, 60'000));
+    const auto until = [&](std::uint64_t due) {
+      if (due < now + static_cast<std::uint64_t>(wait_ms) * kMs) wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
+    };
+    if (const std::uint64_t due = deadline(); due != 0) until(due);
     for (auto& [id, at] : links_) {
       if (at->up()) {
-        const std::uint64_t due = at->sent_ns + config_.heartbeat_ms * kMs;
-        wait_ms = std::min<int>(wait_ms, due > now ? static_cast<int>((due - now) / kMs) + 1 : 0);
+        until(at->sent_ns + config_.heartbeat_ms * kMs);
       } else if (at->state == LinkState::kDraining) {
         wait_ms = std::min(wait_ms, 1);
       }
@@ -209,9 +233,9 @@ void Engine::sleep(std::uint64_t now) {
   sleeping_.store(false);
 }
 
-Link* Engine::link(std::uint32_t id) {
+std::shared_ptr<Link> Engine::link(std::uint32_t id) const {
   const auto found = links_.find(id);
-  return found == links_.end() ? nullptr : found->second.get();
+  return found == links_.end() ? nullptr : found->second;
 }
 
 void Engine::send(Link& link, wire::Prelude prelude) {
@@ -226,17 +250,38 @@ void Engine::transmit(Link& link, std::vector<std::uint8_t> message) {
   link.endpoint->send(link.config.number, std::move(message));
 }
 
-void Engine::lose(Link& link, const Status& status) {
+void Engine::lose(Link& link, const Status& status, bool tell) {
   if (link.state == LinkState::kDraining || link.state == LinkState::kGone) return;
+  if (tell && link.up() && !link.endpoint->failed()) {  // so that the peer need not wait for the heartbeat's end
+    wire::Prelude prelude;
+    prelude.type = wire::Type::kBye;
+    send(link, prelude);
+    link.endpoint->flush(&link.farewell);
+  }
   link.state = LinkState::kDraining;
+  link.lost_ns = now_ns();
   on_link_lost(link, status);
   events_.push({EventKind::kLinkLost, 0, link.id, -1, status});
 }
 
 Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
   Status result = Status::error(Code::kClosed, "the engine is closed");
+  for (const auto& plan : config.plans) {
+    if (plan.segments.empty() || plan.segments.size() > wire::kMaxSegments || plan.heads() < 1) {
+      return Status::error(Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
+    }
+    if (const std::uint64_t need = plan.payload_bytes(1); need > config_.slot_bytes) {
+      return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) + ", but one token of layer " +
+                                               std::to_string(plan.layer) + " has a frame of " + std::to_string(need) + " bytes");
+    }
+  }
+  std::stable_sort(config.plans.begin(), config.plans.end(), [](const auto& a, const auto& b) { return a.layer < b.layer; });
   call([&] {
-    auto made = std::make_unique<Link>(next_link_, std::move(config));
+    if (numbers_.count(config.number) != 0) {
+      result = Status::error(Code::kInvalid, "a link of this number exists");
+      return;
+    }
+    auto made = std::make_shared<Link>(next_link_, std::move(config));
     result = ucx::Endpoint::connect(*worker_, made->config.address, &made->endpoint);
     if (!result.ok()) return;
     *id = next_link_++;
@@ -248,7 +293,7 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
 
 void Engine::activate_link(std::uint32_t id) {
   post([this, id] {
-    Link* at = link(id);
+    const auto at = link(id);
     if (at == nullptr || at->state != LinkState::kOpening) return;
     at->state = LinkState::kUp;
     at->heard_ns = now_ns();
@@ -258,13 +303,13 @@ void Engine::activate_link(std::uint32_t id) {
 
 void Engine::drop_link(std::uint32_t id, Status status) {
   post([this, id, status = std::move(status)] {
-    if (Link* at = link(id)) lose(*at, status);
+    if (const auto at = link(id)) lose(*at, status);
   });
 }
 
 void Engine::inject(std::uint32_t id, std::vector<std::uint8_t> bytes) {
   post([this, id, bytes = std::move(bytes)]() mutable {
-    Link* at = link(id);
+    const auto at = link(id);
     if (at == nullptr || !at->up()) return;
     ++at->send_sequence;
     at->endpoint->send(at->config.number, std::move(bytes));
@@ -274,37 +319,31 @@ void Engine::inject(std::uint32_t id, std::vector<std::uint8_t> bytes) {
 std::uint64_t Engine::next_sequence(std::uint32_t id) {
   std::uint64_t sequence = 0;
   call([&] {
-    if (Link* at = link(id)) sequence = at->send_sequence;
+    if (const auto at = link(id)) sequence = at->send_sequence;
   });
   return sequence;
 }
 
-void Engine::close_all() {
-  for (auto& [id, at] : links_) {
-    if (!at->up()) continue;
-    wire::Prelude prelude;
-    prelude.type = wire::Type::kBye;
-    send(*at, prelude);
-    for (int i = 0; i < kProgressBurst && worker_->progress(); ++i) {
-    }
-    lose(*at, Status::error(Code::kClosed, "closed"));
-  }
-  on_stop();
+// No kernel of this side stores into the peer's memory, and the goodbye has left or has had its time.
+bool Engine::may_close(const Link& link, std::uint64_t now) const {
+  return link_drained(link) && (link.farewell.done || now > link.lost_ns + kFarewellMs * kMs || link.endpoint->failed());
+}
+
+void Engine::close_all(const Status& status) {
+  for (auto& [id, at] : links_) lose(*at, status);
+  on_stop(status);
   // Every operation must have ended before the memory under it goes; force-closed endpoints end them at once.
-  const std::uint64_t deadline = now_ns() + kStopMs * kMs;
-  bool open = true;
-  while ((open || busy()) && now_ns() < deadline) {
-    worker_->progress();
-    step(now_ns());
-    open = false;
-    for (auto& [id, at] : links_) {
-      if (!at->endpoint || at->endpoint->closed()) continue;
-      if (link_drained(*at)) at->endpoint->close();
-      open = true;
-    }
+  const std::uint64_t limit = now_ns() + kStopMs * kMs;
+  while ((!links_.empty() || busy()) && now_ns() < limit) {
+    const bool moved = worker_->progress();
+    const std::uint64_t now = now_ns();
+    step(now);
+    check_links(now);
+    if (!moved) std::this_thread::yield();
   }
-  for (auto& [id, at] : links_) on_link_closed(*at);
   step(now_ns());
+  for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
+  worker_->close();                                   // it does now, while all that the operations refer to still exists
   numbers_.clear();
   links_.clear();
   incoming_.clear();

@@ -27,6 +27,9 @@ struct EngineStats {
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
+  std::atomic<std::uint64_t> open_requests{0};    // under way now
+  std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
+  std::atomic<std::uint64_t> lent_slots{0};       // receiver: lent or being unpacked now; sender: held now
 };
 
 class Engine {
@@ -47,11 +50,12 @@ class Engine {
   EventQueue& events() { return events_; }
   Trace& trace() { return trace_; }
 
-  // Blocks until the endpoint exists. From then on messages of the link are taken.
+  // Blocks until the endpoint exists. From then on messages of the link are taken. kInvalid where a plan cannot be served.
   Status add_link(LinkConfig config, std::uint32_t* id);
   // The peer has added its side of the link: messages may be sent.
   void activate_link(std::uint32_t id);
-  // The link is over (`status` says why); kLinkLost and, once nothing is in flight, kLinkDrained follow. Idempotent.
+  // The link is over (`status` says why): the peer is told where it can be; kLinkLost and, once nothing is in flight,
+  // kLinkDrained follow. Idempotent.
   void drop_link(std::uint32_t id, Status status);
   // For tests of what a peer does with them: sends `bytes` as they are; they take one sequence number.
   void inject(std::uint32_t id, std::vector<std::uint8_t> bytes);
@@ -63,17 +67,19 @@ class Engine {
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
   virtual bool step(std::uint64_t now) = 0;  // true: something moved
   virtual bool busy() const = 0;             // work is in flight: spin before sleeping
-  virtual bool waiting() const = 0;          // deadlines are pending: look at the clock now and then
+  virtual std::uint64_t deadline() const = 0;  // the next time at which step() has something to do; 0: none
   virtual void on_link_up(Link& link) = 0;
   virtual void on_link_lost(Link& link, const Status& status) = 0;
   virtual bool link_drained(const Link& link) const = 0;  // no kernel of this side stores into the peer's memory
-  virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended too
-  virtual void on_stop() = 0;
+  virtual bool link_idle(const Link& link) const = 0;     // nothing of this side refers to an operation of the link
+  virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended; it goes away now
+  virtual void on_stop(const Status& status) = 0;         // fails all requests
 
-  void post(std::function<void()> command);
+  bool post(std::function<void()> command);  // false: the engine is closed, the command is dropped
   void call(std::function<void()> command);  // post and wait
-  void lose(Link& link, const Status& status);
-  Link* link(std::uint32_t id);
+  // Never destroys the link nor a request, so that callers may go on using both.
+  void lose(Link& link, const Status& status, bool tell = true);
+  std::shared_ptr<Link> link(std::uint32_t id) const;
   template <typename Body>
   void send(Link& link, wire::Prelude prelude, const Body& body) {
     std::vector<std::uint8_t> message;
@@ -88,20 +94,22 @@ class Engine {
   EventQueue events_;
   Trace trace_;
   std::unique_ptr<ucx::Worker> worker_;
-  std::map<std::uint32_t, std::unique_ptr<Link>> links_;
+  std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
   struct Incoming {
     std::uint64_t link;
     std::vector<std::uint8_t> bytes;
   };
-  void run();
+  void run() noexcept;
+  void loop();
   bool drain_commands();
   bool drain_messages();
   void receive(const Incoming& message);
   bool check_links(std::uint64_t now);
   void sleep(std::uint64_t now);
-  void close_all();
+  bool may_close(const Link& link, std::uint64_t now) const;
+  void close_all(const Status& status);
   void transmit(Link& link, std::vector<std::uint8_t> message);
   void wake();
 

@@ -1,10 +1,10 @@
 // One authenticated connection to one peer rank, as the progress thread sees it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "engine/config.h"
@@ -14,10 +14,10 @@
 namespace hetkv {
 
 enum class LinkState : std::uint8_t {
-  kOpening,   // the peer may not know the link yet: it receives, but does not send
+  kOpening,   // the peer may not know the link yet: it receives, but does not send until the peer has sent
   kUp,        // in use
   kDraining,  // lost: operations in flight are being cancelled
-  kGone,      // nothing in flight; kept so that its number is never reused
+  kGone,      // nothing in flight; only requests that have not ended yet refer to it
 };
 
 struct Link {
@@ -31,15 +31,25 @@ struct Link {
   std::uint64_t receive_sequence = 0;
   std::uint64_t heard_ns = 0;
   std::uint64_t sent_ns = 0;
+  std::uint64_t lost_ns = 0;
+  ucx::Op farewell;  // flush behind the goodbye
 
   bool up() const { return state == LinkState::kUp; }
 
   // Plan whose frames are exactly (layer, heads), or null.
   const LayerPlan* find(const wire::Frame& frame) const {
-    for (const auto& plan : config.plans) {
-      if (plan.layer == frame.layer && plan.head_start == frame.head_start && plan.head_stop == frame.head_stop) return &plan;
+    for (std::size_t i = first_plan(frame.layer); i < config.plans.size() && config.plans[i].layer == frame.layer; ++i) {
+      const LayerPlan& plan = config.plans[i];
+      if (plan.head_start == frame.head_start && plan.head_stop == frame.head_stop) return &plan;
     }
     return nullptr;
+  }
+  // Index of the first plan of a layer; plans are in rising layer order.
+  std::size_t first_plan(std::uint32_t layer) const {
+    const auto& plans = config.plans;
+    const auto at = std::lower_bound(plans.begin(), plans.end(), layer,
+                                     [](const LayerPlan& plan, std::uint32_t key) { return plan.layer < key; });
+    return static_cast<std::size_t>(at - plans.begin());
   }
   // Tokens summed over plans that `want`, token ranges per cache group, asks of this link.
   std::uint64_t plan_tokens(const std::vector<wire::TokenRange>& want) const {

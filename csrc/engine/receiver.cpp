@@ -1,30 +1,12 @@
 #include "engine/receiver.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 
+#include "engine/ranges.h"
+
 namespace hetkv {
-namespace {
-
-std::string range(std::uint64_t start, std::uint64_t stop) {
-  return "[" + std::to_string(start) + ", " + std::to_string(stop) + ")";
-}
-
-// Adds a range to a sorted disjoint list; false where it overlaps one of them.
-bool add_range(std::vector<wire::TokenRange>& seen, wire::TokenRange added) {
-  auto at = std::lower_bound(seen.begin(), seen.end(), added, [](const auto& a, const auto& b) { return a.start < b.start; });
-  if (at != seen.end() && at->start < added.stop) return false;
-  if (at != seen.begin() && std::prev(at)->stop > added.start) return false;
-  if (at != seen.begin() && std::prev(at)->stop == added.start) {
-    std::prev(at)->stop = added.stop;
-  } else {
-    seen.insert(at, added);
-  }
-  return true;
-}
-
-}  // namespace
-
 Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover)
     : Engine(config),
       mover_(std::move(mover)),
@@ -36,13 +18,13 @@ Receiver::~Receiver() { stop(); }
 
 std::uint64_t Receiver::receive(Intake intake) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
-  post([this, handle, intake = std::move(intake)]() mutable {
+  const bool posted = post([this, handle, intake = std::move(intake)]() mutable {
     const auto refuse = [&](Status status) { events_.push({EventKind::kFailed, handle, 0, -1, std::move(status)}); };
     if (handles_.count(intake.id) != 0) {
       return refuse(Status::error(Code::kInvalid, "a request with this id is in progress already"));
     }
     for (const auto id : intake.links) {
-      const Link* at = link(id);
+      const auto at = link(id);
       if (at == nullptr || !at->up()) {
         return refuse(Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) + ": the link is not up"));
       }
@@ -57,6 +39,7 @@ std::uint64_t Receiver::receive(Intake intake) {
     }
     request.deadline_ns = now_ns() + intake.lease_ms * 1'000'000ull;
     handles_[request.id] = handle;
+    deadlines_.emplace(request.deadline_ns, handle);
     wire::Prelude prelude;
     prelude.type = wire::Type::kTicket;
     prelude.request = request.id;
@@ -65,18 +48,23 @@ std::uint64_t Receiver::receive(Intake intake) {
       Part& part = request.parts.emplace_back();
       part.link = link(id);
       part.remaining = part.link->plan_tokens(request.want);
+      Demand& demand = demands_[id];
+      if (part.remaining > 0) ++demand.open;
+      demand.hungry = true;
       part.seen.resize(part.link->config.plans.size());
       for (const auto& plan : part.link->config.plans) {
         request.layers[plan.layer] += request.want[plan.group].stop - request.want[plan.group].start;
       }
       send(*part.link, prelude, wire::Ticket{intake.lease_ms, request.want});
-      demands_[id].hungry = true;
+    }
+    for (const auto& [layer, missing] : request.layers) {
+      if (missing == 0) events_.push({EventKind::kLayer, handle, 0, static_cast<std::int32_t>(layer), {}});
     }
     slots_moved_ = true;
     grant();
     complete(request);  // where nothing is wanted
   });
-  return handle;
+  return posted ? handle : 0;
 }
 
 void Receiver::abort(std::uint64_t handle, std::string reason) {
@@ -88,7 +76,7 @@ void Receiver::abort(std::uint64_t handle, std::string reason) {
 
 void Receiver::retire_link(std::uint32_t id) {
   post([this, id] {
-    if (Link* at = link(id)) lose(*at, Status::error(Code::kPeerLost, "the peer's process has ended"));
+    if (const auto at = link(id)) lose(*at, Status::error(Code::kPeerLost, "the peer's process has ended"), false);
     slots_.retire(id);
     stats_.quarantined_slots = slots_.quarantined();
     slots_moved_ = true;
@@ -96,35 +84,41 @@ void Receiver::retire_link(std::uint32_t id) {
 }
 
 void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
+  Request* request = find(prelude.request, prelude.epoch);
+  Part* part = nullptr;
+  if (request != nullptr) {
+    const auto found = std::find_if(request->parts.begin(), request->parts.end(),
+                                    [&](const Part& at) { return at.link.get() == &link; });
+    if (found != request->parts.end()) part = &*found;
+  }
+  // A request that has ended while the frame was under way, or that this peer was not asked for and cannot harm.
+  const bool stale = part == nullptr || !request->failure.ok();
+  if (stale) ++stats_.stale_frames;
   Slot* slot = slots_.at(frame.slot);
   if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id || slot->generation != frame.generation) {
-    return lose(link, Status::error(Code::kProtocol, "a frame came in slot " + std::to_string(frame.slot) + " generation " +
-                                                         std::to_string(frame.generation) + ", which the sender does not hold"));
+    if (stale) return;
+    return fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " + std::to_string(frame.slot) +
+                                                             " generation " + std::to_string(frame.generation) +
+                                                             ", which the sender does not hold"));
   }
   slot->state = SlotState::kFilled;
   slots_moved_ = true;
-  Request* request = find(prelude.request, prelude.epoch);
-  if (request == nullptr || !request->failure.ok()) {
-    ++stats_.stale_frames;  // of a request that has ended here while the frame was under way
-    return slots_.free(frame.slot);
-  }
-  const auto part = std::find_if(request->parts.begin(), request->parts.end(), [&](const Part& at) { return at.link == &link; });
+  if (stale) return slots_.free(frame.slot);
   auto unpack = std::make_unique<Unpack>();
-  const Status status = part == request->parts.end()
-                            ? Status::error(Code::kProtocol, "a frame came from a peer that was not asked")
-                            : admit(*request, *part, frame, &unpack->plan);
+  const Status status = admit(*request, *part, frame, &unpack->plan);
   if (!status.ok()) {
     slots_.free(frame.slot);
     return fail(*request, Status::error(status.code, link.config.name + ": " + status.detail));
   }
   unpack->request = request;
-  unpack->part = &*part;
+  unpack->part = part;
   unpack->frame = frame;
   RemapTask& task = unpack->task;
   task.blocks = request->blocks[unpack->plan->group];
   task.seed = wire::checksum_seed(prelude, frame);
   plan_jobs(*unpack->plan, frame.token_start, frame.token_stop, slot->memory->address(), false, &task);
   ++request->unpacking;
+  std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
   mover_->submit(&task);
   unpacks_.push_back(std::move(unpack));
   if (finish(*unpacks_.back())) unpacks_.pop_back();
@@ -134,8 +128,8 @@ void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Fr
 Status Receiver::admit(Request& request, Part& part, const wire::Frame& frame, const LayerPlan** plan) {
   const auto wrong = [&](const std::string& what) {
     return Status::error(Code::kProtocol, "a frame of layer " + std::to_string(frame.layer) + ", heads " +
-                                              range(frame.head_start, frame.head_stop) + ", tokens " +
-                                              range(frame.token_start, frame.token_stop) + " " + what);
+                                              range_text(frame.head_start, frame.head_stop) + ", tokens " +
+                                              range_text(frame.token_start, frame.token_stop) + " " + what);
   };
   *plan = part.link->find(frame);
   if (*plan == nullptr) return wrong("is of no route of this link");
@@ -151,7 +145,7 @@ Status Receiver::admit(Request& request, Part& part, const wire::Frame& frame, c
   }
   const wire::TokenRange& want = request.want[wanted.group];
   if (frame.token_start < want.start || frame.token_stop > want.stop || frame.token_start >= frame.token_stop) {
-    return wrong("is outside the ticket's tokens " + range(want.start, want.stop));
+    return wrong("is outside the ticket's tokens " + range_text(want.start, want.stop));
   }
   if (frame.payload_length != wanted.payload_bytes(frame.token_stop - frame.token_start) ||
       frame.payload_length > config_.slot_bytes) {
@@ -169,14 +163,14 @@ bool Receiver::finish(Unpack& unpack) {
   Request& request = *unpack.request;
   const wire::Frame& frame = unpack.frame;
   slots_.free(frame.slot);
-  slots_moved_ = ended_ = true;
+  slots_moved_ = true;
   --request.unpacking;
   trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns, frame.payload_length});
   if (!request.failure.ok()) return true;
   if (unpack.task.result.checksum != frame.checksum) {
     fail(request, Status::error(Code::kChecksum, unpack.part->link->config.name + ": the payload of layer " +
                                                      std::to_string(frame.layer) + ", tokens " +
-                                                     range(frame.token_start, frame.token_stop) + " is not what was packed"));
+                                                     range_text(frame.token_start, frame.token_stop) + " is not what was packed"));
     return true;
   }
   ++stats_.frames;
@@ -186,6 +180,7 @@ bool Receiver::finish(Unpack& unpack) {
   ++unpack.part->frames;
   unpack.part->bytes += frame.payload_length;
   unpack.part->remaining -= tokens;
+  if (unpack.part->remaining == 0) close_part(*unpack.part);
   std::uint64_t& missing = request.layers[frame.layer];
   missing -= tokens;
   if (missing == 0) events_.push({EventKind::kLayer, request.handle, 0, static_cast<std::int32_t>(frame.layer), {}});
@@ -195,6 +190,7 @@ bool Receiver::finish(Unpack& unpack) {
 
 // Tells each sender whose part is complete, and the caller when all are. Erases the request then.
 void Receiver::complete(Request& request) {
+  if (!request.failure.ok()) return;
   bool all = true;
   for (auto& part : request.parts) {
     if (part.remaining > 0) {
@@ -210,6 +206,11 @@ void Receiver::complete(Request& request) {
   }
   if (!all) return;
   events_.push({EventKind::kComplete, request.handle, 0, -1, {}});
+  erase(request);
+}
+
+void Receiver::erase(Request& request) {
+  deadlines_.erase({request.deadline_ns, request.handle});
   handles_.erase(request.id);
   requests_.erase(request.handle);
 }

@@ -6,6 +6,8 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.h"
@@ -37,7 +39,7 @@ class Receiver final : public Engine {
  private:
   // One link's part of a request.
   struct Part {
-    Link* link = nullptr;
+    std::shared_ptr<Link> link;
     std::uint64_t remaining = 0;  // tokens summed over the link's plans
     std::vector<std::vector<wire::TokenRange>> seen;  // per plan, sorted and disjoint
     std::uint64_t frames = 0;
@@ -65,20 +67,23 @@ class Receiver final : public Engine {
   };
   // What the receiver knows of a sender's wishes.
   struct Demand {
-    bool hungry = false;    // it can use slots
-    bool recalled = false;  // it was asked to give unused ones back
+    bool hungry = false;      // it can use slots
+    bool recalled = false;    // it was asked to give unused ones back, and has not answered
+    std::size_t open = 0;     // parts of unfinished requests that it still has to send
+    std::uint64_t served = 0;  // when it was last lent a slot
     std::map<std::uint32_t, std::uint32_t> keys;  // slot -> generation whose key the link has
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !unpacks_.empty(); }
-  bool waiting() const override { return !requests_.empty(); }
+  std::uint64_t deadline() const override { return deadlines_.empty() ? 0 : deadlines_.begin()->first; }
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;
   bool link_drained(const Link&) const override { return true; }
+  bool link_idle(const Link&) const override { return true; }
   void on_link_closed(Link& link) override;
-  void on_stop() override;
+  void on_stop(const Status& status) override;
 
   void on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame);
   void on_release(Link& link, const wire::Release& release);
@@ -88,7 +93,9 @@ class Receiver final : public Engine {
   void complete(Request& request);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
   bool grant();
-  bool active(const Link& link) const;
+  void recall(std::size_t contenders);
+  void close_part(const Part& part);
+  void erase(Request& request);
   bool sweep(std::uint64_t now);
   Request* find(const wire::RequestId& id, std::uint64_t epoch);
 
@@ -100,9 +107,10 @@ class Receiver final : public Engine {
   std::map<wire::RequestId, std::uint64_t> handles_;
   std::list<std::unique_ptr<Unpack>> unpacks_;
   std::map<std::uint32_t, Demand> demands_;
-  bool slots_moved_ = false;  // a slot was freed or asked for since the last grants
-  bool ended_ = false;
-  std::uint64_t swept_ns_ = 0;
+  std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
+  std::vector<std::uint64_t> failed_;  // handles that end once nothing is being unpacked
+  bool slots_moved_ = false;           // a slot was freed or asked for since the last grants
+  std::uint64_t grants_ = 0;
 };
 
 }  // namespace hetkv

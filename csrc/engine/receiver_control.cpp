@@ -1,12 +1,13 @@
 // The receiver's slots, endings and answers to messages other than frames.
 #include <algorithm>
+#include <utility>
 
 #include "engine/receiver.h"
 
 namespace hetkv {
 namespace {
 
-constexpr std::uint64_t kMs = 1'000'000;
+constexpr std::size_t kMostInGrant = 16;  // slots: a message stays within one fragment of any transport, so that none overtakes
 
 }  // namespace
 
@@ -50,8 +51,10 @@ void Receiver::on_release(Link& link, const wire::Release& release) {
     }
     slots_.free(name.slot);
   }
-  demands_[link.id].hungry = false;
-  demands_[link.id].recalled = false;
+  Demand& demand = demands_[link.id];
+  demand.recalled = false;
+  if (release.slots.empty()) return;  // it uses them all: each comes back with a frame
+  demand.hungry = false;
   slots_moved_ = true;
 }
 
@@ -71,105 +74,122 @@ bool Receiver::step(std::uint64_t now) {
       ++at;
     }
   }
-  if (slots_moved_) moved |= grant();
-  return sweep(now) || moved;
+  moved |= sweep(now);
+  if (slots_moved_) {
+    moved |= grant();
+    stats_.lent_slots = slots_.in_use();
+  }
+  stats_.open_requests = requests_.size();
+  return moved;
 }
 
-bool Receiver::active(const Link& link) const {
-  return std::any_of(requests_.begin(), requests_.end(), [&](const auto& at) {
-    return at.second.failure.ok() && std::any_of(at.second.parts.begin(), at.second.parts.end(), [&](const Part& part) {
-             return part.link == &link && part.remaining > 0;
-           });
-  });
-}
-
-// Lends free slots to the links that can use them, evenly; recalls unused ones where a link has none.
+// Lends free slots to the links that can use them: to the one that holds fewest, among equals to the one that waited
+// longest. Where one has none, asks for what others do not use.
 bool Receiver::grant() {
   slots_moved_ = false;
   std::vector<Link*> hungry;
+  std::size_t contenders = 0;
   for (auto& [id, at] : links_) {
-    if (at->up() && demands_[id].hungry && active(*at)) hungry.push_back(at.get());
+    if (!at->up()) continue;
+    const Demand& demand = demands_[id];
+    const bool wants = demand.hungry && demand.open > 0;
+    if (wants) hungry.push_back(at.get());
+    if (wants || slots_.held_by(id) > 0) ++contenders;
   }
   if (hungry.empty()) return false;
-  const std::size_t share = std::max<std::size_t>(slots_.size() / hungry.size(), 1);
+  const std::size_t share = std::max<std::size_t>((slots_.size() - slots_.quarantined()) / hungry.size(), 1);
   const std::size_t most = std::min<std::size_t>(share, static_cast<std::size_t>(config_.max_slots_per_link));
+  const auto order = [&](const Link* at) { return std::make_pair(slots_.held_by(at->id), demands_[at->id].served); };
   std::map<Link*, wire::Grant> grants;
-  bool starved = false;
-  for (bool lent = true; lent;) {
-    lent = false;
-    for (Link* at : hungry) {
-      const std::size_t held = slots_.held_by(at->id);
-      if (held >= most) continue;
-      std::uint32_t id = 0;
-      Status status;
-      Slot* slot = slots_.lend(*worker_, at->id, &id, &status);
-      if (slot == nullptr) {
-        if (!status.ok()) return lose(*at, status), true;
-        starved |= held == 0;
-        continue;
-      }
-      lent = true;
-      wire::SlotGrant given{id, slot->generation, slot->memory->address(), slot->memory->bytes(), {}};
-      auto [known, fresh] = demands_[at->id].keys.emplace(id, slot->generation);
-      if (fresh || known->second != slot->generation) given.rkey = slot->memory->rkey();
-      known->second = slot->generation;
-      grants[at].slots.push_back(std::move(given));
-    }
+  wire::Prelude prelude;
+  prelude.type = wire::Type::kGrant;
+  Status status;
+  bool lent = false;
+  while (slots_.free_slots() > 0) {
+    Link* at = *std::min_element(hungry.begin(), hungry.end(), [&](Link* a, Link* b) { return order(a) < order(b); });
+    if (slots_.held_by(at->id) >= most) break;
+    std::uint32_t id = 0;
+    const Slot* slot = slots_.lend(*worker_, at->id, &id, &status);
+    if (slot == nullptr) break;
+    lent = true;
+    Demand& demand = demands_[at->id];
+    demand.served = ++grants_;
+    wire::SlotGrant given{id, slot->generation, slot->memory->address(), slot->memory->bytes(), {}};
+    const auto [known, fresh] = demand.keys.emplace(id, slot->generation);
+    if (fresh || known->second != slot->generation) given.rkey = slot->memory->rkey();
+    known->second = slot->generation;
+    wire::Grant& grant = grants[at];
+    grant.slots.push_back(std::move(given));
+    if (grant.slots.size() == kMostInGrant) send(*at, prelude, std::exchange(grant, {}));
   }
   for (auto& [at, grant] : grants) {
+    if (!grant.slots.empty()) send(*at, prelude, grant);
+  }
+  const bool starved = std::any_of(hungry.begin(), hungry.end(), [&](Link* at) { return slots_.held_by(at->id) == 0; });
+  if (starved && !status.ok() && slots_.in_use() == 0) {
+    for (Link* at : hungry) lose(*at, status);  // no slot can be made, and none will come back
+  } else if (starved) {
+    recall(contenders);
+  }
+  return lent;
+}
+
+// A sender that is busy with its slots loses none by this; one that waits gives them back and asks when it needs them.
+void Receiver::recall(std::size_t contenders) {
+  const std::size_t usable = slots_.size() - slots_.quarantined();
+  for (auto& [id, at] : links_) {
+    Demand& demand = demands_[id];
+    if (!at->up() || demand.recalled || slots_.held_by(id) * contenders <= usable) continue;
+    demand.recalled = true;
     wire::Prelude prelude;
-    prelude.type = wire::Type::kGrant;
-    send(*at, prelude, grant);
+    prelude.type = wire::Type::kRecall;
+    send(*at, prelude, wire::Release{});
   }
-  if (starved) {
-    for (auto& [id, at] : links_) {
-      Demand& demand = demands_[id];
-      if (!at->up() || demand.recalled || slots_.held_by(id) <= share) continue;
-      demand.recalled = true;
-      wire::Prelude prelude;
-      prelude.type = wire::Type::kRecall;
-      send(*at, prelude, wire::Release{});
-    }
-  }
-  return !grants.empty();
+}
+
+// The part is complete, or its request has failed: it needs no more slots.
+void Receiver::close_part(const Part& part) {
+  const auto found = demands_.find(part.link->id);
+  if (found != demands_.end()) --found->second.open;
 }
 
 void Receiver::fail(Request& request, Status status, const Link* told_by) {
   if (!request.failure.ok()) return;
   request.failure = std::move(status);
-  ended_ = true;
+  failed_.push_back(request.handle);
   ++stats_.failed_requests;
   wire::Prelude prelude;
   prelude.type = wire::Type::kAbort;
   prelude.request = request.id;
   prelude.epoch = request.epoch;
   for (auto& part : request.parts) {
-    if (part.link != told_by && part.link->up() && !part.done) {
-      send(*part.link, prelude, wire::Abort{request.failure.code, request.failure.detail.substr(0, 500)});
+    if (part.remaining > 0) close_part(part);
+    if (part.link.get() != told_by && part.link->up() && !part.done) {
+      send(*part.link, prelude, wire::Abort{request.failure.code, request.failure.detail});
     }
   }
 }
 
 // Ends requests that have failed and drained, and lets leases run out.
 bool Receiver::sweep(std::uint64_t now) {
-  if (!ended_ && now - swept_ns_ < kMs) return false;
-  ended_ = false;
-  swept_ns_ = now;
+  while (!deadlines_.empty() && now > deadlines_.begin()->first) {
+    Request& request = requests_.at(deadlines_.begin()->second);
+    deadlines_.erase(deadlines_.begin());
+    fail(request, Status::error(Code::kLeaseExpired, "the request was not complete when its lease ran out"));
+  }
   bool moved = false;
-  for (auto at = requests_.begin(); at != requests_.end();) {
-    Request& request = at->second;
-    if (request.failure.ok() && now > request.deadline_ns) {
-      fail(request, Status::error(Code::kLeaseExpired, "the request was not complete when its lease ran out"));
-    }
-    if (request.failure.ok() || request.unpacking > 0) {
-      ++at;
+  std::vector<std::uint64_t> draining;
+  for (const std::uint64_t handle : std::exchange(failed_, {})) {
+    Request& request = requests_.at(handle);
+    if (request.unpacking > 0) {
+      draining.push_back(handle);
       continue;
     }
-    events_.push({EventKind::kFailed, request.handle, 0, -1, request.failure});
-    handles_.erase(request.id);
-    at = requests_.erase(at);
+    events_.push({EventKind::kFailed, handle, 0, -1, request.failure});
+    erase(request);
     moved = true;
   }
+  failed_.insert(failed_.end(), draining.begin(), draining.end());
   return moved;
 }
 
@@ -177,10 +197,11 @@ void Receiver::on_link_up(Link& link) { demands_[link.id]; }
 
 void Receiver::on_link_lost(Link& link, const Status& status) {
   slots_.quarantine(link.id);
+  slots_moved_ = true;
   stats_.quarantined_slots = slots_.quarantined();
   for (auto& [handle, request] : requests_) {
     for (const auto& part : request.parts) {
-      if (part.link == &link && !part.done) {
+      if (part.link.get() == &link && !part.done) {
         fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
         break;
       }
@@ -190,8 +211,8 @@ void Receiver::on_link_lost(Link& link, const Status& status) {
 
 void Receiver::on_link_closed(Link& link) { demands_.erase(link.id); }
 
-void Receiver::on_stop() {
-  for (auto& [handle, request] : requests_) fail(request, Status::error(Code::kClosed, "the receiver was closed"));
+void Receiver::on_stop(const Status& status) {
+  for (auto& [handle, request] : requests_) fail(request, status);
 }
 
 }  // namespace hetkv

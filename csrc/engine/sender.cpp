@@ -1,16 +1,15 @@
 #include "engine/sender.h"
 
 #include <algorithm>
+#include <atomic>
+
+#include "engine/ranges.h"
 
 namespace hetkv {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::uint64_t kTokenAlignment = 64;  // frames start at multiples of it where they can: whole blocks, full vectors
-
-std::string range(std::uint64_t start, std::uint64_t stop) {
-  return "[" + std::to_string(start) + ", " + std::to_string(stop) + ")";
-}
 
 }  // namespace
 
@@ -20,7 +19,7 @@ Sender::~Sender() { stop(); }
 
 std::uint64_t Sender::submit(Submission submission) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
-  post([this, handle, submission = std::move(submission)]() mutable {
+  const bool posted = post([this, handle, submission = std::move(submission)]() mutable {
     if (handles_.count(submission.id) != 0) {
       events_.push({EventKind::kFailed, handle, 0, -1,
                     Status::error(Code::kInvalid, "a request with this id is in progress already")});
@@ -33,15 +32,17 @@ std::uint64_t Sender::submit(Submission submission) {
     for (auto& blocks : submission.blocks) {
       request.blocks.push_back(std::make_shared<const std::vector<std::int32_t>>(std::move(blocks)));
     }
-    if (submission.hold_ms > 0) request.deadline_ns = now_ns() + submission.hold_ms * kMs;
+    if (submission.hold_ms > 0) {
+      request.deadline_ns = now_ns() + submission.hold_ms * kMs;
+      deadlines_.emplace(request.deadline_ns, handle);
+    }
     handles_[request.id] = handle;
-    const auto waiting = pending_.equal_range(request.id);
+    const auto waiting = pending_.equal_range(submission.id);
     std::vector<PendingTicket> tickets;
-    for (auto at = waiting.first; at != waiting.second; ++at) tickets.push_back(std::move(at->second));
-    pending_.erase(waiting.first, waiting.second);
-    for (auto& ticket : tickets) add_lane(request, *ticket.link, ticket.epoch, std::move(ticket.want));
+    for (auto at = waiting.first; at != waiting.second; at = drop_ticket(at)) tickets.push_back(at->second);
+    for (auto& ticket : tickets) take_ticket(submission.id, std::move(ticket));
   });
-  return handle;
+  return posted ? handle : 0;
 }
 
 void Sender::extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks) {
@@ -59,14 +60,13 @@ void Sender::send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t
     const auto found = requests_.find(handle);
     if (found == requests_.end() || !found->second.failure.ok()) return;
     Request& request = found->second;
-    for (const auto& item : request.ready) {
-      if (item.layer == layer && start < item.stop && item.start < stop) {
-        fail(request, Status::error(Code::kInvalid, "tokens " + range(start, stop) + " of layer " + std::to_string(layer) +
-                                                        " overlap " + range(item.start, item.stop) + ", sent before"));
-        return;
-      }
+    if (!add_range(request.sent[layer], {start, stop})) {
+      fail(request, Status::error(Code::kInvalid, "tokens " + range_text(start, stop) + " of layer " + std::to_string(layer) +
+                                                      " overlap tokens that were sent before"));
+      return;
     }
     request.ready.push_back({layer, start, stop});
+    for (auto& lane : request.lanes) queue(lane);
   });
 }
 
@@ -75,40 +75,6 @@ void Sender::abort(std::uint64_t handle, std::string reason) {
     const auto found = requests_.find(handle);
     if (found != requests_.end()) fail(found->second, Status::error(Code::kAborted, reason));
   });
-}
-
-void Sender::add_lane(Request& request, Link& link, std::uint64_t epoch, std::vector<wire::TokenRange> want) {
-  for (auto& lane : request.lanes) {
-    if (lane.link == &link && !lane.delivered) cancel(lane);  // the receiver tries again under a new epoch
-  }
-  if (request.packed) {
-    refuse(link, request.id, epoch, Status::error(Code::kProtocol, "the sender has given the request's blocks back"));
-    return;
-  }
-  if (want.size() != request.tokens.size()) {
-    fail(request, Status::error(Code::kProtocol, "the ticket has " + std::to_string(want.size()) + " cache groups, the request " +
-                                                     std::to_string(request.tokens.size())));
-    refuse(link, request.id, epoch, request.failure);
-    return;
-  }
-  for (std::size_t group = 0; group < want.size(); ++group) {
-    if (want[group].stop > request.tokens[group] && want[group].stop > want[group].start) {
-      Status why = Status::error(Code::kProtocol, "the ticket asks for tokens " + range(want[group].start, want[group].stop) +
-                                                      " of cache group " + std::to_string(group) + ", the request has " +
-                                                      std::to_string(request.tokens[group]));
-      refuse(link, request.id, epoch, why);
-      fail(request, std::move(why));
-      return;
-    }
-  }
-  Lane& lane = request.lanes.emplace_back();
-  lane.request = &request;
-  lane.link = &link;
-  lane.epoch = epoch;
-  lane.remaining = link.plan_tokens(want);
-  lane.want = std::move(want);
-  if (lane.remaining > 0) windows_[link.id].lanes.push_back(&lane);
-  check_packed(request);
 }
 
 bool Sender::step(std::uint64_t now) {
@@ -124,18 +90,35 @@ bool Sender::step(std::uint64_t now) {
   for (auto& [id, owned] : links_) {
     if (owned->up()) moved |= feed(*owned);
   }
-  return sweep(now) || moved;
+  moved |= sweep(now);
+  stats_.open_requests = requests_.size();
+  stats_.pending_tickets = pending_.size();
+  return moved;
+}
+
+void Sender::queue(Lane& lane) {
+  if (lane.queued || lane.cancelled || lane.remaining == 0) return;
+  lane.queued = true;
+  windows_[lane.link->id].queue.push_back(&lane);
+}
+
+void Sender::unqueue(Lane& lane) {
+  if (!lane.queued) return;
+  lane.queued = false;
+  auto& queue = windows_[lane.link->id].queue;
+  queue.erase(std::find(queue.begin(), queue.end(), &lane));
 }
 
 // Starts frames while the link has work, slots and, where it needs them, staging buffers. Lanes take turns.
 bool Sender::feed(Link& link) {
   LinkWindows& windows = windows_[link.id];
   bool moved = false;
-  for (std::size_t tried = 0; tried < windows.lanes.size();) {
-    Lane& lane = *windows.lanes[windows.turn++ % windows.lanes.size()];
+  while (!windows.queue.empty() && link.up()) {
+    Lane& lane = *windows.queue.front();
     wire::TokenRange tokens;
     if (!find_ready(lane, &tokens)) {
-      ++tried;
+      lane.queued = false;
+      windows.queue.pop_front();
       continue;
     }
     if (windows.free.empty()) {
@@ -147,32 +130,42 @@ bool Sender::feed(Link& link) {
       }
       break;
     }
-    const std::uint32_t slot = windows.free.back();
-    ucx::RemoteMemory& memory = *windows.slots[slot].memory;
     auto transfer = std::make_unique<Transfer>();
-    if (!(config_.direct && memory.local != 0) && !take_staging(transfer.get())) break;
-    next_frame(lane, tokens, std::min(memory.bytes, config_.slot_bytes), transfer.get());
-    tried = 0;
-    windows.free.pop_back();
-    transfer->slot = slot;
-    transfer->frame.slot = slot;
-    transfer->frame.generation = windows.slots[slot].generation;
-    const std::uint64_t payload = transfer->staging >= 0 ? staging_[transfer->staging]->address() : memory.local;
-    wire::Prelude prelude;
-    prelude.request = lane.request->id;
-    prelude.epoch = lane.epoch;
-    RemapTask& task = transfer->task;
-    task.blocks = lane.request->blocks[transfer->plan->group];
-    task.seed = wire::checksum_seed(prelude, transfer->frame);
-    plan_jobs(*transfer->plan, transfer->frame.token_start, transfer->frame.token_stop, payload, true, &task);
-    ++lane.in_flight;
-    ++lane.request->packing;
-    mover_->submit(&task);
-    transfers_.push_back(std::move(transfer));
+    const bool direct = config_.direct && windows.slots[windows.free.back()].memory->local != 0;
+    if (!direct && !take_staging(transfer.get())) break;
+    windows.queue.pop_front();
+    windows.queue.push_back(&lane);
+    launch(link, lane, tokens, std::move(transfer));
     moved = true;
-    if (advance(*transfers_.back())) transfers_.pop_back();
   }
+  if (windows.recalled && windows.queue.empty() && !windows.free.empty() && link.up()) release(link);
   return moved;
+}
+
+// Takes a slot, and packs into it or into the transfer's staging buffer. The lane may be gone when this returns.
+void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique_ptr<Transfer> transfer) {
+  LinkWindows& windows = windows_[link.id];
+  const std::uint32_t slot = windows.free.back();
+  windows.free.pop_back();
+  const Window& window = windows.slots[slot];
+  const bool staged = transfer->staging >= 0;
+  next_frame(lane, tokens, staged ? std::min(window.memory->bytes, config_.slot_bytes) : window.memory->bytes, transfer.get());
+  transfer->slot = slot;
+  transfer->frame.slot = slot;
+  transfer->frame.generation = window.generation;
+  wire::Prelude prelude;
+  prelude.request = lane.request->id;
+  prelude.epoch = lane.epoch;
+  RemapTask& task = transfer->task;
+  task.blocks = lane.request->blocks[transfer->plan->group];
+  task.seed = wire::checksum_seed(prelude, transfer->frame);
+  plan_jobs(*transfer->plan, transfer->frame.token_start, transfer->frame.token_stop,
+            staged ? staging_[transfer->staging]->address() : window.memory->local, true, &task);
+  ++lane.in_flight;
+  ++lane.request->packing;
+  transfers_.push_back(std::move(transfer));
+  mover_->submit(&task);
+  if (advance(*transfers_.back())) transfers_.pop_back();
 }
 
 bool Sender::take_staging(Transfer* transfer) {
@@ -196,8 +189,8 @@ bool Sender::find_ready(Lane& lane, wire::TokenRange* tokens) {
   const auto& ready = lane.request->ready;
   for (; lane.ready < ready.size(); ++lane.ready, lane.plan = 0, lane.token = 0) {
     const Ready& item = ready[lane.ready];
-    for (; lane.plan < plans.size(); ++lane.plan, lane.token = 0) {
-      if (plans[lane.plan].layer != item.layer) continue;
+    lane.plan = std::max(lane.plan, lane.link->first_plan(item.layer));
+    for (; lane.plan < plans.size() && plans[lane.plan].layer == item.layer; ++lane.plan, lane.token = 0) {
       const wire::TokenRange& want = lane.want[plans[lane.plan].group];
       tokens->start = std::max({item.start, want.start, lane.token});
       tokens->stop = std::min(item.stop, want.stop);
@@ -210,8 +203,8 @@ bool Sender::find_ready(Lane& lane, wire::TokenRange* tokens) {
 // Cuts the next frame off `tokens`, as many as fit, and moves the lane's cursor behind it.
 void Sender::next_frame(Lane& lane, wire::TokenRange tokens, std::size_t slot_bytes, Transfer* transfer) {
   const LayerPlan& plan = lane.link->config.plans[lane.plan];
-  const std::uint64_t fit = (slot_bytes - 8 * plan.segments.size()) / plan.payload_bytes(1);
-  std::uint64_t stop = std::min(tokens.stop, tokens.start + std::max<std::uint64_t>(fit, 1));
+  // One token fits: add_link and on_grant have seen to it.
+  std::uint64_t stop = std::min(tokens.stop, tokens.start + std::max<std::uint64_t>(plan.tokens_in(slot_bytes), 1));
   const std::uint64_t aligned = stop / kTokenAlignment * kTokenAlignment;
   if (stop < tokens.stop && aligned > tokens.start) stop = aligned;
   lane.token = stop;
@@ -249,19 +242,18 @@ bool Sender::advance(Transfer& transfer) {
   if (!transfer.put.done || !transfer.flush.done) return false;
   if (transfer.staging >= 0) free_staging_.push_back(transfer.staging);
   --lane.in_flight;
-  ended_ = true;
-  if (!link.up()) return true;
-  for (const ucx::Op* op : {&transfer.put, &transfer.flush}) {
-    if (op->status != UCS_OK) {
-      lose(link, Status::error(Code::kTransport, std::string("UCX put: ") + ucs_status_string(op->status)));
-      return true;
+  if (link.up()) {
+    const ucx::Op& op = transfer.put.status != UCS_OK ? transfer.put : transfer.flush;
+    if (op.status != UCS_OK) {
+      lose(link, Status::error(Code::kTransport, std::string("UCX put: ") + ucs_status_string(op.status)));
+    } else if (lane.cancelled) {
+      windows_[link.id].free.push_back(transfer.slot);
+      release_idle(link);
+    } else {
+      commit(transfer);
     }
   }
-  if (lane.cancelled) {
-    give_back(link, transfer.slot);
-  } else {
-    commit(transfer);
-  }
+  conclude(*lane.request);
   return true;
 }
 
@@ -272,9 +264,9 @@ void Sender::on_packed(Transfer& transfer) {
   --lane.request->packing;
   stats_.saturated += transfer.task.result.saturated;
   trace_.add({SpanKind::kPack, lane.request->handle, frame.layer, transfer.task.start_ns, transfer.task.stop_ns, frame.payload_length});
-  if (lane.remaining == 0) {
-    auto& lanes = windows_[lane.link->id].lanes;
-    lanes.erase(std::remove(lanes.begin(), lanes.end(), &lane), lanes.end());
+  if (lane.remaining == 0 && !lane.cancelled) {
+    unqueue(lane);
+    --windows_[lane.link->id].open;
   }
 }
 
@@ -286,16 +278,16 @@ void Sender::commit(Transfer& transfer) {
   prelude.type = wire::Type::kFrame;
   prelude.request = lane.request->id;
   prelude.epoch = lane.epoch;
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // what was stored into the peer's window, before the message
   send(*lane.link, prelude, transfer.frame);
   windows_[lane.link->id].slots[transfer.slot].granted = false;
+  ++lane.frames;
+  lane.bytes += transfer.frame.payload_length;
   ++stats_.frames;
   stats_.payload_bytes += transfer.frame.payload_length;
   if (transfer.staging < 0) ++stats_.direct_frames;
   trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(), transfer.frame.payload_length});
-  if (lane.remaining == 0) {
-    release_idle(*lane.link);
-    check_packed(*lane.request);
-  }
+  release_idle(*lane.link);
 }
 
 }  // namespace hetkv

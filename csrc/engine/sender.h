@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <map>
 #include <memory>
-#include <unordered_map>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.h"
@@ -29,7 +31,8 @@ class Sender final : public Engine {
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
   std::uint64_t submit(Submission submission);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed.
+  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
+  // them were submitted before.
   void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop);
   void abort(std::uint64_t handle, std::string reason);
 
@@ -43,7 +46,7 @@ class Sender final : public Engine {
   struct Request;
   struct Lane {
     Request* request = nullptr;
-    Link* link = nullptr;
+    std::shared_ptr<Link> link;
     std::uint64_t epoch = 0;
     std::vector<wire::TokenRange> want;
     std::uint64_t remaining = 0;
@@ -51,8 +54,11 @@ class Sender final : public Engine {
     std::size_t plan = 0;     // plan of the link,
     std::uint64_t token = 0;  // and token inside it
     std::uint32_t in_flight = 0;
-    bool delivered = false;
-    bool cancelled = false;
+    std::uint64_t frames = 0;  // committed
+    std::uint64_t bytes = 0;
+    bool queued = false;     // in its link's queue
+    bool delivered = false;  // the receiver said so
+    bool cancelled = false;  // counts for nothing any more; goes with its request
   };
   struct Request {
     std::uint64_t handle = 0;
@@ -60,6 +66,7 @@ class Sender final : public Engine {
     std::vector<std::uint64_t> tokens;
     std::vector<BlockTable> blocks;
     std::vector<Ready> ready;
+    std::map<std::uint32_t, std::vector<wire::TokenRange>> sent;  // the same by layer, merged
     std::list<Lane> lanes;
     std::uint64_t deadline_ns = 0;
     std::uint32_t packing = 0;  // packs in flight
@@ -74,9 +81,11 @@ class Sender final : public Engine {
   struct LinkWindows {
     std::map<std::uint32_t, Window> slots;
     std::vector<std::uint32_t> free;  // granted and unused
-    std::vector<Lane*> lanes;         // with something left to pack; served in turn
-    std::size_t turn = 0;
-    bool released = false;  // slots were given back and none was granted since: ask before the next frame
+    std::deque<Lane*> queue;          // lanes that may have something ready; served in turn
+    std::size_t open = 0;             // lanes that have something left to pack
+    std::size_t tickets = 0;          // that wait for their request
+    bool released = false;            // the receiver may take this side for sated: say so before the next frame
+    bool recalled = false;            // others need the slots: none is kept idle
   };
   enum class Stage : std::uint8_t { kPacking, kPutting };
   struct Transfer {
@@ -91,7 +100,7 @@ class Sender final : public Engine {
     ucx::Op flush;
   };
   struct PendingTicket {
-    Link* link;
+    std::shared_ptr<Link> link;
     std::uint64_t epoch;
     std::vector<wire::TokenRange> want;
     std::uint64_t deadline_ns;
@@ -100,20 +109,27 @@ class Sender final : public Engine {
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !transfers_.empty(); }
-  bool waiting() const override { return !requests_.empty() || !pending_.empty(); }
+  std::uint64_t deadline() const override;
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;
   bool link_drained(const Link& link) const override;
+  bool link_idle(const Link& link) const override;
   void on_link_closed(Link& link) override;
-  void on_stop() override;
+  void on_stop(const Status& status) override;
 
   void on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket);
   void on_grant(Link& link, const wire::Grant& grant);
-  void on_recall(Link& link, const wire::Release& recall);
-  void on_done(Link& link, const wire::Prelude& prelude);
+  void on_done(Link& link, const wire::Prelude& prelude, const wire::Done& done);
   void on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort);
-  void add_lane(Request& request, Link& link, std::uint64_t epoch, std::vector<wire::TokenRange> want);
+  using Pending = std::multimap<wire::RequestId, PendingTicket>;
+  void take_ticket(const wire::RequestId& id, PendingTicket ticket);
+  Pending::iterator drop_ticket(Pending::iterator at);
+  Status check_ticket(const Request& request, const PendingTicket& ticket) const;
+  void add_lane(Request& request, PendingTicket ticket);
   bool feed(Link& link);
+  void launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique_ptr<Transfer> transfer);
+  void queue(Lane& lane);
+  void unqueue(Lane& lane);
   bool find_ready(Lane& lane, wire::TokenRange* tokens);
   void next_frame(Lane& lane, wire::TokenRange tokens, std::size_t slot_bytes, Transfer* transfer);
   bool take_staging(Transfer* transfer);
@@ -121,25 +137,28 @@ class Sender final : public Engine {
   void on_packed(Transfer& transfer);
   void commit(Transfer& transfer);
   void cancel(Lane& lane);
-  void give_back(Link& link, std::uint32_t slot);
+  void release(Link& link);
   void release_idle(Link& link);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
   void refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
-  void check_packed(Request& request);
+  void conclude(Request& request);  // may erase it
+  void erase(Request& request);
   bool sweep(std::uint64_t now);
+  void sweep_tickets(std::uint64_t now);
   Request* find(const wire::RequestId& id);
 
   std::unique_ptr<Mover> mover_;
   std::atomic<std::uint64_t> next_handle_{1};
   std::map<std::uint64_t, Request> requests_;  // in order of submission
   std::map<wire::RequestId, std::uint64_t> handles_;
-  std::multimap<wire::RequestId, PendingTicket> pending_;
+  Pending pending_;
   std::list<std::unique_ptr<Transfer>> transfers_;
   std::map<std::uint32_t, LinkWindows> windows_;  // per link
   std::vector<std::unique_ptr<ucx::Memory>> staging_;
   std::vector<int> free_staging_;
-  bool ended_ = false;  // a request has failed, or work on it has ended, since the last sweep
-  std::uint64_t swept_ns_ = 0;
+  std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
+  std::uint64_t pending_deadline_ns_ = 0;                        // no pending ticket ends before it
+  std::vector<std::uint64_t> failed_;                            // handles that end once nothing is in flight
 };
 
 }  // namespace hetkv

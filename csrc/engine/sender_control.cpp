@@ -1,6 +1,8 @@
 // The sender's answers to messages and endings: tickets, slots, completion, failure.
 #include <algorithm>
+#include <utility>
 
+#include "engine/ranges.h"
 #include "engine/sender.h"
 
 namespace hetkv {
@@ -8,6 +10,7 @@ namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kMaxPendingTickets = 1 << 16;
+constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
 
 template <typename Body, typename Then>
 Status with_body(const std::uint8_t* data, std::size_t size, Then then) {
@@ -29,10 +32,13 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
       status = with_body<wire::Grant>(data, size, [&](wire::Grant body) { on_grant(link, body); });
       break;
     case wire::Type::kRecall:
-      status = with_body<wire::Release>(data, size, [&](wire::Release body) { on_recall(link, body); });
+      status = with_body<wire::Release>(data, size, [&](const wire::Release&) {
+        windows_[link.id].recalled = true;
+        release(link);
+      });
       break;
     case wire::Type::kDone:
-      on_done(link, prelude);
+      status = with_body<wire::Done>(data, size, [&](const wire::Done& body) { on_done(link, prelude, body); });
       break;
     case wire::Type::kAbort:
       status = with_body<wire::Abort>(data, size, [&](wire::Abort body) { on_abort(link, prelude, body); });
@@ -45,21 +51,78 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
 }
 
 void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket) {
-  if (Request* request = find(prelude.request)) {
-    add_lane(*request, link, prelude.epoch, std::move(ticket.groups));
-  } else if (pending_.size() >= kMaxPendingTickets) {
-    refuse(link, prelude.request, prelude.epoch, Status::error(Code::kProtocol, "too many tickets wait for their requests"));
-  } else {
-    pending_.emplace(prelude.request, PendingTicket{&link, prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
+  take_ticket(prelude.request, {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
+}
+
+// A ticket for a request that has failed and drains waits for the next one of that id: it belongs to a new attempt.
+void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
+  Request* request = find(id);
+  if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
+  if (pending_.size() >= kMaxPendingTickets) {
+    return refuse(*ticket.link, id, ticket.epoch, Status::error(Code::kProtocol, "too many tickets wait for their requests"));
   }
+  ++windows_[ticket.link->id].tickets;
+  pending_deadline_ns_ = pending_.empty() ? ticket.deadline_ns : std::min(pending_deadline_ns_, ticket.deadline_ns);
+  pending_.emplace(id, std::move(ticket));
+}
+
+Sender::Pending::iterator Sender::drop_ticket(Pending::iterator at) {
+  --windows_[at->second.link->id].tickets;
+  return pending_.erase(at);
+}
+
+Status Sender::check_ticket(const Request& request, const PendingTicket& ticket) const {
+  const auto wrong = [](std::string what) { return Status::error(Code::kProtocol, std::move(what)); };
+  if (request.packed) return wrong("the sender has given the request's blocks back");
+  const auto& want = ticket.want;
+  if (want.size() != request.tokens.size()) {
+    return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " + std::to_string(request.tokens.size()));
+  }
+  for (std::size_t group = 0; group < want.size(); ++group) {
+    if (want[group].stop > request.tokens[group] && want[group].stop > want[group].start) {
+      return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) + " of cache group " +
+                   std::to_string(group) + ", the request has " + std::to_string(request.tokens[group]));
+    }
+  }
+  for (const auto& lane : request.lanes) {
+    if (!lane.cancelled && lane.link->config.instance != ticket.link->config.instance) {
+      return wrong("the request is on its way to instance " + lane.link->config.instance);
+    }
+  }
+  return {};
+}
+
+// A ticket that cannot be served is refused; the request waits for a better one.
+void Sender::add_lane(Request& request, PendingTicket ticket) {
+  Link& link = *ticket.link;
+  if (Status status = check_ticket(request, ticket); !status.ok()) return refuse(link, request.id, ticket.epoch, std::move(status));
+  for (auto& lane : request.lanes) {
+    if (lane.link->config.name == link.config.name) cancel(lane);  // the receiver tries again under a new epoch
+  }
+  Lane& lane = request.lanes.emplace_back();
+  lane.request = &request;
+  lane.epoch = ticket.epoch;
+  lane.remaining = link.plan_tokens(ticket.want);
+  lane.delivered = lane.remaining == 0;  // the receiver, which asked for nothing, has said so or will
+  lane.link = std::move(ticket.link);
+  lane.want = std::move(ticket.want);
+  if (lane.remaining > 0) ++windows_[link.id].open;
+  queue(lane);
+  conclude(request);
 }
 
 void Sender::on_grant(Link& link, const wire::Grant& grant) {
   LinkWindows& windows = windows_[link.id];
-  windows.released = false;
+  windows.recalled = false;
+  std::uint64_t need = 0;
+  for (const auto& plan : link.config.plans) need = std::max(need, plan.payload_bytes(1));
   for (const auto& given : grant.slots) {
     Window& window = windows.slots[given.slot];
     if (window.granted) return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted twice"));
+    if (given.bytes < need) {
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " has " + std::to_string(given.bytes) +
+                                                           " bytes, a frame of one token " + std::to_string(need)));
+    }
     if (!given.rkey.empty()) {
       window.memory.reset();
       window.generation = given.generation;
@@ -75,56 +138,55 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
   release_idle(link);  // the work may have ended while the grant travelled
 }
 
-void Sender::on_recall(Link& link, const wire::Release&) {
+// Gives all free slots back, or says that there are none.
+void Sender::release(Link& link) {
   LinkWindows& windows = windows_[link.id];
-  if (windows.free.empty()) return;
-  wire::Release release;
-  for (const auto slot : windows.free) {
-    windows.slots[slot].granted = false;
-    release.slots.push_back({slot, windows.slots[slot].generation});
-  }
-  windows.free.clear();
-  windows.released = true;
   wire::Prelude prelude;
   prelude.type = wire::Type::kRelease;
-  send(link, prelude, release);
-}
-
-void Sender::give_back(Link& link, std::uint32_t slot) {
-  windows_[link.id].free.push_back(slot);
-  release_idle(link);
-}
-
-void Sender::release_idle(Link& link) {
-  if (!windows_[link.id].lanes.empty()) return;
-  const bool expected = std::any_of(pending_.begin(), pending_.end(), [&](const auto& at) { return at.second.link == &link; });
-  if (!expected) on_recall(link, {});
-}
-
-void Sender::on_done(Link& link, const wire::Prelude& prelude) {
-  Request* request = find(prelude.request);
-  if (request == nullptr) return;
-  std::size_t delivered = 0;
-  for (auto& lane : request->lanes) {
-    if (lane.link == &link && lane.epoch == prelude.epoch && lane.remaining == 0) lane.delivered = true;
-    if (lane.delivered) ++delivered;
+  wire::Release release;
+  const bool none = windows.free.empty();
+  for (const auto slot : std::exchange(windows.free, {})) {
+    windows.released = true;
+    windows.slots[slot].granted = false;
+    release.slots.push_back({slot, windows.slots[slot].generation});
+    if (release.slots.size() == kMostInRelease) send(link, prelude, std::exchange(release, {}));
   }
-  if (delivered < link.config.instance_links || request->packing > 0) return;
-  check_packed(*request);
-  events_.push({EventKind::kComplete, request->handle, link.id, -1, {}});
-  handles_.erase(request->id);
-  requests_.erase(request->handle);
+  if (!release.slots.empty() || none) send(link, prelude, release);
+}
+
+// Keeps slots only for work that is there or announced.
+void Sender::release_idle(Link& link) {
+  const LinkWindows& windows = windows_[link.id];
+  if (windows.open == 0 && windows.tickets == 0 && !windows.free.empty()) release(link);
+}
+
+void Sender::on_done(Link& link, const wire::Prelude& prelude, const wire::Done& done) {
+  Request* request = find(prelude.request);
+  if (request == nullptr || !request->failure.ok()) return;
+  for (auto& lane : request->lanes) {
+    if (lane.link.get() != &link || lane.epoch != prelude.epoch || lane.cancelled) continue;
+    if (lane.remaining > 0 || lane.in_flight > 0 || lane.frames != done.frames || lane.bytes != done.payload_bytes) {
+      fail(*request, Status::error(Code::kProtocol, link.config.name + ": the receiver says that it has " +
+                                                        std::to_string(done.frames) + " frames of " +
+                                                        std::to_string(done.payload_bytes) + " bytes, sent were " +
+                                                        std::to_string(lane.frames) + " of " + std::to_string(lane.bytes)));
+      return;
+    }
+    lane.delivered = true;
+  }
+  conclude(*request);
 }
 
 void Sender::on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort) {
   const auto waiting = pending_.equal_range(prelude.request);
   for (auto at = waiting.first; at != waiting.second;) {
-    at = at->second.link == &link && at->second.epoch == prelude.epoch ? pending_.erase(at) : std::next(at);
+    at = at->second.link.get() == &link && at->second.epoch == prelude.epoch ? drop_ticket(at) : std::next(at);
   }
+  release_idle(link);
   Request* request = find(prelude.request);
   if (request == nullptr) return;
   for (const auto& lane : request->lanes) {
-    if (lane.link == &link && lane.epoch == prelude.epoch && !lane.cancelled) {
+    if (lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {
       fail(*request, Status::error(abort.code, "the receiver gave the request up: " + abort.reason), &link);
       return;
     }
@@ -141,72 +203,110 @@ void Sender::refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, 
 }
 
 void Sender::cancel(Lane& lane) {
+  if (lane.cancelled) return;
+  unqueue(lane);
   lane.cancelled = true;
-  auto& lanes = windows_[lane.link->id].lanes;
-  lanes.erase(std::remove(lanes.begin(), lanes.end(), &lane), lanes.end());
+  if (lane.link->state == LinkState::kGone) return;
+  if (lane.remaining > 0) --windows_[lane.link->id].open;
   if (lane.link->up()) release_idle(*lane.link);
 }
 
 void Sender::fail(Request& request, Status status, const Link* told_by) {
   if (!request.failure.ok()) return;
   request.failure = std::move(status);
-  ended_ = true;
+  failed_.push_back(request.handle);
   ++stats_.failed_requests;
   for (auto& lane : request.lanes) {
     if (lane.cancelled || lane.delivered) continue;
-    if (lane.link != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
+    if (lane.link.get() != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
     cancel(lane);
   }
 }
 
-void Sender::check_packed(Request& request) {
-  if (request.packed || request.packing > 0 || request.lanes.empty()) return;
-  std::size_t done = 0;
+// Tells the caller, once each, that the request's blocks are free and that all its receivers have their parts.
+void Sender::conclude(Request& request) {
+  if (!request.failure.ok() || request.packing > 0 || request.lanes.empty()) return;
+  std::size_t served = 0;
+  bool delivered = true;
+  bool idle = true;
   for (const auto& lane : request.lanes) {
+    idle = idle && lane.in_flight == 0;
     if (lane.cancelled) continue;
     if (lane.remaining > 0) return;
-    ++done;
+    delivered = delivered && lane.delivered;
+    ++served;
   }
-  if (done < request.lanes.front().link->config.instance_links) return;
+  if (served == 0 || served < request.lanes.back().link->config.instance_links) return;
+  if (!request.packed) events_.push({EventKind::kPacked, request.handle, 0, -1, {}});
   request.packed = true;
-  events_.push({EventKind::kPacked, request.handle, 0, -1, {}});
+  if (!delivered || !idle) return;
+  events_.push({EventKind::kComplete, request.handle, 0, -1, {}});
+  erase(request);
+}
+
+void Sender::erase(Request& request) {
+  deadlines_.erase({request.deadline_ns, request.handle});
+  handles_.erase(request.id);
+  requests_.erase(request.handle);
+}
+
+std::uint64_t Sender::deadline() const {
+  const std::uint64_t held = deadlines_.empty() ? 0 : deadlines_.begin()->first;
+  const std::uint64_t asked = pending_.empty() ? 0 : pending_deadline_ns_;
+  return held == 0 || asked == 0 ? held + asked : std::min(held, asked);
 }
 
 // Ends requests that have failed and drained, and lets deadlines run out.
 bool Sender::sweep(std::uint64_t now) {
-  if (!ended_ && now - swept_ns_ < kMs) return false;
-  ended_ = false;
-  swept_ns_ = now;
+  while (!deadlines_.empty() && now > deadlines_.begin()->first) {
+    Request& request = requests_.at(deadlines_.begin()->second);
+    deadlines_.erase(deadlines_.begin());
+    fail(request, Status::error(Code::kLeaseExpired, request.lanes.empty() ? "no receiver asked for the request within the hold time"
+                                                                           : "the receiver did not finish within the hold time"));
+  }
   bool moved = false;
-  for (auto at = requests_.begin(); at != requests_.end();) {
-    Request& request = at->second;
-    if (request.failure.ok() && request.deadline_ns != 0 && now > request.deadline_ns) {
-      const bool served = !request.lanes.empty();
-      fail(request, Status::error(Code::kLeaseExpired, served ? "the receiver did not finish within the hold time"
-                                                              : "no receiver asked for the request within the hold time"));
-    }
+  std::vector<std::uint64_t> draining;
+  for (const std::uint64_t handle : std::exchange(failed_, {})) {
+    Request& request = requests_.at(handle);
     const bool drained = request.packing == 0 && std::all_of(request.lanes.begin(), request.lanes.end(),
                                                              [](const Lane& lane) { return lane.in_flight == 0; });
-    if (request.failure.ok() || !drained) {
+    if (!drained) {
+      draining.push_back(handle);
+      continue;
+    }
+    events_.push({EventKind::kFailed, handle, 0, -1, request.failure});
+    erase(request);
+    moved = true;
+  }
+  failed_.insert(failed_.end(), draining.begin(), draining.end());
+  if (!pending_.empty() && now > pending_deadline_ns_) sweep_tickets(now);
+  return moved;
+}
+
+void Sender::sweep_tickets(std::uint64_t now) {
+  std::uint64_t next = ~std::uint64_t{0};
+  for (auto at = pending_.begin(); at != pending_.end();) {
+    if (now <= at->second.deadline_ns) {
+      next = std::min(next, at->second.deadline_ns);
       ++at;
       continue;
     }
-    events_.push({EventKind::kFailed, request.handle, 0, -1, request.failure});
-    handles_.erase(request.id);
-    at = requests_.erase(at);
-    moved = true;
+    const auto link = at->second.link;
+    at = drop_ticket(at);
+    if (link->up()) release_idle(*link);
   }
-  for (auto at = pending_.begin(); at != pending_.end();) at = now > at->second.deadline_ns ? pending_.erase(at) : std::next(at);
-  return moved;
+  pending_deadline_ns_ = next;
 }
 
 void Sender::on_link_up(Link& link) { windows_[link.id]; }
 
 void Sender::on_link_lost(Link& link, const Status& status) {
-  for (auto at = pending_.begin(); at != pending_.end();) at = at->second.link == &link ? pending_.erase(at) : std::next(at);
+  for (auto at = pending_.begin(); at != pending_.end();) {
+    at = at->second.link.get() == &link ? drop_ticket(at) : std::next(at);
+  }
   for (auto& [handle, request] : requests_) {
     for (const auto& lane : request.lanes) {
-      if (lane.link == &link && !lane.cancelled && !lane.delivered) {
+      if (lane.link.get() == &link && !lane.cancelled && !lane.delivered) {
         fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
         break;
       }
@@ -216,14 +316,18 @@ void Sender::on_link_lost(Link& link, const Status& status) {
 
 bool Sender::link_drained(const Link& link) const {
   return std::none_of(transfers_.begin(), transfers_.end(), [&](const auto& transfer) {
-    return transfer->lane->link == &link && transfer->stage == Stage::kPacking;
+    return transfer->lane->link.get() == &link && transfer->stage == Stage::kPacking;
   });
+}
+
+bool Sender::link_idle(const Link& link) const {
+  return std::none_of(transfers_.begin(), transfers_.end(), [&](const auto& at) { return at->lane->link.get() == &link; });
 }
 
 void Sender::on_link_closed(Link& link) { windows_.erase(link.id); }
 
-void Sender::on_stop() {
-  for (auto& [handle, request] : requests_) fail(request, Status::error(Code::kClosed, "the sender was closed"));
+void Sender::on_stop(const Status& status) {
+  for (auto& [handle, request] : requests_) fail(request, status);
   pending_.clear();
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "transport/ucx.h"
@@ -29,22 +30,31 @@ class SlotPool {
   SlotPool(std::size_t slot_bytes, std::size_t budget_bytes);
 
   std::size_t size() const { return slots_.size(); }
-  std::size_t quarantined() const;
-  std::size_t held_by(std::uint32_t link) const;  // lent or filled
+  std::size_t free_slots() const { return free_; }
+  std::size_t quarantined() const { return quarantined_; }
+  std::size_t in_use() const { return slots_.size() - free_ - quarantined_; }  // lent or filled
+  std::size_t held_by(std::uint32_t link) const {                              // lent or filled
+    const auto found = held_.find(link);
+    return found == held_.end() ? 0 : found->second;
+  }
   Slot* at(std::uint32_t id) { return id < slots_.size() ? &slots_[id] : nullptr; }
 
   // A free slot, now lent to the link, or null where none is free (or memory ran out: `status`).
   Slot* lend(ucx::Worker& worker, std::uint32_t link, std::uint32_t* id, Status* status);
-  void free(std::uint32_t id) { slots_[id].state = SlotState::kFree; }
+  void free(std::uint32_t id);  // of a slot that is lent or filled
   // The slots that the link holds and has not committed may still be written to.
   void quarantine(std::uint32_t link);
   // The peer is gone: its quarantined slots get new memory and a new generation when they are lent again.
   void retire(std::uint32_t link);
-  void clear() { slots_.clear(); }
 
  private:
+  void drop_holder(std::uint32_t link);
+
   std::size_t slot_bytes_;
   std::vector<Slot> slots_;
+  std::size_t free_;
+  std::size_t quarantined_ = 0;
+  std::unordered_map<std::uint32_t, std::size_t> held_;
 };
 
 }  // namespace hetkv

@@ -99,8 +99,13 @@ Status Worker::create(MessageHandler handler, std::unique_ptr<Worker>* out) {
   return {};
 }
 
-Worker::~Worker() {
+void Worker::close() {
   if (handle_ != nullptr) ucp_worker_destroy(handle_);
+  handle_ = nullptr;
+}
+
+Worker::~Worker() {
+  close();
   if (context_ != nullptr) ucp_cleanup(context_);
 }
 
@@ -116,6 +121,7 @@ ucs_status_t Worker::on_message(void* self, const void* header, std::size_t head
 
 Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memory>* out) {
   std::unique_ptr<Memory> self(new Memory);
+  self->context_ = worker.context();
   ucp_mem_map_params_t params{};
   params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
                       UCP_MEM_MAP_PARAM_FIELD_FLAGS | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
@@ -125,7 +131,6 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   if (auto status = ucp_mem_map(worker.context(), &params, &self->handle_); status != UCS_OK) {
     return ucx_error("registering memory", status);
   }
-  self->context_ = worker.context();
   ucp_mem_attr_t attributes{};
   attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
   if (auto status = ucp_mem_query(self->handle_, &attributes); status != UCS_OK) {
@@ -145,7 +150,7 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
 }
 
 Memory::~Memory() {
-  if (context_ != nullptr) ucp_mem_unmap(context_, handle_);
+  if (handle_ != nullptr) ucp_mem_unmap(context_, handle_);
 }
 
 RemoteMemory::~RemoteMemory() {

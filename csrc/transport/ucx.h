@@ -97,6 +97,8 @@ class Worker {
 
   const std::vector<std::uint8_t>& address() const { return address_; }
   int event_fd() const { return event_fd_; }
+  // Ends all endpoints and operations; only what `Memory` needs is left. Idempotent.
+  void close();
   bool progress() { return ucp_worker_progress(handle_) != 0; }
   // True: nothing is pending and the event fd will wake; false: progress again before sleeping.
   bool arm() { return ucp_worker_arm(handle_) == UCS_OK; }
@@ -113,6 +115,5 @@ class Worker {
   std::vector<std::uint8_t> address_;
   MessageHandler handler_;
 };
-
 
 }  // namespace hetkv::ucx
