@@ -57,6 +57,9 @@ def remap(jobs: Sequence[RemapJob], seed: int = 0, threads: int = 1) -> tuple[in
 def checksum(data: Buffer, offset: int = 0, seed: int = 0) -> int:
     """Payload checksum of a contiguous buffer whose first byte is byte `offset` of the payload."""
 
+def copy(dst: Buffer, src: Buffer, threads: int = 1) -> None:
+    """memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`."""
+
 def available_isas() -> list[str]:
     """Instruction sets that remap can use here, narrowest first."""
 
