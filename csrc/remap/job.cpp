@@ -6,7 +6,7 @@
 namespace hetkv {
 namespace {
 
-constexpr std::int64_t kPieceBytes = 32 * 1024;  // of one side; both sides of a piece stay in the caches
+constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and the next fit the caches on both sides
 constexpr std::int64_t kTileElements = 2048;     // of a conversion that goes through a tile
 constexpr std::int64_t kShortRun = 16;           // elements; shorter runs are converted in a tile
 
@@ -86,7 +86,7 @@ bool JobRunner::next(Piece& piece) {
     std::int64_t heads = head_end_ - first_head_;
     // Where a pool keeps all heads of a token together, few whole tokens; elsewhere few heads, with all tokens.
     if (pool.token_stride >= pool.head_stride) {
-      tokens = std::clamp(kPieceBytes / (row * heads) / 16 * 16, std::min<std::int64_t>(16, tokens), tokens);
+      tokens = std::clamp(kPieceBytes / (row * heads) / 4 * 4, std::min<std::int64_t>(4, tokens), tokens);
     }
     heads = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
     tokens = std::clamp(kPieceBytes / (row * heads) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);

@@ -150,8 +150,9 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
 }  // namespace hetkv
 
 #include "remap/kernels_simd.h"
+#include "remap/lookup_avx512.h"
 
 namespace hetkv {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+const Kernels kAvx512Kernels = with_lookups(make_kernels("avx512"));
 }  // namespace hetkv
 #endif
