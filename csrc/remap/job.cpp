@@ -67,12 +67,10 @@ void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t h
   pending_ = next(piece_);
 }
 
-void JobRunner::advance(std::int64_t limit, RemapResult& result) {
-  while (pending_ && piece_.token < limit) {
-    const Piece current = piece_;
-    pending_ = next(piece_);
-    run(current, pending_ ? &piece_ : nullptr, result);
-  }
+void JobRunner::step(RemapResult& result) {
+  const Piece current = piece_;
+  pending_ = next(piece_);
+  run(current, pending_ ? &piece_ : nullptr, result);
 }
 
 // Cuts the next piece: heads first, then tokens.
