@@ -10,7 +10,9 @@ constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and 
 constexpr std::int64_t kTileElements = 2048;     // of a conversion that goes through a tile
 constexpr std::int64_t kShortRun = 16;           // elements; shorter runs are converted in a tile
 
-Bytes* pointer(std::uint64_t at) { return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at)); }
+Bytes* pointer(std::uint64_t at) {
+  return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
+}
 
 Bytes* at(const RemapSide& side, std::int64_t token, std::int64_t head, std::int64_t channel) {
   return pointer(address(side.map, side.blocks, side.first_token + token,
@@ -114,8 +116,7 @@ void JobRunner::plan(const Piece& piece) {
   token_axis_ = {piece.tokens, s.token_stride, d.token_stride};
   outer_axis_ = {span_ / inner_, outer_step(s, inner_, job_.channels), outer_step(d, inner_, job_.channels)};
   inner_axis_ = {inner_, s.inner_stride, d.inner_stride};
-  const Axis axes[kMaxAxes] = {
-      token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
+  const Axis axes[kMaxAxes] = {token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
   if (!converts_) {
     move_ = MovePlan(axes, kMaxAxes, static_cast<int>(from_size_));
   } else {

@@ -1,5 +1,6 @@
-// Conversions of 8-bit codes by table (VBMI): a code has 256 values, so 64 of them convert in a few permutes, whatever the
-// target and the multiplier. Included by kernels_avx512.cpp after kernels_simd.h, whose conversions fill the tables.
+// Conversions of 8-bit codes by table (VBMI): a code has 256 values, so 64 of them convert in a few permutes, whatever
+// the target and the multiplier. Included by kernels_avx512.cpp after kernels_simd.h, whose conversions fill the
+// tables.
 #pragma once
 
 #include "remap/kernels_simd.h"

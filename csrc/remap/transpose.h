@@ -1,5 +1,5 @@
-// Blocked transposes from 16-byte rows (SSE2, or pairs of them where the unit has AVX2), included by the translation unit
-// of every instruction set; plain loops where there is no SSE2. Contract: Kernels::transpose.
+// Blocked transposes from 16-byte rows (SSE2, or pairs of them where the unit has AVX2), included by the translation
+// unit of every instruction set; plain loops where there is no SSE2. Contract: Kernels::transpose.
 #pragma once
 
 #include <cstdint>
