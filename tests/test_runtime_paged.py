@@ -95,16 +95,17 @@ def test_chunks_layouts_and_block_ids_do_not_change_logits(
 
 
 @pytest.mark.parametrize("values", [(0.02,), (0.01, 0.5, 2.0)])
-def test_fp8_with_static_scales(values: tuple[float, ...]) -> None:
-    pool = KVPool.allocate(
-        KVSpec.uniform(1, 3, 64), 4, layout="rocm", dtype="float8_e4m3fn", scale=ScaleLayout(values=values)
-    )
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"])
+def test_fp8_with_static_scales(name: str, values: tuple[float, ...]) -> None:
+    dtype = getattr(torch, name)
+    limit = torch.finfo(dtype).max
+    pool = KVPool.allocate(KVSpec.uniform(1, 3, 64), 4, layout="rocm", dtype=name, scale=ScaleLayout(values=values))
     pages = Pages(pool, [[3, 1]])
-    k, v = torch.randn(20, 3, 64), torch.randn(20, 3, 64) * 4000
+    k, v = torch.randn(20, 3, 64), torch.randn(20, 3, 64) * 1e6
     pages.write(0, 0, k, v)
     scale = torch.tensor(values)[:, None]
     for read, values_in in zip(pages.read(0, 20, torch.float32), (k, v), strict=True):
-        codes = (values_in / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        codes = (values_in / scale).clamp(-limit, limit).to(dtype)
         assert torch.equal(read, codes.float() * scale)
         assert read.isfinite().all(), "too large a value saturates"
 

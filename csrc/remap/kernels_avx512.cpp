@@ -87,6 +87,12 @@ inline __m512i eight_steps() {
   return _mm512_set1_epi64(static_cast<long long>(8 * kChecksumStep));
 }
 
+inline std::uint64_t total_of(__m512i sum) {
+  std::uint64_t lanes[8];
+  _mm512_storeu_si512(lanes, sum);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
+}
+
 std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) {
   __m512i sum = _mm512_setzero_si512();
   __m512i key = keys(index, seed);
@@ -94,7 +100,7 @@ std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t inde
     sum = mix(sum, _mm512_loadu_si512(data), key);
     key = _mm512_add_epi64(key, eight_steps());
   }
-  std::uint64_t total = static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum));
+  std::uint64_t total = total_of(sum);
   for (; bytes > 0; bytes -= 8, data += 8, ++index) total += checksum_word(data, bytes < 8 ? bytes : 8, index, seed);
   return total;
 }
@@ -103,35 +109,33 @@ inline __mmask64 first_bytes(std::int64_t bytes) {
   return ~0ull >> (64 - bytes);
 }  // 1 to 64
 
-void copy_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
-               std::int64_t bytes) {
-  if (bytes >= 4096) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
-    }
-    return;
-  }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+void copy_rows(const Rows& rows, std::int64_t bytes) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     std::int64_t left = bytes;
-    for (; left >= 64; left -= 64, in += 64, out += 64) _mm512_storeu_si512(out, _mm512_loadu_si512(in));
+    for (; left >= 64; left -= 64, in += 64, out += 64) {
+      __builtin_prefetch(in + rows.src_ahead);
+      __builtin_prefetch(out + rows.dst_ahead, 1);
+      _mm512_storeu_si512(out, _mm512_loadu_si512(in));
+    }
     if (left > 0) _mm512_mask_storeu_epi8(out, first_bytes(left), _mm512_maskz_loadu_epi8(first_bytes(left), in));
   }
 }
 
-std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                            std::int64_t src_stride, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
                             std::uint64_t seed) {
   __m512i sum = _mm512_setzero_si512();
   __m512i first_key = keys(index, seed);
   const __m512i row_step = _mm512_set1_epi64(static_cast<long long>(index_step * kChecksumStep));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     __m512i key = first_key;
     std::int64_t left = bytes;
     for (; left >= 64; left -= 64, in += 64, out += 64) {
+      __builtin_prefetch(in + rows.src_ahead);
+      __builtin_prefetch(out + rows.dst_ahead, 1);
       const __m512i words = _mm512_loadu_si512(in);
       _mm512_storeu_si512(out, words);
       sum = mix(sum, words, key);
@@ -145,15 +149,16 @@ std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std
     }
     first_key = _mm512_add_epi64(first_key, row_step);
   }
-  return static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum));
+  return total_of(sum);
 }
 
 }  // namespace
 }  // namespace hetkv
 
 #include "remap/kernels_simd.h"
+#include "remap/lookup_avx512.h"
 
 namespace hetkv {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+const Kernels kAvx512Kernels = with_lookups(make_kernels("avx512"));
 }  // namespace hetkv
 #endif
