@@ -16,8 +16,14 @@ from hetkv.runtime.worker import DecodeResult, PrefillResult, WorkerConfig, Work
 from hetkv.trace import Span
 
 Rendezvous = Literal["concurrent", "prefill_first"]
-MODEL = Path(__file__).parents[2] / "models" / "demo"
-PROMPT = "And it came to pass in those days, that"
+MODEL = Path(__file__).parents[1] / "models" / "demo"
+PROMPT = """\
+And Joseph fell upon his father's face, and wept upon him, and kissed him.
+And Joseph commanded his servants the physicians to embalm his father: and the physicians embalmed Israel.
+And forty days were fulfilled for him; for so are fulfilled the days of those which are embalmed: and the Egyptians \
+mourned for him threescore and ten days.
+And when the days of his"""
+"""From a chapter that the demo checkpoint has not seen (Genesis 50); it ends inside a block of either pool."""
 
 
 class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
