@@ -1,6 +1,6 @@
-// Payload checksum: a 64-bit sum over the payload's 8-byte little-endian words of mix(word, word index, seed), so that it
-// can be computed in any order, and still sees swapped, duplicated and zeroed words. The last word is padded with zeros.
-// It guards against faults, not against attackers. docs/wire-format.md is normative.
+// Payload checksum: a 64-bit sum over the payload's 8-byte little-endian words of mix(word, word index, seed), so that
+// it can be computed in any order, and still sees swapped, duplicated and zeroed words. The last word is padded with
+// zeros. It guards against faults, not against attackers. docs/wire-format.md is normative.
 #pragma once
 
 #include <cstddef>

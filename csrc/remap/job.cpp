@@ -7,8 +7,10 @@ namespace hetkv {
 namespace {
 
 constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and the next fit the caches on both sides
-constexpr std::int64_t kTileElements = 2048;     // of a conversion that goes through a tile
-constexpr std::int64_t kShortRun = 16;           // elements; shorter runs are converted in a tile
+constexpr std::int64_t kMaxWindow = 256;         // tokens
+constexpr std::int64_t kLineBytes = 64;
+constexpr std::int64_t kTileElements = 2048;  // of a conversion that goes through a tile
+constexpr std::int64_t kShortRun = 16;        // elements; shorter runs are converted in a tile
 
 Bytes* pointer(std::uint64_t at) {
   return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
@@ -61,11 +63,11 @@ JobRunner::JobRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t 
 }
 
 void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end) {
-  token_ = token;
+  token_ = window_ = window_end_ = token;
   token_end_ = token_end;
-  first_head_ = head_ = head;
-  head_end_ = head_end;
-  stretch_ = 0;
+  first_head_ = head;
+  head_ = head_end_ = head_end;
+  piece_heads_ = 0;
   pending_ = next(piece_);
 }
 
@@ -75,36 +77,54 @@ void JobRunner::step(RemapResult& result) {
   run(current, pending_ ? &piece_ : nullptr, result);
 }
 
-// Cuts the next piece: heads first, then tokens.
-bool JobRunner::next(Piece& piece) {
-  if (stretch_ == 0) {
-    if (token_ >= token_end_ || first_head_ >= head_end_) return false;
-    stretch_ = affine_tokens(job_.dst, token_, affine_tokens(job_.src, token_, token_end_ - token_));
-    const SegmentMap& pool = job_.src.map.block_size > 0 ? job_.src.map : job_.dst.map;
-    const std::int64_t row = job_.channels * std::max(from_size_, to_size_);
-    std::int64_t tokens = stretch_;
-    std::int64_t heads = head_end_ - first_head_;
-    // Where a pool keeps all heads of a token together, few whole tokens; elsewhere few heads, with all tokens.
-    if (pool.token_stride >= pool.head_stride) {
-      tokens = std::clamp(kPieceBytes / (row * heads) / 4 * 4, std::min<std::int64_t>(4, tokens), tokens);
-    }
-    heads = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
-    tokens = std::clamp(kPieceBytes / (row * heads) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);
-    piece_tokens_ = tokens;
-    piece_heads_ = heads;
+void JobRunner::open_window() {
+  window_ = window_end_;
+  std::int64_t tokens = affine_tokens(job_.dst, window_, affine_tokens(job_.src, window_, token_end_ - window_));
+  std::int64_t heads = head_end_ - first_head_;
+  const std::int64_t row = job_.channels * std::max(from_size_, to_size_);
+  // Pools that keep all heads of a token together are walked token by token; where tokens lie within one cache line,
+  // the whole block of few heads is taken instead.
+  const SegmentMap& pool = job_.src.map.block_size > 0 ? job_.src.map : job_.dst.map;
+  bool tokens_apart = pool.token_stride >= pool.head_stride;
+  for (const RemapSide* side : {&job_.src, &job_.dst}) {
+    const SegmentMap& map = side->map;
+    if (map.block_size <= 1 || map.token_stride >= kLineBytes) continue;
+    tokens_apart = false;
+    const std::int64_t to_block_end = map.block_size - (side->first_token + window_) % map.block_size;
+    if (to_block_end <= kMaxWindow) tokens = std::max(tokens, to_block_end);
   }
+  tokens = std::min(tokens, token_end_ - window_);
+  window_end_ = window_ + tokens;
+  if (tokens_apart) {
+    tokens = std::clamp(kPieceBytes / (row * heads) / 4 * 4, std::min<std::int64_t>(4, tokens), tokens);
+  }
+  piece_heads_ = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
+  piece_tokens_ = std::clamp(kPieceBytes / (row * piece_heads_) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);
+}
+
+bool JobRunner::next(Piece& piece) {
+  if (token_ == window_end_) {
+    head_ += piece_heads_;
+    if (head_ >= head_end_) {
+      if (window_end_ >= token_end_ || first_head_ >= head_end_) return false;
+      open_window();
+      head_ = first_head_;
+    }
+    token_ = window_;
+    stretch_ = 0;
+  }
+  if (stretch_ == 0) {
+    stretch_ = affine_tokens(job_.dst, token_, affine_tokens(job_.src, token_, window_end_ - token_));
+  }
+  piece.window = window_;
   piece.token = token_;
   piece.head = head_;
   piece.tokens = std::min(piece_tokens_, stretch_);
   piece.heads = std::min(piece_heads_, head_end_ - head_);
   piece.dst = at(job_.dst, piece.token, piece.head, 0);
   piece.src = at(job_.src, piece.token, piece.head, 0);
-  head_ += piece.heads;
-  if (head_ == head_end_) {
-    head_ = first_head_;
-    token_ += piece.tokens;
-    stretch_ -= piece.tokens;
-  }
+  token_ += piece.tokens;
+  stretch_ -= piece.tokens;
   return true;
 }
 

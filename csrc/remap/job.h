@@ -17,9 +17,12 @@ class JobRunner {
   // Something is left to move.
   bool pending() const { return pending_; }
 
-  // Where the next piece begins, for jobs that take turns: tokens first, then heads.
+  // The next piece comes before the other's, for jobs that take turns.
   bool behind(const JobRunner& other) const {
-    return piece_.token != other.piece_.token ? piece_.token < other.piece_.token : piece_.head < other.piece_.head;
+    const Piece& a = piece_;
+    const Piece& b = other.piece_;
+    if (a.window != b.window) return a.window < b.window;
+    return a.head != b.head ? a.head < b.head : a.token < b.token;
   }
 
   // Moves one piece and adds to `result`.
@@ -30,11 +33,12 @@ class JobRunner {
 
  private:
   struct Piece {
-    std::int64_t token, tokens, head, heads;
+    std::int64_t window, token, tokens, head, heads;
     Bytes* dst;
     const Bytes* src;
   };
 
+  void open_window();
   bool next(Piece& piece);
   void plan(const Piece& piece);
   void run(const Piece& piece, const Piece* after, RemapResult& result);
@@ -53,9 +57,12 @@ class JobRunner {
   WireSum sum_;
   std::int64_t wire_token_ = 0;  // bytes of one token of one head in the payload
 
-  // Where the pieces are cut: `stretch_` tokens from token_ on are affine on both sides.
+  // Where the pieces are cut. A window of tokens is moved for some heads, then for the next: the larger of the two
+  // sides' blocks where tokens lie close together, so that its lines are finished while they are in the caches.
   std::int64_t token_ = 0, token_end_ = 0, first_head_ = 0, head_ = 0, head_end_ = 0;
-  std::int64_t stretch_ = 0, piece_tokens_ = 0, piece_heads_ = 0;
+  std::int64_t window_ = 0, window_end_ = 0;
+  std::int64_t stretch_ = 0;  // tokens from token_ on that are affine on both sides
+  std::int64_t piece_tokens_ = 0, piece_heads_ = 0;
   bool pending_ = false;
   Piece piece_{};
 

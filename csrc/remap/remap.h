@@ -19,9 +19,10 @@ struct RemapSide {
 
 enum class WireSide : std::uint8_t { kNone = 0, kSource = 1, kDestination = 2 };
 
-// Moves `tokens x heads x channels` elements of one segment. dst = convert(src * multiplier[head]), computed in float32,
-// rounded to nearest even, saturating to the target's largest finite value (NaN stays NaN). Equal dtypes with no
-// multipliers are moved bit for bit. Source and destination memory do not overlap.
+// Moves `tokens x heads x channels` elements of one segment. dst = convert(src * multiplier[head]), computed in
+// float32, rounded to nearest even, saturating to the target's largest finite value (NaN stays NaN); convert.h has the
+// rules. Equal dtypes with no multipliers are moved bit for bit; int8 and uint8 are only moved. Source and destination
+// memory do not overlap.
 struct RemapJob {
   RemapSide src;
   RemapSide dst;
@@ -41,7 +42,8 @@ struct RemapResult {
 };
 
 // Runs the jobs on up to `threads` threads (the caller's own included) and returns when all are done. `seed` keys the
-// checksum. Never allocates on the hot path for one thread; never throws. The jobs are trusted: bounds are the caller's.
+// checksum. Never allocates on the hot path for one thread; never throws. The jobs are trusted: bounds are the
+// caller's.
 RemapResult remap_cpu(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
 
 }  // namespace hetkv
