@@ -9,6 +9,7 @@
 #include "bind.h"
 #include "convert.h"
 #include "remap/checksum.h"
+#include "remap/copy.h"
 #include "remap/isa.h"
 
 namespace {
@@ -158,6 +159,20 @@ std::uint64_t checksum(const py::buffer& data, std::uint64_t offset, std::uint64
   return hetkv::checksum_cpu(info.ptr, bytes, offset, seed);
 }
 
+py::buffer_info byte_buffer(const py::buffer& buffer, bool writable) {
+  py::buffer_info info = buffer.request(writable);
+  require(info.ndim == 1 && info.itemsize == 1 && (info.size < 2 || info.strides[0] == 1), "the buffer must be contiguous bytes");
+  return info;
+}
+
+void copy(const py::buffer& dst, const py::buffer& src, int threads) {
+  const py::buffer_info to = byte_buffer(dst, true);
+  const py::buffer_info from = byte_buffer(src, false);
+  require(to.size == from.size, "copy from " + std::to_string(from.size) + " bytes to " + std::to_string(to.size));
+  const py::gil_scoped_release release;
+  hetkv::copy_cpu(to.ptr, from.ptr, static_cast<std::size_t>(to.size), threads);
+}
+
 }  // namespace
 
 void bind_remap(py::module_& m) {
@@ -185,6 +200,8 @@ void bind_remap(py::module_& m) {
         "Runs the jobs; returns (checksum of the wire sides, elements saturated). Releases the interpreter lock.");
   m.def("checksum", &checksum, py::arg("data"), py::arg("offset") = 0, py::arg("seed") = 0,
         "Payload checksum of a contiguous buffer whose first byte is byte `offset` of the payload.");
+  m.def("copy", &copy, py::arg("dst"), py::arg("src"), py::arg("threads") = 1,
+        "memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`.");
   m.def("available_isas", &hetkv::available_isas, "Instruction sets that remap can use here, narrowest first.");
   m.def(
       "select_isa",

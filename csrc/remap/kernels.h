@@ -12,28 +12,35 @@ namespace hetkv {
 using Bytes = unsigned char;
 constexpr int kNumFloats = 7;  // DType codes 1 to 7
 
+// Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What lies `dst_ahead` and `src_ahead` bytes
+// further is what the caller will move next: kernels prefetch it line by line as they go (0: nothing to prefetch).
+struct Rows {
+  Bytes* dst;
+  const Bytes* src;
+  std::int64_t count;
+  std::int64_t dst_step;
+  std::int64_t src_step;
+  std::int64_t dst_ahead;
+  std::int64_t src_ahead;
+};
+
 struct Kernels {
   const char* name;
 
-  // `rows` runs of `bytes` bytes; run r goes from src + r * src_stride to dst + r * dst_stride.
-  void (*copy_rows)(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
-                    std::int64_t bytes);
+  // Rows of `bytes` bytes.
+  void (*copy_rows)(const Rows& rows, std::int64_t bytes);
 
-  // The same, and the checksum of the runs: word w of run r has index `index + r * index_step + w`. `bytes` is a
-  // multiple of 8.
-  std::uint64_t (*copy_rows_sum)(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                                 std::int64_t src_stride, std::int64_t bytes, std::uint64_t index,
-                                 std::uint64_t index_step, std::uint64_t seed);
+  // The same, and the checksum of the rows: word w of row r has index `index + r * index_step + w`. `bytes` is a multiple
+  // of 8.
+  std::uint64_t (*copy_rows_sum)(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+                                 std::uint64_t seed);
 
-  // Elements of 1 << i bytes (up to 16): element (r, c) goes from src + r * src_stride + c * size to
-  // dst + c * dst_stride + r * size.
-  void (*transpose[5])(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t cols, std::int64_t dst_stride,
-                       std::int64_t src_stride);
+  // Elements of 1 << i bytes (up to 16): element (r, c) goes from src + r * src_step + c * size to
+  // dst + c * dst_step + r * size, for `cols` columns.
+  void (*transpose[5])(const Rows& rows, std::int64_t cols);
 
-  // `rows` runs of `count` elements, from DType code s + 1 to d + 1, times `multiplier`. Returns how many saturated.
-  std::uint64_t (*convert_rows[kNumFloats][kNumFloats])(Bytes* dst, const Bytes* src, std::int64_t rows,
-                                                        std::int64_t dst_stride, std::int64_t src_stride,
-                                                        std::int64_t count, float multiplier);
+  // Rows of `count` elements, from DType code s + 1 to d + 1, times `multiplier`. Returns how many saturated.
+  std::uint64_t (*convert_rows[kNumFloats][kNumFloats])(const Rows& rows, std::int64_t count, float multiplier);
 
   // Sum of checksum_mix over `bytes` bytes whose first word has index `index`; the last word is padded with zeros.
   std::uint64_t (*checksum)(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed);

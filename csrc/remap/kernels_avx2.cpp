@@ -114,45 +114,53 @@ std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t inde
   return total;
 }
 
-void copy_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
-               std::int64_t bytes) {
-  if (bytes >= 4096 || bytes < 32) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
+void copy_rows(const Rows& rows, std::int64_t bytes) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
+    if (bytes < 32) {
+      std::memcpy(out, in, static_cast<std::size_t>(bytes));
+      continue;
     }
-    return;
-  }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
     std::int64_t at = 0;
-    for (; at + 32 <= bytes; at += 32) store256(out + at, load256(in + at));
+    for (; at + 64 <= bytes; at += 64) {
+      __builtin_prefetch(in + at + rows.src_ahead);
+      __builtin_prefetch(out + at + rows.dst_ahead, 1);
+      store256(out + at, load256(in + at));
+      store256(out + at + 32, load256(in + at + 32));
+    }
+    if (at + 32 <= bytes) store256(out + at, load256(in + at));
     if (at < bytes) store256(out + bytes - 32, load256(in + bytes - 32));  // overlaps what is already there
   }
 }
 
-std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                            std::int64_t src_stride, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
                             std::uint64_t seed) {
-  __m256i sum = _mm256_setzero_si256();
+  __m256i even = _mm256_setzero_si256();
+  __m256i odd = _mm256_setzero_si256();
   std::uint64_t tails = 0;
-  for (std::int64_t r = 0; r < rows; ++r, index += index_step) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+  for (std::int64_t r = 0; r < rows.count; ++r, index += index_step) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     __m256i key = keys(index, seed);
     std::int64_t at = 0;
-    for (; at + 32 <= bytes; at += 32) {
-      const __m256i words = load256(in + at);
-      store256(out + at, words);
-      sum = mix(sum, words, key);
-      key = _mm256_add_epi64(key, spread(4 * kChecksumStep));
+    for (; at + 64 <= bytes; at += 64) {
+      __builtin_prefetch(in + at + rows.src_ahead);
+      __builtin_prefetch(out + at + rows.dst_ahead, 1);
+      const __m256i low = load256(in + at);
+      const __m256i high = load256(in + at + 32);
+      store256(out + at, low);
+      store256(out + at + 32, high);
+      even = mix(even, low, key);
+      odd = mix(odd, high, _mm256_add_epi64(key, spread(4 * kChecksumStep)));
+      key = _mm256_add_epi64(key, spread(8 * kChecksumStep));
     }
     for (; at < bytes; at += 8) {
       std::memcpy(out + at, in + at, 8);
       tails += checksum_word(in + at, 8, index + static_cast<std::uint64_t>(at / 8), seed);
     }
   }
-  return total_of(sum) + tails;
+  return total_of(_mm256_add_epi64(even, odd)) + tails;
 }
 
 }  // namespace

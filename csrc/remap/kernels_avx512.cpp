@@ -103,35 +103,33 @@ inline __mmask64 first_bytes(std::int64_t bytes) {
   return ~0ull >> (64 - bytes);
 }  // 1 to 64
 
-void copy_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
-               std::int64_t bytes) {
-  if (bytes >= 4096) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
-    }
-    return;
-  }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+void copy_rows(const Rows& rows, std::int64_t bytes) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     std::int64_t left = bytes;
-    for (; left >= 64; left -= 64, in += 64, out += 64) _mm512_storeu_si512(out, _mm512_loadu_si512(in));
+    for (; left >= 64; left -= 64, in += 64, out += 64) {
+      __builtin_prefetch(in + rows.src_ahead);
+      __builtin_prefetch(out + rows.dst_ahead, 1);
+      _mm512_storeu_si512(out, _mm512_loadu_si512(in));
+    }
     if (left > 0) _mm512_mask_storeu_epi8(out, first_bytes(left), _mm512_maskz_loadu_epi8(first_bytes(left), in));
   }
 }
 
-std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                            std::int64_t src_stride, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
                             std::uint64_t seed) {
   __m512i sum = _mm512_setzero_si512();
   __m512i first_key = keys(index, seed);
   const __m512i row_step = _mm512_set1_epi64(static_cast<long long>(index_step * kChecksumStep));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     __m512i key = first_key;
     std::int64_t left = bytes;
     for (; left >= 64; left -= 64, in += 64, out += 64) {
+      __builtin_prefetch(in + rows.src_ahead);
+      __builtin_prefetch(out + rows.dst_ahead, 1);
       const __m512i words = _mm512_loadu_si512(in);
       _mm512_storeu_si512(out, words);
       sum = mix(sum, words, key);

@@ -21,10 +21,9 @@ constexpr DType dtype_at(std::size_t i) {
   return static_cast<DType>(i + 1);
 }
 
-void copy_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride, std::int64_t src_stride,
-               std::int64_t bytes) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
+void copy_rows(const Rows& rows, std::int64_t bytes) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    std::memcpy(rows.dst + r * rows.dst_step, rows.src + r * rows.src_step, static_cast<std::size_t>(bytes));
   }
 }
 
@@ -38,28 +37,27 @@ std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t inde
   return bytes > 0 ? sum + checksum_word(data, bytes, index, seed) : sum;
 }
 
-std::uint64_t copy_rows_sum(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                            std::int64_t src_stride, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
+std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
                             std::uint64_t seed) {
   std::uint64_t sum = 0;
-  for (std::int64_t r = 0; r < rows; ++r, index += index_step) {
-    std::memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<std::size_t>(bytes));
-    sum += checksum(dst + r * dst_stride, bytes, index, seed);
+  for (std::int64_t r = 0; r < rows.count; ++r, index += index_step) {
+    Bytes* out = rows.dst + r * rows.dst_step;
+    std::memcpy(out, rows.src + r * rows.src_step, static_cast<std::size_t>(bytes));
+    sum += checksum(out, bytes, index, seed);
   }
   return sum;
 }
 
 template <std::size_t kSrc, std::size_t kDst>
-std::uint64_t convert_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                           std::int64_t src_stride, std::int64_t count, float multiplier) {
+std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplier) {
   constexpr FloatFormat from = format_of(dtype_at(kSrc));
   constexpr FloatFormat to = format_of(dtype_at(kDst));
   constexpr int from_size = item_size(dtype_at(kSrc));
   constexpr int to_size = item_size(dtype_at(kDst));
   std::uint64_t saturated = 0;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     for (std::int64_t i = 0; i < count; ++i) {
       std::uint32_t code = 0;  // little-endian
       std::memcpy(&code, in + i * from_size, from_size);

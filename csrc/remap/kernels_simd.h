@@ -117,20 +117,24 @@ inline void convert_vector(Bytes* dst, const Bytes* src, F multiplier, std::int6
 }
 
 template <DType kFrom, DType kTo>
-std::uint64_t convert_rows(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t dst_stride,
-                           std::int64_t src_stride, std::int64_t count, float multiplier) {
+std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplier) {
   constexpr int from = item_size(kFrom);
   constexpr int to = item_size(kTo);
   constexpr int lanes = V::kLanes;
+  constexpr int step = 64 / (from < to ? from : to);  // elements of a line of the narrower side
   const F factor = V::set_float(multiplier);
   std::int64_t saturated = 0;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Bytes* in = src + r * src_stride;
-    Bytes* out = dst + r * dst_stride;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    Bytes* out = rows.dst + r * rows.dst_step;
     std::int64_t left = count;
-    for (; left >= 2 * lanes; left -= 2 * lanes, in += 2 * lanes * from, out += 2 * lanes * to) {
-      convert_vector<kFrom, kTo>(out, in, factor, saturated);
-      convert_vector<kFrom, kTo>(out + lanes * to, in + lanes * from, factor, saturated);
+    for (; left >= step; left -= step, in += step * from, out += step * to) {
+      for (int at = 0; at < step * from; at += 64) __builtin_prefetch(in + at + rows.src_ahead);
+      for (int at = 0; at < step * to; at += 64) __builtin_prefetch(out + at + rows.dst_ahead, 1);
+#pragma GCC unroll 8
+      for (int at = 0; at < step; at += lanes) {
+        convert_vector<kFrom, kTo>(out + at * to, in + at * from, factor, saturated);
+      }
     }
     for (; left >= lanes; left -= lanes, in += lanes * from, out += lanes * to) {
       convert_vector<kFrom, kTo>(out, in, factor, saturated);

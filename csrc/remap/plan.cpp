@@ -84,22 +84,24 @@ MovePlan::MovePlan(const Axis* axes, int count, int size) {
   num_outer_ = count;
 }
 
-std::uint64_t MovePlan::run(const Kernels& kernels, Bytes* dst, const Bytes* src, const WireSum* sum) const {
+std::uint64_t MovePlan::run(const Kernels& kernels, const Move& move, const WireSum* sum) const {
   std::uint64_t total = 0;
-  for_each(outer_, num_outer_, dst, src, [&](Bytes* out, const Bytes* in) {
+  for_each(outer_, num_outer_, move.dst, move.src, [&](Bytes* out, const Bytes* in) {
+    Rows rows{out, in, a_.count, a_.dst, a_.src, move.dst_ahead, move.src_ahead};
     if (kind_ == Kind::kTranspose) {
-      kernels.transpose[log_size_](out, in, a_.count, b_.count, b_.dst, a_.src);
+      rows.dst_step = b_.dst;
+      kernels.transpose[log_size_](rows, b_.count);
     } else if (kind_ == Kind::kElements) {
       if (run_ == 1) copy_elements<1>(out, in, a_, b_);
       if (run_ == 2) copy_elements<2>(out, in, a_, b_);
       if (run_ == 4) copy_elements<4>(out, in, a_, b_);
     } else if (sum == nullptr) {
-      kernels.copy_rows(out, in, a_.count, a_.dst, a_.src, run_);
+      kernels.copy_rows(rows, run_);
     } else {
       const Bytes* wire = sum->source ? in : out;
       const std::uint64_t index = sum->first + static_cast<std::uint64_t>(wire - sum->origin) / 8;
       const std::uint64_t step = static_cast<std::uint64_t>(sum->source ? a_.src : a_.dst) / 8;
-      total += kernels.copy_rows_sum(out, in, a_.count, a_.dst, a_.src, run_, index, step, sum->seed);
+      total += kernels.copy_rows_sum(rows, run_, index, step, sum->seed);
     }
   });
   return total;
@@ -117,11 +119,11 @@ ConvertPlan::ConvertPlan(const Axis* axes, int count, DType from, DType to)
   num_outer_ = count;
 }
 
-std::uint64_t ConvertPlan::run(const Kernels& kernels, Bytes* dst, const Bytes* src, float multiplier) const {
+std::uint64_t ConvertPlan::run(const Kernels& kernels, const Move& move, float multiplier) const {
   std::uint64_t saturated = 0;
   const auto convert = kernels.convert_rows[from_][to_];
-  for_each(outer_, num_outer_, dst, src, [&](Bytes* out, const Bytes* in) {
-    saturated += convert(out, in, a_.count, a_.dst, a_.src, count_, multiplier);
+  for_each(outer_, num_outer_, move.dst, move.src, [&](Bytes* out, const Bytes* in) {
+    saturated += convert({out, in, a_.count, a_.dst, a_.src, move.dst_ahead, move.src_ahead}, count_, multiplier);
   });
   return saturated;
 }

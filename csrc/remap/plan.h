@@ -28,6 +28,14 @@ struct WireSum {
   bool source = false;
 };
 
+// Where a move starts on both sides, and how far away the next one does (see Rows).
+struct Move {
+  Bytes* dst;
+  const Bytes* src;
+  std::int64_t dst_ahead;
+  std::int64_t src_ahead;
+};
+
 // Moves elements of one size bit for bit.
 class MovePlan {
  public:
@@ -39,7 +47,7 @@ class MovePlan {
   bool can_sum() const { return kind_ == Kind::kRows && run_ % 8 == 0; }
 
   // With `sum` (only where can_sum()) returns the checksum of the wire side, else 0.
-  std::uint64_t run(const Kernels& kernels, Bytes* dst, const Bytes* src, const WireSum* sum = nullptr) const;
+  std::uint64_t run(const Kernels& kernels, const Move& move, const WireSum* sum = nullptr) const;
 
  private:
   enum class Kind : std::uint8_t { kRows, kTranspose, kElements };
@@ -62,7 +70,7 @@ class ConvertPlan {
   std::int64_t run_length() const { return count_; }
 
   // Returns how many elements saturated.
-  std::uint64_t run(const Kernels& kernels, Bytes* dst, const Bytes* src, float multiplier) const;
+  std::uint64_t run(const Kernels& kernels, const Move& move, float multiplier) const;
 
  private:
   int from_ = 0;

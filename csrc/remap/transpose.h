@@ -71,41 +71,43 @@ inline void transpose_tile(Bytes* dst, const Bytes* src, std::int64_t dst_stride
 
 // Tiles of whole 64-byte lines on both sides, so that each line is finished while it is in the first cache.
 template <int kSize>
-void transpose(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t cols, std::int64_t dst_stride,
-               std::int64_t src_stride) {
+void transpose(const Rows& rows, std::int64_t cols) {
   constexpr std::int64_t kTile = 16 / kSize;
   constexpr std::int64_t kLine = 64 / kSize;
-  const std::int64_t whole_rows = rows - rows % kTile;
+  const std::int64_t whole_rows = rows.count - rows.count % kTile;
   const std::int64_t whole_cols = cols - cols % kTile;
   for (std::int64_t c0 = 0; c0 < whole_cols; c0 += kLine) {
     const std::int64_t c1 = c0 + kLine < whole_cols ? c0 + kLine : whole_cols;
     for (std::int64_t r0 = 0; r0 < whole_rows; r0 += kLine) {
       const std::int64_t r1 = r0 + kLine < whole_rows ? r0 + kLine : whole_rows;
+      Bytes* const dst = rows.dst + r0 * kSize;
+      const Bytes* const src = rows.src + c0 * kSize;
+      for (std::int64_t r = r0; r < r1; ++r) __builtin_prefetch(src + r * rows.src_step + rows.src_ahead);
       for (std::int64_t c = c0; c < c1; c += kTile) {
+        for (std::int64_t i = c; i < c + kTile; ++i) __builtin_prefetch(dst + i * rows.dst_step + rows.dst_ahead, 1);
         for (std::int64_t r = r0; r < r1; r += kTile) {
-          transpose_tile<kSize>(dst + c * dst_stride + r * kSize, src + r * src_stride + c * kSize, dst_stride,
-                                src_stride);
+          transpose_tile<kSize>(rows.dst + c * rows.dst_step + r * kSize, rows.src + r * rows.src_step + c * kSize,
+                                rows.dst_step, rows.src_step);
         }
       }
     }
   }
-  transpose_scalar<kSize>(dst + whole_rows * kSize, src + whole_rows * src_stride, rows - whole_rows, whole_cols,
-                          dst_stride, src_stride);
-  transpose_scalar<kSize>(dst + whole_cols * dst_stride, src + whole_cols * kSize, rows, cols - whole_cols, dst_stride,
-                          src_stride);
+  transpose_scalar<kSize>(rows.dst + whole_rows * kSize, rows.src + whole_rows * rows.src_step, rows.count - whole_rows,
+                          whole_cols, rows.dst_step, rows.src_step);
+  transpose_scalar<kSize>(rows.dst + whole_cols * rows.dst_step, rows.src + whole_cols * kSize, rows.count,
+                          cols - whole_cols, rows.dst_step, rows.src_step);
 }
 
 #else
 
 template <int kSize>
-void transpose(Bytes* dst, const Bytes* src, std::int64_t rows, std::int64_t cols, std::int64_t dst_stride,
-               std::int64_t src_stride) {
+void transpose(const Rows& rows, std::int64_t cols) {
   constexpr std::int64_t kTile = 16;
   for (std::int64_t c = 0; c < cols; c += kTile) {
-    for (std::int64_t r = 0; r < rows; r += kTile) {
-      transpose_scalar<kSize>(dst + c * dst_stride + r * kSize, src + r * src_stride + c * kSize,
-                              rows - r < kTile ? rows - r : kTile, cols - c < kTile ? cols - c : kTile, dst_stride,
-                              src_stride);
+    for (std::int64_t r = 0; r < rows.count; r += kTile) {
+      transpose_scalar<kSize>(rows.dst + c * rows.dst_step + r * kSize, rows.src + r * rows.src_step + c * kSize,
+                              rows.count - r < kTile ? rows.count - r : kTile, cols - c < kTile ? cols - c : kTile,
+                              rows.dst_step, rows.src_step);
     }
   }
 }

@@ -10,7 +10,9 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "bench": "Measure hetkv's parts on this machine.",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,208 @@
+#include "remap/job.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace hetkv {
+namespace {
+
+constexpr std::int64_t kPieceBytes = 32 * 1024;  // of one side; both sides of a piece stay in the caches
+constexpr std::int64_t kTileElements = 2048;     // of a conversion that goes through a tile
+constexpr std::int64_t kShortRun = 16;           // elements; shorter runs are converted in a tile
+
+Bytes* pointer(std::uint64_t at) { return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at)); }
+
+Bytes* at(const RemapSide& side, std::int64_t token, std::int64_t head, std::int64_t channel) {
+  return pointer(address(side.map, side.blocks, side.first_token + token,
+                         side.first_head + static_cast<std::int32_t>(head), static_cast<std::int32_t>(channel)));
+}
+
+// Tokens from `token` on whose addresses keep one stride: to the end of the block, and on through blocks that follow it
+// in memory where the stride goes on as well.
+std::int64_t affine_tokens(const RemapSide& side, std::int64_t token, std::int64_t limit) {
+  const SegmentMap& map = side.map;
+  if (map.block_size == 0) return limit;
+  token += side.first_token;
+  std::int64_t block = token / map.block_size;
+  std::int64_t count = map.block_size - token % map.block_size;
+  if (map.block_stride != map.block_size * map.token_stride) return std::min(count, limit);
+  for (; count < limit && side.blocks[block + 1] == side.blocks[block] + 1; ++block) count += map.block_size;
+  return std::min(count, limit);
+}
+
+std::int64_t outer_step(const SegmentMap& map, std::int64_t inner, std::int64_t channels) {
+  return std::min<std::int64_t>(map.pack, channels) == inner ? map.outer_stride : inner * map.inner_stride;
+}
+
+}  // namespace
+
+JobRunner::JobRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t seed)
+    : job_(job),
+      kernels_(kernels),
+      from_size_(item_size(job.src.map.dtype)),
+      to_size_(item_size(job.dst.map.dtype)),
+      converts_(job.src.map.dtype != job.dst.map.dtype || job.multipliers != nullptr) {
+  const std::int64_t channels = std::max(job.channels, 1);
+  const std::int64_t s = std::min<std::int64_t>(job.src.map.pack, channels);
+  const std::int64_t d = std::min<std::int64_t>(job.dst.map.pack, channels);
+  span_ = std::max(s, d);
+  inner_ = std::min(s, d);
+  if (channels % s != 0 || channels % d != 0 || span_ % inner_ != 0) {
+    inner_ = std::gcd(std::gcd(s, d), channels);
+    span_ = inner_;
+  }
+  sum_.source = job.wire == WireSide::kSource;
+  sum_.origin = pointer((sum_.source ? job.src : job.dst).map.base);
+  sum_.first = job.wire_offset / 8;
+  sum_.seed = seed;
+  wire_token_ = job.channels * (sum_.source ? from_size_ : to_size_);
+}
+
+void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end) {
+  token_ = token;
+  token_end_ = token_end;
+  first_head_ = head_ = head;
+  head_end_ = head_end;
+  stretch_ = 0;
+  pending_ = next(piece_);
+}
+
+void JobRunner::advance(std::int64_t limit, RemapResult& result) {
+  while (pending_ && piece_.token < limit) {
+    const Piece current = piece_;
+    pending_ = next(piece_);
+    run(current, pending_ ? &piece_ : nullptr, result);
+  }
+}
+
+// Cuts the next piece: heads first, then tokens.
+bool JobRunner::next(Piece& piece) {
+  if (stretch_ == 0) {
+    if (token_ >= token_end_ || first_head_ >= head_end_) return false;
+    stretch_ = affine_tokens(job_.dst, token_, affine_tokens(job_.src, token_, token_end_ - token_));
+    const SegmentMap& pool = job_.src.map.block_size > 0 ? job_.src.map : job_.dst.map;
+    const std::int64_t row = job_.channels * std::max(from_size_, to_size_);
+    std::int64_t tokens = stretch_;
+    std::int64_t heads = head_end_ - first_head_;
+    // Where a pool keeps all heads of a token together, few whole tokens; elsewhere few heads, with all tokens.
+    if (pool.token_stride >= pool.head_stride) {
+      tokens = std::clamp(kPieceBytes / (row * heads) / 16 * 16, std::min<std::int64_t>(16, tokens), tokens);
+    }
+    heads = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
+    tokens = std::clamp(kPieceBytes / (row * heads) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);
+    piece_tokens_ = tokens;
+    piece_heads_ = heads;
+  }
+  piece.token = token_;
+  piece.head = head_;
+  piece.tokens = std::min(piece_tokens_, stretch_);
+  piece.heads = std::min(piece_heads_, head_end_ - head_);
+  piece.dst = at(job_.dst, piece.token, piece.head, 0);
+  piece.src = at(job_.src, piece.token, piece.head, 0);
+  head_ += piece.heads;
+  if (head_ == head_end_) {
+    head_ = first_head_;
+    token_ += piece.tokens;
+    stretch_ -= piece.tokens;
+  }
+  return true;
+}
+
+void JobRunner::plan(const Piece& piece) {
+  plan_tokens_ = piece.tokens;
+  plan_heads_ = piece.heads;
+  const SegmentMap& s = job_.src.map;
+  const SegmentMap& d = job_.dst.map;
+  token_axis_ = {piece.tokens, s.token_stride, d.token_stride};
+  outer_axis_ = {span_ / inner_, outer_step(s, inner_, job_.channels), outer_step(d, inner_, job_.channels)};
+  inner_axis_ = {inner_, s.inner_stride, d.inner_stride};
+  const Axis axes[kMaxAxes] = {
+      token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
+  if (!converts_) {
+    move_ = MovePlan(axes, kMaxAxes, static_cast<int>(from_size_));
+  } else {
+    runs_ = ConvertPlan(axes, job_.multipliers != nullptr ? 3 : 4, s.dtype, d.dtype);
+    direct_ = runs_.run_length() >= kShortRun;
+  }
+}
+
+void JobRunner::run(const Piece& piece, const Piece* after, RemapResult& result) {
+  if (piece.tokens != plan_tokens_ || piece.heads != plan_heads_) plan(piece);
+  const std::int64_t dst_ahead = after != nullptr ? after->dst - piece.dst : 0;
+  const std::int64_t src_ahead = after != nullptr ? after->src - piece.src : 0;
+  const bool sums_on_the_way = sums_in_parts() && !converts_ && move_.can_sum();
+  for (std::int64_t c = 0; c < job_.channels; c += span_) {
+    const Move move{at(job_.dst, piece.token, piece.head, c), at(job_.src, piece.token, piece.head, c), dst_ahead,
+                    src_ahead};
+    if (converts_) {
+      result.saturated += convert(piece, move);
+    } else {
+      result.checksum += move_.run(kernels_, move, sums_on_the_way ? &sum_ : nullptr);
+    }
+  }
+  if (sums_in_parts() && !sums_on_the_way) result.checksum += sum(piece);
+}
+
+// Checksum of the piece's part of the payload: one contiguous run a head.
+std::uint64_t JobRunner::sum(const Piece& piece) const {
+  std::uint64_t total = 0;
+  for (std::int64_t h = piece.head; h < piece.head + piece.heads; ++h) {
+    const Bytes* wire = at(sum_.source ? job_.src : job_.dst, piece.token, h, 0);
+    const std::uint64_t index = sum_.first + static_cast<std::uint64_t>(wire - sum_.origin) / 8;
+    total += kernels_.checksum(wire, piece.tokens * wire_token_, index, sum_.seed);
+  }
+  return total;
+}
+
+std::uint64_t JobRunner::convert(const Piece& piece, const Move& move) const {
+  if (direct_ && job_.multipliers == nullptr) return runs_.run(kernels_, move, 1.0f);
+  std::uint64_t saturated = 0;
+  for (std::int64_t h = 0; h < piece.heads; ++h) {
+    const float multiplier = job_.multipliers != nullptr ? job_.multipliers[piece.head + h] : 1.0f;
+    const Move one{move.dst + h * job_.dst.map.head_stride, move.src + h * job_.src.map.head_stride, move.dst_ahead,
+                   move.src_ahead};
+    saturated += direct_ ? runs_.run(kernels_, one, multiplier) : convert_tiles(one, piece.tokens, multiplier);
+  }
+  return saturated;
+}
+
+// Converts one head's [token][channel] piece through tiles that stay in the first cache.
+std::uint64_t JobRunner::convert_tiles(const Move& move, std::int64_t tokens, float multiplier) const {
+  const std::int64_t inner_step = std::min(inner_axis_.count, kTileElements);
+  const std::int64_t outer_step = std::min(outer_axis_.count, std::max<std::int64_t>(1, kTileElements / inner_step));
+  const std::int64_t token_step = std::max<std::int64_t>(1, kTileElements / (inner_step * outer_step));
+  std::uint64_t saturated = 0;
+  for (std::int64_t t = 0; t < tokens; t += token_step) {
+    for (std::int64_t o = 0; o < outer_axis_.count; o += outer_step) {
+      for (std::int64_t i = 0; i < inner_axis_.count; i += inner_step) {
+        const Move tile{move.dst + t * token_axis_.dst + o * outer_axis_.dst + i * inner_axis_.dst,
+                        move.src + t * token_axis_.src + o * outer_axis_.src + i * inner_axis_.src, move.dst_ahead,
+                        move.src_ahead};
+        saturated += convert_tile(tile, std::min(token_step, tokens - t), std::min(outer_step, outer_axis_.count - o),
+                                  std::min(inner_step, inner_axis_.count - i), multiplier);
+      }
+    }
+  }
+  return saturated;
+}
+
+std::uint64_t JobRunner::convert_tile(const Move& move, std::int64_t tokens, std::int64_t outer, std::int64_t inner,
+                                      float multiplier) const {
+  alignas(64) Bytes from[kTileElements * 4];
+  alignas(64) Bytes to[kTileElements * 4];
+  const std::int64_t fs = from_size_;
+  const std::int64_t ts = to_size_;
+  const std::int64_t row = outer * inner;
+  const Axis gather[3] = {
+      {tokens, token_axis_.src, row * fs}, {outer, outer_axis_.src, inner * fs}, {inner, inner_axis_.src, fs}};
+  const Axis scatter[3] = {
+      {tokens, row * ts, token_axis_.dst}, {outer, inner * ts, outer_axis_.dst}, {inner, ts, inner_axis_.dst}};
+  const Axis whole[1] = {{tokens * row, fs, ts}};
+  MovePlan(gather, 3, static_cast<int>(fs)).run(kernels_, {from, move.src, 0, move.src_ahead});
+  const std::uint64_t saturated =
+      ConvertPlan(whole, 1, job_.src.map.dtype, job_.dst.map.dtype).run(kernels_, {to, from, 0, 0}, multiplier);
+  MovePlan(scatter, 3, static_cast<int>(ts)).run(kernels_, {move.dst, to, move.dst_ahead, 0});
+  return saturated;
+}
+
+}  // namespace hetkv

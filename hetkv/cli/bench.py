@@ -1,0 +1,25 @@
+"""`hetkv bench NAME`: one module of `hetkv.bench` per name, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+BENCHES = {
+    "remap": "layout and dtype conversion against memcpy of as many bytes",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one sub-subcommand per measurement."""
+    benches = parser.add_subparsers(dest="bench", metavar="NAME", required=True)
+    for name, summary in BENCHES.items():
+        bench = benches.add_parser(name, help=summary, description=summary)
+        if name in sys.argv:
+            import_module(f"hetkv.bench.{name}").add_arguments(bench)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the measurement that `args.bench` names."""
+    return int(import_module(f"hetkv.bench.{args.bench}").run(args))
