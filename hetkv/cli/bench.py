@@ -8,6 +8,7 @@ from importlib import import_module
 
 BENCHES = {
     "remap": "layout and dtype conversion against memcpy of as many bytes",
+    "transfer": "pool to pool between two processes, against UCX and other transports",
 }
 
 
