@@ -161,7 +161,8 @@ std::uint64_t checksum(const py::buffer& data, std::uint64_t offset, std::uint64
 
 py::buffer_info byte_buffer(const py::buffer& buffer, bool writable) {
   py::buffer_info info = buffer.request(writable);
-  require(info.ndim == 1 && info.itemsize == 1 && (info.size < 2 || info.strides[0] == 1), "the buffer must be contiguous bytes");
+  require(info.ndim == 1 && info.itemsize == 1 && (info.size < 2 || info.strides[0] == 1),
+          "the buffer must be contiguous bytes");
   return info;
 }
 

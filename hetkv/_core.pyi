@@ -1,11 +1,13 @@
 """hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from typing_extensions import Buffer
 
 from hetkv.layout import SegmentLayout
+
+_Buffer: TypeAlias = object  # bytes, numpy arrays: what has the buffer protocol, which Python 3.11 has no type for
 
 class SegmentMap:
     """Where one segment's elements live: csrc/map.h. Strides are bytes."""
@@ -32,7 +34,7 @@ class RemapSide:
     """One side of a job: a map, the block ids where it is paged (copied), where it starts."""
 
     def __init__(
-        self, map: SegmentMap, blocks: Sequence[int] | Buffer | None = None, first_token: int = 0, first_head: int = 0
+        self, map: SegmentMap, blocks: Sequence[int] | _Buffer | None = None, first_token: int = 0, first_head: int = 0
     ) -> None: ...
 
 class RemapJob:
@@ -54,10 +56,10 @@ class RemapJob:
 def remap(jobs: Sequence[RemapJob], seed: int = 0, threads: int = 1) -> tuple[int, int]:
     """Runs the jobs; returns (checksum of the wire sides, elements saturated). Releases the interpreter lock."""
 
-def checksum(data: Buffer, offset: int = 0, seed: int = 0) -> int:
+def checksum(data: _Buffer, offset: int = 0, seed: int = 0) -> int:
     """Payload checksum of a contiguous buffer whose first byte is byte `offset` of the payload."""
 
-def copy(dst: Buffer, src: Buffer, threads: int = 1) -> None:
+def copy(dst: _Buffer, src: _Buffer, threads: int = 1) -> None:
     """memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`."""
 
 def available_isas() -> list[str]:

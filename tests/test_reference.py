@@ -40,8 +40,7 @@ def search(values: np.ndarray, dtype: DType) -> tuple[np.ndarray, int]:
     table = magnitudes(dtype)
     beyond = table[-1] + (table[-1] - table[-2])  # the value that the next code would have
     table = np.append(table, beyond)
-    size = np.abs(values.astype(np.float64))
-    size = np.where(np.isnan(size), 0, np.minimum(size, 2 * beyond))
+    size = np.minimum(np.abs(np.nan_to_num(values, nan=0.0)).astype(np.float64), 2 * beyond)
     above = np.clip(np.searchsorted(table, size), 1, len(table) - 1)
     below = above - 1
     down, up = size - table[below], table[above] - size
@@ -65,7 +64,8 @@ def hard_floats(dtype: DType) -> np.ndarray:
     table = magnitudes(dtype)
     table = np.append(table, min(2 * table[-1] - table[-2], float(np.finfo(np.float32).max)))
     points = np.concatenate([table, (table[1:] + table[:-1]) / 2]).astype(np.float32)
-    points = np.concatenate([points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))])
+    with np.errstate(over="ignore"):
+        points = np.concatenate([points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(np.inf))])
     special = np.array([np.inf, np.nan, 3e38, 1e-45, 1e-38, 1.1754944e-38], dtype=np.float32)
     points = np.concatenate([points, special])
     return np.concatenate([points, -points])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from remap_cases import Side, check, pool, wire
+from remap_cases import Side, check, pool, random_bytes, wire
 
 from hetkv import reference
 from hetkv.core import core as _core
@@ -100,7 +102,7 @@ def moves(draw: st.DrawFn, convert: bool) -> tuple[Side, Side, int, int, int, li
 
 
 FAST = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -206,12 +208,62 @@ def test_several_jobs_add_up() -> None:
     assert _core.remap(jobs, 5) == (want % 2**64, clamped)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("to_dtype", [DType.BFLOAT16, DType.FLOAT8_E4M3FN], ids=lambda d: d.value)
+@pytest.mark.parametrize("preset", ["packed_nhd", "packed_hnd", "nhd_interleaved", "latent"])
+def test_segments_that_share_blocks_take_turns(preset: str, to_dtype: DType, threads: int) -> None:
+    heads, tokens = (5, 330) if preset != "latent" else (1, 700)
+    layer = LayerSpec.latent(512, 64) if preset == "latent" else LayerSpec.kv(heads, 128, 96)
+    layout = KVLayout.preset(preset, layer, heads, 16, DType.BFLOAT16)
+    need = -(-tokens // 16)
+    block_ids = torch.randperm(need + 1, generator=torch.Generator().manual_seed(3))[:need].tolist()
+    memory = random_bytes(max(part.extent(16, need + 1) for part in layout.segments.values()), 4)
+    jobs, payloads, want, clamped, offset = [], [], 0, 0, 0
+    for name, part in layout.segments.items():
+        source = Side(memory, part.dtype, part, 16, need + 1, block_ids)
+        payload = wire(to_dtype, tokens, heads, part.channels, len(name))
+        expected = payload.copy()
+        clamped += reference.remap(source.oracle(), expected.oracle(), tokens, heads, part.channels)
+        size = tokens * heads * part.channels * to_dtype.itemsize
+        want += reference.checksum(expected.body[:size].numpy().tobytes(), offset, 6)
+        sides = source.kernel(tokens, part.channels), payload.kernel(tokens, part.channels)
+        count = {"tokens": tokens, "heads": heads, "channels": part.channels}
+        jobs.append(_core.RemapJob(*sides, **count, wire="destination", wire_offset=offset))
+        payloads.append((payload, expected))
+        offset += size
+    assert _core.remap(jobs, 6, threads) == (want % 2**64, clamped)
+    for payload, expected in payloads:
+        assert torch.equal(payload.memory, expected.memory)
+
+
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_checksum_of_any_length(isa: str) -> None:
     _core.select_isa(isa)
     data = bytes(random.Random(0).randbytes(700))
     for length in (*range(140), 511, 512, 700):
         assert _core.checksum(data[:length], 24, 2**63 + 5) == reference.checksum(data[:length], 24, 2**63 + 5)
+
+
+def test_callers_at_once_and_after_a_fork() -> None:
+    """Each of several callers gets its own result; a child process has no pool threads and must not wait for them."""
+    source = segment_pool("rocm", "v", DType.BFLOAT16, 8, 128, 16, 512, 1)
+    expected = wire(DType.BFLOAT16, 512, 8, 128, 2)
+    reference.remap(source.oracle(), expected.oracle(), 512, 8, 128)
+    want = reference.checksum(expected.body[: 512 * 8 * 128 * 2].numpy().tobytes(), 0, 1)
+
+    def once(seed: int) -> bool:
+        payload = wire(DType.BFLOAT16, 512, 8, 128, 2)
+        job = _core.RemapJob(
+            source.kernel(512, 128), payload.kernel(512, 128), tokens=512, heads=8, channels=128, wire="destination"
+        )
+        return _core.remap([job], 1, 2) == (want, 0) and torch.equal(payload.memory, expected.memory)
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(once, range(16)))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if once(0) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_nothing_to_do_changes_nothing() -> None:

@@ -6,11 +6,13 @@
 namespace hetkv {
 namespace {
 
-constexpr std::int64_t kPieceBytes = 32 * 1024;  // of one side; both sides of a piece stay in the caches
+constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and the next fit the caches on both sides
 constexpr std::int64_t kTileElements = 2048;     // of a conversion that goes through a tile
 constexpr std::int64_t kShortRun = 16;           // elements; shorter runs are converted in a tile
 
-Bytes* pointer(std::uint64_t at) { return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at)); }
+Bytes* pointer(std::uint64_t at) {
+  return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
+}
 
 Bytes* at(const RemapSide& side, std::int64_t token, std::int64_t head, std::int64_t channel) {
   return pointer(address(side.map, side.blocks, side.first_token + token,
@@ -67,12 +69,10 @@ void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t h
   pending_ = next(piece_);
 }
 
-void JobRunner::advance(std::int64_t limit, RemapResult& result) {
-  while (pending_ && piece_.token < limit) {
-    const Piece current = piece_;
-    pending_ = next(piece_);
-    run(current, pending_ ? &piece_ : nullptr, result);
-  }
+void JobRunner::step(RemapResult& result) {
+  const Piece current = piece_;
+  pending_ = next(piece_);
+  run(current, pending_ ? &piece_ : nullptr, result);
 }
 
 // Cuts the next piece: heads first, then tokens.
@@ -86,7 +86,7 @@ bool JobRunner::next(Piece& piece) {
     std::int64_t heads = head_end_ - first_head_;
     // Where a pool keeps all heads of a token together, few whole tokens; elsewhere few heads, with all tokens.
     if (pool.token_stride >= pool.head_stride) {
-      tokens = std::clamp(kPieceBytes / (row * heads) / 16 * 16, std::min<std::int64_t>(16, tokens), tokens);
+      tokens = std::clamp(kPieceBytes / (row * heads) / 4 * 4, std::min<std::int64_t>(4, tokens), tokens);
     }
     heads = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
     tokens = std::clamp(kPieceBytes / (row * heads) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);
@@ -116,8 +116,7 @@ void JobRunner::plan(const Piece& piece) {
   token_axis_ = {piece.tokens, s.token_stride, d.token_stride};
   outer_axis_ = {span_ / inner_, outer_step(s, inner_, job_.channels), outer_step(d, inner_, job_.channels)};
   inner_axis_ = {inner_, s.inner_stride, d.inner_stride};
-  const Axis axes[kMaxAxes] = {
-      token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
+  const Axis axes[kMaxAxes] = {token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
   if (!converts_) {
     move_ = MovePlan(axes, kMaxAxes, static_cast<int>(from_size_));
   } else {

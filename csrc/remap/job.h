@@ -14,8 +14,16 @@ class JobRunner {
   // Starts on tokens [token, token_end) of heads [head, head_end), both of the job.
   void start(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end);
 
-  // Moves every piece that begins before token `limit`, and adds to `result`.
-  void advance(std::int64_t limit, RemapResult& result);
+  // Something is left to move.
+  bool pending() const { return pending_; }
+
+  // Where the next piece begins, for jobs that take turns: tokens first, then heads.
+  bool behind(const JobRunner& other) const {
+    return piece_.token != other.piece_.token ? piece_.token < other.piece_.token : piece_.head < other.piece_.head;
+  }
+
+  // Moves one piece and adds to `result`.
+  void step(RemapResult& result);
 
   // Every token of a head begins at a whole word of the payload, so any part of the job can be summed by itself.
   bool sums_in_parts() const { return job_.wire != WireSide::kNone && wire_token_ % 8 == 0; }

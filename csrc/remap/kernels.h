@@ -12,8 +12,9 @@ namespace hetkv {
 using Bytes = unsigned char;
 constexpr int kNumFloats = 7;  // DType codes 1 to 7
 
-// Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What lies `dst_ahead` and `src_ahead` bytes
-// further is what the caller will move next: kernels prefetch it line by line as they go (0: nothing to prefetch).
+// Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What lies `dst_ahead` and `src_ahead`
+// bytes further is what the caller will move next: kernels prefetch it line by line as they go (0: nothing to
+// prefetch).
 struct Rows {
   Bytes* dst;
   const Bytes* src;
@@ -30,8 +31,8 @@ struct Kernels {
   // Rows of `bytes` bytes.
   void (*copy_rows)(const Rows& rows, std::int64_t bytes);
 
-  // The same, and the checksum of the rows: word w of row r has index `index + r * index_step + w`. `bytes` is a multiple
-  // of 8.
+  // The same, and the checksum of the rows: word w of row r has index `index + r * index_step + w`. `bytes` is a
+  // multiple of 8.
   std::uint64_t (*copy_rows_sum)(const Rows& rows, std::int64_t bytes, std::uint64_t index, std::uint64_t index_step,
                                  std::uint64_t seed);
 

@@ -87,6 +87,12 @@ inline __m512i eight_steps() {
   return _mm512_set1_epi64(static_cast<long long>(8 * kChecksumStep));
 }
 
+inline std::uint64_t total_of(__m512i sum) {
+  std::uint64_t lanes[8];
+  _mm512_storeu_si512(lanes, sum);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
+}
+
 std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) {
   __m512i sum = _mm512_setzero_si512();
   __m512i key = keys(index, seed);
@@ -94,7 +100,7 @@ std::uint64_t checksum(const Bytes* data, std::int64_t bytes, std::uint64_t inde
     sum = mix(sum, _mm512_loadu_si512(data), key);
     key = _mm512_add_epi64(key, eight_steps());
   }
-  std::uint64_t total = static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum));
+  std::uint64_t total = total_of(sum);
   for (; bytes > 0; bytes -= 8, data += 8, ++index) total += checksum_word(data, bytes < 8 ? bytes : 8, index, seed);
   return total;
 }
@@ -143,15 +149,16 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
     }
     first_key = _mm512_add_epi64(first_key, row_step);
   }
-  return static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum));
+  return total_of(sum);
 }
 
 }  // namespace
 }  // namespace hetkv
 
 #include "remap/kernels_simd.h"
+#include "remap/lookup_avx512.h"
 
 namespace hetkv {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+const Kernels kAvx512Kernels = with_lookups(make_kernels("avx512"));
 }  // namespace hetkv
 #endif

@@ -110,14 +110,13 @@ class Work {
       if (by_head) runners[i]->start(0, tokens, start, stop);
       if (!by_head) runners[i]->start(start, stop, 0, heads);
     }
-    if (count == 1) {
-      runners[0]->advance(tokens, result);
-      return;
-    }
-    const std::int64_t window = std::max(jobs_[first].src.map.block_size, jobs_[first].dst.map.block_size);
-    for (std::int64_t limit = window;; limit += window) {
-      for (std::size_t i = 0; i < count; ++i) runners[i]->advance(limit, result);
-      if (limit >= tokens) return;
+    for (;;) {
+      JobRunner* last = nullptr;
+      for (std::size_t i = 0; i < count; ++i) {
+        if (runners[i]->pending() && (last == nullptr || runners[i]->behind(*last))) last = &*runners[i];
+      }
+      if (last == nullptr) return;
+      last->step(result);
     }
   }
 

@@ -1,9 +1,9 @@
 """`hetkv bench remap`: how fast layouts and dtypes are converted, as a share of memcpy's speed in the same run.
 
-Every case moves one segment of one layer (at least 16 MiB on its narrower side) between a paged pool with shuffled block
-ids and the wire's canonical layout, or between two pools. A memcpy of the source's bytes is timed right before each
-remap, on the same buffers and the same number of threads; the buffers rotate so that none is still in the second-level
-cache. `gb_s` and `copy_gb_s` both count bytes read plus bytes written; times are medians.
+Every case moves 16 MiB (counted on its narrower side) of one layer between a paged pool with shuffled block ids and the
+wire's canonical layout, or between two pools: one segment, or K and V together where they share blocks. A memcpy of the
+source's bytes is timed right before each remap, on the same number of threads; the buffers rotate so that none is still
+in the second-level cache. `gb_s` and `copy_gb_s` both count bytes read plus bytes written; times are medians.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
@@ -32,15 +32,15 @@ BUFFERS = 4
 
 
 class Place(NamedTuple):
-    """One side: a preset's segment in a pool, or the canonical layout."""
+    """One side: segments of a preset (`k`, `v`, or `kv` for both) in a pool, or the canonical layout."""
 
     layout: str
-    segment: str = "k"
+    segments: str = "k"
     block_size: int = 16
     dtype: str = "bf16"
 
     def __str__(self) -> str:
-        text = self.layout if self.layout in ("canonical", "nhd", "hnd") else f"{self.layout} {self.segment}"
+        text = f"{self.layout} {self.segments}" if self.layout == "rocm" else self.layout
         return text if self.layout == "canonical" else f"{text} {self.block_size}"
 
 
@@ -68,12 +68,13 @@ TARGETS = {"move": 0.85, "convert": 0.6, "transpose": 0.5, "short": None, "trans
 runs below 256 bytes, and both at once, which are reported without a target."""
 
 WIRE = Place("canonical")
+SHARED = [Place(layout, "kv") for layout in ("nhd_interleaved", "packed_nhd", "packed_hnd")]
 
 
 def cases() -> Iterator[Case]:
     """All cases, grouped by kind."""
-    for pool in (Place("nhd"), Place("hnd"), Place("nhd_interleaved"), Place("packed_nhd"), Place("packed_hnd")):
-        for checksum in (True, False) if pool.layout in ("nhd", "hnd") else (True,):
+    for pool in (Place("nhd"), Place("hnd"), *SHARED):
+        for checksum in (True, False):
             yield Case("move", pool, WIRE, checksum=checksum)
             yield Case("move", WIRE, pool, checksum=checksum)
     yield Case("move", Place("nhd"), Place("nhd", block_size=64))
@@ -102,13 +103,13 @@ def cases() -> Iterator[Case]:
 
 
 class Memory(NamedTuple):
-    """Memory of one side and the two ways to name it."""
+    """Memory of one side, and for each segment the way to name it and its offset in the payload."""
 
     data: torch.Tensor
-    side: _core.RemapSide
+    sides: list[tuple[_core.RemapSide, int]]
 
 
-def make_side(place: Place, tokens: int, head_dim: int, seed: int) -> Memory:
+def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: int) -> Memory:
     """Memory of one side, filled with normal random values, its block ids shuffled."""
     import torch
 
@@ -116,18 +117,21 @@ def make_side(place: Place, tokens: int, head_dim: int, seed: int) -> Memory:
 
     dtype, heads = DType.parse(place.dtype), TOKEN_CHANNELS // head_dim
     generator = torch.Generator().manual_seed(seed)
-    if place.layout == "canonical":
-        size = tokens * TOKEN_CHANNELS * dtype.itemsize
-    else:
-        layout = KVLayout.preset(place.layout, LayerSpec.kv(heads, head_dim), heads, place.block_size, dtype)
-        segment, num_blocks = layout.segments[place.segment], tokens // place.block_size
-        size = segment.block_stride * num_blocks
+    one = tokens * TOKEN_CHANNELS * dtype.itemsize
     values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8)
-    data = values.repeat(-(-size // values.numel()))[:size].clone()
+    data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone()
+    sides = []
     if place.layout == "canonical":
-        return Memory(data, _core.RemapSide(_core.SegmentMap.canonical(data.data_ptr(), tokens, head_dim, dtype.code)))
-    blocks = torch.randperm(num_blocks, generator=generator).to(torch.int32)
-    return Memory(data, _core.RemapSide(_core.SegmentMap.of(segment, place.block_size, data.data_ptr()), blocks))
+        for i in range(len(segments)):
+            map_ = _core.SegmentMap.canonical(data.data_ptr() + i * one, tokens, head_dim, dtype.code)
+            sides.append((_core.RemapSide(map_), i * one))
+        return Memory(data, sides)
+    layout = KVLayout.preset(place.layout, LayerSpec.kv(heads, head_dim), heads, place.block_size, dtype)
+    blocks = torch.randperm(tokens // place.block_size, generator=generator).to(torch.int32)
+    for name in segments:
+        map_ = _core.SegmentMap.of(layout.segments[name], place.block_size, data.data_ptr())
+        sides.append((_core.RemapSide(map_, blocks), 0))
+    return Memory(data, sides)
 
 
 def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
@@ -136,33 +140,38 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
 
     from hetkv import _core
 
-    sizes = [DType.parse(place.dtype).itemsize for place in (case.source, case.destination)]
-    tokens = NARROW_BYTES // (TOKEN_CHANNELS * min(sizes))
-    elements = tokens * TOKEN_CHANNELS
+    places = (case.source, case.destination)
+    sizes = [DType.parse(place.dtype).itemsize for place in places]
+    segments = next(place.segments for place in places[::-1] if place.layout != "canonical")
+    tokens = NARROW_BYTES // (TOKEN_CHANNELS * min(sizes) * len(segments))
+    elements = tokens * TOKEN_CHANNELS * len(segments)
     copied = elements * sizes[0]
-    wire = "source" if case.source.layout == "canonical" else "destination" if case.destination.layout == "canonical" else ""
+    wire: Literal["", "source", "destination"] = ""
+    if case.checksum and case.source.layout == "canonical":
+        wire = "source"
+    elif case.checksum and case.destination.layout == "canonical":
+        wire = "destination"
     jobs, buffers = [], []
     for i in range(BUFFERS):
-        source = make_side(case.source, tokens, case.head_dim, 2 * i)
-        destination = make_side(case.destination, tokens, case.head_dim, 2 * i + 1)
-        target = destination.data[:copied].numpy() if destination.data.numel() >= copied else torch.zeros_like(
-            source.data[:copied]
-        ).numpy()
-        buffers.append((target, source.data[:copied].numpy(), source, destination))
-        heads = TOKEN_CHANNELS // case.head_dim
+        source = make_memory(case.source, segments, tokens, case.head_dim, 2 * i)
+        destination = make_memory(case.destination, segments, tokens, case.head_dim, 2 * i + 1)
+        room = destination.data if destination.data.numel() >= copied else torch.zeros(copied, dtype=torch.uint8)
+        buffers.append((room[:copied].numpy(), source.data[:copied].numpy(), source, destination))
         jobs.append(
             [
                 _core.RemapJob(
-                    source.side,
-                    destination.side,
+                    start,
+                    to,
                     tokens=tokens,
-                    heads=heads,
+                    heads=TOKEN_CHANNELS // case.head_dim,
                     channels=case.head_dim,
-                    wire=wire if case.checksum else "",
+                    wire=wire,
+                    wire_offset=max(start_offset, to_offset) if wire else 0,
                 )
+                for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
             ]
         )
-    copy_times, times, ratios = [], [], []
+    copy_times, times = [], []
     for i in range(repeats + BUFFERS):
         target, start, _, _ = buffers[i % BUFFERS]
         began = time.perf_counter()
@@ -181,7 +190,7 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     return {
         "case": case.name,
         "kind": case.kind,
-        "checksum": case.checksum and bool(wire),
+        "checksum": bool(wire),
         "threads": threads,
         "bytes": moved,
         "gb_s": round(gb_s, 2),
@@ -196,10 +205,16 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv bench remap`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads for both remap and copy (default 1)")
-    parser.add_argument("--repeats", type=int, default=40, metavar="N", help="timed repetitions of each case (default 40)")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads for both remap and copy (default 1)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=40, metavar="N", help="timed repetitions of each case (default 40)"
+    )
     parser.add_argument("--only", metavar="TEXT", help="cases whose name holds TEXT")
-    parser.add_argument("--isa", metavar="NAME", help="instruction set to use: baseline, avx2 or avx512 (default: the widest)")
+    parser.add_argument(
+        "--isa", metavar="NAME", help="instruction set to use: baseline, avx2 or avx512 (default: the widest)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,7 +243,12 @@ def run(args: argparse.Namespace) -> int:
         low, high = row["ratio_quartiles"]
         wanted = "" if row["target"] is None else f"{row['target']:.2f}"
         table.add_row(
-            row["case"], f"{row['gb_s']:.1f}", f"{row['copy_gb_s']:.1f}", f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", wanted
+            row["case"],
+            f"{row['gb_s']:.1f}",
+            f"{row['copy_gb_s']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            wanted,
         )
     console.print(table)
     if args.json:
@@ -237,7 +257,7 @@ def run(args: argparse.Namespace) -> int:
             "isa": _core.isa(),
             "threads": args.threads,
             "repeats": args.repeats,
-            "note": "gb_s and copy_gb_s count bytes read plus bytes written; ratio = gb_s / copy_gb_s, medians of one run",
+            "note": "gb_s and copy_gb_s count bytes read plus written; ratio = gb_s / copy_gb_s; medians of one run",
             "results": results,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
