@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-from typing_extensions import Buffer
-
 from hetkv.layout import SegmentLayout
 
 _Buffer: TypeAlias = object  # bytes, numpy arrays: what has the buffer protocol, which Python 3.11 has no type for

@@ -1,8 +1,8 @@
 """What the peer adapters share: two processes, paged memory with shuffled blocks, the check, and the one line of JSON.
 
-An adapter is a script. It runs `initiator` and `target` in two processes, with the same block size and the same layout on
-both sides, and prints one JSON object: `gb_s`, `version`, `how` and `variants`, or `error`. 10^9 bytes a second; every
-byte of payload counts once; time runs from the first post until the initiator sees all layers complete.
+An adapter is a script. It runs `initiator` and `target` in two processes, with the same block size and the same layout
+on both sides, and prints one JSON object: `gb_s`, `version`, `how` and `variants`, or `error`. 10^9 bytes a second;
+every byte of payload counts once; time runs from the first post until the initiator sees all layers complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shape:
 
 
 class Memory:
-    """One side's layers, and for each the order in which its blocks are sent. Sources are filled with their own numbers."""
+    """One side's layers, and for each the order in which its blocks are sent. Sources hold their own numbers."""
 
     def __init__(self, shape: Shape, seed: int, filled: bool) -> None:
         self.shape = shape
@@ -66,7 +66,8 @@ class Memory:
     def addresses(self) -> list[list[int]]:
         """Block addresses of each layer in the order in which they are sent."""
         return [
-            (base + order * self.shape.block_bytes).tolist() for base, order in zip(self.bases(), self.orders, strict=True)
+            (base + order * self.shape.block_bytes).tolist()
+            for base, order in zip(self.bases(), self.orders, strict=True)
         ]
 
 

@@ -1,4 +1,4 @@
-"""Two processes, a sender and a receiver with unlike pools: what `hetkv bench transfer` times and `hetkv probe` tries."""
+"""Two processes, a sender and a receiver with unlike pools, for `hetkv bench transfer` and `hetkv probe`."""
 
 from __future__ import annotations
 

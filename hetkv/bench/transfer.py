@@ -1,8 +1,9 @@
 """`hetkv bench transfer`: pool to pool between two processes, beside UCX's own put and other transports, in one run.
 
-The sender's pool is NHD; the receiver's has another layout and another block size, so every transfer converts. Each round
-runs hetkv on every reach and layout, then `ucx_perftest`, then the peers, so that all see the same state of the machine;
-figures are medians over rounds. GB/s is 10^9 bytes of payload a second, every byte counted once. See docs/measuring.md.
+The sender's pool is NHD; the receiver's has another layout and another block size, so every transfer converts. Each
+round runs hetkv on every reach and layout, then `ucx_perftest`, then the peers, so that all see the same state of the
+machine; figures are medians over rounds. GB/s is 10^9 bytes of payload a second, every byte counted once. See
+docs/measuring.md.
 """
 
 from __future__ import annotations
@@ -65,17 +66,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv bench transfer`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--layer-mib", type=float, default=16, metavar="MIB", help="K and V of one layer (default 16)")
-    parser.add_argument("--block-kib", type=int, default=32, metavar="KIB", help="K, or V, of one block of the sender (default 32)")
+    parser.add_argument(
+        "--block-kib", type=int, default=32, metavar="KIB", help="K, or V, of one block of the sender (default 32)"
+    )
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of one request (default 16)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of hetkv, UCX and peers (default 5)")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="requests of each round (default 5)")
     parser.add_argument(
-        "--to", action="append", metavar="LAYOUT:BLOCK_SIZE", help="the receiver's pool; repeatable (default hnd:64 and rocm:64)"
+        "--to",
+        action="append",
+        metavar="LAYOUT:BLOCK_SIZE",
+        help="the receiver's pool; repeatable (default hnd:64 and rocm:64)",
     )
-    parser.add_argument("--reach", choices=("auto", "put", "both"), default="both", help="auto: straight into the window if it can")
-    parser.add_argument("--peers", default="nixl,mooncake,ucxx", metavar="NAMES", help="other transports to measure, or none")
     parser.add_argument(
-        "--peer-python", action="append", default=[], metavar="NAME=PYTHON", help="interpreter that has this peer installed"
+        "--reach", choices=("auto", "put", "both"), default="both", help="auto: straight into the window if it can"
+    )
+    parser.add_argument(
+        "--peers", default="nixl,mooncake,ucxx", metavar="NAMES", help="other transports to measure, or none"
+    )
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="interpreter that has this peer installed",
     )
     for name in ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots", "threads", "spin_us"):
         help_text = f"hetkv's setting of that name (default {getattr(TransferConfig(), name) or 'by the cache'})"
@@ -89,10 +103,14 @@ def check(args: argparse.Namespace) -> int:
             raise InputError(f"--{name} {getattr(args, name)}: at least 1")
     block, layer = args.block_kib * KIB, round(args.layer_mib * MIB)
     if block < TOKEN_BYTES or block % TOKEN_BYTES:
-        raise InputError(f"--block-kib {args.block_kib}: a positive multiple of {TOKEN_BYTES // KIB} KiB, one token of 8 heads of 128")
+        raise InputError(
+            f"--block-kib {args.block_kib}: a multiple of {TOKEN_BYTES // KIB} KiB, one token of 8 heads of 128"
+        )
     if layer < 2 * block or layer % (2 * block):
-        raise InputError(f"--layer-mib {args.layer_mib}: K and V are blocks of {args.block_kib} KiB, so a multiple of {2 * block} bytes")
-    return layer // (2 * TOKEN_BYTES)
+        raise InputError(
+            f"--layer-mib {args.layer_mib}: K and V in blocks of {args.block_kib} KiB: a multiple of {2 * block} bytes"
+        )
+    return int(layer // (2 * TOKEN_BYTES))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,7 +161,10 @@ def run(args: argparse.Namespace) -> int:
             "ratio_ucx": None if ucx_gb_s is None else round(gb_s / ucx_gb_s, 3),
             "ratio_ucx_rounds": rounded([a / b for a, b in zip(rounds, ucx_rounds, strict=False)]),
             "peers": found,
-            **{f"ratio_{name}": round(gb_s / peer["gb_s"], 3) if "gb_s" in peer else None for name, peer in found.items()},
+            **{
+                f"ratio_{name}": round(gb_s / peer["gb_s"], 3) if "gb_s" in peer else None
+                for name, peer in found.items()
+            },
             "send_layer_us": round(subject.send_layer_us(), 2),
             "idle_cpu_percent": rounded([100 * share for share in idle[key]]),
             "verified_bytes": verified[key],
@@ -155,13 +176,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report = {
             **environment(),
-            "ucx": {"settings": ucx.SETTINGS, "version": attempt(ucx.version), "how": "ucx_perftest -t ucp_put_bw -e, one layer"},
+            "ucx": {
+                "settings": ucx.SETTINGS,
+                "version": attempt(ucx.version),
+                "how": "ucx_perftest -t ucp_put_bw -e, one layer",
+            },
             "settings": settings,
             "rounds": args.rounds,
             "reps": args.reps,
             "load_average": round(load, 2),
             "targets": TARGETS,
-            "note": "GB/s: 10^9 payload bytes a second, each counted once; medians over rounds of one run; ratio = hetkv / other",
+            "note": "GB/s: 10^9 payload bytes a second, each counted once; medians over rounds; ratio = hetkv / other",
             "results": results,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -198,7 +223,12 @@ def measure(
             layers = min(args.layers, PEER_LAYERS)
             rounds.append(
                 others.measure(
-                    name, pythons[name], layers=layers, layer_mib=args.layer_mib, block_kib=args.block_kib, reps=min(args.reps, 3)
+                    name,
+                    pythons[name],
+                    layers=layers,
+                    layer_mib=args.layer_mib,
+                    block_kib=args.block_kib,
+                    reps=min(args.reps, 3),
                 )
             )
     return ucx_rounds, ucx_error, peer_rounds
@@ -216,7 +246,8 @@ def peer_result(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "version": rounds[0]["version"],
         "how": rounds[0]["how"],
         "variants": {
-            name: round(statistics.median(found["variants"][name] for found in rounds), 3) for name in rounds[0]["variants"]
+            name: round(statistics.median(found["variants"][name] for found in rounds), 3)
+            for name in rounds[0]["variants"]
         },
     }
 
@@ -232,7 +263,9 @@ def attempt(what: Any) -> str | None:
         return None
 
 
-def show(console: Any, results: list[dict[str, Any]], found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+def show(
+    console: Any, results: list[dict[str, Any]], found: dict[str, dict[str, Any]], args: argparse.Namespace
+) -> None:
     """The tables for people."""
     from rich.table import Table
 
@@ -249,12 +282,19 @@ def show(console: Any, results: list[dict[str, Any]], found: dict[str, dict[str,
             f"{row['send_layer_us']:.1f} us",
             f"{max(row['idle_cpu_percent']):.2f} %",
         )
-    console.print(f"{args.layers} layers of {args.layer_mib:g} MiB, blocks of {args.block_kib} KiB, from {results[0]['source']}")
+    console.print(
+        f"{args.layers} layers of {args.layer_mib:g} MiB, blocks of {args.block_kib} KiB, from {results[0]['source']}"
+    )
     console.print(table)
     beside = Table("beside it", "GB/s", "rounds", "how")
     if results[0]["ucx_gb_s"] is not None:
         spread = results[0]["ucx_gb_s_rounds"]
-        beside.add_row("UCX put", f"{results[0]['ucx_gb_s']:.2f}", f"{min(spread):.2f} to {max(spread):.2f}", "one contiguous layer")
+        beside.add_row(
+            "UCX put",
+            f"{results[0]['ucx_gb_s']:.2f}",
+            f"{min(spread):.2f} to {max(spread):.2f}",
+            "one contiguous layer",
+        )
     else:
         beside.add_row("UCX put", "", "", results[0]["ucx_error"])
     for name, peer in found.items():
@@ -262,5 +302,10 @@ def show(console: Any, results: list[dict[str, Any]], found: dict[str, dict[str,
             beside.add_row(name, "", "", peer["error"])
         else:
             spread = peer["gb_s_rounds"]
-            beside.add_row(f"{name} {peer['version']}", f"{peer['gb_s']:.2f}", f"{min(spread):.2f} to {max(spread):.2f}", peer["how"])
+            beside.add_row(
+                f"{name} {peer['version']}",
+                f"{peer['gb_s']:.2f}",
+                f"{min(spread):.2f} to {max(spread):.2f}",
+                peer["how"],
+            )
     console.print(beside)

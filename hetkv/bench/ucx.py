@@ -44,9 +44,11 @@ def tool(name: str) -> tuple[str, dict[str, str]]:
 
 
 def info(*options: str) -> str:
-    """What `ucx_info` prints."""
+    """What `ucx_info` prints under hetkv's own settings."""
     path, environment = tool("ucx_info")
-    done = subprocess.run([path, *options], env=environment, capture_output=True, text=True, timeout=RUN_S)
+    done = subprocess.run(
+        [path, *options], env={**SETTINGS, **environment}, capture_output=True, text=True, timeout=RUN_S
+    )
     if done.returncode != 0:
         raise UcxToolError(f"ucx_info {' '.join(options)}: exit code {done.returncode}: {last_line(done.stderr)}")
     return done.stdout
@@ -71,13 +73,30 @@ def put_gb_s(
     path, environment = tool("ucx_perftest")
     environment = {**settings, **environment}
     port = free_port()
-    server = subprocess.Popen([path, "-p", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    options = ["-t", "ucp_put_bw", "-s", str(num_bytes), "-n", str(iterations), "-w", "2", "-f", *(["-e"] if error_handling else [])]
+    server = subprocess.Popen(
+        [path, "-p", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    options = [
+        "-t",
+        "ucp_put_bw",
+        "-s",
+        str(num_bytes),
+        "-n",
+        str(iterations),
+        "-w",
+        "2",
+        "-f",
+        *(["-e"] if error_handling else []),
+    ]
     deadline = time.monotonic() + CONNECT_S
     try:
         while True:
             done = subprocess.run(
-                [path, "127.0.0.1", "-p", str(port), *options], env=environment, capture_output=True, text=True, timeout=RUN_S
+                [path, "127.0.0.1", "-p", str(port), *options],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=RUN_S,
             )
             rows = [line.split() for line in done.stdout.splitlines() if re.match(r"[\d\s.]+$", line) and line.strip()]
             if done.returncode == 0 and rows and len(rows[-1]) == 8:

@@ -12,6 +12,7 @@ from importlib import import_module
 
 COMMANDS: dict[str, str] = {
     "bench": "Measure hetkv's parts on this machine.",
+    "probe": "Show the reach, lanes and rates that hetkv gets here, or to another host.",
 }
 
 
@@ -20,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     from hetkv.errors import HetkvError
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs.")
+    parser = argparse.ArgumentParser(
+        prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
