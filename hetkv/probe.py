@@ -216,6 +216,6 @@ def warnings(found: dict[str, Any]) -> list[str]:
         )
     if bounds["rdma_devices"] and locked is not None and locked < 2 * window:
         said.append(
-            f"at most {locked // 1024} KiB of memory can be locked (ulimit -l), less than a window of {window // MIB} MiB"
+            f"at most {locked // 1024} KiB of memory can be locked (ulimit -l), a window takes {window // MIB} MiB"
         )
     return said

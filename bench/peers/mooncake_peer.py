@@ -1,4 +1,4 @@
-"""Mooncake's transfer engine: one entry of a batch per block, reads and writes, over TCP: this wheel has no other way on such hosts."""
+"""Mooncake's transfer engine: one entry of a batch per block, reads and writes, its TCP transport."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def initiator(pipe, shape, reps):
     return {
         **best({name: lambda name=name: send(name) for name in calls}, shape, reps),
         "version": version(WHEEL),
-        "how": f"{WHEEL}, TCP transport, defaults; a batch per layer, an entry per {shape.block_bytes // 1024} KiB block; "
+        "how": f"TCP transport, defaults; a batch per layer, an entry per {shape.block_bytes // 1024} KiB block; "
         f"same layout on both sides, blocks shuffled; {shape.layers} layers, faster of READ and WRITE",
     }
 

@@ -90,7 +90,7 @@ def initiator(pipe, shape, reps):
     return {
         **best(variants, shape, reps),
         "version": version(wheel),
-        "how": f"{wheel}, UCX backend, defaults; a descriptor per {shape.block_bytes // 1024} KiB block, prepared once; "
+        "how": f"UCX backend, defaults; a descriptor per {shape.block_bytes // 1024} KiB block, prepared once; "
         f"same layout on both sides, blocks shuffled; {shape.layers} layers, fastest of READ and WRITE",
     }
 

@@ -70,8 +70,8 @@ def initiator(pipe, shape, reps):
     return {
         **result,
         "version": version(WHEEL),
-        "how": f"{WHEEL}, asyncio API, tag messages, defaults; same layout on both sides, "
-        f"{shape.block_bytes // 1024} KiB blocks shuffled; {shape.layers} layers, faster of {MODES[0]!r} and {MODES[1]!r}",
+        "how": f"asyncio API, tag messages; {shape.block_bytes // 1024} KiB blocks, same layout on both sides, "
+        f"blocks shuffled; {shape.layers} layers, faster of {MODES[0]!r} and {MODES[1]!r}",
     }
 
 

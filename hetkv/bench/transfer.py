@@ -269,43 +269,37 @@ def show(
     """The tables for people."""
     from rich.table import Table
 
-    table = Table("to", "reach", "GB/s", "rounds", "of UCX", *(f"x {name}" for name in found), "send_layer", "at rest")
+    table = Table(box=None)
+    heads = ("to", "reach", "GB/s", "rounds", "of UCX", *(f"x {name}" for name in found), "call", "rest")
+    for head in heads:
+        table.add_column(head, no_wrap=True)
     for row in results:
-        spread = row["hetkv_gb_s_rounds"]
         table.add_row(
             row["destination"],
             row["reach"],
             f"{row['hetkv_gb_s']:.2f}",
-            f"{min(spread):.2f} to {max(spread):.2f}",
+            spread(row["hetkv_gb_s_rounds"]),
             "" if row["ratio_ucx"] is None else f"{row['ratio_ucx']:.2f}",
             *("" if row[f"ratio_{name}"] is None else f"{row[f'ratio_{name}']:.2f}" for name in found),
             f"{row['send_layer_us']:.1f} us",
             f"{max(row['idle_cpu_percent']):.2f} %",
         )
-    console.print(
-        f"{args.layers} layers of {args.layer_mib:g} MiB, blocks of {args.block_kib} KiB, from {results[0]['source']}"
-    )
     console.print(table)
-    beside = Table("beside it", "GB/s", "rounds", "how")
-    if results[0]["ucx_gb_s"] is not None:
-        spread = results[0]["ucx_gb_s_rounds"]
-        beside.add_row(
-            "UCX put",
-            f"{results[0]['ucx_gb_s']:.2f}",
-            f"{min(spread):.2f} to {max(spread):.2f}",
-            "one contiguous layer",
-        )
+    console.print("call: median time of send_layer; rest: share of a core that a process uses when nothing is sent")
+    beside = Table("beside it", "GB/s", "rounds", "how", box=None)
+    first = results[0]
+    if first["ucx_gb_s"] is not None:
+        beside.add_row("UCX put", f"{first['ucx_gb_s']:.2f}", spread(first["ucx_gb_s_rounds"]), "one contiguous layer")
     else:
-        beside.add_row("UCX put", "", "", results[0]["ucx_error"])
+        beside.add_row("UCX put", "", "", first["ucx_error"])
     for name, peer in found.items():
         if "error" in peer:
             beside.add_row(name, "", "", peer["error"])
         else:
-            spread = peer["gb_s_rounds"]
-            beside.add_row(
-                f"{name} {peer['version']}",
-                f"{peer['gb_s']:.2f}",
-                f"{min(spread):.2f} to {max(spread):.2f}",
-                peer["how"],
-            )
+            beside.add_row(f"{name} {peer['version']}", f"{peer['gb_s']:.2f}", spread(peer["gb_s_rounds"]), peer["how"])
     console.print(beside)
+
+
+def spread(rounds: list[float]) -> str:
+    """The slowest and the fastest round."""
+    return f"{min(rounds):.2f}-{max(rounds):.2f}"
