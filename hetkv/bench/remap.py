@@ -113,7 +113,7 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
     """Memory of one side, filled with normal random values, its block ids shuffled."""
     import torch
 
-    from hetkv import _core
+    from hetkv.core import core as _core
 
     dtype, heads = DType.parse(place.dtype), TOKEN_CHANNELS // head_dim
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     """Time one case and the copy beside it; one entry of `results`."""
     import torch
 
-    from hetkv import _core
+    from hetkv.core import core as _core
 
     places = (case.source, case.destination)
     sizes = [DType.parse(place.dtype).itemsize for place in places]
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from hetkv import _core
+    from hetkv.core import core as _core
     from hetkv.bench.environment import environment
 
     if args.threads < 1 or args.repeats < 2:

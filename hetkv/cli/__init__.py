@@ -13,6 +13,7 @@ from importlib import import_module
 COMMANDS: dict[str, str] = {
     "demo": "generate text through a prefill and a decode process with unlike KV pools",
     "bench": "measure hetkv on this machine, as ratios within one run",
+    "probe": "show the reach, lanes and rates that hetkv gets here, or to another host",
 }
 
 

@@ -1,4 +1,4 @@
-"""`hetkv bench NAME`: one module of `hetkv.bench` per name. They import what they measure only when they run."""
+"""`hetkv bench NAME`: one module of `hetkv.bench` per name, which imports what it measures only when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import import_module
 
 BENCHES = {
     "remap": "layout and dtype conversion against memcpy of as many bytes",
+    "transfer": "pool to pool between two processes, against UCX and other transports",
 }
 
 

@@ -1,0 +1,305 @@
+"""`hetkv bench transfer`: pool to pool between two processes, beside UCX's own put and other transports, in one run.
+
+The sender's pool is NHD; the receiver's has another layout and another block size, so every transfer converts. Each
+round runs hetkv on every reach and layout, then `ucx_perftest`, then the peers, so that all see the same state of the
+machine; figures are medians over rounds. GB/s is 10^9 bytes of payload a second, every byte counted once. See
+docs/measuring.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from hetkv.bench import peers as others
+from hetkv.bench import ucx
+from hetkv.bench.pair import TOKEN_BYTES, Pair, Sent, Shape
+from hetkv.config import TransferConfig
+from hetkv.errors import HetkvError, InputError
+
+MIB, KIB = 1 << 20, 1 << 10
+TARGETS = {"ratio_ucx": 0.45, "ratio_nixl": 2.5}
+"""Least ratios at layers of 16 MiB and blocks of 32 KiB."""
+PEER_LAYERS = 4
+"""Layers that a peer moves at most in one repetition: several are slow."""
+
+
+class Subject:
+    """One reach and layout of hetkv: a pair of processes that lives through all rounds, and what it measured."""
+
+    def __init__(self, shape: Shape, config: TransferConfig) -> None:
+        self.pair = Pair(shape, config)
+        self.rounds: list[list[Sent]] = []
+
+    def run(self, reps: int) -> None:
+        self.pair.send()  # the first after a rest finds cold caches
+        self.rounds.append([self.pair.send() for _ in range(reps)])
+
+    def gb_s(self) -> list[float]:
+        """Of each round, at its median time."""
+        total = self.pair.shape.payload_bytes / 1e9
+        return [total / statistics.median(sent.seconds for sent in sents) for sents in self.rounds]
+
+    def send_layer_us(self) -> float:
+        """Median time of a `send_layer` call."""
+        return 1e6 * statistics.median(call for sents in self.rounds for sent in sents for call in sent.send_layer_s)
+
+
+def parse_layout(text: str) -> tuple[str, int]:
+    """`LAYOUT:BLOCK_SIZE`."""
+    from hetkv.layout import KVLayout
+    from hetkv.spec import LayerSpec
+
+    name, _, size = text.partition(":")
+    if not size.isdigit() or int(size) < 1:
+        raise InputError(f"--to {text}: give LAYOUT:BLOCK_SIZE, for example hnd:64")
+    KVLayout.preset(name, LayerSpec.kv(1, 8), 1, int(size), "bf16")  # names the presets where it is none of them
+    return name, int(size)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hetkv bench transfer`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--layer-mib", type=float, default=16, metavar="MIB", help="K and V of one layer (default 16)")
+    parser.add_argument(
+        "--block-kib", type=int, default=32, metavar="KIB", help="K, or V, of one block of the sender (default 32)"
+    )
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of one request (default 16)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of hetkv, UCX and peers (default 5)")
+    parser.add_argument("--reps", type=int, default=5, metavar="N", help="requests of each round (default 5)")
+    parser.add_argument(
+        "--to",
+        action="append",
+        metavar="LAYOUT:BLOCK_SIZE",
+        help="the receiver's pool; repeatable (default hnd:64 and rocm:64)",
+    )
+    parser.add_argument(
+        "--reach", choices=("auto", "put", "both"), default="both", help="auto: straight into the window if it can"
+    )
+    parser.add_argument(
+        "--peers", default="nixl,mooncake,ucxx", metavar="NAMES", help="other transports to measure, or none"
+    )
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="interpreter that has this peer installed",
+    )
+    for name in ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots", "threads", "spin_us"):
+        help_text = f"hetkv's setting of that name (default {getattr(TransferConfig(), name) or 'by the cache'})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=help_text)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Tokens of one layer; `InputError` where the options cannot be."""
+    for name in ("layers", "rounds", "reps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: at least 1")
+    block, layer = args.block_kib * KIB, round(args.layer_mib * MIB)
+    if block < TOKEN_BYTES or block % TOKEN_BYTES:
+        raise InputError(
+            f"--block-kib {args.block_kib}: a multiple of {TOKEN_BYTES // KIB} KiB, one token of 8 heads of 128"
+        )
+    if layer < 2 * block or layer % (2 * block):
+        raise InputError(
+            f"--layer-mib {args.layer_mib}: K and V in blocks of {args.block_kib} KiB: a multiple of {2 * block} bytes"
+        )
+    return int(layer // (2 * TOKEN_BYTES))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print tables, write the JSON."""
+    from rich.console import Console
+
+    from hetkv.bench.environment import environment
+
+    tokens = check(args)
+    targets = [parse_layout(text) for text in args.to or ["hnd:64", "rocm:64"]]
+    names, pythons = others.parse_peers(args.peers), others.parse_pythons(args.peer_python)
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    configs = {
+        reach: TransferConfig(direct=reach == "auto", **settings)
+        for reach in (("auto", "put") if args.reach == "both" else (args.reach,))
+    }
+    block_size = args.block_kib * KIB // TOKEN_BYTES
+    console, load = Console(), os.getloadavg()[0]
+    with contextlib.ExitStack() as stack, console.status("starting") as status:
+        subjects: dict[tuple[str, tuple[str, int]], Subject] = {}
+        for to in targets:
+            for reach, config in configs.items():
+                subject = Subject(Shape(args.layers, tokens, ("nhd", block_size), to), config)
+                stack.callback(subject.pair.close)
+                subjects[reach, to] = subject
+        ucx_rounds, ucx_error, peer_rounds = measure(args, subjects, names, pythons, status.update)
+        status.update("checking what arrived")
+        verified = {key: subject.pair.verify() for key, subject in subjects.items()}
+        idle = {key: subject.pair.idle_cpu(0.5) for key, subject in subjects.items()}
+        reaches = {key: subject.pair.reach() for key, subject in subjects.items()}
+    found = {name: peer_result(rounds) for name, rounds in peer_rounds.items()}
+    results = []
+    for key, subject in subjects.items():
+        rounds = subject.gb_s()
+        gb_s, ucx_gb_s = statistics.median(rounds), statistics.median(ucx_rounds) if ucx_rounds else None
+        row: dict[str, Any] = {
+            "block_kib": args.block_kib,
+            "layer_mib": args.layer_mib,
+            "layers": args.layers,
+            "source": f"nhd:{block_size}",
+            "destination": ":".join(map(str, key[1])),
+            "reach": reaches[key],
+            "direct": key[0] == "auto",
+            "hetkv_gb_s": round(gb_s, 3),
+            "hetkv_gb_s_rounds": rounded(rounds),
+            "ucx_gb_s": None if ucx_gb_s is None else round(ucx_gb_s, 3),
+            "ucx_gb_s_rounds": rounded(ucx_rounds),
+            "ratio_ucx": None if ucx_gb_s is None else round(gb_s / ucx_gb_s, 3),
+            "ratio_ucx_rounds": rounded([a / b for a, b in zip(rounds, ucx_rounds, strict=False)]),
+            "peers": found,
+            **{
+                f"ratio_{name}": round(gb_s / peer["gb_s"], 3) if "gb_s" in peer else None
+                for name, peer in found.items()
+            },
+            "send_layer_us": round(subject.send_layer_us(), 2),
+            "idle_cpu_percent": rounded([100 * share for share in idle[key]]),
+            "verified_bytes": verified[key],
+        }
+        if ucx_error:
+            row["ucx_error"] = ucx_error
+        results.append(row)
+    show(console, results, found, args)
+    if args.json:
+        report = {
+            **environment(),
+            "ucx": {
+                "settings": ucx.SETTINGS,
+                "version": attempt(ucx.version),
+                "how": "ucx_perftest -t ucp_put_bw -e, one layer",
+            },
+            "settings": settings,
+            "rounds": args.rounds,
+            "reps": args.reps,
+            "load_average": round(load, 2),
+            "targets": TARGETS,
+            "note": "GB/s: 10^9 payload bytes a second, each counted once; medians over rounds; ratio = hetkv / other",
+            "results": results,
+        }
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+SETTINGS = ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots", "threads", "spin_us")
+
+
+def measure(
+    args: argparse.Namespace, subjects: dict[Any, Subject], names: list[str], pythons: dict[str, str], tell: Any
+) -> tuple[list[float], str | None, dict[str, list[dict[str, Any]]]]:
+    """All rounds: GB/s of UCX, why it has none, and what each peer said each time."""
+    ucx_rounds: list[float] = []
+    ucx_error = None
+    peer_rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for name in names:
+        if why := others.absent(name, pythons[name]):
+            peer_rounds[name].append({"error": why})
+    for turn in range(args.rounds):
+        for (reach, to), subject in subjects.items():
+            tell(f"round {turn + 1} of {args.rounds}: hetkv, {reach}, to {to[0]}")
+            subject.run(args.reps)
+        if ucx_error is None:
+            tell(f"round {turn + 1} of {args.rounds}: ucx_perftest")
+            try:
+                ucx_rounds.append(ucx.put_gb_s(round(args.layer_mib * MIB), max(4, args.layers * args.reps)))
+            except HetkvError as error:
+                ucx_error, ucx_rounds = str(error), []
+        for name, rounds in peer_rounds.items():
+            if any("error" in found for found in rounds):
+                continue
+            tell(f"round {turn + 1} of {args.rounds}: {name}")
+            layers = min(args.layers, PEER_LAYERS)
+            rounds.append(
+                others.measure(
+                    name,
+                    pythons[name],
+                    layers=layers,
+                    layer_mib=args.layer_mib,
+                    block_kib=args.block_kib,
+                    reps=min(args.reps, 3),
+                )
+            )
+    return ucx_rounds, ucx_error, peer_rounds
+
+
+def peer_result(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """A peer's median round: its fastest variant of each round counts."""
+    for found in rounds:
+        if "error" in found:
+            return {"error": found["error"]}
+    values = [found["gb_s"] for found in rounds]
+    return {
+        "gb_s": round(statistics.median(values), 3),
+        "gb_s_rounds": rounded(values),
+        "version": rounds[0]["version"],
+        "how": rounds[0]["how"],
+        "variants": {
+            name: round(statistics.median(found["variants"][name] for found in rounds), 3)
+            for name in rounds[0]["variants"]
+        },
+    }
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+def attempt(what: Any) -> str | None:
+    try:
+        return str(what())
+    except HetkvError:
+        return None
+
+
+def show(
+    console: Any, results: list[dict[str, Any]], found: dict[str, dict[str, Any]], args: argparse.Namespace
+) -> None:
+    """The tables for people."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    heads = ("to", "reach", "GB/s", "rounds", "of UCX", *(f"x {name}" for name in found), "call", "rest")
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    for row in results:
+        table.add_row(
+            row["destination"],
+            row["reach"],
+            f"{row['hetkv_gb_s']:.2f}",
+            spread(row["hetkv_gb_s_rounds"]),
+            "" if row["ratio_ucx"] is None else f"{row['ratio_ucx']:.2f}",
+            *("" if row[f"ratio_{name}"] is None else f"{row[f'ratio_{name}']:.2f}" for name in found),
+            f"{row['send_layer_us']:.1f} us",
+            f"{max(row['idle_cpu_percent']):.2f} %",
+        )
+    console.print(table)
+    console.print("call: median time of send_layer; rest: share of a core that a process uses when nothing is sent")
+    beside = Table("beside it", "GB/s", "rounds", "how", box=None)
+    first = results[0]
+    if first["ucx_gb_s"] is not None:
+        beside.add_row("UCX put", f"{first['ucx_gb_s']:.2f}", spread(first["ucx_gb_s_rounds"]), "one contiguous layer")
+    else:
+        beside.add_row("UCX put", "", "", first["ucx_error"])
+    for name, peer in found.items():
+        if "error" in peer:
+            beside.add_row(name, "", "", peer["error"])
+        else:
+            beside.add_row(f"{name} {peer['version']}", f"{peer['gb_s']:.2f}", spread(peer["gb_s_rounds"]), peer["how"])
+    console.print(beside)
+
+
+def spread(rounds: list[float]) -> str:
+    """The slowest and the fastest round."""
+    return f"{min(rounds):.2f}-{max(rounds):.2f}"

@@ -1,0 +1,121 @@
+"""UCX's own programs: `ucx_perftest` as the yardstick of a transfer, `ucx_info` for what a host offers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hetkv.errors import HetkvError
+
+SETTINGS = {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
+"""hetkv's own UCX settings (csrc/transport/ucx.cpp, docs/decisions/0001-ucx-through-its-c-api.md)."""
+
+CONNECT_S = 10.0
+RUN_S = 120.0
+
+
+class UcxToolError(HetkvError):
+    """A program of UCX is missing, failed, or printed what this version does not read."""
+
+
+def tool(name: str) -> tuple[str, dict[str, str]]:
+    """Path of a UCX program and the environment it runs in: the libucx wheel's, else the system's."""
+    environment = dict(os.environ)
+    for wheel in ("libucx-cu13", "libucx-cu12"):
+        try:
+            root = Path(str(importlib.metadata.distribution(wheel).locate_file("libucx")))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if (root / "bin" / name).exists():
+            paths = [str(root / "lib"), environment.get("LD_LIBRARY_PATH", "")]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+            return str(root / "bin" / name), environment
+    found = shutil.which(name)
+    if found is None:
+        raise UcxToolError(f"{name} is in neither the libucx wheel nor PATH")
+    return found, environment
+
+
+def info(*options: str) -> str:
+    """What `ucx_info` prints under hetkv's own settings."""
+    path, environment = tool("ucx_info")
+    done = subprocess.run(
+        [path, *options], env={**SETTINGS, **environment}, capture_output=True, text=True, timeout=RUN_S
+    )
+    if done.returncode != 0:
+        raise UcxToolError(f"ucx_info {' '.join(options)}: exit code {done.returncode}: {last_line(done.stderr)}")
+    return done.stdout
+
+
+def version() -> str:
+    """Version of the UCX that is in use."""
+    found = re.search(r"Library version: (\S+)", info("-v"))
+    if found is None:
+        raise UcxToolError("ucx_info -v names no library version")
+    return found[1]
+
+
+def put_gb_s(
+    num_bytes: int, iterations: int = 32, *, settings: Mapping[str, str] = SETTINGS, error_handling: bool = True
+) -> float:
+    """Bandwidth of `ucp_put` of one contiguous host buffer between two processes of this host, in 10^9 bytes a second.
+
+    `settings` are set where the user's environment does not. The mean over `iterations` after two to warm up: puts
+    complete asynchronously, so the tool's percentiles are of posting, not of moving.
+    """
+    path, environment = tool("ucx_perftest")
+    environment = {**settings, **environment}
+    port = free_port()
+    server = subprocess.Popen(
+        [path, "-p", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    options = [
+        "-t",
+        "ucp_put_bw",
+        "-s",
+        str(num_bytes),
+        "-n",
+        str(iterations),
+        "-w",
+        "2",
+        "-f",
+        *(["-e"] if error_handling else []),
+    ]
+    deadline = time.monotonic() + CONNECT_S
+    try:
+        while True:
+            done = subprocess.run(
+                [path, "127.0.0.1", "-p", str(port), *options],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=RUN_S,
+            )
+            rows = [line.split() for line in done.stdout.splitlines() if re.match(r"[\d\s.]+$", line) and line.strip()]
+            if done.returncode == 0 and rows and len(rows[-1]) == 8:
+                return num_bytes / float(rows[-1][3]) / 1e3  # microseconds an iteration, over all iterations
+            if time.monotonic() > deadline or server.poll() is not None:
+                raise UcxToolError(f"ucx_perftest: exit code {done.returncode}: {last_line(done.stderr + done.stdout)}")
+            time.sleep(0.05)  # the server does not listen yet
+    finally:
+        server.kill()
+        server.wait()
+
+
+def free_port() -> int:
+    """A TCP port that no one listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")

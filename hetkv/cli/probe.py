@@ -1,0 +1,115 @@
+"""`hetkv probe`: the reach, lanes and rates that hetkv gets on this host, or to another one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECRET = "HETKV_SECRET"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hetkv probe`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the facts to FILE")
+    parser.add_argument(
+        "--mib", type=float, default=64, metavar="MIB", help="payload of the requests that are tried (default 64)"
+    )
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument(
+        "--listen", metavar="HOST:PORT", help=f"wait for a --connect from another host; the secret is in {SECRET}"
+    )
+    ends.add_argument(
+        "--connect", metavar="HOST:PORT", help="try the host that runs --listen, with the secret that it printed"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60, metavar="S", help="patience of --listen and --connect (default 60)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe, print, write the JSON. Warnings do not change the exit status."""
+    from rich.console import Console
+
+    from hetkv import probe
+
+    if not 0 < args.mib <= 4096:
+        raise InputError(f"--mib {args.mib:g}: more than 0, at most 4096")
+    if args.timeout <= 0:
+        raise InputError(f"--timeout {args.timeout:g}: more than 0")
+    console = Console(soft_wrap=True)
+    if args.listen:
+        given = os.environ.get(SECRET)
+        secret = given or secrets.token_hex(16)
+
+        def tell(address: str) -> None:
+            shown = f"{SECRET}=..." if given else f"{SECRET}={secret}"
+            size = "" if args.mib == 64 else f" --mib {args.mib:g}"
+            print(f"waiting; on the other host: {shown} hetkv probe --connect {address}{size}", flush=True)
+
+        found = probe.listen(args.listen, secret.encode(), args.mib, args.timeout, tell)
+        show_peer(console, found)
+    elif args.connect:
+        if SECRET not in os.environ:
+            raise InputError(f"--connect needs {SECRET}, which --listen prints")
+        found = probe.connect(args.connect, os.environ[SECRET].encode(), args.mib, args.timeout)
+        show_peer(console, found)
+    else:
+        with Console(file=sys.stderr).status("two processes move a small request in each reach"):
+            found = probe.probe(args.mib)
+        show_host(console, found)
+    for warning in found.get("warnings", []):
+        console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def show_host(console: Console, found: dict[str, Any]) -> None:
+    """The table of one host."""
+    from rich.table import Table
+
+    table = Table("what", "found", box=None, show_header=False)
+    table.add_row("CPU", f"{found['cpus']} x {found['device']}; remap uses {found['cpu']['isa']}")
+    for name, gpu in found["gpu"].items():
+        table.add_row(
+            name.upper(), "present; this build moves CPU pools only" if gpu["present"] else f"absent ({gpu['why_not']})"
+        )
+    facts = found["ucx"]
+    if "error" not in facts:
+        table.add_row("UCX", f"{facts['version']}: {', '.join(facts['transports'])}")
+        for place, name in (("intra", "lanes, same host"), ("inter", "lanes, other host")):
+            table.add_row(name, ", ".join(facts["lanes"][place]) or "none")
+        if facts["environment"]:
+            table.add_row("settings", " ".join(f"{name}={value}" for name, value in facts["environment"].items()))
+    for direct, result in found["local"].items():
+        text = (
+            result.get("error")
+            or f"{result['gb_s']:.2f} GB/s, reach {result['reach']}, {result['verified_bytes']} bytes verified"
+        )
+        table.add_row(f"two processes, {direct}", text)
+    bounds = found["limits"]
+    locked, shared = bounds["memlock_bytes"], bounds["dev_shm"]
+    table.add_row("lockable memory", "no limit" if locked is None else f"{locked >> 10} KiB")
+    table.add_row(
+        "/dev/shm", "absent" if shared is None else f"{shared['free_bytes'] >> 20} MiB free of {shared['bytes'] >> 20}"
+    )
+    table.add_row("RDMA devices", ", ".join(bounds["rdma_devices"]) or "none")
+    console.print(table)
+
+
+def show_peer(console: Console, found: dict[str, Any]) -> None:
+    """One line about the other end."""
+    where = "this host" if found["same_host"] else "another host"
+    reach = f", reach {found['reach']}" if "reach" in found else ""
+    lanes = f", lanes {', '.join(found['lanes'])}" if found.get("lanes") else ""
+    console.print(f"{found['peer']} ({where}): {found['gb_s']:.2f} GB/s{reach}{lanes}", highlight=False)
