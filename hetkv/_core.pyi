@@ -1,5 +1,6 @@
 """hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -143,8 +144,8 @@ class _Engine:
     def abort(self, handle: int, reason: str) -> None: ...
 
 class Sender(_Engine):
-    def submit(self, id: bytes, tokens: Sequence[int], blocks: Sequence[Sequence[int]], hold_ms: int) -> int: ...
-    def extend(self, handle: int, group: int, blocks: Sequence[int]) -> None: ...
+    def submit(self, id: bytes, tokens: Sequence[int], blocks: Sequence[array[int]], hold_ms: int) -> int: ...
+    def extend(self, handle: int, group: int, blocks: array[int]) -> None: ...
     def send_layer(self, handle: int, layer: int, start: int, stop: int) -> None: ...
 
 class Receiver(_Engine):
@@ -152,7 +153,7 @@ class Receiver(_Engine):
         self,
         id: bytes,
         want: Sequence[tuple[int, int]],
-        blocks: Sequence[Sequence[int]],
+        blocks: Sequence[array[int]],
         links: Sequence[int],
         lease_ms: int,
     ) -> int: ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -58,8 +60,10 @@ class Peer:
 class Node(ABC, Generic[P]):
     """One rank's end of the transport: a pool, an engine with its progress thread, and links to peers.
 
-    The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; any thread
-    may call any method.
+    The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; a node that
+    is dropped without it works on until the interpreter exits, which closes it. Any thread may call any method, also
+    from a future's callback. A node does not survive a fork: the child has its memory but not its threads, so it must
+    neither use nor close it; start processes with the `spawn` method.
     """
 
     role: Role
@@ -89,6 +93,7 @@ class Node(ABC, Generic[P]):
         self._lock = threading.Lock()
         self._peers: dict[int, Peer] = {}
         self._pending: dict[int, P] = {}
+        self._keys: set[bytes] = set()
         self._listeners: list[Listener] = []
         self._closed = False
         self.engine: Any = self._make_engine(self.config.engine())
@@ -115,9 +120,10 @@ class Node(ABC, Generic[P]):
             raise
         self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
         self._dispatcher.start()
+        _open_nodes.add(self)
 
     @abstractmethod
-    def _make_engine(self, config: _core.EngineConfig) -> object:
+    def _make_engine(self, config: _core.EngineConfig) -> Any:
         """The engine of this role."""
 
     def listen(self, address: str = "127.0.0.1:0") -> str:
@@ -171,17 +177,26 @@ class Node(ABC, Generic[P]):
             if self._closed:
                 return
             self._closed = True
-        for listener in self._listeners:
-            listener.close()
+            listeners, peers = list(self._listeners), list(self._peers.values())
         self.engine.stop()
-        self._dispatcher.join()
-        for peer in list(self._peers.values()):
+        if threading.current_thread() is not self._dispatcher:  # in a future's callback
+            self._dispatcher.join()
+        # The end of a connection says that this side touches nothing any more, so the engine comes before it; and it
+        # ends handshakes that a listener would wait for.
+        for peer in peers:
             peer.connection.close("closed")
+        for listener in listeners:
+            listener.close()
+        with self._lock:
+            self._peers.clear()
+        _open_nodes.discard(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _accept(self, connection: ControlConnection) -> None:
@@ -242,13 +257,18 @@ class Node(ABC, Generic[P]):
     def _retire(self, peer: Peer) -> None:
         """The peer is gone for good."""
 
-    def _submit(self, make: Callable[[], P]) -> P:
+    def _submit(self, key: bytes, make: Callable[[], P]) -> P:
         """Register a request while no event of it can be dispatched."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
+            if key in self._keys:
+                raise InputError(f"request {key.hex()} is under way already")
             pending = make()
+            if not pending.handle:
+                raise ClosedError(f"the {self.role}'s progress thread has ended")
             self._pending[pending.handle] = pending
+            self._keys.add(key)
             return pending
 
     def _dispatch(self) -> None:
@@ -262,6 +282,8 @@ class Node(ABC, Generic[P]):
                 with self._lock:
                     ended = kind in (COMPLETE, FAILED)
                     pending = self._pending.pop(handle, None) if ended else self._pending.get(handle)
+                    if ended and pending is not None:
+                        self._keys.discard(pending.key)
                 if pending is not None:
                     pending.on_event(kind, layer, error)
 
@@ -275,3 +297,13 @@ class Node(ABC, Generic[P]):
         elif self.role == "sender":
             # The end of the connection tells the receiver that no store of this side is under way any more.
             self._forget(peer)
+
+
+_open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Threads that outlive the interpreter would crash in it."""
+    for node in list(_open_nodes):
+        node.close()

@@ -18,9 +18,9 @@ namespace hetkv {
 // What the sender holds of one request. `tokens` and `blocks` are per cache group.
 struct Submission {
   wire::RequestId id{};
-  std::vector<std::uint64_t> tokens;               // tokens that the request will have when all are computed
-  std::vector<std::vector<std::int32_t>> blocks;   // block ids in token order; may grow by `extend`
-  std::uint64_t hold_ms = 0;                       // blocks are held this long for tickets and their completion; 0: no limit
+  std::vector<std::uint64_t> tokens;              // tokens that the request will have when all are computed
+  std::vector<std::vector<std::int32_t>> blocks;  // block ids in token order; may grow by `extend`
+  std::uint64_t hold_ms = 0;  // blocks are held this long for tickets and their completion; 0: no limit
 };
 
 class Sender final : public Engine {
@@ -31,8 +31,8 @@ class Sender final : public Engine {
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
   std::uint64_t submit(Submission submission);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
-  // them were submitted before.
+  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks
+  // for them were submitted before.
   void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop);
   void abort(std::uint64_t handle, std::string reason);
 

@@ -26,7 +26,8 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
   Status status;
   switch (prelude.type) {
     case wire::Type::kTicket:
-      status = with_body<wire::Ticket>(data, size, [&](wire::Ticket body) { on_ticket(link, prelude, std::move(body)); });
+      status =
+          with_body<wire::Ticket>(data, size, [&](wire::Ticket body) { on_ticket(link, prelude, std::move(body)); });
       break;
     case wire::Type::kGrant:
       status = with_body<wire::Grant>(data, size, [&](wire::Grant body) { on_grant(link, body); });
@@ -44,14 +45,15 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
       status = with_body<wire::Abort>(data, size, [&](wire::Abort body) { on_abort(link, prelude, body); });
       break;
     default:
-      status = Status::error(Code::kProtocol, "a receiver does not send message type " +
-                                                  std::to_string(static_cast<int>(prelude.type)));
+      status = Status::error(Code::kProtocol,
+                             "a receiver does not send message type " + std::to_string(static_cast<int>(prelude.type)));
   }
   if (!status.ok()) lose(link, status);
 }
 
 void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket) {
-  take_ticket(prelude.request, {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
+  take_ticket(prelude.request,
+              {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
 }
 
 // A ticket for a request that has failed and drains waits for the next one of that id: it belongs to a new attempt.
@@ -59,7 +61,8 @@ void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   Request* request = find(id);
   if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
   if (pending_.size() >= kMaxPendingTickets) {
-    return refuse(*ticket.link, id, ticket.epoch, Status::error(Code::kProtocol, "too many tickets wait for their requests"));
+    return refuse(*ticket.link, id, ticket.epoch,
+                  Status::error(Code::kProtocol, "too many tickets wait for their requests"));
   }
   ++windows_[ticket.link->id].tickets;
   pending_deadline_ns_ = pending_.empty() ? ticket.deadline_ns : std::min(pending_deadline_ns_, ticket.deadline_ns);
@@ -76,12 +79,14 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
   if (request.packed) return wrong("the sender has given the request's blocks back");
   const auto& want = ticket.want;
   if (want.size() != request.tokens.size()) {
-    return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " + std::to_string(request.tokens.size()));
+    return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " +
+                 std::to_string(request.tokens.size()));
   }
   for (std::size_t group = 0; group < want.size(); ++group) {
     if (want[group].stop > request.tokens[group] && want[group].stop > want[group].start) {
-      return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) + " of cache group " +
-                   std::to_string(group) + ", the request has " + std::to_string(request.tokens[group]));
+      return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) +
+                   " of cache group " + std::to_string(group) + ", the request has " +
+                   std::to_string(request.tokens[group]));
     }
   }
   for (const auto& lane : request.lanes) {
@@ -95,7 +100,8 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
 // A ticket that cannot be served is refused; the request waits for a better one.
 void Sender::add_lane(Request& request, PendingTicket ticket) {
   Link& link = *ticket.link;
-  if (Status status = check_ticket(request, ticket); !status.ok()) return refuse(link, request.id, ticket.epoch, std::move(status));
+  if (Status status = check_ticket(request, ticket); !status.ok())
+    return refuse(link, request.id, ticket.epoch, std::move(status));
   for (auto& lane : request.lanes) {
     if (lane.link->config.name == link.config.name) cancel(lane);  // the receiver tries again under a new epoch
   }
@@ -118,9 +124,11 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
   for (const auto& plan : link.config.plans) need = std::max(need, plan.payload_bytes(1));
   for (const auto& given : grant.slots) {
     Window& window = windows.slots[given.slot];
-    if (window.granted) return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted twice"));
+    if (window.granted)
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted twice"));
     if (given.bytes < need) {
-      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " has " + std::to_string(given.bytes) +
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " has " +
+                                                           std::to_string(given.bytes) +
                                                            " bytes, a frame of one token " + std::to_string(need)));
     }
     if (!given.rkey.empty()) {
@@ -130,7 +138,8 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
         return lose(link, status);
       }
     } else if (!window.memory || window.generation != given.generation) {
-      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));
+      return lose(
+          link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));
     }
     window.granted = true;
     windows.free.push_back(given.slot);
@@ -166,10 +175,10 @@ void Sender::on_done(Link& link, const wire::Prelude& prelude, const wire::Done&
   for (auto& lane : request->lanes) {
     if (lane.link.get() != &link || lane.epoch != prelude.epoch || lane.cancelled) continue;
     if (lane.remaining > 0 || lane.in_flight > 0 || lane.frames != done.frames || lane.bytes != done.payload_bytes) {
-      fail(*request, Status::error(Code::kProtocol, link.config.name + ": the receiver says that it has " +
-                                                        std::to_string(done.frames) + " frames of " +
-                                                        std::to_string(done.payload_bytes) + " bytes, sent were " +
-                                                        std::to_string(lane.frames) + " of " + std::to_string(lane.bytes)));
+      fail(*request, Status::error(Code::kProtocol,
+                                   link.config.name + ": the receiver says that it has " + std::to_string(done.frames) +
+                                       " frames of " + std::to_string(done.payload_bytes) + " bytes, sent were " +
+                                       std::to_string(lane.frames) + " of " + std::to_string(lane.bytes)));
       return;
     }
     lane.delivered = true;
@@ -261,8 +270,9 @@ bool Sender::sweep(std::uint64_t now) {
   while (!deadlines_.empty() && now > deadlines_.begin()->first) {
     Request& request = requests_.at(deadlines_.begin()->second);
     deadlines_.erase(deadlines_.begin());
-    fail(request, Status::error(Code::kLeaseExpired, request.lanes.empty() ? "no receiver asked for the request within the hold time"
-                                                                           : "the receiver did not finish within the hold time"));
+    fail(request, Status::error(Code::kLeaseExpired, request.lanes.empty()
+                                                         ? "no receiver asked for the request within the hold time"
+                                                         : "the receiver did not finish within the hold time"));
   }
   bool moved = false;
   std::vector<std::uint64_t> draining;
@@ -298,7 +308,9 @@ void Sender::sweep_tickets(std::uint64_t now) {
   pending_deadline_ns_ = next;
 }
 
-void Sender::on_link_up(Link& link) { windows_[link.id]; }
+void Sender::on_link_up(Link& link) {
+  windows_[link.id];
+}
 
 void Sender::on_link_lost(Link& link, const Status& status) {
   for (auto at = pending_.begin(); at != pending_.end();) {
@@ -321,10 +333,13 @@ bool Sender::link_drained(const Link& link) const {
 }
 
 bool Sender::link_idle(const Link& link) const {
-  return std::none_of(transfers_.begin(), transfers_.end(), [&](const auto& at) { return at->lane->link.get() == &link; });
+  return std::none_of(transfers_.begin(), transfers_.end(),
+                      [&](const auto& at) { return at->lane->link.get() == &link; });
 }
 
-void Sender::on_link_closed(Link& link) { windows_.erase(link.id); }
+void Sender::on_link_closed(Link& link) {
+  windows_.erase(link.id);
+}
 
 void Sender::on_stop(const Status& status) {
   for (auto& [handle, request] : requests_) fail(request, status);
