@@ -210,6 +210,8 @@ void bind_engine(py::module_& m) {
           py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"),
           "Handle of the request; 0: the engine has ended.")
       .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
+      .def("epoch", &Receiver::epoch, py::arg("handle"), py::call_guard<py::gil_scoped_release>(),
+           "For tests: the epoch of a request's ticket; 0 where it has ended.")
       .def("retire_link", &Receiver::retire_link, py::arg("link"));
 }
 

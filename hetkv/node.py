@@ -1,4 +1,4 @@
-"""What `Sender` and `Receiver` share: the engine, the control connections, the thread that turns events into results."""
+"""What `Sender` and `Receiver` share: engine, control connections, the thread that turns events into results."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Peer:
         self.connection = connection
         self.link = link
         self.description: Description = connection.peer
+        self.ready = False
+        """Both sides have added the link: requests may use it."""
         self.lost: HetkvError | None = None
 
     @property
@@ -158,9 +160,9 @@ class Node(ABC, Generic[P]):
 
     @property
     def peers(self) -> list[Peer]:
-        """Linked peers that are not lost."""
+        """Linked peers that are not lost. One that has just connected appears here a moment later than on its side."""
         with self._lock:
-            return [peer for peer in self._peers.values() if peer.lost is None]
+            return [peer for peer in self._peers.values() if peer.ready and peer.lost is None]
 
     def disconnect(self, peer: Peer, reason: str = "disconnected") -> None:
         """End one link; requests that need it fail with `ClosedError`."""
@@ -238,6 +240,7 @@ class Node(ABC, Generic[P]):
             connection.close()
             raise
         self.engine.activate_link(link)
+        peer.ready = True  # what is posted from now on comes after the activation
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
         return peer
 

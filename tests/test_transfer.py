@@ -16,14 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from hetkv.config import TransferConfig
-from hetkv.errors import ClosedError, InputError, LeaseExpiredError, PeerLostError, WaitTimeoutError
-from hetkv.layout import ScaleLayout
-from hetkv.pool import KVPool
-from hetkv.spec import KVSpec, LayerSpec, Shard
-from hetkv.transfer import Receiver, Sender
-from tests.transfer_peers import (
+from transfer_peers import (
     SECRET,
     WAIT_S,
     check_transfer,
@@ -35,6 +28,13 @@ from tests.transfer_peers import (
     same_bytes,
     settled,
 )
+
+from hetkv.config import TransferConfig
+from hetkv.errors import ClosedError, InputError, LeaseExpiredError, PeerLostError, WaitTimeoutError
+from hetkv.layout import ScaleLayout
+from hetkv.pool import KVPool
+from hetkv.spec import KVSpec, LayerSpec, Shard
+from hetkv.transfer import Receiver, Sender
 
 SPEC = KVSpec.uniform(2, 3, 64)
 LAYOUTS = ("nhd", "hnd", "nhd_interleaved", "hnd_interleaved", "packed_nhd", "packed_hnd", "rocm")
@@ -94,11 +94,11 @@ def test_random_geometry(data: st.DataObject) -> None:
         randomise(KVPool.allocate(spec, -(-300 // size) + 3, layout=layout, block_size=size), index)
         for index, (size, layout) in enumerate(zip(sizes, layouts, strict=True))
     ]
-    config = TransferConfig(slot_bytes=8192, window_bytes=8192 * data.draw(st.integers(1, 4)), direct=data.draw(st.booleans()))
+    config = TransferConfig(
+        slot_bytes=8192, window_bytes=8192 * data.draw(st.integers(1, 4)), direct=data.draw(st.booleans())
+    )
     with connected(made[:1], made[1:], config) as ([sender], [receiver]):
-        check_transfer(
-            *made, sender, receiver, tokens, held=held, seed=tokens, tickets_first=data.draw(st.booleans())
-        )
+        check_transfer(*made, sender, receiver, tokens, held=held, seed=tokens, tickets_first=data.draw(st.booleans()))
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -109,7 +109,14 @@ def test_reach_and_rendezvous(direct: bool, tickets_first: bool) -> None:
     with connected([source], [destination], config) as ([sender], [receiver]):
         for number in range(5):
             check_transfer(
-                source, destination, sender, receiver, 300, request=f"{number}", seed=number, tickets_first=tickets_first
+                source,
+                destination,
+                sender,
+                receiver,
+                300,
+                request=f"{number}",
+                seed=number,
+                tickets_first=tickets_first,
             )
         stats = sender.stats()
         assert stats["direct_frames"] == (stats["frames"] if direct else 0)
@@ -251,7 +258,14 @@ def test_everything_held_asks_for_nothing() -> None:
     with connected([source], [destination]) as ([sender], [receiver]):
         for tickets_first in (True, False):
             check_transfer(
-                source, destination, sender, receiver, 64, request=f"{tickets_first}", held=64, tickets_first=tickets_first
+                source,
+                destination,
+                sender,
+                receiver,
+                64,
+                request=f"{tickets_first}",
+                held=64,
+                tickets_first=tickets_first,
             )
         assert receiver.stats()["frames"] == 0
         settled(sender, receiver)
@@ -275,7 +289,13 @@ def test_bad_arguments_change_nothing() -> None:
     source, destination = pools()
     before = duplicate(destination)
     with connected([source], [destination]) as ([sender], [receiver]):
-        for ids, why in (([1, 1], "twice"), ([0, 24], "range"), ([-1, 0], "range"), ([0, 1 << 40], "range"), ([0], "need")):
+        for ids, why in (
+            ([1, 1], "twice"),
+            ([0, 24], "range"),
+            ([-1, 0], "range"),
+            ([0, 1 << 40], "range"),
+            ([0], "need"),
+        ):
             with pytest.raises(InputError, match=why):
                 receiver.receive("bad", ids, 32)
             if why != "need":
@@ -311,7 +331,9 @@ def test_bad_arguments_change_nothing() -> None:
     for layer in (0, 1):
         for name in "kv":
             kept = [n for n in range(24) if n != 5]
-            assert torch.equal(destination.view(layer, name)[kept].view(torch.int16), before.view(layer, name)[kept].view(torch.int16))
+            assert torch.equal(
+                destination.view(layer, name)[kept].view(torch.int16), before.view(layer, name)[kept].view(torch.int16)
+            )
 
 
 def test_cancelling_a_wait_leaves_the_request() -> None:

@@ -72,7 +72,7 @@ def side(pool: KVPool, layer: int, name: str, blocks: Blocks, token: int, head: 
 def deliver(
     sources: Sequence[tuple[KVPool, Blocks]], pool: KVPool, blocks: Blocks, want: Sequence[tuple[int, int]]
 ) -> None:
-    """What a correct transfer does, by the oracle, head by head: `want` tokens of all layers of `pool` from any source."""
+    """What a correct transfer does, by the oracle, head by head: `want` tokens of all layers of `pool`."""
     for layer, memory in pool.layers.items():
         start, stop = want[pool.spec.group_of(layer)]
         if start == stop:
@@ -139,6 +139,9 @@ def connected(
                 layers = sender.pool.shard.layers & receiver.pool.shard.layers
                 if any((a & b).size for index, (a, b) in enumerate(heads) if layers.start <= index < layers.stop):
                     receiver.connect(address)
+        for sender in senders:
+            links = sum(sender.description.instance in {p.description.instance for p in r.peers} for r in receivers)
+            until(lambda sender=sender, links=links: options.get("sharded", False) or len(sender.peers) == links)
         yield senders, receivers
 
 

@@ -86,6 +86,15 @@ void Receiver::retire_link(std::uint32_t id) {
   });
 }
 
+std::uint64_t Receiver::epoch(std::uint64_t handle) {
+  std::uint64_t epoch = 0;
+  call([&] {
+    const auto found = requests_.find(handle);
+    if (found != requests_.end()) epoch = found->second.epoch;
+  });
+  return epoch;
+}
+
 void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
   Request* request = find(prelude.request, prelude.epoch);
   Part* part = nullptr;

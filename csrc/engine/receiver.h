@@ -35,6 +35,8 @@ class Receiver final : public Engine {
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
+  // For tests: the epoch of a request's ticket; 0 where it has ended.
+  std::uint64_t epoch(std::uint64_t handle);
 
  private:
   // One link's part of a request.

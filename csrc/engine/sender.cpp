@@ -28,6 +28,7 @@ std::uint64_t Sender::submit(Submission submission) {
                     Status::error(Code::kInvalid, "a request with this id is in progress already")});
       return;
     }
+    ended_.erase(submission.id);
     Request& request = requests_[handle];
     request.handle = handle;
     request.id = submission.id;

@@ -10,6 +10,8 @@ namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kMaxPendingTickets = 1 << 16;
+constexpr std::uint64_t kRememberNs = 10'000 * kMs;
+constexpr std::size_t kMaxRemembered = 4096;
 constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
 
 template <typename Body, typename Then>
@@ -56,10 +58,18 @@ void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ti
               {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
 }
 
-// A ticket for a request that has failed and drains waits for the next one of that id: it belongs to a new attempt.
+// A ticket without a request waits for it.
 void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   Request* request = find(id);
   if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
+  if (const auto found = ended_.find(id); found != ended_.end() && now_ns() - found->second.at_ns < kRememberNs) {
+    auto& told = found->second.told;
+    const std::string& peer = ticket.link->config.name;
+    if (std::find(told.begin(), told.end(), peer) == told.end()) {
+      told.push_back(peer);
+      return refuse(*ticket.link, id, ticket.epoch, found->second.why);
+    }
+  }
   if (pending_.size() >= kMaxPendingTickets) {
     return refuse(*ticket.link, id, ticket.epoch,
                   Status::error(Code::kProtocol, "too many tickets wait for their requests"));
@@ -225,11 +235,27 @@ void Sender::fail(Request& request, Status status, const Link* told_by) {
   request.failure = std::move(status);
   failed_.push_back(request.handle);
   ++stats_.failed_requests;
+  remember(request, told_by);
   for (auto& lane : request.lanes) {
     if (lane.cancelled || lane.delivered) continue;
     if (lane.link.get() != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
     cancel(lane);
   }
+}
+
+void Sender::remember(const Request& request, const Link* told_by) {
+  const std::uint64_t now = now_ns();
+  while (!ended_order_.empty() &&
+         (ended_order_.size() >= kMaxRemembered || now - ended_order_.front().first > kRememberNs)) {
+    const auto found = ended_.find(ended_order_.front().second);
+    if (found != ended_.end() && found->second.at_ns == ended_order_.front().first) ended_.erase(found);
+    ended_order_.pop_front();
+  }
+  Ended& ended = ended_[request.id];
+  ended = {now, request.failure, {}};
+  if (told_by != nullptr) ended.told.push_back(told_by->config.name);
+  for (const auto& lane : request.lanes) ended.told.push_back(lane.link->config.name);
+  ended_order_.emplace_back(now, request.id);
 }
 
 // Tells the caller, once each, that the request's blocks are free and that all its receivers have their parts.
