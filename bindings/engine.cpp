@@ -22,6 +22,23 @@ std::array<std::uint8_t, N> to_array(const py::bytes& bytes, const char* what) {
   return out;
 }
 
+// Block ids of one cache group: one copy, whatever their number.
+std::vector<std::int32_t> to_blocks(const py::buffer& ids) {
+  const py::buffer_info info = ids.request();
+  if (info.ndim != 1 || !info.item_type_is_equivalent_to<std::int32_t>() ||
+      (info.size > 1 && info.strides[0] != info.itemsize)) {
+    throw py::value_error("block ids must be a contiguous buffer of int32");
+  }
+  const auto* first = static_cast<const std::int32_t*>(info.ptr);
+  return {first, first + info.size};
+}
+
+std::vector<std::vector<std::int32_t>> to_tables(const std::vector<py::buffer>& groups) {
+  std::vector<std::vector<std::int32_t>> out;
+  for (const auto& ids : groups) out.push_back(to_blocks(ids));
+  return out;
+}
+
 std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_t, std::uint64_t>>& pairs) {
   std::vector<wire::TokenRange> out;
   for (const auto& [start, stop] : pairs) out.push_back({start, stop});
@@ -53,8 +70,7 @@ void bind_common(py::class_<E>& type) {
             return id;
           },
           py::arg("config"), py::call_guard<py::gil_scoped_release>(), "Number of the new link on this side.")
-      .def("activate_link", &E::activate_link, py::arg("link"),
-           py::call_guard<py::gil_scoped_release>())
+      .def("activate_link", &E::activate_link, py::arg("link"), py::call_guard<py::gil_scoped_release>())
       .def(
           "drop_link",
           [](E& self, std::uint32_t link, int code, std::string reason) {
@@ -78,8 +94,8 @@ void bind_common(py::class_<E>& type) {
            [](E& self) {
              py::list out;
              for (const auto& span : self.trace().take()) {
-               out.append(py::make_tuple(static_cast<int>(span.kind), span.handle, span.layer, span.start_ns, span.stop_ns,
-                                         span.bytes));
+               out.append(py::make_tuple(static_cast<int>(span.kind), span.handle, span.layer, span.start_ns,
+                                         span.stop_ns, span.bytes));
              }
              return out;
            })
@@ -138,8 +154,9 @@ void bind_engine(py::module_& m) {
       .def("payload_bytes", &LayerPlan::payload_bytes, py::arg("tokens"));
 
   py::class_<LinkConfig>(m, "LinkConfig")
-      .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key, const py::bytes& receive_key, std::string name,
-                       std::string instance, std::uint32_t instance_links, std::vector<LayerPlan> plans) {
+      .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key,
+                       const py::bytes& receive_key, std::string name, std::string instance,
+                       std::uint32_t instance_links, std::vector<LayerPlan> plans) {
              return LinkConfig{to_vector(address),
                                number,
                                to_array<16>(send_key, "send_key"),
@@ -149,8 +166,8 @@ void bind_engine(py::module_& m) {
                                instance_links,
                                std::move(plans)};
            }),
-           py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"), py::arg("name"),
-           py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
+           py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"),
+           py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
 
   py::class_<Sender> sender(m, "Sender");
   sender.def(py::init([](const EngineConfig& config) {
@@ -162,11 +179,17 @@ void bind_engine(py::module_& m) {
       .def(
           "submit",
           [](Sender& self, const py::bytes& id, std::vector<std::uint64_t> tokens,
-             std::vector<std::vector<std::int32_t>> blocks, std::uint64_t hold_ms) {
-            return self.submit({to_array<16>(id, "request id"), std::move(tokens), std::move(blocks), hold_ms});
+             const std::vector<py::buffer>& blocks, std::uint64_t hold_ms) {
+            return self.submit({to_array<16>(id, "request id"), std::move(tokens), to_tables(blocks), hold_ms});
           },
-          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"))
-      .def("extend", &Sender::extend, py::arg("handle"), py::arg("group"), py::arg("blocks"))
+          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"),
+          "Handle of the request; 0: the engine has ended.")
+      .def(
+          "extend",
+          [](Sender& self, std::uint64_t handle, std::size_t group, const py::buffer& blocks) {
+            self.extend(handle, group, to_blocks(blocks));
+          },
+          py::arg("handle"), py::arg("group"), py::arg("blocks"))
       .def("send_layer", &Sender::send_layer, py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"))
       .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"));
 
@@ -180,11 +203,15 @@ void bind_engine(py::module_& m) {
       .def(
           "receive",
           [](Receiver& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& want,
-             std::vector<std::vector<std::int32_t>> blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms) {
-            return self.receive({to_array<16>(id, "request id"), to_ranges(want), std::move(blocks), std::move(links), lease_ms});
+             const std::vector<py::buffer>& blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms) {
+            return self.receive(
+                {to_array<16>(id, "request id"), to_ranges(want), to_tables(blocks), std::move(links), lease_ms});
           },
-          py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"))
+          py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"),
+          "Handle of the request; 0: the engine has ended.")
       .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
+      .def("epoch", &Receiver::epoch, py::arg("handle"), py::call_guard<py::gil_scoped_release>(),
+           "For tests: the epoch of a request's ticket; 0 where it has ended.")
       .def("retire_link", &Receiver::retire_link, py::arg("link"));
 }
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hetkv import _core
 
 MIB = 1 << 20
+MAX_SECONDS = 1e6
 
 
 class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,8 +49,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("heartbeat_s", "peer_timeout_s", "lease_s", "hold_s", "handshake_timeout_s"):
-            if not 0.001 <= getattr(self, name) <= 1e6:
-                raise InputError(f"{name} must be between 0.001 and 1e6 seconds, not {getattr(self, name)}")
+            if not 0.001 <= getattr(self, name) <= MAX_SECONDS:
+                raise InputError(f"{name} must be between 0.001 and {MAX_SECONDS:g} seconds, not {getattr(self, name)}")
+        if self.spin_us < 0:
+            raise InputError(f"spin_us must not be negative, but is {self.spin_us}")
         if self.window_bytes is not None and self.window_bytes < self.slot_bytes:
             raise InputError(f"window_bytes {self.window_bytes} holds no slot of {self.slot_bytes} bytes")
 

@@ -1,4 +1,4 @@
-"""From two descriptions to the plan of a link: which layers and heads travel, and where they lie in this rank's pool."""
+"""From two descriptions to the plan of a link: which layers and heads travel, and where they lie in this pool."""
 
 from __future__ import annotations
 

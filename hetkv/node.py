@@ -1,9 +1,11 @@
-"""What `Sender` and `Receiver` share: the engine, the control connections, the thread that turns events into results."""
+"""What `Sender` and `Receiver` share: engine, control connections, the thread that turns events into results."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -40,6 +42,8 @@ class Peer:
         self.connection = connection
         self.link = link
         self.description: Description = connection.peer
+        self.ready = False
+        """Both sides have added the link: requests may use it."""
         self.lost: HetkvError | None = None
 
     @property
@@ -58,8 +62,10 @@ class Peer:
 class Node(ABC, Generic[P]):
     """One rank's end of the transport: a pool, an engine with its progress thread, and links to peers.
 
-    The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; any thread
-    may call any method.
+    The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; a node that
+    is dropped without it works on until the interpreter exits, which closes it. Any thread may call any method, also
+    from a future's callback. A node does not survive a fork: the child has its memory but not its threads, so it must
+    neither use nor close it; start processes with the `spawn` method.
     """
 
     role: Role
@@ -89,6 +95,7 @@ class Node(ABC, Generic[P]):
         self._lock = threading.Lock()
         self._peers: dict[int, Peer] = {}
         self._pending: dict[int, P] = {}
+        self._keys: set[bytes] = set()
         self._listeners: list[Listener] = []
         self._closed = False
         self.engine: Any = self._make_engine(self.config.engine())
@@ -115,9 +122,10 @@ class Node(ABC, Generic[P]):
             raise
         self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
         self._dispatcher.start()
+        _open_nodes.add(self)
 
     @abstractmethod
-    def _make_engine(self, config: _core.EngineConfig) -> object:
+    def _make_engine(self, config: _core.EngineConfig) -> Any:
         """The engine of this role."""
 
     def listen(self, address: str = "127.0.0.1:0") -> str:
@@ -152,9 +160,9 @@ class Node(ABC, Generic[P]):
 
     @property
     def peers(self) -> list[Peer]:
-        """Linked peers that are not lost."""
+        """Linked peers that are not lost. One that has just connected appears here a moment later than on its side."""
         with self._lock:
-            return [peer for peer in self._peers.values() if peer.lost is None]
+            return [peer for peer in self._peers.values() if peer.ready and peer.lost is None]
 
     def disconnect(self, peer: Peer, reason: str = "disconnected") -> None:
         """End one link; requests that need it fail with `ClosedError`."""
@@ -171,17 +179,26 @@ class Node(ABC, Generic[P]):
             if self._closed:
                 return
             self._closed = True
-        for listener in self._listeners:
-            listener.close()
+            listeners, peers = list(self._listeners), list(self._peers.values())
         self.engine.stop()
-        self._dispatcher.join()
-        for peer in list(self._peers.values()):
+        if threading.current_thread() is not self._dispatcher:  # in a future's callback
+            self._dispatcher.join()
+        # The end of a connection says that this side touches nothing any more, so the engine comes before it; and it
+        # ends handshakes that a listener would wait for.
+        for peer in peers:
             peer.connection.close("closed")
+        for listener in listeners:
+            listener.close()
+        with self._lock:
+            self._peers.clear()
+        _open_nodes.discard(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _accept(self, connection: ControlConnection) -> None:
@@ -223,6 +240,7 @@ class Node(ABC, Generic[P]):
             connection.close()
             raise
         self.engine.activate_link(link)
+        peer.ready = True  # what is posted from now on comes after the activation
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
         return peer
 
@@ -242,13 +260,18 @@ class Node(ABC, Generic[P]):
     def _retire(self, peer: Peer) -> None:
         """The peer is gone for good."""
 
-    def _submit(self, make: Callable[[], P]) -> P:
+    def _submit(self, key: bytes, make: Callable[[], P]) -> P:
         """Register a request while no event of it can be dispatched."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
+            if key in self._keys:
+                raise InputError(f"request {key.hex()} is under way already")
             pending = make()
+            if not pending.handle:
+                raise ClosedError(f"the {self.role}'s progress thread has ended")
             self._pending[pending.handle] = pending
+            self._keys.add(key)
             return pending
 
     def _dispatch(self) -> None:
@@ -262,6 +285,8 @@ class Node(ABC, Generic[P]):
                 with self._lock:
                     ended = kind in (COMPLETE, FAILED)
                     pending = self._pending.pop(handle, None) if ended else self._pending.get(handle)
+                    if ended and pending is not None:
+                        self._keys.discard(pending.key)
                 if pending is not None:
                     pending.on_event(kind, layer, error)
 
@@ -275,3 +300,13 @@ class Node(ABC, Generic[P]):
         elif self.role == "sender":
             # The end of the connection tells the receiver that no store of this side is under way any more.
             self._forget(peer)
+
+
+_open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Threads that outlive the interpreter would crash in it."""
+    for node in list(_open_nodes):
+        node.close()

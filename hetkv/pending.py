@@ -29,17 +29,22 @@ def request_key(request_id: RequestId) -> bytes:
 
 
 class Pending:
-    """A request under way. `wait`, `await` and `future` tell its end; they raise the typed error of a failure."""
+    """A request under way. `wait`, `await` and `future` tell its end; they raise the typed error of a failure.
+
+    Giving up waiting is not giving up the request: a `wait` that times out and an `await` that is cancelled leave it
+    under way and its futures as they are. `abort` ends it.
+    """
 
     def __init__(self, request_id: RequestId, engine: Any, handle: int) -> None:
         self.request_id = request_id
         self.handle = handle
-        self.future: Future[None] = Future()
-        """Done when the request is complete on all its routes."""
+        self.key = request_key(request_id)
+        self.future = running()
+        """Done when the request is complete on all its routes. It cannot be cancelled: see `abort`."""
         self._engine = engine
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until the request is complete. Raises its `HetkvError`, or `WaitTimeoutError` after `timeout` seconds."""
+        """Block until the request is complete. Raises its `HetkvError`; `WaitTimeoutError` after `timeout` seconds."""
         wait_for(self.future, timeout)
 
     def done(self) -> bool:
@@ -51,7 +56,7 @@ class Pending:
 
     def abort(self, reason: str = "aborted by the caller") -> None:
         """Give the request up on both sides. `future` fails once nothing of this side touches its blocks any more."""
-        self._engine.abort(self.handle, reason)
+        self._engine.abort(self.handle, reason.encode(errors="replace").decode())
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
         """Take an event of the engine; called in the dispatching thread."""
@@ -61,9 +66,16 @@ class Pending:
             settle(self.future, error)
 
 
+def running() -> Future[None]:
+    """A future that its holders cannot cancel, so that it always tells how the request ended."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 def settle(future: Future[None], error: HetkvError | None = None) -> None:
-    """Resolve a future once; one that the caller cancelled, or that is resolved, stays as it is."""
-    if future.done() or not future.set_running_or_notify_cancel():
+    """Resolve a future; one that is resolved stays as it is. Only the dispatching thread calls this."""
+    if future.done():
         return
     if error is None:
         future.set_result(None)

@@ -133,7 +133,8 @@ class KVPool:
             wrong = next(b for b in used if not 0 <= b < num_blocks)
             raise InputError(f"cache group {group}: block id {wrong} is out of range, the pool has {num_blocks} blocks")
         if len(set(used)) != len(used):
-            wrong = next(b for i, b in enumerate(used) if b in used[:i])
+            seen: set[int] = set()
+            wrong = next(b for b in used if b in seen or seen.add(b))  # type: ignore[func-returns-value]
             raise InputError(f"cache group {group}: block id {wrong} is given twice")
 
     def _check(self, layer: int, memory: LayerMemory) -> None:

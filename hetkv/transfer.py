@@ -1,32 +1,36 @@
 """The public API: a `Sender` beside the prefill pool, a `Receiver` beside the decode pool.
 
-    sender = Sender(prefill_pool, secret=secret, instance="prefill-0")
-    address = sender.listen("0.0.0.0:7000")
-    tx = sender.send("request-1", block_ids, num_tokens)       # before or after the ticket
-    for layer in range(num_layers):
-        ...                                                    # compute the layer
-        tx.send_layer(layer)                                   # microseconds: the rest happens beside the compute
+sender = Sender(prefill_pool, secret=secret, instance="prefill-0")
+address = sender.listen("0.0.0.0:7000")
+tx = sender.send("request-1", block_ids, num_tokens)       # before or after the ticket
+for layer in range(num_layers):
+    ...                                                    # compute the layer
+    tx.send_layer(layer)                                   # microseconds: the rest happens beside the compute
 
-    receiver = Receiver(decode_pool, secret=secret, instance="decode-0")
-    receiver.connect(address)
-    receiver.receive("request-1", block_ids, num_tokens).wait()
+receiver = Receiver(decode_pool, secret=secret, instance="decode-0")
+receiver.connect(address)
+receiver.receive("request-1", block_ids, num_tokens).wait()
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Union
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex, Union
 
+from hetkv.config import MAX_SECONDS
 from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.link import linked_ranks, wanted
 from hetkv.node import COMPLETE, FAILED, LAYER, PACKED, Node, Peer
-from hetkv.pending import Pending, RequestId, request_key, settle, wait_for
+from hetkv.pending import Pending, RequestId, request_key, running, settle, wait_for
 from hetkv.spec import KVSpec
 
 if TYPE_CHECKING:
     from hetkv import _core
 
+MAX_TOKENS = 1 << 31
 BlockIds = Union[Sequence[int], Sequence[Sequence[int]]]
 """Block ids of one sequence in token order: one list, or one list per cache group."""
 
@@ -34,12 +38,15 @@ BlockIds = Union[Sequence[int], Sequence[Sequence[int]]]
 class Transmission(Pending):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
-    def __init__(self, request_id: RequestId, sender: Sender, handle: int, tokens: list[int], blocks: list[list[int]]) -> None:
+    def __init__(
+        self, request_id: RequestId, sender: Sender, handle: int, tokens: list[int], blocks: list[array[int]]
+    ) -> None:
         super().__init__(request_id, sender.engine, handle)
-        self.packed: Future[None] = Future()
+        self.packed = running()
         """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
         self._pool = sender.pool
         self._tokens, self._blocks = tokens, blocks
+        self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
 
     def send_layer(self, layer: int, tokens: tuple[int, int] | None = None) -> None:
         """The KV of a global layer is in the pool, for `tokens` `[start, stop)` or the whole request; returns at once.
@@ -47,30 +54,33 @@ class Transmission(Pending):
         Legal before any ticket. Those tokens of the layer must not change until `packed`. Tokens of one layer are sent
         once; chunks may come in any order. A `state` layer is one record: leave `tokens` out.
         """
-        group = self._pool.spec.layers[layer].group
+        group = self._group_of.get(layer)
+        if group is None:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
         start, stop = tokens or (0, self._tokens[group])
-        if layer not in self._pool.layers or not 0 <= start <= stop <= self._tokens[group]:
-            raise InputError(
-                f"layer {layer}, tokens [{start}, {stop}): the pool holds layers [{self._pool.shard.layers.start}, "
-                f"{self._pool.shard.layers.stop}), the request {self._tokens[group]} tokens"
-            )
+        if not 0 <= start <= stop <= self._tokens[group]:
+            raise InputError(f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group]} tokens")
         if stop > len(self._blocks[group]) * self._pool.groups[group][0]:
-            raise InputError(f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks")
+            raise InputError(
+                f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
+            )
         if stop > start:
             self._engine.send_layer(self.handle, layer, start, stop)
 
     def send_layers(self) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
-        for layer in self._pool.layers:
+        for layer in self._group_of:
             self.send_layer(layer)
 
     def extend(self, block_ids: Sequence[int], group: int = 0) -> None:
-        """More blocks of a cache group, as a chunked prefill allocates them."""
-        blocks = self._blocks[group] + list(block_ids)
-        block_size = self._pool.groups[group][0]
-        self._pool.check_blocks(group, blocks, 0, min(self._tokens[group], len(blocks) * block_size))
-        self._blocks[group] = blocks
-        self._engine.extend(self.handle, group, list(block_ids))
+        """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
+        if group not in self._pool.groups:
+            raise InputError(f"cache group {group} has no layers in this pool")
+        more = block_array(_plain(block_ids))
+        blocks = self._blocks[group] + more
+        self._pool.check_blocks(group, blocks, 0, min(self._tokens[group], len(blocks) * self._pool.groups[group][0]))
+        self._engine.extend(self.handle, group, more)
+        self._blocks[group] = blocks  # only now may a thread send layers that lie in them
 
     def wait_packed(self, timeout: float | None = None) -> None:
         """Block until the request's blocks may be freed."""
@@ -89,32 +99,39 @@ class Sender(Node[Transmission]):
 
     role = "sender"
 
-    def _make_engine(self, config: _core.EngineConfig) -> object:
+    def _make_engine(self, config: _core.EngineConfig) -> Any:
         from hetkv.core import core
 
         return core.Sender(config)
 
     def send(
-        self, request_id: RequestId, block_ids: BlockIds, num_tokens: int | Sequence[int], *, hold_s: float | None = None
+        self,
+        request_id: RequestId,
+        block_ids: BlockIds,
+        num_tokens: int | Sequence[int],
+        *,
+        hold_s: float | None = None,
     ) -> Transmission:
         """Announce a request of `num_tokens` tokens (of each cache group) in these blocks; returns at once.
 
-        It takes no slot and no copy. The request fails with `LeaseExpiredError` when it is not complete within `hold_s`
-        seconds (default: the configuration's). Block ids that cannot be raise `InputError`. With chunked prefill,
-        `block_ids` may be only the first blocks: see `Transmission.extend`.
+        It takes no slot and no copy, and needs no receiver yet: the first instance that asks for it gets it, on all its
+        ranks. The request fails with `LeaseExpiredError` when it is not complete within `hold_s` seconds (default: the
+        configuration's). Block ids that cannot be, and the id of a request that is under way, raise `InputError`. With
+        chunked prefill, `block_ids` may be only the first blocks: see `Transmission.extend`. Of a sliding-window group
+        only the blocks that the window reaches are looked at.
         """
         key = request_key(request_id)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
-        for group, ids in enumerate(blocks):
-            room = len(ids) * self.pool.groups[group][0] if group in self.pool.groups else 0
-            self.pool.check_blocks(group, ids, 0, min(tokens[group], room))
-        hold = self.config.hold_s if hold_s is None else hold_s
+        for group, (start, _) in enumerate(wanted(self.description, tokens, [0] * len(tokens))):
+            room = len(blocks[group]) * self.pool.groups[group][0] if group in self.pool.groups else 0
+            self.pool.check_blocks(group, blocks[group], start, min(tokens[group], room))
+        hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> Transmission:
-            handle = self.engine.submit(key, tokens, blocks, round(hold * 1000))
+            handle = self.engine.submit(key, tokens, blocks, hold_ms)
             return Transmission(request_id, self, handle, tokens, blocks)
 
-        return self._submit(make)
+        return self._submit(key, make)
 
     def _retire(self, peer: Peer) -> None:
         pass  # what a receiver that ended leaves behind is its own
@@ -125,11 +142,13 @@ class Reception(Pending):
 
     def __init__(self, request_id: RequestId, engine: Any, handle: int, layers: Sequence[int]) -> None:
         super().__init__(request_id, engine, handle)
-        self.layers: dict[int, Future[None]] = {layer: Future() for layer in layers}
+        self.layers: dict[int, Future[None]] = {layer: running() for layer in layers}
         """By global layer: done when that layer is verified and in the pool."""
 
     def wait_layer(self, layer: int, timeout: float | None = None) -> None:
         """Block until one layer is in the pool: a decoder can start on it while others travel."""
+        if layer not in self.layers:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
         wait_for(self.layers[layer], timeout)
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
@@ -146,7 +165,7 @@ class Receiver(Node[Reception]):
 
     role = "receiver"
 
-    def _make_engine(self, config: _core.EngineConfig) -> object:
+    def _make_engine(self, config: _core.EngineConfig) -> Any:
         from hetkv.core import core
 
         return core.Receiver(config)
@@ -163,33 +182,40 @@ class Receiver(Node[Reception]):
     ) -> Reception:
         """Ask for a request's KV: give its senders a ticket. Returns at once.
 
-        `block_ids` cover `num_tokens` tokens; the first `held` of them are in the pool already and are not sent. `source`
-        names the sending instance; it may be left out where only one is connected. Block ids that cannot be raise
-        `InputError`, a rank of the source that is not connected `PeerLostError`.
+        `block_ids` cover `num_tokens` tokens; the first `held` of them are in the pool already and are not sent (one
+        number leaves the record of a `state` group to be sent: it belongs to the last token). `source` names the
+        sending instance; it may be left out where only one is connected. Block ids that cannot be, and the id of a
+        request that is under way, raise `InputError`, a rank of the source that is not connected `PeerLostError`.
         """
         key = request_key(request_id)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
-        kept = [held] * len(tokens) if isinstance(held, int) else list(held)
+        if isinstance(held, SupportsIndex):
+            states = state_groups(self.pool.spec)
+            kept = [0 if group in states else index(held) for group in range(len(tokens))]
+        else:
+            kept = [index(count) for count in held]
         if len(kept) != len(tokens) or any(not 0 <= a <= b for a, b in zip(kept, tokens, strict=True)):
             raise InputError(f"{held} tokens held of {num_tokens}")
         want = wanted(self.description, tokens, kept)
         for group, ids in enumerate(blocks):
             self.pool.check_blocks(group, ids, *want[group])
         links = [peer.link for peer in self._sources(source)]
-        lease = self.config.lease_s if lease_s is None else lease_s
+        lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
 
         def make() -> Reception:
-            handle = self.engine.receive(key, want, blocks, links, max(1, round(lease * 1000)))
+            handle = self.engine.receive(key, want, blocks, links, lease_ms)
             return Reception(request_id, self.engine, handle, list(self.pool.layers))
 
-        return self._submit(make)
+        return self._submit(key, make)
 
     def _sources(self, source: str | None) -> list[Peer]:
         """Every rank of the source instance that holds something this rank holds too."""
         peers = self.peers
         names = sorted({peer.description.instance for peer in peers})
         if source is None and len(names) != 1:
-            raise PeerLostError(f"connected instances are {names}: " + ("name the source" if names else "connect one first"))
+            raise PeerLostError(
+                f"connected instances are {names}: " + ("name the source" if names else "connect one first")
+            )
         chosen = {peer.description.rank: peer for peer in peers if peer.description.instance == (source or names[0])}
         if not chosen:
             raise PeerLostError(f"instance {source!r} is not connected; connected are {names}")
@@ -203,18 +229,54 @@ class Receiver(Node[Reception]):
         self.engine.retire_link(peer.link)
 
 
-def per_group(spec: KVSpec, num_tokens: int | Sequence[int], block_ids: BlockIds) -> tuple[list[int], list[list[int]]]:
-    """Token counts and block ids per cache group; a `state` group has one record, whatever the token count."""
+def per_group(spec: KVSpec, num_tokens: int | Sequence[int], block_ids: BlockIds) -> tuple[list[int], list[array[int]]]:
+    """Token counts and block ids per cache group; a `state` group has one record, whatever the token count.
+
+    Anything that holds integers will do: lists, arrays, tensors. Raises `InputError`.
+    """
     groups = spec.num_groups
-    blocks = [[int(b) for b in ids] for ids in block_ids] if block_ids and not isinstance(block_ids[0], int) else None
-    if blocks is None:
-        blocks = [[int(b) for b in block_ids]]  # type: ignore[arg-type]
-    tokens = [num_tokens] * groups if isinstance(num_tokens, int) else [int(n) for n in num_tokens]
+    lists = _plain(block_ids)
+    nested = bool(lists) and not isinstance(lists[0], SupportsIndex)
+    blocks = [block_array(_plain(ids)) for ids in (lists if nested else [lists])]
+    counts = _plain(num_tokens)
+    try:
+        tokens = [index(count) for count in counts] if isinstance(counts, Sequence) else [index(counts)] * groups
+    except TypeError:
+        raise InputError(f"token counts are integers, not {num_tokens!r}") from None
     if len(blocks) != groups or len(tokens) != groups:
-        raise InputError(f"the model has {groups} cache groups; got block ids of {len(blocks)}, token counts of {len(tokens)}")
-    for layer in spec.layers:
-        if layer.kind == "state":
-            tokens[layer.group] = 1
-    if any(count < 1 for count in tokens):
-        raise InputError(f"a request has at least one token, not {num_tokens}")
+        raise InputError(
+            f"the model has {groups} cache groups; got block ids of {len(blocks)}, token counts of {len(tokens)}"
+        )
+    for group in state_groups(spec):
+        tokens[group] = 1
+    if any(not 1 <= count < MAX_TOKENS for count in tokens):
+        raise InputError(f"a request has 1 to {MAX_TOKENS - 1} tokens, not {num_tokens}")
     return tokens, blocks
+
+
+def state_groups(spec: KVSpec) -> set[int]:
+    """Cache groups whose layers hold one record a request."""
+    return {layer.group for layer in spec.layers if layer.kind == "state"}
+
+
+def block_array(block_ids: Any) -> array[int]:
+    """Block ids as the extension takes them, int32. Raises `InputError`."""
+    try:
+        return array("i", block_ids)
+    except OverflowError:
+        wrong = next(b for b in block_ids if not -(1 << 31) <= b < 1 << 31)
+        raise InputError(f"block id {wrong} is out of range") from None
+    except TypeError:
+        raise InputError("block ids are integers, in one list or in one list per cache group") from None
+
+
+def milliseconds(name: str, seconds: float) -> int:
+    """A time limit for the engine. Raises `InputError`."""
+    if not 0 < seconds <= MAX_SECONDS:
+        raise InputError(f"{name} must be above 0 and at most {MAX_SECONDS:g} seconds, not {seconds}")
+    return max(1, round(seconds * 1000))
+
+
+def _plain(values: Any) -> Any:
+    """Lists of what NumPy and PyTorch hold; anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") and not isinstance(values, array) else values

@@ -60,7 +60,8 @@ struct LayerPlan {
     return std::max(room / payload_bytes(1), room > padding ? (room - padding) / bytes : 0);
   }
   std::uint64_t part_end(std::uint64_t start, const SegmentPlan& segment, std::uint64_t tokens) const {
-    const auto size = static_cast<std::uint64_t>(segment.channels) * static_cast<std::uint64_t>(item_size(segment.wire_dtype));
+    const auto size =
+        static_cast<std::uint64_t>(segment.channels) * static_cast<std::uint64_t>(item_size(segment.wire_dtype));
     return (start + static_cast<std::uint64_t>(heads()) * tokens * size + 7) / 8 * 8;
   }
 };

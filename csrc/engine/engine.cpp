@@ -90,7 +90,8 @@ void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
     loop();
-  } catch (const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
+  } catch (
+      const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
     status = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
   }
   {
@@ -145,7 +146,8 @@ void Engine::receive(const Incoming& message) {
   Link* at = found->second;
   if (at->state == LinkState::kDraining) return;
   wire::Prelude prelude;
-  if (auto status = wire::open(message.bytes.data(), message.bytes.size(), at->config.receive_key, &prelude); !status.ok()) {
+  if (auto status = wire::open(message.bytes.data(), message.bytes.size(), at->config.receive_key, &prelude);
+      !status.ok()) {
     lose(*at, status);
     return;
   }
@@ -212,7 +214,8 @@ void Engine::sleep(std::uint64_t now) {
   if (!pending && worker_->arm()) {
     int wait_ms = busy() ? 1 : static_cast<int>(std::min<std::uint32_t>(config_.peer_timeout_ms, 60'000));
     const auto until = [&](std::uint64_t due) {
-      if (due < now + static_cast<std::uint64_t>(wait_ms) * kMs) wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
+      if (due < now + static_cast<std::uint64_t>(wait_ms) * kMs)
+        wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
     };
     if (const std::uint64_t due = deadline(); due != 0) until(due);
     for (auto& [id, at] : links_) {
@@ -268,14 +271,17 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
   Status result = Status::error(Code::kClosed, "the engine is closed");
   for (const auto& plan : config.plans) {
     if (plan.segments.empty() || plan.segments.size() > wire::kMaxSegments || plan.heads() < 1) {
-      return Status::error(Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
+      return Status::error(
+          Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
     }
     if (const std::uint64_t need = plan.payload_bytes(1); need > config_.slot_bytes) {
-      return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) + ", but one token of layer " +
-                                               std::to_string(plan.layer) + " has a frame of " + std::to_string(need) + " bytes");
+      return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) +
+                                               ", but one token of layer " + std::to_string(plan.layer) +
+                                               " has a frame of " + std::to_string(need) + " bytes");
     }
   }
-  std::stable_sort(config.plans.begin(), config.plans.end(), [](const auto& a, const auto& b) { return a.layer < b.layer; });
+  std::stable_sort(config.plans.begin(), config.plans.end(),
+                   [](const auto& a, const auto& b) { return a.layer < b.layer; });
   call([&] {
     if (numbers_.count(config.number) != 0) {
       result = Status::error(Code::kInvalid, "a link of this number exists");
@@ -326,7 +332,8 @@ std::uint64_t Engine::next_sequence(std::uint32_t id) {
 
 // No kernel of this side stores into the peer's memory, and the goodbye has left or has had its time.
 bool Engine::may_close(const Link& link, std::uint64_t now) const {
-  return link_drained(link) && (link.farewell.done || now > link.lost_ns + kFarewellMs * kMs || link.endpoint->failed());
+  return link_drained(link) &&
+         (link.farewell.done || now > link.lost_ns + kFarewellMs * kMs || link.endpoint->failed());
 }
 
 void Engine::close_all(const Status& status) {
@@ -343,7 +350,7 @@ void Engine::close_all(const Status& status) {
   }
   step(now_ns());
   for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
-  worker_->close();                                   // it does now, while all that the operations refer to still exists
+  worker_->close();  // it does now, while all that the operations refer to still exists
   numbers_.clear();
   links_.clear();
   incoming_.clear();

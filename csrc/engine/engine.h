@@ -1,5 +1,6 @@
-// What sender and receiver share: a progress thread that owns a UCX worker and all links. Public calls may come from any
-// thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at rest.
+// What sender and receiver share: a progress thread that owns a UCX worker and all links. Public calls may come from
+// any thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at
+// rest.
 #pragma once
 
 #include <atomic>
@@ -50,7 +51,8 @@ class Engine {
   EventQueue& events() { return events_; }
   Trace& trace() { return trace_; }
 
-  // Blocks until the endpoint exists. From then on messages of the link are taken. kInvalid where a plan cannot be served.
+  // Blocks until the endpoint exists. From then on messages of the link are taken. kInvalid where a plan cannot be
+  // served.
   Status add_link(LinkConfig config, std::uint32_t* id);
   // The peer has added its side of the link: messages may be sent.
   void activate_link(std::uint32_t id);
@@ -65,8 +67,8 @@ class Engine {
  protected:
   // All below run on the progress thread.
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
-  virtual bool step(std::uint64_t now) = 0;  // true: something moved
-  virtual bool busy() const = 0;             // work is in flight: spin before sleeping
+  virtual bool step(std::uint64_t now) = 0;    // true: something moved
+  virtual bool busy() const = 0;               // work is in flight: spin before sleeping
   virtual std::uint64_t deadline() const = 0;  // the next time at which step() has something to do; 0: none
   virtual void on_link_up(Link& link) = 0;
   virtual void on_link_lost(Link& link, const Status& status) = 0;

@@ -38,7 +38,8 @@ struct Link {
 
   // Plan whose frames are exactly (layer, heads), or null.
   const LayerPlan* find(const wire::Frame& frame) const {
-    for (std::size_t i = first_plan(frame.layer); i < config.plans.size() && config.plans[i].layer == frame.layer; ++i) {
+    for (std::size_t i = first_plan(frame.layer); i < config.plans.size() && config.plans[i].layer == frame.layer;
+         ++i) {
       const LayerPlan& plan = config.plans[i];
       if (plan.head_start == frame.head_start && plan.head_stop == frame.head_stop) return &plan;
     }

@@ -4,7 +4,8 @@
 
 namespace hetkv {
 
-void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack, RemapTask* task) {
+void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
+               RemapTask* task) {
   const auto tokens = static_cast<std::int64_t>(stop - start);
   std::uint64_t offset = 0;
   task->jobs.reserve(plan.segments.size());

@@ -24,7 +24,8 @@ struct RemapTask {
 };
 
 // Fills the task's jobs: tokens [start, stop) of `plan` between the pool and a canonical payload at `payload`.
-void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack, RemapTask* task);
+void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
+               RemapTask* task);
 
 class Mover {
  public:

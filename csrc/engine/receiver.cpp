@@ -14,7 +14,9 @@ Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover)
       // Epochs rise over restarts too, so that frames for an earlier life of this receiver are stale.
       next_epoch_(static_cast<std::uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())) {}
 
-Receiver::~Receiver() { stop(); }
+Receiver::~Receiver() {
+  stop();
+}
 
 std::uint64_t Receiver::receive(Intake intake) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
@@ -26,7 +28,8 @@ std::uint64_t Receiver::receive(Intake intake) {
     for (const auto id : intake.links) {
       const auto at = link(id);
       if (at == nullptr || !at->up()) {
-        return refuse(Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) + ": the link is not up"));
+        return refuse(
+            Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) + ": the link is not up"));
       }
     }
     Request& request = requests_[handle];
@@ -83,6 +86,15 @@ void Receiver::retire_link(std::uint32_t id) {
   });
 }
 
+std::uint64_t Receiver::epoch(std::uint64_t handle) {
+  std::uint64_t epoch = 0;
+  call([&] {
+    const auto found = requests_.find(handle);
+    if (found != requests_.end()) epoch = found->second.epoch;
+  });
+  return epoch;
+}
+
 void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
   Request* request = find(prelude.request, prelude.epoch);
   Part* part = nullptr;
@@ -95,10 +107,12 @@ void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Fr
   const bool stale = part == nullptr || !request->failure.ok();
   if (stale) ++stats_.stale_frames;
   Slot* slot = slots_.at(frame.slot);
-  if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id || slot->generation != frame.generation) {
+  if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id ||
+      slot->generation != frame.generation) {
     if (stale) return;
-    return fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " + std::to_string(frame.slot) +
-                                                             " generation " + std::to_string(frame.generation) +
+    return fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " +
+                                                             std::to_string(frame.slot) + " generation " +
+                                                             std::to_string(frame.generation) +
                                                              ", which the sender does not hold"));
   }
   slot->state = SlotState::kFilled;
@@ -165,12 +179,14 @@ bool Receiver::finish(Unpack& unpack) {
   slots_.free(frame.slot);
   slots_moved_ = true;
   --request.unpacking;
-  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns, frame.payload_length});
+  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns,
+              frame.payload_length});
   if (!request.failure.ok()) return true;
   if (unpack.task.result.checksum != frame.checksum) {
-    fail(request, Status::error(Code::kChecksum, unpack.part->link->config.name + ": the payload of layer " +
-                                                     std::to_string(frame.layer) + ", tokens " +
-                                                     range_text(frame.token_start, frame.token_stop) + " is not what was packed"));
+    fail(request,
+         Status::error(Code::kChecksum,
+                       unpack.part->link->config.name + ": the payload of layer " + std::to_string(frame.layer) +
+                           ", tokens " + range_text(frame.token_start, frame.token_stop) + " is not what was packed"));
     return true;
   }
   ++stats_.frames;

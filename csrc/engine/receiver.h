@@ -1,5 +1,5 @@
-// The decode side: gives tickets and slots, checks every frame against what it asked for, unpacks, and says when a layer,
-// a route and a request are complete. Nothing outside a ticket's blocks is ever written.
+// The decode side: gives tickets and slots, checks every frame against what it asked for, unpacks, and says when a
+// layer, a route and a request are complete. Nothing outside a ticket's blocks is ever written.
 #pragma once
 
 #include <cstdint>
@@ -35,12 +35,14 @@ class Receiver final : public Engine {
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
+  // For tests: the epoch of a request's ticket; 0 where it has ended.
+  std::uint64_t epoch(std::uint64_t handle);
 
  private:
   // One link's part of a request.
   struct Part {
     std::shared_ptr<Link> link;
-    std::uint64_t remaining = 0;  // tokens summed over the link's plans
+    std::uint64_t remaining = 0;                      // tokens summed over the link's plans
     std::vector<std::vector<wire::TokenRange>> seen;  // per plan, sorted and disjoint
     std::uint64_t frames = 0;
     std::uint64_t bytes = 0;
@@ -67,10 +69,10 @@ class Receiver final : public Engine {
   };
   // What the receiver knows of a sender's wishes.
   struct Demand {
-    bool hungry = false;      // it can use slots
-    bool recalled = false;    // it was asked to give unused ones back, and has not answered
-    std::size_t open = 0;     // parts of unfinished requests that it still has to send
-    std::uint64_t served = 0;  // when it was last lent a slot
+    bool hungry = false;                          // it can use slots
+    bool recalled = false;                        // it was asked to give unused ones back, and has not answered
+    std::size_t open = 0;                         // parts of unfinished requests that it still has to send
+    std::uint64_t served = 0;                     // when it was last lent a slot
     std::map<std::uint32_t, std::uint32_t> keys;  // slot -> generation whose key the link has
   };
 
@@ -108,8 +110,8 @@ class Receiver final : public Engine {
   std::list<std::unique_ptr<Unpack>> unpacks_;
   std::map<std::uint32_t, Demand> demands_;
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
-  std::vector<std::uint64_t> failed_;  // handles that end once nothing is being unpacked
-  bool slots_moved_ = false;           // a slot was freed or asked for since the last grants
+  std::vector<std::uint64_t> failed_;                            // handles that end once nothing is being unpacked
+  bool slots_moved_ = false;                                     // a slot was freed or asked for since the last grants
   std::uint64_t grants_ = 0;
 };
 

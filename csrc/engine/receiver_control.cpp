@@ -7,7 +7,8 @@
 namespace hetkv {
 namespace {
 
-constexpr std::size_t kMostInGrant = 16;  // slots: a message stays within one fragment of any transport, so that none overtakes
+constexpr std::size_t kMostInGrant =
+    16;  // slots: a message stays within one fragment of any transport, so that none overtakes
 
 }  // namespace
 
@@ -37,8 +38,8 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
       break;
     }
     default:
-      status = Status::error(Code::kProtocol, "a sender does not send message type " +
-                                                  std::to_string(static_cast<int>(prelude.type)));
+      status = Status::error(Code::kProtocol,
+                             "a sender does not send message type " + std::to_string(static_cast<int>(prelude.type)));
   }
   if (!status.ok()) lose(link, status);
 }
@@ -46,8 +47,10 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
 void Receiver::on_release(Link& link, const wire::Release& release) {
   for (const auto& name : release.slots) {
     Slot* slot = slots_.at(name.slot);
-    if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id || slot->generation != name.generation) {
-      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(name.slot) + " was released by a sender that does not hold it"));
+    if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id ||
+        slot->generation != name.generation) {
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(name.slot) +
+                                                           " was released by a sender that does not hold it"));
     }
     slots_.free(name.slot);
   }
@@ -60,7 +63,8 @@ void Receiver::on_release(Link& link, const wire::Release& release) {
 
 void Receiver::on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort) {
   if (Request* request = find(prelude.request, prelude.epoch)) {
-    fail(*request, Status::error(abort.code, link.config.name + ": the sender gave the request up: " + abort.reason), &link);
+    fail(*request, Status::error(abort.code, link.config.name + ": the sender gave the request up: " + abort.reason),
+         &link);
   }
 }
 
@@ -193,7 +197,9 @@ bool Receiver::sweep(std::uint64_t now) {
   return moved;
 }
 
-void Receiver::on_link_up(Link& link) { demands_[link.id]; }
+void Receiver::on_link_up(Link& link) {
+  demands_[link.id];
+}
 
 void Receiver::on_link_lost(Link& link, const Status& status) {
   slots_.quarantine(link.id);
@@ -209,7 +215,9 @@ void Receiver::on_link_lost(Link& link, const Status& status) {
   }
 }
 
-void Receiver::on_link_closed(Link& link) { demands_.erase(link.id); }
+void Receiver::on_link_closed(Link& link) {
+  demands_.erase(link.id);
+}
 
 void Receiver::on_stop(const Status& status) {
   for (auto& [handle, request] : requests_) fail(request, status);

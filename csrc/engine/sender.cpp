@@ -9,13 +9,16 @@ namespace hetkv {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
-constexpr std::uint64_t kTokenAlignment = 64;  // frames start at multiples of it where they can: whole blocks, full vectors
+constexpr std::uint64_t kTokenAlignment =
+    64;  // frames start at multiples of it where they can: whole blocks, full vectors
 
 }  // namespace
 
 Sender::Sender(const EngineConfig& config, std::unique_ptr<Mover> mover) : Engine(config), mover_(std::move(mover)) {}
 
-Sender::~Sender() { stop(); }
+Sender::~Sender() {
+  stop();
+}
 
 std::uint64_t Sender::submit(Submission submission) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
@@ -25,6 +28,7 @@ std::uint64_t Sender::submit(Submission submission) {
                     Status::error(Code::kInvalid, "a request with this id is in progress already")});
       return;
     }
+    ended_.erase(submission.id);
     Request& request = requests_[handle];
     request.handle = handle;
     request.id = submission.id;
@@ -61,8 +65,8 @@ void Sender::send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t
     if (found == requests_.end() || !found->second.failure.ok()) return;
     Request& request = found->second;
     if (!add_range(request.sent[layer], {start, stop})) {
-      fail(request, Status::error(Code::kInvalid, "tokens " + range_text(start, stop) + " of layer " + std::to_string(layer) +
-                                                      " overlap tokens that were sent before"));
+      fail(request, Status::error(Code::kInvalid, "tokens " + range_text(start, stop) + " of layer " +
+                                                      std::to_string(layer) + " overlap tokens that were sent before"));
       return;
     }
     request.ready.push_back({layer, start, stop});
@@ -149,7 +153,8 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
   windows.free.pop_back();
   const Window& window = windows.slots[slot];
   const bool staged = transfer->staging >= 0;
-  next_frame(lane, tokens, staged ? std::min(window.memory->bytes, config_.slot_bytes) : window.memory->bytes, transfer.get());
+  next_frame(lane, tokens, staged ? std::min(window.memory->bytes, config_.slot_bytes) : window.memory->bytes,
+             transfer.get());
   transfer->slot = slot;
   transfer->frame.slot = slot;
   transfer->frame.generation = window.generation;
@@ -235,7 +240,8 @@ bool Sender::advance(Transfer& transfer) {
     transfer.stage = Stage::kPutting;
     if (!lane.cancelled && link.up() && transfer.staging >= 0) {
       const auto* source = reinterpret_cast<const void*>(staging_[transfer.staging]->address());
-      link.endpoint->put(source, transfer.frame.payload_length, *windows_[link.id].slots[transfer.slot].memory, 0, &transfer.put);
+      link.endpoint->put(source, transfer.frame.payload_length, *windows_[link.id].slots[transfer.slot].memory, 0,
+                         &transfer.put);
       link.endpoint->flush(&transfer.flush);
     }
   }
@@ -263,7 +269,8 @@ void Sender::on_packed(Transfer& transfer) {
   lane.remaining -= frame.token_stop - frame.token_start;
   --lane.request->packing;
   stats_.saturated += transfer.task.result.saturated;
-  trace_.add({SpanKind::kPack, lane.request->handle, frame.layer, transfer.task.start_ns, transfer.task.stop_ns, frame.payload_length});
+  trace_.add({SpanKind::kPack, lane.request->handle, frame.layer, transfer.task.start_ns, transfer.task.stop_ns,
+              frame.payload_length});
   if (lane.remaining == 0 && !lane.cancelled) {
     unqueue(lane);
     --windows_[lane.link->id].open;
@@ -286,7 +293,8 @@ void Sender::commit(Transfer& transfer) {
   ++stats_.frames;
   stats_.payload_bytes += transfer.frame.payload_length;
   if (transfer.staging < 0) ++stats_.direct_frames;
-  trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(), transfer.frame.payload_length});
+  trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(),
+              transfer.frame.payload_length});
   release_idle(*lane.link);
 }
 

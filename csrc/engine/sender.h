@@ -18,9 +18,9 @@ namespace hetkv {
 // What the sender holds of one request. `tokens` and `blocks` are per cache group.
 struct Submission {
   wire::RequestId id{};
-  std::vector<std::uint64_t> tokens;               // tokens that the request will have when all are computed
-  std::vector<std::vector<std::int32_t>> blocks;   // block ids in token order; may grow by `extend`
-  std::uint64_t hold_ms = 0;                       // blocks are held this long for tickets and their completion; 0: no limit
+  std::vector<std::uint64_t> tokens;              // tokens that the request will have when all are computed
+  std::vector<std::vector<std::int32_t>> blocks;  // block ids in token order; may grow by `extend`
+  std::uint64_t hold_ms = 0;  // blocks are held this long for tickets and their completion; 0: no limit
 };
 
 class Sender final : public Engine {
@@ -31,8 +31,8 @@ class Sender final : public Engine {
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
   std::uint64_t submit(Submission submission);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
-  // them were submitted before.
+  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks
+  // for them were submitted before.
   void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop);
   void abort(std::uint64_t handle, std::string reason);
 
@@ -106,6 +106,13 @@ class Sender final : public Engine {
     std::uint64_t deadline_ns;
   };
 
+  // A request that failed. A peer whose ticket was under way then learns of it once; its next ticket is a new attempt.
+  struct Ended {
+    std::uint64_t at_ns;
+    Status why;
+    std::vector<std::string> told;  // peers that know
+  };
+
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !transfers_.empty(); }
@@ -142,6 +149,7 @@ class Sender final : public Engine {
   void fail(Request& request, Status status, const Link* told_by = nullptr);
   void refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
   void conclude(Request& request);  // may erase it
+  void remember(const Request& request, const Link* told_by);
   void erase(Request& request);
   bool sweep(std::uint64_t now);
   void sweep_tickets(std::uint64_t now);
@@ -152,6 +160,8 @@ class Sender final : public Engine {
   std::map<std::uint64_t, Request> requests_;  // in order of submission
   std::map<wire::RequestId, std::uint64_t> handles_;
   Pending pending_;
+  std::map<wire::RequestId, Ended> ended_;
+  std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Transfer>> transfers_;
   std::map<std::uint32_t, LinkWindows> windows_;  // per link
   std::vector<std::unique_ptr<ucx::Memory>> staging_;

@@ -10,6 +10,8 @@ namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kMaxPendingTickets = 1 << 16;
+constexpr std::uint64_t kRememberNs = 10'000 * kMs;
+constexpr std::size_t kMaxRemembered = 4096;
 constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
 
 template <typename Body, typename Then>
@@ -26,7 +28,8 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
   Status status;
   switch (prelude.type) {
     case wire::Type::kTicket:
-      status = with_body<wire::Ticket>(data, size, [&](wire::Ticket body) { on_ticket(link, prelude, std::move(body)); });
+      status =
+          with_body<wire::Ticket>(data, size, [&](wire::Ticket body) { on_ticket(link, prelude, std::move(body)); });
       break;
     case wire::Type::kGrant:
       status = with_body<wire::Grant>(data, size, [&](wire::Grant body) { on_grant(link, body); });
@@ -44,22 +47,32 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
       status = with_body<wire::Abort>(data, size, [&](wire::Abort body) { on_abort(link, prelude, body); });
       break;
     default:
-      status = Status::error(Code::kProtocol, "a receiver does not send message type " +
-                                                  std::to_string(static_cast<int>(prelude.type)));
+      status = Status::error(Code::kProtocol,
+                             "a receiver does not send message type " + std::to_string(static_cast<int>(prelude.type)));
   }
   if (!status.ok()) lose(link, status);
 }
 
 void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket) {
-  take_ticket(prelude.request, {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
+  take_ticket(prelude.request,
+              {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
 }
 
-// A ticket for a request that has failed and drains waits for the next one of that id: it belongs to a new attempt.
+// A ticket without a request waits for it.
 void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   Request* request = find(id);
   if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
+  if (const auto found = ended_.find(id); found != ended_.end() && now_ns() - found->second.at_ns < kRememberNs) {
+    auto& told = found->second.told;
+    const std::string& peer = ticket.link->config.name;
+    if (std::find(told.begin(), told.end(), peer) == told.end()) {
+      told.push_back(peer);
+      return refuse(*ticket.link, id, ticket.epoch, found->second.why);
+    }
+  }
   if (pending_.size() >= kMaxPendingTickets) {
-    return refuse(*ticket.link, id, ticket.epoch, Status::error(Code::kProtocol, "too many tickets wait for their requests"));
+    return refuse(*ticket.link, id, ticket.epoch,
+                  Status::error(Code::kProtocol, "too many tickets wait for their requests"));
   }
   ++windows_[ticket.link->id].tickets;
   pending_deadline_ns_ = pending_.empty() ? ticket.deadline_ns : std::min(pending_deadline_ns_, ticket.deadline_ns);
@@ -76,12 +89,14 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
   if (request.packed) return wrong("the sender has given the request's blocks back");
   const auto& want = ticket.want;
   if (want.size() != request.tokens.size()) {
-    return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " + std::to_string(request.tokens.size()));
+    return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " +
+                 std::to_string(request.tokens.size()));
   }
   for (std::size_t group = 0; group < want.size(); ++group) {
     if (want[group].stop > request.tokens[group] && want[group].stop > want[group].start) {
-      return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) + " of cache group " +
-                   std::to_string(group) + ", the request has " + std::to_string(request.tokens[group]));
+      return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) +
+                   " of cache group " + std::to_string(group) + ", the request has " +
+                   std::to_string(request.tokens[group]));
     }
   }
   for (const auto& lane : request.lanes) {
@@ -95,7 +110,8 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
 // A ticket that cannot be served is refused; the request waits for a better one.
 void Sender::add_lane(Request& request, PendingTicket ticket) {
   Link& link = *ticket.link;
-  if (Status status = check_ticket(request, ticket); !status.ok()) return refuse(link, request.id, ticket.epoch, std::move(status));
+  if (Status status = check_ticket(request, ticket); !status.ok())
+    return refuse(link, request.id, ticket.epoch, std::move(status));
   for (auto& lane : request.lanes) {
     if (lane.link->config.name == link.config.name) cancel(lane);  // the receiver tries again under a new epoch
   }
@@ -118,9 +134,11 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
   for (const auto& plan : link.config.plans) need = std::max(need, plan.payload_bytes(1));
   for (const auto& given : grant.slots) {
     Window& window = windows.slots[given.slot];
-    if (window.granted) return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted twice"));
+    if (window.granted)
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted twice"));
     if (given.bytes < need) {
-      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " has " + std::to_string(given.bytes) +
+      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " has " +
+                                                           std::to_string(given.bytes) +
                                                            " bytes, a frame of one token " + std::to_string(need)));
     }
     if (!given.rkey.empty()) {
@@ -130,7 +148,8 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
         return lose(link, status);
       }
     } else if (!window.memory || window.generation != given.generation) {
-      return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));
+      return lose(
+          link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));
     }
     window.granted = true;
     windows.free.push_back(given.slot);
@@ -166,10 +185,10 @@ void Sender::on_done(Link& link, const wire::Prelude& prelude, const wire::Done&
   for (auto& lane : request->lanes) {
     if (lane.link.get() != &link || lane.epoch != prelude.epoch || lane.cancelled) continue;
     if (lane.remaining > 0 || lane.in_flight > 0 || lane.frames != done.frames || lane.bytes != done.payload_bytes) {
-      fail(*request, Status::error(Code::kProtocol, link.config.name + ": the receiver says that it has " +
-                                                        std::to_string(done.frames) + " frames of " +
-                                                        std::to_string(done.payload_bytes) + " bytes, sent were " +
-                                                        std::to_string(lane.frames) + " of " + std::to_string(lane.bytes)));
+      fail(*request, Status::error(Code::kProtocol,
+                                   link.config.name + ": the receiver says that it has " + std::to_string(done.frames) +
+                                       " frames of " + std::to_string(done.payload_bytes) + " bytes, sent were " +
+                                       std::to_string(lane.frames) + " of " + std::to_string(lane.bytes)));
       return;
     }
     lane.delivered = true;
@@ -216,11 +235,27 @@ void Sender::fail(Request& request, Status status, const Link* told_by) {
   request.failure = std::move(status);
   failed_.push_back(request.handle);
   ++stats_.failed_requests;
+  remember(request, told_by);
   for (auto& lane : request.lanes) {
     if (lane.cancelled || lane.delivered) continue;
     if (lane.link.get() != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
     cancel(lane);
   }
+}
+
+void Sender::remember(const Request& request, const Link* told_by) {
+  const std::uint64_t now = now_ns();
+  while (!ended_order_.empty() &&
+         (ended_order_.size() >= kMaxRemembered || now - ended_order_.front().first > kRememberNs)) {
+    const auto found = ended_.find(ended_order_.front().second);
+    if (found != ended_.end() && found->second.at_ns == ended_order_.front().first) ended_.erase(found);
+    ended_order_.pop_front();
+  }
+  Ended& ended = ended_[request.id];
+  ended = {now, request.failure, {}};
+  if (told_by != nullptr) ended.told.push_back(told_by->config.name);
+  for (const auto& lane : request.lanes) ended.told.push_back(lane.link->config.name);
+  ended_order_.emplace_back(now, request.id);
 }
 
 // Tells the caller, once each, that the request's blocks are free and that all its receivers have their parts.
@@ -261,8 +296,9 @@ bool Sender::sweep(std::uint64_t now) {
   while (!deadlines_.empty() && now > deadlines_.begin()->first) {
     Request& request = requests_.at(deadlines_.begin()->second);
     deadlines_.erase(deadlines_.begin());
-    fail(request, Status::error(Code::kLeaseExpired, request.lanes.empty() ? "no receiver asked for the request within the hold time"
-                                                                           : "the receiver did not finish within the hold time"));
+    fail(request, Status::error(Code::kLeaseExpired, request.lanes.empty()
+                                                         ? "no receiver asked for the request within the hold time"
+                                                         : "the receiver did not finish within the hold time"));
   }
   bool moved = false;
   std::vector<std::uint64_t> draining;
@@ -298,7 +334,9 @@ void Sender::sweep_tickets(std::uint64_t now) {
   pending_deadline_ns_ = next;
 }
 
-void Sender::on_link_up(Link& link) { windows_[link.id]; }
+void Sender::on_link_up(Link& link) {
+  windows_[link.id];
+}
 
 void Sender::on_link_lost(Link& link, const Status& status) {
   for (auto at = pending_.begin(); at != pending_.end();) {
@@ -321,10 +359,13 @@ bool Sender::link_drained(const Link& link) const {
 }
 
 bool Sender::link_idle(const Link& link) const {
-  return std::none_of(transfers_.begin(), transfers_.end(), [&](const auto& at) { return at->lane->link.get() == &link; });
+  return std::none_of(transfers_.begin(), transfers_.end(),
+                      [&](const auto& at) { return at->lane->link.get() == &link; });
 }
 
-void Sender::on_link_closed(Link& link) { windows_.erase(link.id); }
+void Sender::on_link_closed(Link& link) {
+  windows_.erase(link.id);
+}
 
 void Sender::on_stop(const Status& status) {
   for (auto& [handle, request] : requests_) fail(request, status);

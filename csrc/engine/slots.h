@@ -1,5 +1,5 @@
-// The receiver's window: slots of registered memory out of one byte budget, lent to links. Each slot is an allocation of
-// its own, so that one that a silent peer may still write to can be replaced alone. Progress thread only.
+// The receiver's window: slots of registered memory out of one byte budget, lent to links. Each slot is an allocation
+// of its own, so that one that a silent peer may still write to can be replaced alone. Progress thread only.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ enum class SlotState : std::uint8_t {
 struct Slot {
   std::uint32_t generation = 0;
   SlotState state = SlotState::kFree;
-  std::uint32_t link = 0;  // of whom it is lent to, or filled or quarantined by
+  std::uint32_t link = 0;               // of whom it is lent to, or filled or quarantined by
   std::unique_ptr<ucx::Memory> memory;  // made when the slot is first lent
 };
 

@@ -123,8 +123,8 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   std::unique_ptr<Memory> self(new Memory);
   self->context_ = worker.context();
   ucp_mem_map_params_t params{};
-  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
-                      UCP_MEM_MAP_PARAM_FIELD_FLAGS | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS |
+                      UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
   params.length = bytes;
   params.flags = UCP_MEM_MAP_ALLOCATE;  // UCX picks memory that peers of this host can map
   params.memory_type = UCS_MEMORY_TYPE_HOST;

@@ -1,5 +1,5 @@
-// The part of UCX that hetkv uses: one context and worker per engine, endpoints, registered memory, one-sided puts, active
-// messages. Every call except `address` and `event_fd` belongs to the engine's progress thread. hetkv's own UCX
+// The part of UCX that hetkv uses: one context and worker per engine, endpoints, registered memory, one-sided puts,
+// active messages. Every call except `address` and `event_fd` belongs to the engine's progress thread. hetkv's own UCX
 // configuration turns on error handling of the shared-memory transports (docs/decisions/0001-ucx-through-its-c-api.md).
 #pragma once
 
@@ -21,7 +21,8 @@ struct Op {
   ucs_status_t status = UCS_OK;
 };
 
-// Called from Worker::progress for every active message: the link number of its header and the message, valid in the call.
+// Called from Worker::progress for every active message: the link number of its header and the message, valid in the
+// call.
 using MessageHandler = std::function<void(std::uint64_t link, const std::uint8_t* data, std::size_t size)>;
 
 class Worker;
