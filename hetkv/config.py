@@ -29,7 +29,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Receiver: most slots that one sender holds at a time."""
     threads: int = 1
     """CPU threads of one pack or unpack."""
-    spin_us: int = 50
+    spin_us: int = 1000
     """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5
     peer_timeout_s: float = 3.0

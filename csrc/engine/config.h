@@ -18,7 +18,7 @@ struct EngineConfig {
   int staging_slots = 4;                // sender: staging buffers, used where the window cannot be stored into
   int max_slots_per_link = 8;           // receiver: most slots that one sender may hold
   int threads = 1;                      // per remap on the CPU
-  std::uint32_t spin_us = 50;           // how long the progress thread spins while there is work, before it sleeps
+  std::uint32_t spin_us = 1000;         // how long the progress thread spins while there is work, before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
   bool direct = true;                    // store into the peer's window where it can be mapped (reach `shared`, `peer`)

@@ -116,7 +116,7 @@ void Engine::loop() {
     moved |= check_links(now);
     if (moved) {
       busy_ns = now;
-    } else if (!busy() || now - busy_ns > config_.spin_us * 1000ull) {
+    } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
       sleep(now);
     }
   }

@@ -68,7 +68,8 @@ class Engine {
   // All below run on the progress thread.
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
   virtual bool step(std::uint64_t now) = 0;    // true: something moved
-  virtual bool busy() const = 0;               // work is in flight: spin before sleeping
+  virtual bool busy() const = 0;               // work of this side is in flight
+  virtual bool expecting() const = 0;          // the peer's next message lets work go on: spin before sleeping
   virtual std::uint64_t deadline() const = 0;  // the next time at which step() has something to do; 0: none
   virtual void on_link_up(Link& link) = 0;
   virtual void on_link_lost(Link& link, const Status& status) = 0;

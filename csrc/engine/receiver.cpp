@@ -136,6 +136,7 @@ void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Fr
   mover_->submit(&task);
   unpacks_.push_back(std::move(unpack));
   if (finish(*unpacks_.back())) unpacks_.pop_back();
+  if (slots_moved_) grant();  // at once, so that the sender fills the slot while the next frame is unpacked
 }
 
 // Everything that is written must have been asked for, on this link, once.

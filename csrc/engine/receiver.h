@@ -79,6 +79,7 @@ class Receiver final : public Engine {
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !unpacks_.empty(); }
+  bool expecting() const override { return !requests_.empty(); }
   std::uint64_t deadline() const override { return deadlines_.empty() ? 0 : deadlines_.begin()->first; }
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;

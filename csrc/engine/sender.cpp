@@ -113,6 +113,11 @@ void Sender::unqueue(Lane& lane) {
   queue.erase(std::find(queue.begin(), queue.end(), &lane));
 }
 
+// Layers are ready and wait for a slot, which the receiver gives back in less time than it takes to sleep and wake.
+bool Sender::expecting() const {
+  return std::any_of(windows_.begin(), windows_.end(), [](const auto& at) { return !at.second.queue.empty(); });
+}
+
 // Starts frames while the link has work, slots and, where it needs them, staging buffers. Lanes take turns.
 bool Sender::feed(Link& link) {
   LinkWindows& windows = windows_[link.id];

@@ -116,6 +116,7 @@ class Sender final : public Engine {
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !transfers_.empty(); }
+  bool expecting() const override;
   std::uint64_t deadline() const override;
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;
