@@ -79,10 +79,8 @@ bool Receiver::step(std::uint64_t now) {
     }
   }
   moved |= sweep(now);
-  if (slots_moved_) {
-    moved |= grant();
-    stats_.lent_slots = slots_.in_use();
-  }
+  if (slots_moved_) moved |= grant();
+  stats_.lent_slots = slots_.in_use();
   stats_.open_requests = requests_.size();
   return moved;
 }
