@@ -7,11 +7,11 @@ import uuid
 from collections.abc import Generator
 from concurrent.futures import Future, wait
 from hashlib import blake2b
-from typing import Any, Union
+from typing import Any
 
 from hetkv.errors import HetkvError, InputError, WaitTimeoutError
 
-RequestId = Union[uuid.UUID, bytes, str]
+RequestId = uuid.UUID | bytes | str
 COMPLETE, FAILED = 2, 4
 
 

@@ -128,7 +128,7 @@ class KVPool:
             raise InputError(
                 f"cache group {group}: tokens up to {stop} need {need} blocks of {block_size}, not {len(block_ids)}"
             )
-        used = block_ids[first:need]
+        used = list(block_ids[first:need])
         if min(used) < 0 or max(used) >= num_blocks:
             wrong = next(b for b in used if not 0 <= b < num_blocks)
             raise InputError(f"cache group {group}: block id {wrong} is out of range, the pool has {num_blocks} blocks")

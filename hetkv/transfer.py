@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from operator import index
-from typing import TYPE_CHECKING, Any, SupportsIndex, Union
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from hetkv.config import MAX_SECONDS
 from hetkv.errors import HetkvError, InputError, PeerLostError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hetkv import _core
 
 MAX_TOKENS = 1 << 31
-BlockIds = Union[Sequence[int], Sequence[Sequence[int]]]
+BlockIds = Sequence[int] | Sequence[Sequence[int]]
 """Block ids of one sequence in token order: one list, or one list per cache group."""
 
 
