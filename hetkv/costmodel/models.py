@@ -218,7 +218,7 @@ def _attention(get: _Fields, hidden: int, heads: int) -> dict[str, Any]:
     }
 
 
-def _state(get: _Fields, hidden: int, layers: int) -> dict[str, int]:
+def _state(get: _Fields, hidden: int, layers: int) -> dict[str, Any]:
     """Gated delta-net layers: q, k, v, gate and output projections, and a state of one matrix per value head."""
     if not layers:
         return {"state_params": 0, "state_elements": 0}

@@ -15,7 +15,7 @@ _SECTIONS: dict[str, tuple[int, Section]] = {}
 
 
 def section(name: str, order: int) -> Callable[[Section], Section]:
-    """Register a section under a unique name. Lower `order` comes first; 100 to 199 is the cost model, 200 on the simulator."""
+    """Register a section under a unique name. Lower `order` comes first: the cost model has 100 to 199."""
 
     def register(function: Section) -> Section:
         if name in _SECTIONS:

@@ -197,7 +197,7 @@ class RooflineStepModel:
         """Central prediction of one step, see `StepModel`.
 
         With `pp` stages the step is the time in which every sequence advances once: the work is cut into as many
-        micro-batches as there are stages (fewer when there is too little work: the bubble) and each stage is busy with one.
+        micro-batches as there are stages (fewer when there is too little work: the bubble), one busy in each stage.
         """
         if self._stages == 1:
             return float(seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs))
