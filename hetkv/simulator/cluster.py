@@ -178,19 +178,14 @@ class Cluster:
     def _send(self, request: Request, reach: int, produced_over: float = 0.0) -> None:
         """Send the KV of tokens up to `reach`."""
         home, peer = request.home, request.peer
-        assert home is not None and peer is not None and self.links is not None
+        assert home is not None
+        assert peer is not None
+        assert self.links is not None
         if reach > request.sent:
             size = (reach - request.sent) * self._kv_bytes[home.pool.name]
             request.sent = reach
-            flow = self.links.start(
-                home.name,
-                peer.name,
-                size,
-                self._arrived,
-                request,
-                produced_over,
-                home.pool.layers if produced_over else 1,
-            )
+            layers = home.pool.layers if produced_over else 1
+            flow = self.links.start(home.name, peer.name, size, self._arrived, request, produced_over, layers)
             request.flows.append(flow)
 
     def _arrived(self, flow: Flow) -> None:

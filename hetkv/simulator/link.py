@@ -45,6 +45,7 @@ class Links:
         self.fabric = fabric
         self.latency = latency
         self.sent = 0.0  # bytes delivered
+        self.count = 0  # flows delivered
         self.flows = Series()  # in progress
         self.throughput = Series()  # bytes per second
         self._ports: dict[tuple[str, str], dict[Flow, None]] = {}
@@ -105,6 +106,7 @@ class Links:
             return
         self._remove(flow)
         self.sent += flow.size
+        self.count += 1
         if self.latency:
             self.events.at(self.events.now + self.latency, self._visible, flow)
         else:

@@ -16,7 +16,7 @@ ROUND_ROBIN = "round_robin"
 DISCIPLINES = {
     CENTRAL_QUEUE: "one queue for all; an instance takes from its head when it can run it",
     JOIN_SHORTEST_QUEUE: "the instance with the fewest requests",
-    LEAST_LOADED: "the instance whose prompts in line take the least time; for decode, the fewest requests per KV block",
+    LEAST_LOADED: "the least time for the prompts in line; for decode, the fewest requests per KV block",
     PREFIX_AWARE: "the instance that has the least to compute: prompts in line, and this one less its cached prefix",
     ROUND_ROBIN: "each in turn",
 }
