@@ -10,7 +10,9 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     from hetkv.errors import HetkvError
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs.")
+    parser = argparse.ArgumentParser(
+        prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

@@ -128,28 +128,32 @@ StepModels = Callable[[PoolPlan, Engine], StepModel]
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read `plan.yaml`. Whatever is wrong is an `InputError` that names file and field."""
+    """Read `plan.yaml`. Whatever is wrong is an `InputError` that names file and field.
+
+    `catalogue` and `calibration` files count from the plan's own folder.
+    """
     text = Path(path).read_text(encoding="utf-8")
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return parse_plan(document, str(path))
+    plan = parse_plan(document, str(path))
+    folder = Path(path).parent
+    return msgspec.structs.replace(
+        plan,
+        catalogue=[str(folder / f) for f in plan.catalogue],
+        calibration=[str(folder / f) for f in plan.calibration],
+    )
 
 
 def parse_plan(document: Any, origin: str) -> Plan:
-    """A plan from the parsed YAML document; relative file names in it count from the folder of `origin`."""
+    """A plan from the parsed YAML document; `origin` names it in errors."""
     try:
         plan = msgspec.convert(document, Plan)
     except msgspec.ValidationError as error:
         raise InputError(f"{origin}: {error}") from None
-    folder = Path(origin).parent
-    plan = msgspec.structs.replace(
-        plan,
-        pools=[msgspec.structs.replace(p, name=p.name or p.role) for p in plan.pools],
-        catalogue=[str(folder / f) for f in plan.catalogue],
-        calibration=[str(folder / f) for f in plan.calibration],
-    )
+    pools = [msgspec.structs.replace(p, name=p.name or p.role) for p in plan.pools]
+    plan = msgspec.structs.replace(plan, pools=pools)
     _check(plan, origin)
     return plan
 
