@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hetkv.costmodel.collectives import SWITCH_BYTES
 from hetkv.errors import InputError
 
 
@@ -24,16 +25,20 @@ class Constants:
     kv_bytes: float = 0.60
     attention_flops: float = 0.35
     layer_s: float = 15e-6
+    sequence_layer_s: float = 0.0
     host_layer_s: float = 0.0
     step_s: float = 1.5e-3
     sequence_s: float = 10e-6
-    prompt_s: float = 5e-3
+    prompt_s: float = 1e-3
+    prompt_layer_s: float = 500e-6
     reduce: float = 1.0
+    reduce_large: float = 1.0
+    reduce_switch_bytes: float = SWITCH_BYTES
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            low_open = item.name not in ("layer_s", "host_layer_s", "step_s", "sequence_s", "prompt_s", "reduce")
+            low_open = not item.name.endswith("_s") and item.name != "reduce"
             if not isinstance(value, (int, float)) or value != value or value < 0 or (low_open and value == 0):
                 raise InputError(f"efficiency `{item.name}` must be a positive number, got {value!r}")
 

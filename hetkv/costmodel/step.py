@@ -44,6 +44,7 @@ class Work(NamedTuple):
     reduce_small_s_per_token: Any
     reduce_large_s: Any
     reduce_large_s_per_token: Any
+    token_bytes: Any
     host_speed: Any
 
 
@@ -111,57 +112,76 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
         reduce_small_s_per_token=reduces * reduce_s.small_s_per_byte * token_bytes,
         reduce_large_s=reduces * reduce_s.large_s,
         reduce_large_s_per_token=reduces * reduce_s.large_s_per_byte * token_bytes,
+        token_bytes=token_bytes,
         host_speed=gpu.value("host_speed"),
     )
 
 
 def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
-    """Fold constants into work, so that a step is a few multiplications. Order is `seconds`' own."""
+    """Fold constants into work, so that a step is a few multiplications: the groups that `seconds` unpacks."""
     host = 1 / work.host_speed
-    return (
+    dense = (
         (work.dense_bytes_s / c.gemm_bytes) ** 4,
         work.dense_s_per_token / c.gemm_flops,
-        work.expert_bytes_s / c.expert_bytes,
-        work.expert_s_per_token / c.expert_flops,
-        work.expert_miss,
+        work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s + work.reduce_small_s,
+        work.head_s_per_sequence / c.gemm_flops
+        + work.state_s_per_sequence / c.kv_bytes
+        + work.layers * c.sequence_layer_s,
         work.kv_s_per_token / c.kv_bytes,
-        work.window_s_per_token / c.kv_bytes,
-        work.window,
         work.pair_s / c.attention_flops,
-        work.window_pair_s / c.attention_flops,
-        work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s,
-        work.head_s_per_sequence / c.gemm_flops + work.state_s_per_sequence / c.kv_bytes,
-        work.reduce_small_s * c.reduce,
-        work.reduce_small_s_per_token * c.reduce,
-        work.reduce_large_s * c.reduce,
-        work.reduce_large_s_per_token * c.reduce,
-        work.layers * c.host_layer_s * host,
-        c.step_s * host,
-        c.sequence_s * host,
-        c.prompt_s * host,
     )
+    experts = (work.expert_bytes_s / c.expert_bytes, work.expert_s_per_token / c.expert_flops, work.expert_miss)
+    window = (work.window_s_per_token / c.kv_bytes, work.window_pair_s / c.attention_flops, work.window)
+    reduce = (
+        work.reduce_small_s_per_token * c.reduce,
+        work.reduce_large_s - work.reduce_small_s,
+        (work.reduce_large_s_per_token * c.reduce_large - work.reduce_small_s_per_token) * c.reduce,
+        c.reduce_switch_bytes / work.token_bytes,
+    )
+    launch = (work.layers * c.host_layer_s * host, work.layers * c.prompt_layer_s * host)
+    serial = (c.step_s * host, c.sequence_s * host, c.prompt_s * host)
+    return (
+        *dense,
+        *reduce,
+        *launch,
+        *serial,
+        experts if _any(work.expert_bytes_s) else None,
+        window if _any(work.window) else None,
+    )
+
+
+def _any(value: Any) -> bool:
+    """Whether a float or an array holds anything but zero."""
+    return bool(value.any()) if hasattr(value, "any") else bool(value)
 
 
 def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
     """Time of one step of `batch` decoding sequences holding `context` tokens, with `prompt` tokens of `pairs` pairs.
 
-    Bytes and operations of the same kernels meet in a 4-norm: the larger one, a little more where they are equal.
+    Bytes and operations of the same kernels meet in a 4-norm: the larger one, a little more where they are equal. So do
+    the GPU's time and the host's launch time, in an 8-norm.
     """
-    (gb, gf, eb, ef, miss, kv, kvw, win, pr, prw, fixed, seq, r0, r1, s0, s1, host, step, hseq, hprompt) = k
+    gb, gf, fixed, seq, kv, pr, r1, s0, s1, cut, host, hlaunch, step, hseq, hprompt, experts, window = k
     tokens = batch + prompt
     flop = gf * tokens
-    flop *= flop
+    flop = flop * flop
     device = (gb + flop * flop) ** 0.25 + fixed + seq * batch + kv * context + pr * pairs
-    byte = eb * (1 - miss**tokens)
-    flop = ef * tokens
-    byte, flop = byte * byte, flop * flop
-    device = device + (byte * byte + flop * flop) ** 0.25
-    held, reach = win * batch, win * prompt
-    device = device + kvw * 0.5 * (context + held - abs(context - held))
-    device = device + prw * 0.5 * (pairs + reach - abs(pairs - reach))
-    small, large = r0 + r1 * tokens, s0 + s1 * tokens
-    device = device + 0.5 * (small + large + abs(small - large))
-    return 0.5 * (device + host + abs(device - host)) + step + hseq * batch + hprompt * (prompt > 0)
+    device = device + r1 * tokens + (tokens > cut) * (s0 + s1 * tokens)
+    if experts is not None:
+        byte_s, flop_s, miss = experts
+        byte, flop = byte_s * (1 - miss**tokens), flop_s * tokens
+        byte, flop = byte * byte, flop * flop
+        device = device + (byte * byte + flop * flop) ** 0.25
+    if window is not None:
+        kv, pr, length = window
+        held, reach = length * batch, length * prompt
+        device = device + kv * 0.5 * (context + held - abs(context - held))
+        device = device + pr * 0.5 * (pairs + reach - abs(pairs - reach))
+    mixed = prompt > 0
+    host = host + hlaunch * mixed
+    device, host = device * device, host * host
+    device, host = device * device, host * host
+    return (device * device + host * host) ** 0.125 + step + hseq * batch + hprompt * mixed
 
 
 class RooflineStepModel:
