@@ -92,16 +92,24 @@ class Cluster:
         if self.entry.central:
             self.central.append(request)
             self.central_length.add(self.events.now, 1)
-            for instance in self.entry.by_load():
-                if instance.open:
-                    instance.wake()
-                    break
+            if len(self.central) == 1:  # else those before it have asked already
+                self._offer()
             return
         chosen = self.entry.choose(request)
         if chosen is None:
             self.stranded.append(request)
         else:
             chosen.enqueue(request)
+
+    def _offer(self) -> None:
+        """The central queue has a head: an idle instance takes it now, else whichever ends a step first."""
+        instances = self.entry.by_load()
+        for instance in instances:
+            if instance.idle and self.central:
+                instance.wake()
+        if self.central:
+            for instance in instances:
+                instance.wake()
 
     def _end(self, request: Request, status: int) -> None:
         del self.alive[request]

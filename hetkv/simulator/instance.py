@@ -62,7 +62,9 @@ class Instance:
         self._steps = 0  # of the run in progress
         self._growth = 0  # blocks its decode batch takes, accounted for at its end
         self._decodes = False  # the decode batch is part of it
+        self._preempted = False  # while it was planned
         self._chunks: list[tuple[Request, int]] = []
+        self._joined: list[Request] = []  # delivered ones that have not decoded here yet
 
     # -- for the deployment around it
 
@@ -70,11 +72,6 @@ class Instance:
     def idle(self) -> bool:
         """Up and running nothing."""
         return self.up and not self._busy
-
-    @property
-    def open(self) -> bool:
-        """A new prompt could start now or at the next step boundary of a run that is not yet cut for another one."""
-        return self.up and (not self._busy or (not self._whole and self._places() > 0))
 
     def wake(self) -> None:
         """There may be something new to run: start now if idle, else at the next step boundary."""
@@ -164,6 +161,7 @@ class Instance:
         self.batch = DecodeBatch(self.pool.block_size)
         self.kv.reset()
         self._chunks = []
+        self._joined = []
         self._idle()
         self.requests = self.prompt_tokens = 0
         self.up = False
@@ -181,23 +179,18 @@ class Instance:
     def _plan(self) -> None:
         """Choose what runs next and start it."""
         pool, batch, now = self.pool, self.batch, self.events.now
-        joined = []
-        while self.ready and self._places() > 0:
-            request = self.ready.popleft()
-            pool.waiting.add(now, -1)
-            pool.running.add(now, 1)
-            batch.join(request)
-            joined.append(request)
-        preempted = False
+        self._join_ready()
+        self._preempted = False
         while batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
-            preempted = True
+            if not batch:
+                self._join_ready()
         chunks: list[tuple[Request, int]] = []
         size = len(batch)
-        if self.prefilling or ((self.queue or self.resumed) and not preempted):
+        if self.prefilling or ((self.queue or self.resumed) and not self._preempted):
             claim = batch.growth(1)
             self.kv.take(claim)
-            chunks = self._schedule(preempted)
+            chunks = self._schedule()
             if not chunks or not pool.chunked_prefill:
                 self.kv.give(claim)
         self._chunks = chunks
@@ -216,21 +209,24 @@ class Instance:
                     self.owner.on_chunk(request, n, seconds)
         elif size:
             line = pool.line(size)
-            self._steps = batch.to_next_finish() if pool.skip_ahead else 1
+            # After a preemption the next step may admit what this one may not.
+            self._steps = batch.to_next_finish() if pool.skip_ahead and not self._preempted else 1
             self._growth = batch.growth(self._steps)
             if self._growth > self.kv.available:
                 self._steps = batch.steps_within(self.kv.available, self._steps)
                 self._growth = batch.growth(self._steps)
             seconds = line.seconds(batch.context, self._steps)
-            first = line.seconds(batch.context, 1) if joined else seconds
+            first = line.seconds(batch.context, 1) if self._joined else seconds
         else:
             self._idle()
             return
-        for request in joined:
-            if request in batch.members:
-                request.decode_from = now
-                if isnan(request.first_token) and self._decodes:
-                    request.first_token = now + first
+        if self._decodes and self._joined:
+            for request in self._joined:
+                if request in batch.members:
+                    request.decode_from = now
+                    if isnan(request.first_token):
+                        request.first_token = now + first
+            self._joined.clear()
         if not self._busy:
             self._busy = True
             pool.busy.add(now, 1)
@@ -284,7 +280,17 @@ class Instance:
             self._busy = False
             self.pool.busy.add(self.events.now, -1)
 
-    def _schedule(self, preempted: bool) -> list[tuple[Request, int]]:
+    def _join_ready(self) -> None:
+        """Requests whose KV was delivered take the free places of the batch."""
+        now = self.events.now
+        while self.ready and self._places() > 0:
+            request = self.ready.popleft()
+            self.pool.waiting.add(now, -1)
+            self.pool.running.add(now, 1)
+            self.batch.join(request)
+            self._joined.append(request)
+
+    def _schedule(self) -> list[tuple[Request, int]]:
         """Prompt tokens of the next step: those admitted before, then new ones while budget, places and blocks last."""
         pool = self.pool
         budget = pool.max_num_batched_tokens - (len(self.batch) if pool.chunked_prefill else 0)
@@ -294,14 +300,13 @@ class Instance:
                 break
             tokens = min(request.target - request.computed, budget)
             while not self._grow(request, tokens):
-                preempted = True
                 victim = self._youngest()
                 self._preempt(victim)
                 if victim is request:
                     return chunks
             chunks.append((request, tokens))
             budget -= tokens
-        while budget > 0 and not preempted and self._places() > 0:
+        while budget > 0 and not self._preempted and self._places() > 0:
             source = self.resumed or self.queue
             if not source:
                 break
@@ -352,6 +357,7 @@ class Instance:
         hand_off = pool.role == PREFILL
         if not hand_off or pool.first_token_at == PREFILL:
             request.generated += 1
+            pool.prefill_outputs += 1
             if isnan(request.first_token):
                 request.first_token = now
         if request.generated == request.output:
@@ -375,6 +381,7 @@ class Instance:
         self.owner.on_finished(request)
 
     def _preempt(self, request: Request) -> None:
+        self._preempted = True
         if request in self.prefilling:
             del self.prefilling[request]
             self.prompt_tokens += request.computed

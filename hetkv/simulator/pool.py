@@ -38,8 +38,9 @@ class Pool:
     running: Series = field(default_factory=Series)
     busy: Series = field(default_factory=Series)
     down: Series = field(default_factory=Series)
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens computed, recomputed ones too
+    prefill_outputs: int = 0  # output tokens that the end of a prefill gave
+    decode_tokens: int = 0  # output tokens of decode steps
     _lines: dict[int, StepLine] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
