@@ -17,7 +17,7 @@ LINK_SHARE = 0.5
 
 
 SWITCH_BYTES = 3 * 2**20
-"""Where engines leave their own all-reduce kernel for the library's; also where bench/accuracy/fit_collectives.py cuts."""
+"""Where engines leave their own all-reduce kernel for the library's; bench/accuracy/fit_collectives.py cuts there."""
 
 
 class ReduceTime(NamedTuple):

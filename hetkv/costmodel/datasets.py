@@ -1,7 +1,7 @@
 """The measured data sets: readers, and the exclusion rules that hold before anything is fitted.
 
-Every rule is in `RULES` with its reason and is applied here, never in a fit. A reader returns the rows it keeps and counts
-what each rule took.
+Every rule is in `RULES` with its reason and is applied here, never in a fit. A reader returns the rows it keeps and
+counts what each rule took.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ RULES = {
     "bench-die": "MI250: the file does not say whether one or both dies of the part were counted; reported, not fitted",
     "bench-thin": "hardware, framework and GPU count with fewer than 8 rows (Intel Max 1550 beside PVC)",
     "bench-mismatch": "throughput differs from batch x (input + output) / latency by more than 2 %",
-    "hopper-duplicate": "the same measurement (equal TTFT and TPOT) under several ids: the first in the order below counts",
+    "hopper-duplicate": "the same measurement (equal TTFT and TPOT) under several ids counts once",
     "hopper-workers": "disaggregated row without the number of prefill and decode workers",
-    "hopper-concurrency": "row that does not record how many requests were in flight (a batch limit is not that number)",
+    "hopper-concurrency": "row without the number of requests in flight (a batch limit is not that number)",
     "hopper-model": "fewer than two output tokens per second at concurrency below 8: a cold or failing server",
 }
 
@@ -207,7 +207,7 @@ def read_serving(path: Path) -> Rows:
             source=source,
             gpu=row["system"],
             engine=ENGINES.get(row["backend"], row["backend"]),
-            version=row["backend_version"],
+            version=row["backend_version"] or "unrecorded",
             model=row["model_path"],
             dtype=row["precision"] or "bf16",
             prompt=int(_number(row, "isl", path, line)),

@@ -32,6 +32,7 @@ class Constants:
     prompt_s: float = 1e-3
     prompt_layer_s: float = 500e-6
     reduce: float = 1.0
+    reduce_latency: float = 1.0
     reduce_large: float = 1.0
     reduce_switch_bytes: float = SWITCH_BYTES
 
@@ -74,7 +75,7 @@ class Efficiency:
             raise InputError(f"efficiency {self.key}: interval factors must hold 1, got {self.low} to {self.high}")
 
 
-FALLBACK_LOW, FALLBACK_HIGH = 0.45, 2.2
+FALLBACK_LOW, FALLBACK_HIGH = 0.5, 5.0
 """Interval factors of a combination that nothing was measured for; docs/cost-model.md says how they were found."""
 
 

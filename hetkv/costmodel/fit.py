@@ -1,14 +1,14 @@
 """Fitting of the step time's constants to measured times.
 
-Every constant is `start * exp(common + offsets)`: one offset for each level that the rows are grouped by (engine, dtype,
-GPU...), each drawn to zero by a normal prior of the level's width. A group that was never measured has offset zero, so
-what is predicted for it is what the other groups have in common. The loss is Cauchy's: single rows that no physics
-explains do not bend the constants.
+Every constant is `start * exp(common + offsets)`: one offset for each level that the rows are grouped by (engine,
+dtype, GPU...), each drawn to zero by a normal prior of the level's width. A group that was never measured has offset
+zero, so what is predicted for it is what the other groups have in common. The loss is Cauchy's: single rows that no
+physics explains do not bend the constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ PRIORS: dict[str, Prior] = {
     "prompt_s": Prior(1e-3, 1e-5, 100e-3, 1.0),
     "prompt_layer_s": Prior(500e-6, 1e-5, 3e-3, 0.3),
     "reduce": Prior(0.60, 0.1, 8.0, 0.5),
+    "reduce_latency": Prior(1.0, 0.5, 20.0, 0.3),
     "reduce_large": Prior(1.0, 0.5, 5.0, 0.3),
     "reduce_switch_bytes": Prior(SWITCH_BYTES, 1.0, 1e12, 1.0),
     "front_token_s": Prior(100e-6, 1e-6, 1e-3, 1.0),
@@ -84,12 +85,12 @@ class Layout:
 
 def layout(
     names: Sequence[str],
-    levels: dict[str, tuple[Level, ...]],
+    levels: Mapping[str, tuple[Level, ...]],
     fixed: dict[str, float] | None = None,
     priors: dict[str, Prior] | None = None,
 ) -> Layout:
     """A layout over `PRIORS`, some of them replaced."""
-    return Layout(tuple(names), levels, dict(fixed or {}), {**PRIORS, **(priors or {})})
+    return Layout(tuple(names), dict(levels), dict(fixed or {}), {**PRIORS, **(priors or {})})
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def fit(
 ) -> Fitted:
     """Fit `plan` to `rows`. `residuals` maps constants (one array element a row) to log(predicted / measured).
 
-    It may return several residuals a row, all rows' first ones first; a row's residuals depend on its own constants only.
-    `scale` is the relative error beyond which a row counts as an outlier.
+    It may return several residuals a row, the first ones of all rows first; a row's residuals depend on its own
+    constants only. `scale` is the relative error beyond which a row counts as an outlier.
     """
     columns: list[tuple[str, int, Hashable, float]] = []
     parts: dict[str, list[tuple[int, NDArray[np.int64]]]] = {name: [] for name in plan.names}

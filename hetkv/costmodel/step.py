@@ -123,7 +123,7 @@ def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
     dense = (
         (work.dense_bytes_s / c.gemm_bytes) ** 4,
         work.dense_s_per_token / c.gemm_flops,
-        work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s + work.reduce_small_s,
+        work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s + work.reduce_small_s * c.reduce_latency,
         work.head_s_per_sequence / c.gemm_flops
         + work.state_s_per_sequence / c.kv_bytes
         + work.layers * c.sequence_layer_s,
@@ -134,7 +134,7 @@ def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
     window = (work.window_s_per_token / c.kv_bytes, work.window_pair_s / c.attention_flops, work.window)
     reduce = (
         work.reduce_small_s_per_token * c.reduce,
-        work.reduce_large_s - work.reduce_small_s,
+        (work.reduce_large_s - work.reduce_small_s) * c.reduce_latency,
         (work.reduce_large_s_per_token * c.reduce_large - work.reduce_small_s_per_token) * c.reduce,
         c.reduce_switch_bytes / work.token_bytes,
     )
