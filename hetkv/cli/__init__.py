@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 
 COMMANDS: dict[str, str] = {
+    "calibrate": "fit the cost model to measurements; report how well it predicts",
     "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
 }
 

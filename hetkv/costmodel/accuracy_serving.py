@@ -134,8 +134,8 @@ def serving(data: Path) -> str:
         [
             "## Serving runs on H100 and H200: TTFT and TPOT",
             f"{len(every)} rows kept ({taken} left out). Each is a closed loop of requests under one engine; TPOT "
-            "alone is fitted, TTFT gets two constants of its own afterwards (the load generator's first burst, and the time "
-            "outside the engine's steps).",
+            "alone is fitted, TTFT gets two constants of its own afterwards (the load generator's first burst, and the "
+            "time outside the engine's steps).",
             f"Dense models, TensorRT-LLM and vLLM pooled ({len(dense)} rows):",
             table(["held out", "time", *HEADER], lines),
             "Medians against the targets:",
@@ -188,9 +188,9 @@ def decisions(data: Path) -> str:
         [
             "## Decision regret",
             f"{len(groups)} groups of measured alternatives (same model, GPU and lengths; they differ in engine, "
-            "version, dtype, TP, DP, aggregated or not, and concurrency). Under a limit on TPOT the model picks the configuration "
-            "with the highest predicted output tokens per second and GPU; regret is what its measured rate lacks of the "
-            "best measured one that keeps the limit. A pick whose measured TPOT breaks the limit by more than 10 % has "
+            "version, dtype, TP, DP, aggregated or not, and concurrency). Under a limit on TPOT the model picks the "
+            "configuration with the highest predicted output tokens per second and GPU; regret is what its measured rate "
+            "lacks of the best measured one that keeps the limit. A pick whose measured TPOT breaks the limit by more than 10 % has "
             "regret 100 %. The whole group is held out of the fit (5 folds). Groups with fewer than 3 alternatives, or "
             "where nothing keeps the limit, are no decisions.",
             table(header, lines),
@@ -223,7 +223,8 @@ def regret(
 
 
 LIMITS = """What the lines say:
-- The worst dense rows are vLLM 0.12 with fp8 Llama-3.1-8B on H200: at TP 4 and 8 they take less time for an 8,000-token
-  prompt than its all-reduces alone would, as if most of the prompt were cached. No constant of this model explains them.
+- The worst dense rows are vLLM 0.12 with fp8 Llama-3.1-8B on H200: at TP 4 and 8 they take less time for an
+  8,000-token prompt than its products at peak and its all-reduces would, as if part of it were cached. No constant of
+  this model explains them.
 - TTFT holds the client's and the load generator's own queueing. It is given with its bias, and is no target.
 - DeepSeek on H100 disaggregated (8 rows) has decode batches and worker counts that do not fit its concurrency."""

@@ -18,19 +18,19 @@ from hetkv.errors import InputError
 class Constants:
     """The constants of the step time, see docs/cost-model.md. Shares are of the catalogue's peak, times are seconds."""
 
-    gemm_bytes: float = 0.75
-    gemm_flops: float = 0.55
-    expert_bytes: float = 0.55
-    expert_flops: float = 0.35
+    gemm_bytes: float = 0.80
+    gemm_flops: float = 0.50
+    expert_bytes: float = 0.60
+    expert_flops: float = 0.12
     kv_bytes: float = 0.60
-    attention_flops: float = 0.35
-    layer_s: float = 15e-6
+    attention_flops: float = 0.60
+    layer_s: float = 60e-6
     sequence_layer_s: float = 0.0
     host_layer_s: float = 0.0
-    step_s: float = 1.5e-3
-    sequence_s: float = 10e-6
+    step_s: float = 200e-6
+    sequence_s: float = 15e-6
     prompt_s: float = 1e-3
-    prompt_layer_s: float = 500e-6
+    prompt_layer_s: float = 450e-6
     reduce: float = 1.0
     reduce_latency: float = 1.0
     reduce_large: float = 1.0
@@ -68,11 +68,20 @@ class Efficiency:
     provenance: str
     median_error: float | None = None
     rows: int = 0
+    models: tuple[str, ...] = ()
     fallback: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= 1 <= self.high:
             raise InputError(f"efficiency {self.key}: interval factors must hold 1, got {self.low} to {self.high}")
+
+    def for_model(self, name: str) -> Efficiency:
+        """The same with a wider interval, and a word about it, when the model was not among those measured."""
+        if name in self.models or not self.models:
+            return self
+        text = f"fitted on {', '.join(self.models)}, not on {name}: interval widened"
+        text = f"{self.fallback}; {text}" if self.fallback else text
+        return replace(self, low=self.low / 1.3, high=self.high * 1.3, fallback=text)
 
 
 FALLBACK_LOW, FALLBACK_HIGH = 0.5, 5.0
@@ -149,6 +158,7 @@ def parse_efficiencies(text: str, origin: str) -> Efficiencies:
                 provenance=str(raw["provenance"]),
                 median_error=raw.get("median_error"),
                 rows=int(raw.get("rows", 0)),
+                models=tuple(raw.get("models", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
@@ -168,6 +178,7 @@ def dump_efficiencies(entries: Iterable[Efficiency], about: str) -> str:
             "high": round(entry.high, 4),
             "median_error": None if entry.median_error is None else round(entry.median_error, 4),
             "rows": entry.rows,
+            "models": list(entry.models),
             "provenance": entry.provenance,
         }
 

@@ -1,4 +1,4 @@
-"""The measured data sets as fitting problems: rows to work, constants to predictions, and the levels of each constant."""
+"""The measured data sets as fitting problems: rows to work, constants to predictions, levels of each constant."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class StaticBatches:
 
     @staticmethod
     def layout(gpu_width: float = 0.1) -> Layout:
-        """Constants by engine, with small offsets by GPU. `answer` is the share of the output an engine keeps room for."""
+        """Constants by engine, small offsets by GPU. `answer`: share of the output that an engine keeps room for."""
         names = "gemm_bytes gemm_flops kv_bytes layer_s host_layer_s step_s sequence_s reduce answer"
         priors = {
             "layer_s": Prior(20e-6, 1e-6, 2e-3, 0.5),
@@ -126,10 +126,15 @@ class StaticBatches:
 
     @staticmethod
     def own_layout(base: Fitted, row: BatchRow) -> Layout:
-        """To fit few rows of one hardware, starting from what `base` says of it. `accept_s` is a start-up in the latency."""
+        """To fit few rows of one hardware, starting from what `base` says of it.
+
+        `accept_s` is a start-up in the latency. `gemm_flops` is kept above 0.25: a whole batch's latency cannot tell
+        slow products from a slow host, and prompts must not be charged for the latter.
+        """
         names = base.layout.names
         priors = {name: base.layout.priors[name] for name in names}
         priors = {name: p._replace(start=base.value(name, row), width=0.5) for name, p in priors.items()}
+        priors["gemm_flops"] = priors["gemm_flops"]._replace(low=0.25)
         priors["accept_s"] = Prior(50e-3, 1e-4, 60.0, 2.0)
         common = {"": (Level(lambda r: r.tp, 0.2),), "accept_s": (Level(lambda r: r.tp, 1.0),)}
         return layout((*names, "accept_s"), common, None, priors)
@@ -141,7 +146,7 @@ def kv_dtype(row: ServingRow) -> str:
 
 
 def capacity(catalogue: Catalogue, gpu: str, model: str, side: Side, dtype: str, kv: str) -> float:
-    """KV tokens of one instance; a configuration that was measured although it does not fit on paper gets room for one."""
+    """KV tokens of one instance. A configuration that was measured although it should not fit gets room for one."""
     try:
         shape, place = model_shape(model), catalogue.gpu(gpu)
         return float(kv_capacity_tokens(place, shape, side.tp, 1, side.dp, dtype, kv, int(CHUNK), 0.9))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hetkv.costmodel.datasets import RULES
+
 Section = Callable[[Path], str]
 """Takes the data folder (`measured/`, `traces/` inside), returns markdown that starts with a `##` heading."""
 
@@ -30,3 +32,22 @@ def sections() -> dict[str, Section]:
     """All registered sections in their order."""
     ordered = sorted(_SECTIONS.items(), key=lambda item: (item[1][0], item[0]))
     return {name: function for name, (_, function) in ordered}
+
+
+def render(data: Path, progress: Callable[[str], None] = lambda name: None) -> str:
+    """The whole of docs/accuracy.md: the rules of exclusion first, then every registered section."""
+    parts = [HEAD, "## Rules of exclusion\n\n" + "\n".join(f"- `{name}`: {why}." for name, why in RULES.items())]
+    for name, function in sections().items():
+        progress(name)
+        parts.append(function(data).strip())
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Accuracy
+
+This file is made by `hetkv calibrate --report docs/accuracy.md --data DATA` and holds no figure that was typed in. DATA
+is the folder of measurements; each section names their source. Errors are relative to the measurement: the bias is
+signed (positive: predicted too long), median and p90 are of the absolute error. Each prediction comes with a 90 %
+interval; the last column says how many measurements lie inside. Intervals come from folds inside the rows that were
+fitted on, widened by 1.3 for a model and by 1.6 for a GPU that is not among them. No row is predicted by a fit that
+saw it, and repeats of one configuration are never split."""

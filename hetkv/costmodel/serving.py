@@ -20,7 +20,7 @@ BURST = 0.05
 
 
 class Loop(NamedTuple):
-    """What a closed loop settles to. Times are seconds, `batch` sequences decode on each instance, `rate` is requests/s."""
+    """What a closed loop settles to: seconds, sequences that decode on each instance, and requests per second."""
 
     ttft_s: Array
     tpot_s: Array
