@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from simulator_cases import KV_BYTES, cases
 
 from hetkv.simulator.request import FAILED, FINISHED, REJECTED
-from tests.simulator_cases import KV_BYTES, cases
 
 
 def check_laws(case, cluster, columns):
@@ -29,9 +31,11 @@ def check_laws(case, cluster, columns):
 
     # Time.
     order = [columns[k][done] for k in ("arrival", "scheduled", "first_token", "last_token")]
-    for earlier, later in zip(order, order[1:], strict=False):
+    for earlier, later in pairwise(order):
         assert np.all(earlier <= later + 1e-12)
-    assert np.all(columns["last_token"][done & (columns["output"] > 1)] > columns["first_token"][done & (columns["output"] > 1)])
+    assert np.all(
+        columns["last_token"][done & (columns["output"] > 1)] > columns["first_token"][done & (columns["output"] > 1)]
+    )
 
     # Nothing is left behind, unless it waits for an instance that is down for ever.
     if not all(instance.up for instance in cluster.instances.values()):
@@ -48,7 +52,7 @@ def check_laws(case, cluster, columns):
         assert cluster.links.throughput.value == pytest.approx(0, abs=1e-3)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_laws(case):
     cluster, columns, _ = case.run()
@@ -63,7 +67,7 @@ def test_laws(case):
         assert cluster.links.sent == pytest.approx(sent.sum() * KV_BYTES)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(prefix=True))
 def test_laws_with_prefix_reuse(case):
     cluster, columns, _ = case.run()
@@ -72,7 +76,7 @@ def test_laws_with_prefix_reuse(case):
     assert np.all(columns["cached"] < columns["prompt"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases(failures=True, prefix=True))
 def test_laws_under_failures(case):
     cluster, columns, _ = case.run()
@@ -82,7 +86,7 @@ def test_laws_under_failures(case):
         assert not (columns["status"] == FAILED).any(), "all instances come back, so all requests are served"
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases(failures=True))
 def test_skipping_ahead_equals_every_step(case):
     _, fast, _ = case.run()
@@ -94,7 +98,7 @@ def test_skipping_ahead_equals_every_step(case):
             np.testing.assert_array_equal(column, slow[name], err_msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(failures=True, prefix=True))
 def test_same_case_same_result(case):
     first, second = case.run()[1], case.run()[1]

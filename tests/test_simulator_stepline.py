@@ -29,7 +29,7 @@ def loop(model, batch, context, steps):
     return sum(model.step_seconds(batch, context + i * batch) for i in range(steps))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 900_000), st.integers(1, 3000))
 def test_sum_equals_the_loop(batch, context, steps):
     line = StepLine(Kinked(), batch, 1_000_000)
@@ -37,7 +37,7 @@ def test_sum_equals_the_loop(batch, context, steps):
     assert len(line.starts) <= 60
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 900_000), st.integers(1, 2000), st.floats(0, 1.1))
 def test_steps_until_is_the_first_boundary_at_or_after(batch, context, limit, share):
     line = StepLine(Kinked(), batch, 1_000_000)

@@ -121,7 +121,8 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     axes = [parse_axis(text) for text in args.sweep]
     points = grid(axes)
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(points))
         summaries = sweep(
             points,

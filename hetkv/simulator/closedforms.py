@@ -60,9 +60,13 @@ def simulate_single(
     constants: tuple[float, ...],
     count: int,
     seed: int,
-    **settings: int | str,
+    **settings: float | str,
 ) -> Columns:
-    """Poisson arrivals on equal aggregated instances with affine step times; the columns without the warm-up."""
+    """Poisson arrivals on equal aggregated instances with affine step times; the columns without the warm-up.
+
+    `settings` are fields of `Pool`, or `instances`, `routing` and `warm_up` (share of the requests left out).
+    """
+    skipped = int(float(settings.pop("warm_up", WARM_UP)) * count)
     routing = str(settings.pop("routing", "central_queue"))
     model = AffineStepModel(constants, CAPACITY, 0.0)
     pool = Pool("a", AGGREGATED, "", 1, int(settings.pop("instances", 1)), model, 1, CAPACITY // 16, **settings)  # type: ignore[arg-type]
@@ -70,7 +74,7 @@ def simulate_single(
     cluster = Cluster([pool], events, records, prefill_routing=routing)
     cluster.start(Synthetic(rate, prompts, outputs, count).requests(seed))
     events.run()
-    return {name: column[int(WARM_UP * count) :] for name, column in records.columns().items()}
+    return {name: column[skipped:] for name, column in records.columns().items()}
 
 
 def md1(load: float = 0.7, count: int = 200_000, seed: int = 1) -> tuple[float, float]:

@@ -121,12 +121,18 @@ def replay(run: ServingRun, model: StepModel) -> ServingRun:
     )
 
 
-def fit(run: ServingRun, seen_first: NDArray[np.bool_], seen_last: NDArray[np.bool_], capacity: int) -> AffineStepModel:
+def fit(
+    run: ServingRun,
+    seen_first: NDArray[np.bool_],
+    seen_last: NDArray[np.bool_],
+    capacity: int,
+    evaluations: int = 800,
+) -> AffineStepModel:
     """The five constants whose replay comes closest to what was seen; nothing else of the run is used.
 
     `seen_first` and `seen_last` mark the requests whose first and last token times may be looked at. Arrivals and
     lengths of all requests are input. Minimises a soft absolute error of log TTFT and log (last - first token) by
-    Nelder-Mead; deterministic.
+    Nelder-Mead, at most `evaluations` replays; deterministic.
     """
     from scipy.optimize import minimize
 
@@ -137,7 +143,7 @@ def fit(run: ServingRun, seen_first: NDArray[np.bool_], seen_last: NDArray[np.bo
         errors = np.concatenate([ttft, 3 * decode]) / 0.1  # TTFT is the noisier of the two
         return float(np.sum(np.sqrt(1 + errors * errors) - 1))
 
-    options = {"maxfev": 800, "xatol": 1e-3, "fatol": 1e-3, "adaptive": True}
+    options = {"maxfev": evaluations, "xatol": 1e-3, "fatol": 1e-3, "adaptive": True}
     best = minimize(cost, np.log(START), method="Nelder-Mead", options=options)
     return AffineStepModel(np.exp(best.x).tolist(), capacity, 0.0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from hetkv.errors import InputError
-from hetkv.simulator.deployment import Plan, parse_plan
+from hetkv.simulator.deployment import Plan, build_pools, parse_plan
 from hetkv.simulator.metrics import Slo
 from hetkv.simulator.run import simulate
 from hetkv.simulator.sources import Traffic
@@ -112,9 +112,10 @@ def sweep(
     from joblib import Parallel, delayed
 
     tasks = [(*apply(point, plan, traffic, origin), seed, slo or Slo(), origin) for point in points]
-    for changed in {task[1]: None for task in tasks}:
-        if changed.trace is None or changed == traffic:
-            changed.build()
+    for changed_plan, changed_traffic, *_ in tasks:
+        build_pools(changed_plan, origin)
+        if changed_traffic.trace is None:
+            changed_traffic.build()
     found: list[dict[str, Any]] = []
     with _backend(backend, jobs):
         for summary in Parallel(n_jobs=jobs, return_as="generator")(delayed(one)(*task) for task in tasks):
