@@ -70,9 +70,9 @@ def serving_run(data: Path) -> str:
     return f"""## Simulator against a real serving run
 
 Llama-3.1-8B, vLLM 0.19.0, one RTX PRO 6000, {len(run)} requests at {rate:.1f} requests/s,
-`max_num_seqs` {run.max_num_seqs}, `max_num_batched_tokens` {run.max_num_batched_tokens} ({SERVING_RUN}). Arrivals (`queued_ts`) and lengths of all
-requests are input; TTFT counts from `queued_ts`. No request is excluded. Each cell is simulated / measured and its
-signed error. The queue starts with the first request that waits 0.5 s or more.
+`max_num_seqs` {run.max_num_seqs}, `max_num_batched_tokens` {run.max_num_batched_tokens} ({SERVING_RUN}).
+Arrivals (`queued_ts`) and lengths of all requests are input; TTFT counts from `queued_ts`. No request is
+excluded. Each cell is simulated / measured and its signed error. The queue starts with the first request that waits 0.5 s or more.
 
 - *fitted*: five constants (seconds per step, decoding sequence, KV token, prompt token, step with prompts) fitted on
   the first third of the requests ({int(third.sum())}), judged on the rest: {constants}.
@@ -143,9 +143,9 @@ def closed_forms(data: Path) -> str:
     return f"""## Simulator against closed forms
 
 Steady state, the first {closedforms.WARM_UP:.0%} of the requests left out; mean of {len(SEEDS)} seeds. The last
-column is the standard error of the simulated mean. Formulas: Pollaczek-Khinchine, Erlang C, and the birth-death chain of
-a batch whose `j` sequences advance together, one token per step of `a + b j` seconds. Request by request the two queues
-equal the recursions of Lindley and of Kiefer and Wolfowitz to rounding (tests).
+column is the standard error of the simulated mean. Formulas: Pollaczek-Khinchine, Erlang C, and the birth-death chain
+of a batch whose `j` sequences advance together, one token per step of `a + b j` seconds. Request by request the
+two queues equal the recursions of Lindley and of Kiefer and Wolfowitz to rounding (tests).
 
 | | formula | simulated | error | noise |
 |---|---|---|---|---|

@@ -101,8 +101,8 @@ class Cluster:
         else:
             chosen.enqueue(request)
 
-    def _offer(self) -> None:
-        """The central queue has a head: an idle instance takes it now, else whichever ends a step first."""
+    def _offer(self, _: object = None) -> None:
+        """The central queue has a new head: an idle instance takes it now, else whichever ends a step first."""
         instances = self.entry.by_load()
         for instance in instances:
             if instance.idle and self.central:
@@ -145,6 +145,11 @@ class Cluster:
     def on_room(self, instance: Instance) -> None:
         if instance.pool.role == DECODE and instance.up:
             self._grant(instance)
+
+    def on_taken(self) -> None:
+        # The new head may fit where the old one did not. Later, as the instance that took it is not done planning.
+        if self.entry.central and len(self.entry.instances) > 1:
+            self.events.at(self.events.now, self._offer)
 
     # -- KV on its way
 

@@ -34,6 +34,9 @@ class Owner(Protocol):
     def on_room(self, instance: Instance) -> None:
         """Blocks became free."""
 
+    def on_taken(self) -> None:
+        """The head of a queue went to an instance, and there are more behind it."""
+
 
 class Instance:
     """Runs requests. Times are simulated seconds, lengths tokens. The router may make `queue` a central one."""
@@ -295,6 +298,7 @@ class Instance:
         pool = self.pool
         budget = pool.max_num_batched_tokens - (len(self.batch) if pool.chunked_prefill else 0)
         chunks: list[tuple[Request, int]] = []
+        taken = False
         for request in list(self.prefilling):
             if budget <= 0 or request not in self.prefilling:
                 break
@@ -318,6 +322,9 @@ class Instance:
             (self.queue_length if source is self.queue else pool.waiting).add(self.events.now, -1)
             chunks.append((request, tokens))
             budget -= tokens
+            taken = taken or source is self.queue
+        if taken and self.queue:
+            self.owner.on_taken()
         return chunks
 
     def _admit(self, request: Request, budget: int, full: bool) -> int:

@@ -102,29 +102,32 @@ def _cdf(axis: Any, key: str, values: NDArray[np.float64], limit: float, colour:
     x, unit = np.quantile(values, share), metric.unit
     if x[400] >= 1000:
         x, limit, unit = x / 1e3, limit / 1e3, unit.replace("ms", "s")
-    low, high = max(x[4], x[-1] * 1e-6, 1e-9), max(x[796], 1e-9)
+    low, high = max(x[8], x[-1] * 1e-6, 1e-9), max(x[792], 1e-9)
     if high > 20 * low:
         axis.set_xscale("log")
-    axis.plot(x, share, color=colour, linewidth=2)
+        axis.set_xlim(low / 2, x[-1] * 1.3)
+    else:
+        axis.set_xlim(0.0 if low < 0.5 * high else low - (high - low), high + 0.25 * (high - low or high))
+    axis.plot(x, share, color=colour, linewidth=2, zorder=3)
     axis.fill_between(x, share, color=colour, alpha=0.07, linewidth=0)
+    legend = []
     for p in (50, 90, 99):
         at = float(np.interp(p / 100, share, x))
-        axis.plot([at], [p / 100], "o", color=colour, markersize=4)
-        axis.annotate(
-            f"p{p}  {_short(at)}", (at, p / 100), xytext=(-6, 5), textcoords="offset points", ha="right", fontsize=8
-        )
+        axis.plot([at], [p / 100], "o", color=colour, markersize=4.5, markeredgecolor="white", zorder=4)
+        legend.append(f"p{p}  {_short(at)} {unit.split('/')[0]}")
     if isfinite(limit):
         met = float(np.interp(limit, x, share))
-        axis.axvline(limit, color=COLOURS[4], linewidth=1.2, linestyle=(0, (4, 3)))
-        axis.annotate(
-            f"SLO {_short(limit)}: {met:.1%}",
-            (limit, 0.03),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=COLOURS[4],
-            fontsize=8,
-        )
+        legend.append(f"SLO  {_short(limit)} {unit.split('/')[0]}: {met:.1%}")
+        if limit < axis.get_xlim()[1]:
+            axis.axvline(limit, color=COLOURS[4], linewidth=1.2, linestyle=(0, (4, 3)))
+    # Where the curve is not: it climbs from the lower left to the upper right.
+    axis.text(
+        0.97, 0.06, "\n".join(legend), transform=axis.transAxes, ha="right", va="bottom", fontsize=8, linespacing=1.5,
+        bbox={"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    ).set_in_layout(False)  # fmt: skip
     axis.set_xlabel(unit)
+    if axis.get_xscale() == "log":
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _timelines(axes: Any, result: Result) -> None:
@@ -152,7 +155,7 @@ def _timelines(axes: Any, result: Result) -> None:
         axis.set_ylim(bottom=0)
     use.set_ylim(0, 1.02)
     use.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    use.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=8, handlelength=1.2)
+    waiting.figure.legend(*use.get_legend_handles_labels(), loc="outside lower center", ncols=6, handlelength=1.4)
 
 
 def _line(axis: Any, x: NDArray[np.float64], y: NDArray[np.float64], label: str, colour: str) -> None:

@@ -39,17 +39,16 @@ def draw_sweep(rows: list[dict[str, Any]], axes: list[tuple[str, list[Any]]], sl
         strict=True,
     ):
         axis.set_title(f"{title} ({unit})")
-        axis.set_xlabel(name.replace("_", " "))
+        axis.set_xlabel("rate (requests/s)" if name == "rate" else name.replace("_", " "))
         highest = 0.0
         for (label, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
             y = [row[key]["p90"] if isinstance(row[key], dict) else row[key] for row in points]
             x = [row["point"][name] if numeric else str(row["point"][name]) for row in points]
-            axis.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=4, label=label)
+            axis.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=4, label=label, zorder=3, clip_on=False)
             highest = max([highest, *(v for v in y if v is not None)])
         if limit < float("inf"):
             axis.axhline(limit, color=COLOURS[4], linewidth=1.2, linestyle=(0, (4, 3)))
-            axis.annotate(f"SLO {limit:g}", (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                          color=COLOURS[4], fontsize=8)  # fmt: skip
+            axis.set_title(f"{title} ({unit}), SLO {limit:g}")
             highest = max(highest, min(limit, 2 * highest))
         if highest > 50 * max(
             min((row[key]["p90"] or 0.0) if isinstance(row[key], dict) else 1e18 for row in rows), 1e-9

@@ -37,7 +37,7 @@ class Trace:
     @property
     def about(self) -> str:
         faster = f", {self.speedup:g} times as fast" if self.speedup != 1 else ""
-        return f"{Path(self.path).name}: {len(self.rows)} requests{faster}"
+        return f"{Path(self.path).name}: {len(self.rows):,} requests{faster}"
 
     def requests(self, seed: int) -> Iterator[Request]:
         """The requests; `seed` changes nothing."""
