@@ -189,10 +189,10 @@ def decisions(data: Path) -> str:
             "## Decision regret",
             f"{len(groups)} groups of measured alternatives (same model, GPU and lengths; they differ in engine, "
             "version, dtype, TP, DP, aggregated or not, and concurrency). Under a limit on TPOT the model picks the "
-            "configuration with the highest predicted output tokens per second and GPU; regret is what its measured rate "
-            "lacks of the best measured one that keeps the limit. A pick whose measured TPOT breaks the limit by more than 10 % has "
-            "regret 100 %. The whole group is held out of the fit (5 folds). Groups with fewer than 3 alternatives, or "
-            "where nothing keeps the limit, are no decisions.",
+            "configuration with the highest predicted output tokens per second and GPU; regret is what its measured "
+            "rate lacks of the best measured one that keeps the limit. A pick whose measured TPOT breaks the limit by "
+            "more than 10 % has regret 100 %. The whole group is held out of the fit (5 folds). Groups with fewer than "
+            "3 alternatives, or where nothing keeps the limit, are no decisions.",
             table(header, lines),
             f"Median over all limits: {verdict(float(np.median(pooled)), 0.10)}.",
         ]

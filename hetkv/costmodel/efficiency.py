@@ -39,7 +39,7 @@ class Constants:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            low_open = not item.name.endswith("_s") and item.name != "reduce"
+            low_open = not item.name.endswith("_s") and not item.name.startswith("reduce")
             if not isinstance(value, (int, float)) or value != value or value < 0 or (low_open and value == 0):
                 raise InputError(f"efficiency `{item.name}` must be a positive number, got {value!r}")
 
