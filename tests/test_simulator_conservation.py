@@ -27,7 +27,10 @@ def check_laws(case, cluster, columns):
     made = sum(pool.decode_tokens + pool.prefill_outputs for pool in cluster.pools)
     assert made == columns["generated"].sum()
     computed = sum(pool.prefill_tokens for pool in cluster.pools)
-    assert computed >= (columns["prompt"] - columns["cached"])[done].sum()
+    once = (columns["preemptions"] == 0) & (columns["restarts"] == 0)  # the others may find more cached the next time
+    assert computed >= (columns["prompt"] - columns["cached"])[done & once].sum()
+    if (done & once).all():
+        assert computed == (columns["prompt"] - columns["cached"]).sum()
 
     # Time.
     order = [columns[k][done] for k in ("arrival", "scheduled", "first_token", "last_token")]
