@@ -146,6 +146,13 @@ def test_data_parallel_attention_holds_a_latent_once() -> None:
     assert wide.kv_capacity_tokens > 5 * replicated.kv_capacity_tokens
 
 
+def test_data_parallel_attention_pays_for_the_exchange() -> None:
+    """DeepSeek on 8 H200 with dp 8: 58 layers x 2 messages of 8 x 7168 x 2 bytes for each eighth of the tokens."""
+    work = count_work(load_catalogue().gpu("H200"), model_shape("DeepSeek-V3"), Placement(1, 1, 8), "fp8", "bf16")
+    assert work.reduce_small_s == pytest.approx(58 * 2 * 5e-6)
+    assert work.reduce_small_s_per_token == pytest.approx(58 * 2 * 8 * 7168 * 2 / 8 * (7 / 8) / (0.5 * 450e9))
+
+
 def test_capacity_by_hand() -> None:
     """Llama-2 7B on an 80 GiB GPU: 72 GiB usable, 12.55 GiB weights, 2 GiB runtime, about 0.6 GiB activations."""
     found = step_model("H100", "Llama-2-7B", max_batched_tokens=2048).kv_capacity_tokens

@@ -1,4 +1,4 @@
-"""All-reduce time, as two straight lines in the message size: the engine's own kernel, then the vendor's library."""
+"""Collectives. An all-reduce is two straight lines in the message size: the engine's kernel, the vendor's library."""
 
 from __future__ import annotations
 
@@ -61,9 +61,22 @@ def all_reduce(gpu: Gpu, ranks: int) -> ReduceTime:
     known = _measured().get(gpu.name, {}).get(ranks)
     if known is not None:
         return known
-    if ranks > int(gpu.value("gpus_per_node")):
-        bandwidth, latency = gpu.value("nic_gbit_s") / 8 * 1e9, NETWORK_LATENCY_S
-    else:
-        bandwidth, latency = gpu.link_bandwidth(ranks - 1), LATENCY_S[gpu.topology]
+    bandwidth, latency = _port(gpu, ranks)
     per_byte = 2 * (ranks - 1) / ranks / (LINK_SHARE * bandwidth)
     return ReduceTime(latency, per_byte, latency, per_byte)
+
+
+def exchange(gpu: Gpu, ranks: int) -> ReduceTime:
+    """All-to-all of `ranks` GPUs, each of which sends `n` bytes evenly to all: tokens to the experts, or back."""
+    if ranks <= 1:
+        return ReduceTime(0.0, 0.0, 0.0, 0.0)
+    bandwidth, latency = _port(gpu, ranks)
+    per_byte = (ranks - 1) / ranks / (LINK_SHARE * bandwidth)
+    return ReduceTime(latency, per_byte, latency, per_byte)
+
+
+def _port(gpu: Gpu, ranks: int) -> tuple[float, float]:
+    """Bytes per second that one of `ranks` GPUs sends to all others together, and the latency of a message."""
+    if ranks > int(gpu.value("gpus_per_node")):
+        return gpu.value("nic_gbit_s") / 8 * 1e9, NETWORK_LATENCY_S
+    return gpu.link_bandwidth(ranks - 1), LATENCY_S[gpu.topology]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
-from hetkv.costmodel.collectives import all_reduce
+from hetkv.costmodel.collectives import all_reduce, exchange
 from hetkv.costmodel.efficiency import Constants, Efficiency
 from hetkv.costmodel.interface import Estimate
 from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens
@@ -82,17 +82,16 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
     kv_bytes = model.kv_elements_per_token(place.tp) * DTYPE_BYTES[kv_dtype] / max(1, model.attention_layers)
     bf16, expert_flops = gpu.flops("bf16"), gpu.flops(weight_dtype)
     pair_flops = 2 * model.heads / shards * (model.qk_dim + model.v_dim)
-    index_share = 0.0
-    if model.index_topk:
-        index_share = 1.0
-    reduce_s = all_reduce(gpu, place.tp)
-    reduces = 2 * model.layers
+    reduce_s, swap = all_reduce(gpu, place.tp), exchange(gpu, shards if place.dp > 1 else 1)
+    reduces, swaps = 2 * model.layers, 2 * model.moe_layers
     token_bytes = model.hidden * ACTIVATION_BYTES / place.dp
+    swap_bytes = model.experts_per_token * token_bytes / place.tp
+    swap_s, swap_s_per_token = swaps * swap.small_s, swaps * swap.small_s_per_byte * swap_bytes
     latent_absorbed = model.kv_elements * 4 * model.heads / shards if model.latent else 0
     kv_s = max(kv_bytes / place.dp / bandwidth, latent_absorbed / bf16)
-    full_window = (index_share and model.index_topk) or model.window
-    windowed = model.full_layers if index_share else model.window_layers
-    full = 0 if index_share else model.full_layers
+    full, windowed, window = model.full_layers, model.window_layers, model.window
+    if model.index_topk:
+        full, windowed, window = 0, model.full_layers, model.index_topk
     return Work(
         layers=model.layers,
         dense_bytes_s=dense_bytes / bandwidth,
@@ -104,14 +103,14 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
         expert_miss=1 - model.experts_per_token / model.experts if model.experts else 1.0,
         kv_s_per_token=full * kv_s,
         window_s_per_token=windowed * kv_s,
-        window=float(full_window),
+        window=float(window),
         state_s_per_sequence=2 * model.state_layers * model.state_elements * 4 / shards / bandwidth,
         pair_s=full * pair_flops / bf16,
         window_pair_s=windowed * pair_flops / bf16,
-        reduce_small_s=reduces * reduce_s.small_s,
-        reduce_small_s_per_token=reduces * reduce_s.small_s_per_byte * token_bytes,
-        reduce_large_s=reduces * reduce_s.large_s,
-        reduce_large_s_per_token=reduces * reduce_s.large_s_per_byte * token_bytes,
+        reduce_small_s=reduces * reduce_s.small_s + swap_s,
+        reduce_small_s_per_token=reduces * reduce_s.small_s_per_byte * token_bytes + swap_s_per_token,
+        reduce_large_s=reduces * reduce_s.large_s + swap_s,
+        reduce_large_s_per_token=reduces * reduce_s.large_s_per_byte * token_bytes + swap_s_per_token,
         token_bytes=token_bytes,
         host_speed=gpu.value("host_speed"),
     )
