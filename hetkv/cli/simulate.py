@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slo-ttft-ms", type=float, default=math.inf, metavar="MS")
     parser.add_argument("--slo-tpot-ms", type=float, default=math.inf, metavar="MS")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    parser.add_argument(
+        "--interval", action="store_true", help="run twice more, with step times at the ends of their 90 %% interval"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the summary")
     parser.add_argument("--csv", metavar="FILE", help="write one row per request")
     parser.add_argument("--plot", metavar="FILE", help="draw latencies, queues and utilisation (.png, .svg, .pdf)")
@@ -84,7 +87,7 @@ def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
 
     from hetkv.simulator.plot import check_format, save
     from hetkv.simulator.report import html
-    from hetkv.simulator.run import simulate
+    from hetkv.simulator.run import interval, simulate
 
     if args.plot:
         check_format(args.plot)
@@ -92,6 +95,8 @@ def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     console = Console(stderr=True)
     with console.status(f"simulating {workload.about}") if console.is_terminal else _nothing():
         result = simulate(plan, workload, args.seed, slo, args.plan)
+        if args.interval:
+            result.summary["interval"] = interval(plan, workload, args.seed, slo, args.plan)
     title = f"{plan.model}, {workload.about}"
     if args.json:
         _write(args.json, json.dumps(result.summary, indent=1, allow_nan=False) + "\n")
@@ -113,7 +118,7 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     from hetkv.simulator.sweep import grid, parse_axis, sweep
     from hetkv.simulator.sweepplot import save_sweep
 
-    for option in ("csv", "report"):
+    for option in ("csv", "report", "interval"):
         if getattr(args, option):
             raise InputError(f"--{option} describes one simulation; with --sweep use --json and --plot")
     if args.plot:
@@ -180,6 +185,14 @@ def _print(summary: dict[str, Any], slo: Any) -> None:
         console.print(
             f"SLO attainment {summary['slo_attainment']:.1%}, goodput {summary['goodput_rps']:,.3g} requests/s"
         )
+    if "interval" in summary:
+        ends = [summary["interval"][end] for end in ("low", "high")]
+        spans = (
+            f"{name} p{p} {' to '.join(milliseconds(end[key][f'p{p}']) for end in ends)}"
+            for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"))
+            for p in (50, 90)
+        )
+        console.print(f"90 % interval of the step times: {', '.join(spans)}", highlight=False)
     if summary["usd_per_million_output_tokens"] is not None:
         cost = summary["usd_per_million_output_tokens"]
         console.print(f"{cost:,.2f} USD per million output tokens ({summary['price_basis']})")

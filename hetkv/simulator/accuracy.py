@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hetkv.costmodel import StepModel, step_model
+from hetkv.costmodel import step_model
 from hetkv.costmodel.report import section
 from hetkv.simulator import closedforms
 from hetkv.simulator.deployment import LinkPlan, Plan, PoolPlan
 from hetkv.simulator.run import simulate
+from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.servingrun import compare, first_third, fit, load_serving_run, replay
 from hetkv.simulator.sources import Traffic
 
@@ -40,8 +41,8 @@ def serving_run(data: Path) -> str:
         ("fitted early, rest", compare(run, replay(run, early), run.first_token > horizon)),
         ("none fitted, all", compare(run, replay(run, catalogue), whole)),
     ]
-    low = compare(run, replay(run, _Scaled(catalogue, catalogue.efficiency.low)), whole)
-    high = compare(run, replay(run, _Scaled(catalogue, catalogue.efficiency.high)), whole)
+    low = compare(run, replay(run, ScaledStepModel(catalogue, LOW)), whole)
+    high = compare(run, replay(run, ScaledStepModel(catalogue, HIGH)), whole)
     rows = [
         _row("TTFT p25", "s", columns, "ttft_p25"),
         _row("TTFT p50", "s", columns, "ttft_p50"),
@@ -86,21 +87,6 @@ The queue starts with the first request that waits 0.5 s or more.
 |---|{"---|" * len(columns)}
 {chr(10).join(rows)}
 """
-
-
-class _Scaled:
-    """A step model whose times are multiplied: an end of the interval."""
-
-    def __init__(self, model: StepModel, factor: float) -> None:
-        self.model, self.factor = model, factor
-        self.kv_capacity_tokens = model.kv_capacity_tokens
-        self.kv_bytes_per_token = model.kv_bytes_per_token
-        self.step_estimate = model.step_estimate
-
-    def step_seconds(
-        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
-    ) -> float:
-        return self.factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
 
 
 Columns = list[tuple[str, dict[str, float]]]

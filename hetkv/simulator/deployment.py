@@ -195,7 +195,7 @@ def build_pools(
             Pool(
                 name=pool.name,
                 role=pool.role,
-                gpu=pool.gpu if models is not None else catalogue.gpu(pool.gpu).name,
+                gpu=catalogue.gpu(pool.gpu).name,
                 gpus=pool.gpus,
                 count=pool.count,
                 model=steps,

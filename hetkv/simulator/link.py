@@ -96,8 +96,9 @@ class Links:
 
     def _uncap(self, flow: Flow) -> None:
         """The step that produced the flow's bytes is over."""
+        held_back = flow.rate >= flow.cap
         flow.cap = inf
-        if flow in self._all:
+        if held_back and flow in self._all:
             self._share(flow)
 
     def _complete(self, event: tuple[Flow, int]) -> None:
@@ -149,12 +150,14 @@ class Links:
     def _share(self, changed: Flow) -> None:
         """Give every flow that `changed` touches its max-min fair rate from now on."""
         now = self.events.now
-        flows = self._touched(changed)
-        if len(flows) == 1:
-            (flow,) = flows
-            self._set(flow, min(self.port, self.fabric, flow.cap), now)
+        alone = (
+            changed in self._all
+            and len(self._ports["out", changed.source]) == len(self._ports["in", changed.sink]) == 1
+        )
+        if alone and self.fabric == inf:
+            self._set(changed, min(self.port, changed.cap), now)
             return
-        for flow, rate in max_min(list(flows), self.port, self.fabric).items():
+        for flow, rate in max_min(list(self._touched(changed)), self.port, self.fabric).items():
             self._set(flow, rate, now)
 
     def _set(self, flow: Flow, rate: float, now: float) -> None:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from hetkv.costmodel import load_catalogue
+from hetkv.costmodel import StepModel, load_catalogue
 from hetkv.errors import InputError
 from hetkv.simulator.cluster import Cluster
-from hetkv.simulator.deployment import Plan, StepModels, build_pools, port_bytes_per_second
+from hetkv.simulator.deployment import Engine, Plan, PoolPlan, StepModels, build_pools, port_bytes_per_second
 from hetkv.simulator.events import Events
 from hetkv.simulator.failure import Failures, Hazard, Outage
 from hetkv.simulator.link import Links
 from hetkv.simulator.metrics import Columns, Slo, summarise
 from hetkv.simulator.pool import Pool
 from hetkv.simulator.records import Records
+from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.series import Series
 from hetkv.simulator.workload import Workload
 
@@ -96,6 +97,28 @@ def simulate(
     summary["notes"] = notes
     summary["seconds"] = time.perf_counter() - begin
     return Result(columns, pools, links, events.now, summary, notes)
+
+
+INTERVAL_KEYS = ("ttft_ms", "tpot_ms", "e2e_ms", "slo_attainment", "goodput_rps", "output_tokens_per_s")
+
+
+def interval(
+    plan: Plan, workload: Workload, seed: int = 0, slo: Slo | None = None, origin: str = "plan"
+) -> dict[str, Any]:
+    """The same simulation with every step time at the low, and at the high end of its 90 % interval.
+
+    Keys `low` and `high` (of the step times) hold the figures of `INTERVAL_KEYS`. Both ends see the same arrivals.
+    """
+    found: dict[str, Any] = {}
+    central = {pool.name: pool.model for pool in build_pools(plan, origin)}
+    for end in (LOW, HIGH):
+
+        def scaled(pool: PoolPlan, engine: Engine, end: str = end) -> StepModel:
+            return ScaledStepModel(central[pool.name], end)
+
+        summary = simulate(plan, workload, seed, slo, origin, scaled).summary
+        found[end] = {key: summary[key] for key in INTERVAL_KEYS}
+    return found
 
 
 def _utilisation(pools: list[Pool], now: float, seconds: float) -> dict[str, float | None]:

@@ -106,8 +106,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Simulate every point, on `jobs` processes (-1: one per core) or on a Ray cluster; summaries in order of `points`.
 
-    All points use the same seed, so they see the same arrivals. `on_done(n)` is called as they end. Every point's plan
-    and options are checked before the first one runs.
+    All points use the same seed, so they see the same arrivals. `on_done(n)` is called, in
+    any thread, as they end. Every point's plan and options are checked before the first one runs.
     """
     from joblib import Parallel, delayed
 
@@ -116,11 +116,13 @@ def sweep(
         build_pools(changed_plan, origin)
         if changed_traffic.trace is None:
             changed_traffic.build()
-    found: list[dict[str, Any]] = []
+
+    class Watched(Parallel):  # type: ignore[misc]
+        def print_progress(self) -> None:
+            on_done(self.n_completed_tasks)
+
     with _backend(backend, jobs):
-        for summary in Parallel(n_jobs=jobs, return_as="generator")(delayed(one)(*task) for task in tasks):
-            found.append(summary)
-            on_done(len(found))
+        found: list[dict[str, Any]] = Watched(n_jobs=jobs)(delayed(one)(*task) for task in tasks)
     return found
 
 
