@@ -130,4 +130,4 @@ def bench(data: Path) -> str:
 LIMITS = """None of the other vendors follows from NVIDIA's constants by itself: the lines with 0 own points say how far
 off such a prediction is, and the interval given then is the documented fallback. MI250 rows may count one of the part's
 two dies; MI300X's small models are bound by the host; Intel's part runs far below its peak, and its times at one GPU
-hold a start of about 18 s."""
+hold a start-up that outlasts short runs."""

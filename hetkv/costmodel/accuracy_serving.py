@@ -223,8 +223,8 @@ def regret(
 
 
 LIMITS = """What the lines say:
-- The worst dense rows are vLLM 0.12 with fp8 Llama-3.1-8B on H200: at TP 4 and 8 they take less time for an
-  8,000-token prompt than its products at peak and its all-reduces would, as if part of it were cached. No constant of
-  this model explains them.
+- The worst dense rows are vLLM 0.12 with fp8 Llama-3.1-8B on H200: at TP 4 and 8 they take less time for a
+  long prompt than its products at peak and its all-reduces would, as if part of it were cached. No constant of this
+  model explains them.
 - TTFT holds the client's and the load generator's own queueing. It is given with its bias, and is no target.
-- DeepSeek on H100 disaggregated (8 rows) has decode batches and worker counts that do not fit its concurrency."""
+- DeepSeek on H100 disaggregated has decode batches and worker counts that do not fit its concurrency."""

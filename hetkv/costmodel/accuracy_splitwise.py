@@ -103,14 +103,27 @@ def splitwise(data: Path) -> str:
             table(["held out", "time", *HEADER], lines),
             "Medians against the targets:",
             "\n".join(verdicts),
-            LIMITS,
+            limits(rows),
         ]
     )
 
 
-LIMITS = """Where it fails, and why:
+def jump(rows: list[StepRow], small: int, large: int) -> str:
+    """The range over (GPU, TP) of what the token time gains from batch `small` to `large`, in ms."""
+    token = {(r.gpu, r.tp, r.batch): r.token_s for r in rows if r.batch in (small, large) and r.prompt == 512}
+    gains = [
+        (token[gpu, tp, large] - token[gpu, tp, small]) * 1e3
+        for gpu, tp, batch in token
+        if batch == large and (gpu, tp, small) in token
+    ]
+    return f"{min(gains):.0f} to {max(gains):.0f} ms"
+
+
+def limits(rows: list[StepRow]) -> str:
+    """What the lines leave open, and why."""
+    return f"""Where it fails, and why:
 - TP 2 is the only split whose token time the memory bandwidth sets; at TP 4 and 8 the host's launches hide it (TP 8 is
   no faster than TP 4). Without TP 2 nothing in the data says what share of the bandwidth this engine reaches.
-- Between batch 32 and 64 the token time jumps by 13 to 20 ms at every TP and on both GPUs, after 3 to 5 ms from 16 to
-  32. No smaller batch shows that jump, so no fit without batch 64 can have it.
+- From batch 32 to 64 the token time gains {jump(rows, 32, 64)}, from 16 to 32 only {jump(rows, 16, 32)}. No smaller
+  batch shows that jump at the same TP, so no fit without it can have it.
 - A GPU held out needs its host's speed: the catalogue's `host_speed` is an estimate from the CPU generations alone."""

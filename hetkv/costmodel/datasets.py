@@ -20,7 +20,7 @@ RULES = {
     "splitwise-repeat": "repeats of one configuration (GPU, TP, prompt, batch, output) are averaged before any split",
     "bench-invalid": "latency or throughput missing, zero or not a number",
     "bench-warmup": "batch 1 at 128 tokens: the first run of a sweep includes warm-up",
-    "bench-die": "MI250: the file does not say whether one or both dies of the part were counted; reported, not fitted",
+    "bench-die": "MI250 stays, though a GPU there may be one die or both; it is never pooled with others",
     "bench-thin": "hardware, framework and GPU count with fewer than 8 rows (Intel Max 1550 beside PVC)",
     "bench-mismatch": "throughput differs from batch x (input + output) / latency by more than 2 %",
     "hopper-duplicate": "the same measurement (equal TTFT and TPOT) under several ids counts once",

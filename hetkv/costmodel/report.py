@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hetkv.costmodel.accuracy import NEW_GPU, NEW_MODEL
 from hetkv.costmodel.datasets import RULES
 
 Section = Callable[[Path], str]
@@ -43,11 +44,11 @@ def render(data: Path, progress: Callable[[str], None] = lambda name: None) -> s
     return "\n\n".join(parts) + "\n"
 
 
-HEAD = """# Accuracy
+HEAD = f"""# Accuracy
 
 This file is made by `hetkv calibrate --report docs/accuracy.md --data DATA` and holds no figure that was typed in. DATA
 is the folder of measurements; each section names their source. Errors are relative to the measurement: the bias is
 signed (positive: predicted too long), median and p90 are of the absolute error. Each prediction comes with a 90 %
 interval; the last column says how many measurements lie inside. Intervals come from folds inside the rows that were
-fitted on, widened by 1.3 for a model and by 1.6 for a GPU that is not among them. No row is predicted by a fit that
-saw it, and repeats of one configuration are never split."""
+fitted on, widened by {NEW_MODEL} for a model and by {NEW_GPU} for a GPU that is not among them. No row is predicted
+by a fit that saw it, and repeats of one configuration are never split."""
