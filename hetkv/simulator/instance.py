@@ -10,32 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from math import isnan, nan
-from typing import Protocol
 
 from hetkv.simulator.batch import DecodeBatch
 from hetkv.simulator.events import Events
 from hetkv.simulator.kv import KVBlocks
+from hetkv.simulator.owner import Owner
 from hetkv.simulator.pool import PREFILL, Pool
 from hetkv.simulator.request import Request
-
-
-class Owner(Protocol):
-    """What an instance tells the deployment around it."""
-
-    def on_chunk(self, request: Request, tokens: int, seconds: float) -> None:
-        """A step that computes `tokens` of the request's prompt begins now on a prefill instance."""
-
-    def on_prefilled(self, request: Request) -> None:
-        """A prefill instance has computed all of `request.target`; it holds the KV until `release`."""
-
-    def on_finished(self, request: Request) -> None:
-        """The request's last token is out and its blocks are free."""
-
-    def on_room(self, instance: Instance) -> None:
-        """Blocks became free."""
-
-    def on_taken(self) -> None:
-        """The head of a queue went to an instance, and there are more behind it."""
 
 
 class Instance:
