@@ -120,11 +120,20 @@ def _cdf(axis: Any, key: str, values: NDArray[np.float64], limit: float, colour:
         legend.append(f"SLO  {_short(limit)} {unit.split('/')[0]}: {met:.1%}")
         if limit < axis.get_xlim()[1]:
             axis.axvline(limit, color=COLOURS[4], linewidth=1.2, linestyle=(0, (4, 3)))
-    # Where the curve is not: it climbs from the lower left to the upper right.
+    # Where the curve is not: below its end, or above its beginning where it rises late.
+    rise = axis.transAxes.inverted().transform(axis.transData.transform((float(np.interp(0.3, share, x)), 0.3)))[0]
+    side, end = ("left", "top") if rise > 0.5 else ("right", "bottom")
     axis.text(
-        0.97, 0.06, "\n".join(legend), transform=axis.transAxes, ha="right", va="bottom", fontsize=8, linespacing=1.5,
+        0.04 if side == "left" else 0.97,
+        0.94 if side == "left" else 0.06,
+        "\n".join(legend),
+        transform=axis.transAxes,
+        ha=side,
+        va=end,
+        fontsize=8,
+        linespacing=1.5,
         bbox={"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-    ).set_in_layout(False)  # fmt: skip
+    ).set_in_layout(False)
     axis.set_xlabel(unit)
     if axis.get_xscale() == "log":
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

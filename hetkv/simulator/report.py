@@ -10,6 +10,25 @@ from hetkv.simulator.metrics import METRICS, PERCENTILES, Slo
 from hetkv.simulator.plot import svg
 from hetkv.simulator.run import Result
 
+TIMES = (
+    "t_arr arrival, t_sch first step with a token of the prompt, t_1 first and t_n last output token, t_pre prompt "
+    "computed, t_kv KV complete at the decode instance, t_dec first decode step begins; n output tokens; T simulated "
+    "time."
+)
+COUNTS = {
+    "preemptions": "sequences that lost their KV to make room, and were computed again",
+    "restarts": "requests that lost their instance, and began again elsewhere",
+    "failures": "instances that failed",
+    "rejected": "requests longer than the KV cache of the smallest instance",
+    "failed": "requests lost with their instance, or never served",
+}
+LINK = {
+    "transfers": ("", "transfers over the KV link"),
+    "gigabytes": ("GB", "moved over the KV link"),
+    "mean_gb_s": ("GB/s", "mean over T, all instances together"),
+    "peak_gb_s": ("GB/s", "highest, all instances together"),
+    "peak_transfers": ("", "most transfers at once"),
+}
 STYLE = """
 :root { color-scheme: light; --ink: #22303c; --faint: #6b7885; --line: #e3e7eb; --accent: #2f6db3; }
 * { box-sizing: border-box; }
@@ -18,14 +37,18 @@ body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 64px; color: var(--
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 17px; margin: 40px 0 12px; }
 .about { color: var(--faint); margin: 0 0 28px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; }
+.tile { flex: 1 1 150px; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .tile b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--faint); font-size: 13px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: 13px; color: var(--faint); }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+td.u, td.s { white-space: nowrap; color: var(--faint); }
+td.s { color: var(--ink); }
+.small { color: var(--faint); font-size: 13px; }
+@page { size: A3 landscape; margin: 12mm; }
 .note { border-left: 3px solid #d1722c; padding: 6px 12px; margin: 8px 0; background: #fdf7f2; }
 svg { width: 100%; height: auto; }
 pre { background: #f6f8f9; border-radius: 8px; padding: 14px 16px; overflow-x: auto; font-size: 13px; }
@@ -46,7 +69,8 @@ def html(result: Result, plan: Plan, slo: Slo, title: str) -> str:
         parts.append("<h2>Read this first</h2>")
         parts += [f'<div class="note">{escape(note)}</div>' for note in result.notes]
     parts += ["<h2>Latencies, queues and utilisation</h2>", svg(result, slo)]
-    parts += ["<h2>Percentiles</h2>", _percentiles(summary), "<h2>All figures</h2>", _figures(summary)]
+    parts += ["<h2>Percentiles</h2>", _percentiles(summary), f'<p class="small">{escape(TIMES)}</p>']
+    parts += ["<h2>All figures</h2>", _figures(summary)]
     parts += ["<h2>Plan</h2>", f"<pre>{escape(dump_plan(plan))}</pre>"]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
@@ -62,7 +86,7 @@ def _pools(plan: Plan) -> str:
 
 def _tiles(summary: dict[str, Any], slo: Slo) -> list[tuple[str, str]]:
     tiles = [
-        (f"{summary['finished']:,} of {summary['requests']:,}", "requests finished"),
+        (f"{summary['finished'] / summary['requests']:.1%}", f"finished of {summary['requests']:,} requests"),
         (milliseconds(summary["ttft_ms"]["p90"]), "TTFT p90"),
         (milliseconds(summary["tpot_ms"]["p90"]), "TPOT p90"),
         (f"{summary['output_tokens_per_s']:,.0f}", "output tokens/s"),
@@ -97,15 +121,18 @@ def _figures(summary: dict[str, Any]) -> str:
     for metric in METRICS:
         value = summary.get(metric.key)
         if isinstance(value, (int, float)):
-            rows.append(
-                f"<tr><td><b>{metric.symbol}</b></td><td class='n'>{value:,.4g}</td><td>{metric.unit}</td>"
-                f"<td>{escape(metric.definition)}</td></tr>"
-            )
-    for key in ("preemptions", "restarts", "failures", "rejected", "failed"):
-        rows.append(f"<tr><td>{key}</td><td class='n'>{summary[key]:,}</td><td></td><td></td></tr>")
+            rows.append(_figure(f"<b>{metric.symbol}</b>", value, metric.unit, metric.definition))
+    for key, text in COUNTS.items():
+        rows.append(_figure(key, summary[key], "", text))
     for key, value in (summary["link"] or {}).items():
-        rows.append(f"<tr><td>KV link</td><td class='n'>{value:,.4g}</td><td></td><td>{escape(key)}</td></tr>")
+        rows.append(_figure("KV link", value, *LINK[key]))
     return f"<table>{''.join(rows)}</table>"
+
+
+def _figure(name: str, value: float, unit: str, text: str) -> str:
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    cells = f"<td class='s'>{name}</td><td class='n'>{number}</td><td class='u'>{'' if unit == '1' else unit}</td>"
+    return f"<tr>{cells}<td>{escape(text)}</td></tr>"
 
 
 def milliseconds(value: float | None) -> str:
