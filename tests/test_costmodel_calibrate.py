@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hetkv.cli import main
-from hetkv.costmodel import load_catalogue, load_efficiencies
+from hetkv.costmodel import load_catalogue, load_efficiencies, report
 from hetkv.costmodel.accuracy import pick
 from hetkv.costmodel.accuracy_serving import exact_key
 from hetkv.costmodel.accuracy_splitwise import config, measured, predict
@@ -209,6 +210,29 @@ def test_bad_commands_exit_with_2(arguments: list[str], message: str, capsys: py
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_report_keeps_the_sections_that_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def make(name: str, text: str) -> Callable[[Path], str]:
+        def section(data: Path) -> str:
+            calls.append(name)
+            return f"## {name}\n\n{text}"
+
+        return section
+
+    monkeypatch.setattr(report, "_SECTIONS", {"a": (1, make("a", "old a")), "b": (2, make("b", "old b"))})
+    first = report.render(DATA)
+    monkeypatch.setattr(report, "_SECTIONS", {"a": (1, make("a", "new a")), "b": (2, make("b", "new b"))})
+    second = report.render(DATA, only=["b"], present=first)
+    assert calls == ["a", "b", "b"]
+    assert "old a" in second
+    assert "new b" in second
+    assert "old b" not in second
+    assert second.count("## a") == second.count("## b") == 1
+    with pytest.raises(InputError, match="unknown section 'c'; known are a, b"):
+        report.render(DATA, only=["c"])
 
 
 def test_sections_come_in_order() -> None:

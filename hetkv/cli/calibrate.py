@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE (docs/accuracy.md)"
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SECTION",
+        help="make this section of the report again, keep the rest",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was printed, for machines")
     parser.set_defaults(shared=shared)
 
@@ -114,7 +121,8 @@ def _report(args: argparse.Namespace) -> None:
     for name in SECTIONS:
         if find_spec(name) is not None:
             import_module(name)
-    args.report.write_text(render(data, _say), encoding="utf-8")
+    present = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
+    args.report.write_text(render(data, _say, args.only, present), encoding="utf-8")
     print(f"wrote {args.report}")
 
 

@@ -5,11 +5,13 @@ A module registers its sections when it is imported; `hetkv calibrate --report` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hetkv.costmodel.accuracy import NEW_GPU, NEW_MODEL
 from hetkv.costmodel.datasets import RULES
+from hetkv.errors import InputError
 
 Section = Callable[[Path], str]
 """Takes the data folder (`measured/`, `traces/` inside), returns markdown that starts with a `##` heading."""
@@ -35,12 +37,34 @@ def sections() -> dict[str, Section]:
     return {name: function for name, (_, function) in ordered}
 
 
-def render(data: Path, progress: Callable[[str], None] = lambda name: None) -> str:
-    """The whole of docs/accuracy.md: the rules of exclusion first, then every registered section."""
+def render(
+    data: Path,
+    progress: Callable[[str], None] = lambda name: None,
+    only: Sequence[str] = (),
+    present: str = "",
+) -> str:
+    """The whole of docs/accuracy.md: the rules of exclusion first, then every registered section.
+
+    With `only`, the other sections keep their text from `present`, the file as it is; one that is not there is made.
+    Raises `InputError` when `only` names a section that does not exist.
+    """
+    known = sections()
+    for name in only:
+        if name not in known:
+            raise InputError(f"unknown section {name!r}; known are {', '.join(known)}")
+    kept = (
+        {}
+        if not only
+        else dict(re.findall(r"<!-- section (\S+) -->\n+(.*?)\n*(?=<!-- section |\Z)", present, re.DOTALL))
+    )
     parts = [HEAD, "## Rules of exclusion\n\n" + "\n".join(f"- `{name}`: {why}." for name, why in RULES.items())]
-    for name, function in sections().items():
-        progress(name)
-        parts.append(function(data).strip())
+    for name, function in known.items():
+        if name in kept and name not in only:
+            text = kept[name]
+        else:
+            progress(name)
+            text = function(data).strip()
+        parts += [f"<!-- section {name} -->", text]
     return "\n\n".join(parts) + "\n"
 
 
