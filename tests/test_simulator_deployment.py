@@ -92,8 +92,15 @@ def test_prices_of_unlike_basis_need_consent(tmp_path):
 )
 def test_what_cannot_be_built_is_named(tmp_path, old, new, fault):
     plan = load_plan(write(tmp_path, GOOD.replace(old, new)))
-    with pytest.raises(InputError, match=fault):
-        build_pools(plan)
+    with pytest.raises(InputError, match=fault) as caught:
+        build_pools(plan, "plan.yaml")
+    assert str(caught.value).startswith("plan.yaml: ")
+
+
+def test_a_plan_that_is_not_text(tmp_path):
+    (tmp_path / "plan.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 def test_catalogue_files_count_from_the_plan(tmp_path):

@@ -206,6 +206,8 @@ def test_command_sweeps(files, capsys):
         (["--rate", "1", "--prompt-tokens", "many"], "--prompt-tokens: 'many'"),
         (["--rate", "1", "--slo-ttft-ms", "0"], "--slo-ttft-ms must be greater than 0"),
         (["--rate", "1", "--seed", "-1"], "--seed"),
+        (["--rate", "1", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
+        (["--rate", "1", "--sweep", "rate=1", "--jobs", "0"], "--jobs must be"),
         (["--rate", "1", "--plot", "x.bmp"], "must end in .png"),
         (["--rate", "1", "--sweep", "decode.gpu=H900", "--jobs", "1"], "unknown GPU 'H900'"),
         (["--rate", "1", "--sweep", "rate=1", "--report", "r.html"], "--report describes one simulation"),

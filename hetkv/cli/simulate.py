@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     for name in ("slo_ttft_ms", "slo_tpot_ms"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    for name in ("json", "csv", "plot", "report"):
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():  # before hours of work, not after
+            raise InputError(f"--{name} {path}: there is no folder {Path(path).parent}")
+    if args.jobs == 0:
+        raise InputError("--jobs must be 1 or more, or -1 for one per core")
     if args.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {args.seed}")
     plan = load_plan(args.plan)

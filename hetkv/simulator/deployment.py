@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,9 +133,10 @@ def load_plan(path: str | Path) -> Plan:
 
     `catalogue` and `calibration` files count from the plan's own folder.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        document = yaml.safe_load(text)
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     plan = parse_plan(document, str(path))
@@ -180,14 +182,17 @@ def build_pools(
     """
     catalogue = load_catalogue(plan.catalogue)
     efficiencies = load_efficiencies(plan.calibration)
-    shape = model_shape(plan.model)
+    with _where(f"{origin}: model"):
+        shape = model_shape(plan.model)
     pools = []
     for pool in plan.pools:
         engine = engine_of(plan, pool, origin)
-        if models is not None:
-            steps = models(pool, engine)
-        else:
-            steps = _catalogue_model(plan, pool, engine, catalogue, efficiencies)
+        with _where(f"{origin}: pool {pool.name}"):
+            gpu = catalogue.gpu(pool.gpu).name
+            if models is not None:
+                steps = models(pool, engine)
+            else:
+                steps = _catalogue_model(plan, pool, engine, catalogue, efficiencies)
         tokens = pool.kv_tokens or steps.kv_capacity_tokens
         if tokens < engine.block_size:
             raise InputError(f"{origin}: pool {pool.name}: room for {tokens} KV tokens, less than one block")
@@ -195,7 +200,7 @@ def build_pools(
             Pool(
                 name=pool.name,
                 role=pool.role,
-                gpu=catalogue.gpu(pool.gpu).name,
+                gpu=gpu,
                 gpus=pool.gpus,
                 count=pool.count,
                 model=steps,
@@ -211,6 +216,15 @@ def build_pools(
             )
         )
     return pools
+
+
+@contextmanager
+def _where(prefix: str) -> Iterator[None]:
+    """Say in which part of the plan the cost model found a fault."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}: {error}") from None
 
 
 def _catalogue_model(
