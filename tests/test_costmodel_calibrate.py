@@ -163,12 +163,24 @@ def test_links_from_bench_json(tmp_path: Path) -> None:
     sizes = (2**16, 2**20, 2**24, 2**28)
     put = [{"case": "put", "bytes": n, "seconds": 5e-6 + n / 20e9} for n in sizes]
     copy = [{"case": "copy", "bytes": 2**24, "gb_s": 10.0}]
-    found = {fit.name: fit for fit in from_bench_json(bench_json(tmp_path / "b.json", put + copy))}
+    found = {fit.name: fit for fit in from_bench_json([bench_json(tmp_path / "b.json", put + copy)])}
     assert found["put"].bytes_per_second == pytest.approx(20e9)
     assert found["put"].latency_s == pytest.approx(5e-6)
     assert found["put"].median_error < 1e-9
     assert found["copy"].link == (pytest.approx(10e9), 0.0)
-    assert "test, commit abc" in found["put"].provenance
+    assert "device test, commit abc" in found["put"].provenance
+
+
+def test_links_from_runs_of_bench_transfer_with_two_layer_sizes(tmp_path: Path) -> None:
+    files = []
+    for mib in (1, 16):
+        size = mib * 2**20
+        result = {"reach": "shared", "source": "nhd:16", "destination": "hnd:64", "layer_mib": mib}
+        gb_s = size / (20e-6 + size / 8e9) / 1e9
+        files.append(bench_json(tmp_path / f"{mib}.json", [{**result, "hetkv_gb_s": gb_s, "block_kib": 32}]))
+    (found,) = from_bench_json(files)
+    assert found.name == "shared nhd:16 -> hnd:64"
+    assert found.link == (pytest.approx(8e9), pytest.approx(20e-6))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +194,7 @@ def test_links_from_bench_json(tmp_path: Path) -> None:
 )
 def test_bad_bench_json(tmp_path: Path, results: list[dict[str, object]], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        from_bench_json(bench_json(tmp_path / "bad.json", results))
+        from_bench_json([bench_json(tmp_path / "bad.json", results)])
 
 
 def test_command_fits_a_csv_and_writes_a_file_that_is_read_back(

@@ -29,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fit", action="store_true", help="fit the shipped constants again from DIR")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="fit your own serving runs, see docs/cost-model.md")
-    parser.add_argument("--bench", type=Path, metavar="FILE", help="fit links from the JSON of `hetkv bench`")
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="fit links from the JSON of `hetkv bench`",
+    )
     parser.add_argument("--catalogue", type=Path, action="append", default=[], metavar="FILE", help="own GPU figures")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
     parser.add_argument(
@@ -100,7 +107,10 @@ def _print(entries: list[Any], links: list[Any]) -> None:
 
     console = Console()
     if entries:
-        table = Table("GPU / engine / version / dtype", "rows", "median error", "90 % interval", "models")
+        table = Table()
+        table.add_column("GPU/engine/version/dtype", overflow="fold")
+        for name in ("rows", "median error", "90 % interval", "models"):
+            table.add_column(name)
         for entry in sorted(entries, key=lambda e: str(e.key)):
             error = "" if entry.median_error is None else f"{entry.median_error:.1%}"
             span = f"x{entry.low:.2f} to x{entry.high:.2f}"

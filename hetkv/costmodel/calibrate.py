@@ -212,12 +212,14 @@ def read_csv(path: Path) -> list[ServingRow]:
 
 MOVED = ("gemm_bytes", "gemm_flops", "kv_bytes", "layer_s", "step_s", "sequence_s", "prompt_layer_s", "reduce")
 MOVED_EXPERTS = ("expert_bytes", "expert_flops")
+MANY = 20
 
 
 def from_rows(rows: Sequence[ServingRow], known: Efficiencies, catalogue: Catalogue, origin: str) -> list[Efficiency]:
     """Move the closest known constants to a user's runs, one entry for each (GPU, engine, version, dtype).
 
-    With few rows the priors decide most of it. The interval spans twice the log residuals, no less than a factor 1.1.
+    With few rows the priors decide most of it. The interval spans twice the log residuals, and no less than a factor of
+    1.1, or of 1.3 with fewer than `MANY` rows.
     """
     groups: dict[Hashable, list[ServingRow]] = defaultdict(list)
     for row in rows:
@@ -236,7 +238,7 @@ def from_rows(rows: Sequence[ServingRow], known: Efficiencies, catalogue: Catalo
         plan = layout(names, {"": (Level(lambda r: "", 1e-6),)}, fixed, priors)
         found = fit(own, problem.residuals, plan, 0.15)
         error = problem.residuals(found.values(own))
-        spread = max(1.1, float(np.exp(2 * np.quantile(np.abs(error), 0.9))))
+        spread = max(1.1 if len(own) >= MANY else 1.3, float(np.exp(2 * np.quantile(np.abs(error), 0.9))))
         key = Key(gpu.name, first.engine, first.version, first.dtype)
         median = float(np.median(np.abs(np.expm1(error))))
         models = tuple(sorted({model_shape(row.model).name for row in own}))

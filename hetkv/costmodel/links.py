@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,31 +31,44 @@ class LinkFit:
         return Link(self.bytes_per_second, self.latency_s)
 
 
-def from_bench_json(path: Path) -> list[LinkFit]:
-    """One fit for each `case` of a benchmark's `results`.
+def from_bench_json(paths: Sequence[Path]) -> list[LinkFit]:
+    """One fit for each case in the `results` of benchmark files; the same case of several files is fitted together.
 
-    Each result has `case`, `bytes`, and `seconds` or `gb_s` (1e9 bytes a second). Sizes that differ give latency and
-    bandwidth; a single size gives bandwidth alone. Errors name the file, the result and the field.
+    `hetkv bench transfer` gives `reach`, `source`, `destination`, `layer_mib` and `hetkv_gb_s`; others give `case`,
+    `bytes`, and `seconds` or `gb_s` (1e9 bytes a second). Sizes that differ give latency and bandwidth; a single size
+    gives bandwidth alone. Errors name the file, the result and the field.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("results"), list) or not document["results"]:
-        raise InputError(f"{path}: expected the JSON of `hetkv bench`, an object with a list `results`")
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for index, result in enumerate(document["results"]):
-        where = f"{path}: results[{index}]"
-        if not isinstance(result, dict) or not isinstance(result.get("case"), str):
-            raise InputError(f"{where}: missing field `case`")
-        size = _positive(result, "bytes", where)
-        if "seconds" in result:
-            groups[result["case"]].append((size, _positive(result, "seconds", where)))
-        else:
-            groups[result["case"]].append((size, size / (_positive(result, "gb_s", where) * 1e9)))
-    device = document.get("device") or (document.get("environment") or {}).get("device") or "device not recorded"
-    text = f"{path.name}: {device}, commit {document.get('commit') or 'not recorded'}"
-    return [_fit(name, np.array(points), text) for name, points in sorted(groups.items())]
+    origins: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not JSON: {error}") from None
+        if not isinstance(document, dict) or not isinstance(document.get("results"), list) or not document["results"]:
+            raise InputError(f"{path}: expected the JSON of `hetkv bench`, an object with a list `results`")
+        device, commit = document.get("device") or "not recorded", document.get("commit") or "not recorded"
+        for index, result in enumerate(document["results"]):
+            name, size, seconds = _point(result, f"{path}: results[{index}]")
+            groups[name].append((size, seconds))
+            text = f"{path.name}: device {device}, commit {commit}"
+            if text not in origins[name]:
+                origins[name].append(text)
+    return [_fit(name, np.array(points), "; ".join(origins[name])) for name, points in sorted(groups.items())]
+
+
+def _point(result: Any, where: str) -> tuple[str, float, float]:
+    """Case, bytes and seconds of one result."""
+    if isinstance(result, dict) and "hetkv_gb_s" in result:
+        name = f"{result.get('reach')} {result.get('source')} -> {result.get('destination')}"
+        size = _positive(result, "layer_mib", where) * 2**20
+        return name, size, size / (_positive(result, "hetkv_gb_s", where) * 1e9)
+    if not isinstance(result, dict) or not isinstance(result.get("case"), str):
+        raise InputError(f"{where}: missing field `case`")
+    size = _positive(result, "bytes", where)
+    if "seconds" in result:
+        return result["case"], size, _positive(result, "seconds", where)
+    return result["case"], size, size / (_positive(result, "gb_s", where) * 1e9)
 
 
 def _positive(result: dict[str, Any], name: str, where: str) -> float:
