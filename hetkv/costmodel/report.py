@@ -75,4 +75,5 @@ is the folder of measurements; each section names their source. Errors are relat
 signed (positive: predicted too long), median and p90 are of the absolute error. Each prediction comes with a 90 %
 interval; the last column says how many measurements lie inside. Intervals come from folds inside the rows that were
 fitted on, widened by {NEW_MODEL} for a model and by {NEW_GPU} for a GPU that is not among them. No row is predicted
-by a fit that saw it, and repeats of one configuration are never split."""
+by a fit that saw it, and repeats of one configuration are never split. What is held out are constants: the form of the
+terms (docs/cost-model.md) was chosen with all of these data in view."""
