@@ -112,7 +112,7 @@ def closed_forms(data: Path) -> str:
     cases: list[tuple[str, Callable[..., tuple[float, float]]]] = [
         ("M/D/1 prefill queue, load 0.5: mean wait (s)", partial(closedforms.md1, 0.5)),
         ("M/D/1 prefill queue, load 0.7: mean wait (s)", closedforms.md1),
-        ("M/M/4 central queue, load 0.7: mean wait (s)", closedforms.mmc),
+        ("M/M/4 central queue, load 0.5: mean wait (s)", closedforms.mmc),
         ("batch-service decode, fixed lengths: mean time in service (s)", closedforms.decode_sharing),
         (
             "batch-service decode, uniform lengths: mean time in service (s)",

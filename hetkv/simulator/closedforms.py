@@ -85,7 +85,7 @@ def md1(load: float = 0.7, count: int = 200_000, seed: int = 1) -> tuple[float, 
     return md1_wait(load, service), float(np.mean(columns["scheduled"] - columns["arrival"]))
 
 
-def mmc(load: float = 0.7, servers: int = 4, count: int = 200_000, seed: int = 1) -> tuple[float, float]:
+def mmc(load: float = 0.5, servers: int = 4, count: int = 400_000, seed: int = 1) -> tuple[float, float]:
     """The same for a central queue before several instances, with exponential prompt lengths."""
     service, mean = 0.05, 5000
     columns = simulate_single(

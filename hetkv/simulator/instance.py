@@ -163,9 +163,10 @@ class Instance:
     def _plan(self) -> None:
         """Choose what runs next and start it."""
         pool, batch, now = self.pool, self.batch, self.events.now
-        self._join_ready()
+        if self.ready:
+            self._join_ready()
         self._preempted = False
-        while batch.growth(1) > self.kv.available:
+        while self.kv.free < len(batch) and batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
             if not batch:
                 self._join_ready()
@@ -196,7 +197,7 @@ class Instance:
             # After a preemption the next step may admit what this one may not.
             self._steps = batch.to_next_finish() if pool.skip_ahead and not self._preempted else 1
             self._growth = batch.growth(self._steps)
-            if self._growth > self.kv.available:
+            if self._growth > self.kv.free and self._growth > self.kv.available:
                 self._steps = batch.steps_within(self.kv.available, self._steps)
                 self._growth = batch.growth(self._steps)
             seconds = line.seconds(batch.context, self._steps)
