@@ -13,6 +13,7 @@ import pytest
 from hetkv.cli import main
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import parse_plan
+from hetkv.simulator.events import Events
 from hetkv.simulator.metrics import METRICS, Slo, summarise
 from hetkv.simulator.run import interval, simulate
 from hetkv.simulator.sources import Traffic
@@ -101,6 +102,28 @@ def test_interval_holds_the_central_prediction():
     central, ends = simulate(plan, work).summary, interval(plan, work)
     for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
         assert ends["low"][key]["p50"] < central[key]["p50"] < ends["high"][key]["p50"]
+
+
+def test_memory_does_not_grow_with_simulated_time(monkeypatch):
+    """Four times the requests at the same rate: no more pending events, no more bins, no more flows."""
+    most = []
+    push = Events.at
+
+    def at(self, time, handler, argument=None):
+        push(self, time, handler, argument)
+        most[-1] = max(most[-1], len(self))
+
+    monkeypatch.setattr(Events, "at", at)
+    kept = []
+    for requests in (1500, 6000):
+        most.append(0)
+        traffic = msgspec.structs.replace(TRAFFIC, requests=requests)
+        result = simulate(parse_plan(PLAN, "plan"), traffic.build())
+        series = [s for group in result.series().values() for s in group.values()]
+        kept.append([len(s.averages(result.end)[0]) for s in series])
+        assert result.links._all == {}
+    assert most[1] < 1.5 * most[0]
+    assert max(max(k) for k in kept) <= 512
 
 
 def test_random_failures_happen_and_end_with_the_traffic():
