@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from math import inf
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -208,6 +211,26 @@ def test_command_writes_everything(files, capsys):
     assert page.count("<svg") == 1
     assert not re.search(r"<(script|link|img)|url\(http|src=", page)
     assert all(m.definition.split(":")[0] in page for m in METRICS[:3])
+
+
+def test_command_where_nothing_finishes(files, capsys):
+    plan = {"model": "Llama-3.1-8B", "pools": [{"role": "aggregated", "gpu": "H100-SXM", "kv_tokens": 100}]}
+    (files / "plan.yaml").write_text(json.dumps(plan))
+    out, plot, report = files / "o.json", files / "o.svg", files / "o.html"
+    options = ["--rate", "5", "--requests", "9", "--json", str(out), "--plot", str(plot), "--report", str(report)]
+    assert command(files, *options, "--interval") == 0
+    summary = json.loads(out.read_text())
+    assert (summary["finished"], summary["rejected"], summary["slo_attainment"]) == (0, 9, 0)
+    assert summary["ttft_ms"]["p50"] is None
+    assert "longer than the KV cache" in capsys.readouterr().out
+    assert "longer than the KV cache" in report.read_text()
+
+
+def test_needs_neither_torch_nor_the_extension():
+    code = "import sys, hetkv.cli.simulate, hetkv.simulator.run, hetkv.simulator.sweep, hetkv.simulator.report\n"
+    code += "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'vllm', 'pandas') or m == 'hetkv._core']\n"
+    code += "assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_command_sweeps(files, capsys):

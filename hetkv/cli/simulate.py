@@ -178,7 +178,8 @@ def _print(summary: dict[str, Any], slo: Any) -> None:
             table.add_row(
                 f"{metric.symbol}  [dim]{metric.definition.split(':')[0]}", *map(milliseconds, spread.values())
             )
-    console.print(table)
+    if table.rows:
+        console.print(table)
     lost = "".join(f", {summary[k]:,} {k}" for k in ("rejected", "failed") if summary[k])
     console.print(
         f"{summary['finished']:,} of {summary['requests']:,} requests finished{lost} in "
@@ -191,7 +192,7 @@ def _print(summary: dict[str, Any], slo: Any) -> None:
         console.print(
             f"SLO attainment {summary['slo_attainment']:.1%}, goodput {summary['goodput_rps']:,.3g} requests/s"
         )
-    if "interval" in summary:
+    if "interval" in summary and summary["finished"]:
         ends = [summary["interval"][end] for end in ("low", "high")]
         spans = (
             f"{name} p{p} {' to '.join(milliseconds(end[key][f'p{p}']) for end in ends)}"

@@ -70,6 +70,8 @@ def html(result: Result, plan: Plan, slo: Slo, title: str) -> str:
         parts += [f'<div class="note">{escape(note)}</div>' for note in result.notes]
     parts += ["<h2>Latencies, queues and utilisation</h2>", svg(result, slo)]
     parts += ["<h2>Percentiles</h2>", _percentiles(summary), f'<p class="small">{escape(TIMES)}</p>']
+    if "interval" in summary:
+        parts += ["<h2>With step times at the ends of their 90 % interval</h2>", _interval(summary)]
     parts += ["<h2>All figures</h2>", _figures(summary)]
     parts += ["<h2>Plan</h2>", f"<pre>{escape(dump_plan(plan))}</pre>"]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -114,6 +116,23 @@ def _percentiles(summary: dict[str, Any]) -> str:
             cells = "".join(f'<td class="n">{milliseconds(v)}</td>' for v in spread.values())
             rows.append(f"<tr><td><b>{metric.symbol}</b></td>{cells}<td>{escape(metric.definition)}</td></tr>")
     return f"<table><tr><th></th>{head}<th>definition</th></tr>{''.join(rows)}</table>"
+
+
+def _interval(summary: dict[str, Any]) -> str:
+    rows = []
+    columns = {"low": summary["interval"]["low"], "central": summary, "high": summary["interval"]["high"]}
+    for metric in METRICS:
+        values = [figures.get(metric.key) for figures in columns.values()]
+        if isinstance(values[0], dict):
+            named = [(f"{metric.symbol} p{p}", [milliseconds(v[f"p{p}"]) for v in values if v]) for p in PERCENTILES]
+        elif values[0] is not None:
+            named = [(f"{metric.symbol} ({metric.unit})", [f"{v:,.4g}" for v in values if v is not None])]
+        else:
+            continue
+        for name, cells in named:
+            rows.append(f"<tr><td class='s'><b>{name}</b></td>{''.join(f'<td class=n>{c}</td>' for c in cells)}</tr>")
+    head = "".join(f'<th class="n">{name} step times</th>' for name in columns)
+    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _figures(summary: dict[str, Any]) -> str:
