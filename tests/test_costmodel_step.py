@@ -184,11 +184,16 @@ def test_unknown_combinations_say_so_and_are_wider() -> None:
     assert spans[-1] == FALLBACK_HIGH / FALLBACK_LOW
 
 
-def test_a_model_that_was_not_measured_widens() -> None:
-    entry = Efficiency(Key("g"), Constants(), 0.9, 1.1, "test", models=("A",))
-    assert entry.for_model("A") is entry
-    assert entry.for_model("B").high > entry.high
-    assert "not on B" in entry.for_model("B").fallback
+def test_a_model_tp_or_batch_beyond_those_measured_widens() -> None:
+    entry = Efficiency(Key("g"), Constants(), 0.9, 1.1, "test", models=("A",), tps=(1, 2), max_batch=64)
+    assert entry.for_model("A", 2) is entry
+    for name, tp, words in (("B", 2, "not on B"), ("A", 8, "fitted at TP 1, 2, not at 8")):
+        other = entry.for_model(name, tp)
+        assert words in other.fallback
+        assert other.high / other.low == pytest.approx(1.1 / 0.9 * 1.3**2)
+    assert entry.for_model("B", 8).high == pytest.approx(1.1 * 1.3**2)
+    assert entry.factors(64) == (0.9, 1.1)
+    assert entry.factors(65) == (pytest.approx(0.9 / 1.3), pytest.approx(1.1 * 1.3))
 
 
 def test_no_constants_at_all_still_predicts() -> None:
@@ -246,6 +251,8 @@ def test_every_shipped_entry_has_error_and_provenance() -> None:
         assert entry.rows > 0
         assert entry.median_error is not None
         assert entry.models
+        assert entry.tps
+        assert entry.max_batch > 0
 
 
 def test_the_same_model_differs_by_engine() -> None:

@@ -62,7 +62,7 @@ def step_model(
     shape = model if isinstance(model, ModelShape) else model_shape(model)
     known = efficiencies or load_efficiencies()
     efficiency = known.find(found_gpu.name, found_gpu.vendor, engine, engine_version, weight_dtype)
-    efficiency = efficiency.for_model(shape.name)
+    efficiency = efficiency.for_model(shape.name, tp)
     place = Placement(tp, pp, dp)
     return RooflineStepModel(
         found_gpu, shape, place, efficiency, weight_dtype, kv_dtype or "bf16", max_batched_tokens, memory_share

@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from hetkv.costmodel.fit import Array
 
-NEW_MODEL, NEW_GPU = 1.3, 1.6
-"""Widening of the interval for a model, or a GPU, that the constants were not fitted on (`Efficiencies.find`)."""
-
 Mask = NDArray[np.bool_]
 
 

@@ -9,8 +9,6 @@ import numpy as np
 
 from hetkv.costmodel.accuracy import (
     HEADER,
-    NEW_GPU,
-    NEW_MODEL,
     Intervals,
     Mask,
     Score,
@@ -24,7 +22,7 @@ from hetkv.costmodel.accuracy import (
 )
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
 from hetkv.costmodel.datasets import BatchRow, read_bench
-from hetkv.costmodel.efficiency import FALLBACK_HIGH, FALLBACK_LOW
+from hetkv.costmodel.efficiency import FALLBACK_HIGH, FALLBACK_LOW, NEW_GPU, NEW_RANGE
 from hetkv.costmodel.fit import Array, Fitted, fit
 from hetkv.costmodel.problems import StaticBatches
 from hetkv.costmodel.report import section
@@ -92,8 +90,8 @@ def bench(data: Path) -> str:
     cases = [("configuration (5 folds)", folds(nvidia, config), 1.0)]
     cases += [(f"GPU {gpu}", [mask], NEW_GPU) for gpu, mask in by_gpu.items()]
     cases += [("a whole GPU, all three", list(by_gpu.values()), NEW_GPU)]
-    cases += [(f"model {model}", [mask], NEW_MODEL) for model, mask in by_model.items()]
-    cases += [("a whole model, all three", list(by_model.values()), NEW_MODEL)]
+    cases += [(f"model {model}", [mask], NEW_RANGE) for model, mask in by_model.items()]
+    cases += [("a whole model, all three", list(by_model.values()), NEW_RANGE)]
     lines, verdicts = [], []
     for name, masks, widen in cases:
         result = held_out(nvidia, masks, catalogue, widen)

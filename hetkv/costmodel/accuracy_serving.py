@@ -10,7 +10,6 @@ import numpy as np
 
 from hetkv.costmodel.accuracy import (
     HEADER,
-    NEW_MODEL,
     Intervals,
     Mask,
     Score,
@@ -24,6 +23,7 @@ from hetkv.costmodel.accuracy import (
 )
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
 from hetkv.costmodel.datasets import ServingRow, read_serving
+from hetkv.costmodel.efficiency import NEW_RANGE
 from hetkv.costmodel.fit import Array, fit
 from hetkv.costmodel.models import model_shape
 from hetkv.costmodel.problems import ServingLoops
@@ -113,7 +113,7 @@ def serving(data: Path) -> str:
     masks = holdouts(dense, model_of)
     joined: list[tuple[list[list[Array]], list[ServingRow]]] = []
     for name, mask in masks.items():
-        parts, rows = held_out(dense, [mask], catalogue, NEW_MODEL)
+        parts, rows = held_out(dense, [mask], catalogue, NEW_RANGE)
         joined.append((parts, rows))
         more, one = lines_of(f"model {name}", parts)
         lines += more

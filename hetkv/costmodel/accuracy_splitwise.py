@@ -9,7 +9,6 @@ import numpy as np
 
 from hetkv.costmodel.accuracy import (
     HEADER,
-    NEW_GPU,
     Intervals,
     Mask,
     Score,
@@ -23,6 +22,7 @@ from hetkv.costmodel.accuracy import (
 )
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
 from hetkv.costmodel.datasets import StepRow, read_splitwise
+from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE
 from hetkv.costmodel.fit import Array, fit
 from hetkv.costmodel.problems import StaticSteps
 from hetkv.costmodel.report import section
@@ -82,12 +82,12 @@ def splitwise(data: Path) -> str:
 
     by_tp, by_gpu = holdouts(rows, lambda r: r.tp), holdouts(rows, lambda r: r.gpu)
     cases: list[tuple[str, list[Mask], float]] = [("configuration (5 folds)", folds(rows, config), 1.0)]
-    cases += [("a whole TP, all three", list(by_tp.values()), 1.0)]
-    cases += [(f"TP {tp}", [mask], 1.0) for tp, mask in by_tp.items()]
+    cases += [("a whole TP, all three", list(by_tp.values()), NEW_RANGE)]
+    cases += [(f"TP {tp}", [mask], NEW_RANGE) for tp, mask in by_tp.items()]
     cases += [("a whole GPU, both", list(by_gpu.values()), NEW_GPU)]
     cases += [(f"GPU {gpu}", [mask], NEW_GPU) for gpu, mask in by_gpu.items()]
-    cases += [("largest batch of each GPU and TP", [largest(rows)], 1.0)]
-    cases += [("batch 64", [np.array([row.batch == 64 for row in rows])], 1.0)]
+    cases += [("largest batch of each GPU and TP", [largest(rows)], NEW_RANGE)]
+    cases += [("batch 64", [np.array([row.batch == 64 for row in rows])], NEW_RANGE)]
     lines, verdicts = [], []
     for name, masks, widen in cases:
         prompt, token = scores(rows, masks, catalogue, widen)
@@ -109,8 +109,9 @@ def splitwise(data: Path) -> str:
 
 
 def jump(rows: list[StepRow], small: int, large: int) -> str:
-    """The range over (GPU, TP) of what the token time gains from batch `small` to `large`, in ms."""
-    token = {(r.gpu, r.tp, r.batch): r.token_s for r in rows if r.batch in (small, large) and r.prompt == 512}
+    """The range of what the token time gains from batch `small` to `large`, in ms, where the file goes up to 64."""
+    far = {(r.gpu, r.tp) for r in rows if r.batch == 64}
+    token = {(r.gpu, r.tp, r.batch): r.token_s for r in rows if (r.gpu, r.tp) in far and r.prompt == 512}
     gains = [
         (token[gpu, tp, large] - token[gpu, tp, small]) * 1e3
         for gpu, tp, batch in token

@@ -14,7 +14,7 @@ import numpy as np
 from hetkv.costmodel import accuracy_bench, accuracy_serving, accuracy_splitwise
 from hetkv.costmodel.accuracy import Intervals, cross_predict
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Catalogue
-from hetkv.costmodel.datasets import BatchRow, ServingRow, Side, read_bench, read_serving, read_splitwise
+from hetkv.costmodel.datasets import BatchRow, ServingRow, Side, StepRow, read_bench, read_serving, read_splitwise
 from hetkv.costmodel.efficiency import Constants, Efficiencies, Efficiency, Key
 from hetkv.costmodel.fit import PRIORS, STEP_NAMES, Array, Fitted, Level, fit, layout
 from hetkv.costmodel.models import model_shape
@@ -22,6 +22,13 @@ from hetkv.costmodel.problems import ServingLoops, StaticBatches, StaticSteps
 from hetkv.errors import InputError
 
 Progress = Callable[[str], None]
+
+
+def _split(row: StepRow | BatchRow | ServingRow) -> tuple[int, int]:
+    """TP, and the sequences of one instance."""
+    if isinstance(row, ServingRow):
+        return row.decode.tp, row.concurrency // row.decode.workers
+    return row.tp, row.batch
 
 
 def _entries(
@@ -42,7 +49,11 @@ def _entries(
         low, high = spans.of(row)
         error = float(np.median(np.abs(1 / ratio[members] - 1)))
         models = tuple(sorted({model_shape(rows[i].model).name for i in members}))
-        entries.append(Efficiency(found, constants(row), low, high, provenance, error, len(members), models))
+        tps = tuple(sorted({_split(rows[i])[0] for i in members}))
+        batch = max(_split(rows[i])[1] for i in members)
+        entries.append(
+            Efficiency(found, constants(row), low, high, provenance, error, len(members), models, "", tps, batch)
+        )
     return entries
 
 
@@ -243,5 +254,7 @@ def from_rows(rows: Sequence[ServingRow], known: Efficiencies, catalogue: Catalo
         median = float(np.median(np.abs(np.expm1(error))))
         models = tuple(sorted({model_shape(row.model).name for row in own}))
         text = f"{origin}: {len(own)} runs, from {base.key}"
-        entries.append(Efficiency(key, found.constants(first), 1 / spread, spread, text, median, len(own), models))
+        tps, batch = tuple(sorted({_split(row)[0] for row in own})), max(_split(row)[1] for row in own)
+        constants = found.constants(first)
+        entries.append(Efficiency(key, constants, 1 / spread, spread, text, median, len(own), models, "", tps, batch))
     return entries

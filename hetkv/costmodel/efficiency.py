@@ -70,19 +70,36 @@ class Efficiency:
     rows: int = 0
     models: tuple[str, ...] = ()
     fallback: str = ""
+    tps: tuple[int, ...] = ()
+    max_batch: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= 1 <= self.high:
             raise InputError(f"efficiency {self.key}: interval factors must hold 1, got {self.low} to {self.high}")
 
-    def for_model(self, name: str) -> Efficiency:
-        """The same with a wider interval, and a word about it, when the model was not among those measured."""
-        if name in self.models or not self.models:
+    def for_model(self, name: str, tp: int) -> Efficiency:
+        """The same; for a model or a TP that was not among those measured with a wider interval and a word about it."""
+        lost = []
+        if self.models and name not in self.models:
+            lost.append(f"fitted on {', '.join(self.models)}, not on {name}")
+        if self.tps and tp not in self.tps:
+            lost.append(f"fitted at TP {', '.join(map(str, self.tps))}, not at {tp}")
+        if not lost:
             return self
-        text = f"fitted on {', '.join(self.models)}, not on {name}: interval widened"
-        text = f"{self.fallback}; {text}" if self.fallback else text
-        return replace(self, low=self.low / 1.3, high=self.high * 1.3, fallback=text)
+        text = "; ".join([self.fallback] * bool(self.fallback) + [f"{what}: interval widened" for what in lost])
+        widen = NEW_RANGE ** len(lost)
+        return replace(self, low=self.low / widen, high=self.high * widen, fallback=text)
 
+    def factors(self, batch: int) -> tuple[float, float]:
+        """Interval factors of a step; wider beyond the largest batch that was measured."""
+        if self.max_batch and batch > self.max_batch:
+            return self.low / NEW_RANGE, self.high * NEW_RANGE
+        return self.low, self.high
+
+
+NEW_RANGE, NEW_GPU = 1.3, 1.6
+"""Widening of the interval for a model, TP or batch beyond those measured (and for another version, dtype or engine of
+the same GPU), and for another GPU."""
 
 FALLBACK_LOW, FALLBACK_HIGH = 0.5, 5.0
 """Interval factors of a combination that nothing was measured for; docs/cost-model.md says how they were found."""
@@ -115,7 +132,7 @@ class Efficiencies:
             if not lost:
                 return entry
             text = f"nothing was measured for {lost}: values of {key}, interval widened"
-            widen = 1.3 if key.gpu == gpu else 1.6
+            widen = NEW_RANGE if key.gpu == gpu else NEW_GPU
             return replace(entry, low=entry.low / widen, high=entry.high * widen, fallback=text)
         key = Key(gpu, engine, version, dtype)
         text = f"nothing was measured for {key}: generic constants, interval x{FALLBACK_LOW} to x{FALLBACK_HIGH}"
@@ -159,6 +176,8 @@ def parse_efficiencies(text: str, origin: str) -> Efficiencies:
                 median_error=raw.get("median_error"),
                 rows=int(raw.get("rows", 0)),
                 models=tuple(raw.get("models", ())),
+                tps=tuple(raw.get("tps", ())),
+                max_batch=int(raw.get("max_batch", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
@@ -179,6 +198,8 @@ def dump_efficiencies(entries: Iterable[Efficiency], about: str) -> str:
             "median_error": None if entry.median_error is None else round(entry.median_error, 4),
             "rows": entry.rows,
             "models": list(entry.models),
+            "tps": list(entry.tps),
+            "max_batch": entry.max_batch,
             "provenance": entry.provenance,
         }
 

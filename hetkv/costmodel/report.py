@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hetkv.costmodel.accuracy import NEW_GPU, NEW_MODEL
 from hetkv.costmodel.datasets import RULES
+from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE
 from hetkv.errors import InputError
 
 Section = Callable[[Path], str]
@@ -74,6 +74,6 @@ This file is made by `hetkv calibrate --report docs/accuracy.md --data DATA` and
 is the folder of measurements; each section names their source. Errors are relative to the measurement: the bias is
 signed (positive: predicted too long), median and p90 are of the absolute error. Each prediction comes with a 90 %
 interval; the last column says how many measurements lie inside. Intervals come from folds inside the rows that were
-fitted on, widened by {NEW_MODEL} for a model and by {NEW_GPU} for a GPU that is not among them. No row is predicted
-by a fit that saw it, and repeats of one configuration are never split. What is held out are constants: the form of the
-terms (docs/cost-model.md) was chosen with all of these data in view."""
+fitted on, widened by {NEW_RANGE} for a model, TP or batch beyond them and by {NEW_GPU} for another GPU. No row is
+predicted by a fit that saw it, and repeats of one configuration are never split. What is held out are constants: the
+form of the terms (docs/cost-model.md) was chosen with all of these data in view."""

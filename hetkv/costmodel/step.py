@@ -235,7 +235,8 @@ class RooflineStepModel:
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> Estimate:
         value = self.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
-        return Estimate(value, value * self.efficiency.low, value * self.efficiency.high)
+        low, high = self.efficiency.factors(decode_batch)
+        return Estimate(value, value * low, value * high)
 
     @property
     def kv_capacity_tokens(self) -> int:
