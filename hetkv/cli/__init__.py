@@ -14,6 +14,8 @@ COMMANDS: dict[str, str] = {
     "demo": "generate text through a prefill and a decode process with unlike KV pools",
     "bench": "measure hetkv on this machine, as ratios within one run",
     "probe": "show the reach, lanes and rates that hetkv gets here, or to another host",
+    "calibrate": "fit the cost model to measurements; report how well it predicts",
+    "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
 }
 
 

@@ -14,10 +14,11 @@ class Estimate(NamedTuple):
 
 
 class StepModel(Protocol):
-    """Step times of one instance: a model on `tp x pp` GPUs under one engine.
+    """Step times of one instance: a model on `tp x pp` GPUs under one engine. `hetkv.costmodel.step_model` makes one.
 
-    One engine step runs `decode_batch` sequences by one token each and `prefill_tokens` prompt tokens, together (chunked
-    prefill) or alone. `decode_context` is the sum over the decode batch of the tokens in each KV cache. `prefill_pairs`
+    One engine step runs `decode_batch` sequences by one token each and `prefill_tokens` prompt tokens, together
+    (chunked prefill) or alone. `decode_context` is the sum over the decode batch of the tokens in each KV cache.
+    `prefill_pairs`
     is the number of (query, key) pairs that causal attention visits for the prompt tokens: a chunk of `n` tokens behind
     `p` cached ones has `n*p + n*(n+1)/2`.
     """

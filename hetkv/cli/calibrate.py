@@ -1,0 +1,142 @@
+"""`hetkv calibrate`: constants of the cost model from measurements, and the report on how well they predict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hetkv.errors import InputError
+
+SECTIONS = (
+    "hetkv.costmodel.accuracy_splitwise",
+    "hetkv.costmodel.accuracy_bench",
+    "hetkv.costmodel.accuracy_serving",
+    "hetkv.simulator.accuracy",
+)
+"""Modules that register sections of docs/accuracy.md."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hetkv calibrate`."""
+    shared = Path(os.environ.get("HETKV_SHARED", "../shared"))
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help=f"folder with measured/ and traces/ (default {shared / 'data'})"
+    )
+    parser.add_argument("--fit", action="store_true", help="fit the shipped constants again from DIR")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="fit your own serving runs, see docs/cost-model.md")
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="fit links from the JSON of `hetkv bench`",
+    )
+    parser.add_argument("--catalogue", type=Path, action="append", default=[], metavar="FILE", help="own GPU figures")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE (docs/accuracy.md)"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SECTION",
+        help="make this section of the report again, keep the rest",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was printed, for machines")
+    parser.set_defaults(shared=shared)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the parts that were asked for; with none, say which there are."""
+    if not (args.fit or args.csv or args.bench or args.report):
+        raise InputError("nothing to do: give --fit, --csv FILE, --bench FILE or --report FILE")
+    if args.out and not (args.fit or args.csv or args.bench):
+        raise InputError("--out needs --fit, --csv FILE or --bench FILE")
+    found: dict[str, Any] = {}
+    if args.fit or args.csv or args.bench:
+        found = _calibrate(args)
+    if args.report:
+        _report(args)
+        found["report"] = str(args.report)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _data(args: argparse.Namespace) -> Path:
+    data: Path = args.data or args.shared / "data"
+    if not (data / "measured").is_dir():
+        raise InputError(f"no measurements in {data}: it has no folder `measured`; give --data DIR or set HETKV_SHARED")
+    return data
+
+
+def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    from hetkv.costmodel.calibrate import from_rows, read_csv, ship
+    from hetkv.costmodel.catalogue import load_catalogue
+    from hetkv.costmodel.efficiency import Efficiency, dump_efficiencies, load_efficiencies
+    from hetkv.costmodel.links import LinkFit, dump_links, from_bench_json
+
+    catalogue = load_catalogue(args.catalogue)
+    entries: list[Efficiency] = []
+    links: list[LinkFit] = []
+    if args.fit:
+        entries += ship(_data(args), catalogue, _say)
+    if args.csv:
+        entries += from_rows(read_csv(args.csv), load_efficiencies(), catalogue, args.csv.name)
+    if args.bench:
+        links = from_bench_json(args.bench)
+    document = json.loads(dump_efficiencies(entries, "made by hetkv calibrate"))
+    if links:
+        document["links"] = dump_links(links)
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _print(entries, links)
+    return {"efficiencies": document["efficiencies"], "links": document.get("links", [])}
+
+
+def _print(entries: list[Any], links: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if entries:
+        table = Table()
+        table.add_column("GPU/engine/version/dtype", overflow="fold")
+        for name in ("rows", "median error", "90 % interval", "models"):
+            table.add_column(name)
+        for entry in sorted(entries, key=lambda e: str(e.key)):
+            error = "" if entry.median_error is None else f"{entry.median_error:.1%}"
+            span = f"x{entry.low:.2f} to x{entry.high:.2f}"
+            table.add_row(str(entry.key), str(entry.rows), error, span, ", ".join(entry.models))
+        console.print(table)
+    if links:
+        table = Table("path", "rows", "GB/s", "latency us", "median error")
+        for fit in links:
+            bandwidth, latency = f"{fit.bytes_per_second / 1e9:.2f}", f"{fit.latency_s * 1e6:.1f}"
+            table.add_row(fit.name, str(fit.rows), bandwidth, latency, f"{fit.median_error:.1%}")
+        console.print(table)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hetkv.costmodel.report import render
+
+    data = _data(args)
+    for name in SECTIONS:
+        if find_spec(name) is not None:
+            import_module(name)
+    present = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
+    args.report.write_text(render(data, _say, args.only, present), encoding="utf-8")
+    print(f"wrote {args.report}")
+
+
+def _say(name: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[dim]{name} ...[/dim]")

@@ -1,0 +1,258 @@
+"""`hetkv simulate`: what a deployment does to a given traffic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hetkv.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from hetkv.simulator.lengths import GRAMMAR
+
+    parser.add_argument("--plan", required=True, metavar="FILE", help="the deployment: plan.yaml (docs/simulator.md)")
+    traffic = parser.add_argument_group("traffic (one of --trace and --rate)")
+    traffic.add_argument(
+        "--trace", metavar="FILE", help="Azure 2023 CSV, Mooncake JSONL, or arrival_s,prompt_tokens,output_tokens"
+    )
+    traffic.add_argument("--speedup", type=float, default=1.0, help="play the trace this many times as fast")
+    traffic.add_argument("--rate", type=float, metavar="R", help="synthetic arrivals per second")
+    traffic.add_argument("--arrivals", choices=("poisson", "gamma", "constant"), default="poisson")
+    traffic.add_argument(
+        "--cv", type=float, default=2.0, help="gamma: coefficient of variation of the gaps (default 2)"
+    )
+    traffic.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=GRAMMAR)
+    traffic.add_argument("--output-tokens", default="256", metavar="DIST", help="the same")
+    traffic.add_argument("--requests", type=int, metavar="N", help="stop after N arrivals (default 10000 with --rate)")
+    traffic.add_argument("--duration", type=float, metavar="S", help="stop arrivals after S simulated seconds")
+    parser.add_argument("--slo-ttft-ms", type=float, default=math.inf, metavar="MS")
+    parser.add_argument("--slo-tpot-ms", type=float, default=math.inf, metavar="MS")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    parser.add_argument(
+        "--interval", action="store_true", help="run twice more, with step times at the ends of their 90 %% interval"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the summary")
+    parser.add_argument("--csv", metavar="FILE", help="write one row per request")
+    parser.add_argument("--plot", metavar="FILE", help="draw latencies, queues and utilisation (.png, .svg, .pdf)")
+    parser.add_argument("--report", metavar="FILE", help="write a self-contained HTML report")
+    many = parser.add_argument_group("sweeps")
+    many.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="V1,V2,... or LOW:HIGH[:STEP] of a traffic option (rate) or a field of the plan (decode.count); "
+        "repeat for a grid",
+    )
+    many.add_argument("--jobs", type=int, default=-1, help="processes (default: one per core)")
+    many.add_argument("--backend", choices=("loky", "ray"), default="loky", help="ray: a Ray cluster, through joblib")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, print a table, write what was asked for."""
+    from hetkv.simulator.deployment import load_plan
+    from hetkv.simulator.metrics import Slo
+    from hetkv.simulator.sources import Traffic
+
+    for name in ("slo_ttft_ms", "slo_tpot_ms"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    for name in ("json", "csv", "plot", "report"):
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():  # before hours of work, not after
+            raise InputError(f"--{name} {path}: there is no folder {Path(path).parent}")
+    if args.jobs == 0:
+        raise InputError("--jobs must be 1 or more, or -1 for one per core")
+    if args.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {args.seed}")
+    plan = load_plan(args.plan)
+    slo = Slo(args.slo_ttft_ms, args.slo_tpot_ms)
+    traffic = Traffic(
+        trace=args.trace,
+        speedup=args.speedup,
+        rate=args.rate,
+        arrivals=args.arrivals,
+        cv=args.cv,
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=args.output_tokens,
+        requests=args.requests,
+        duration=args.duration,
+    )
+    if args.sweep:
+        return _sweep(args, plan, traffic, slo)
+    return _one(args, plan, traffic, slo)
+
+
+def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
+    from rich.console import Console
+
+    from hetkv.simulator.plot import check_format, save
+    from hetkv.simulator.report import html
+    from hetkv.simulator.run import interval, simulate
+
+    if args.plot:
+        check_format(args.plot)
+    workload = traffic.build()
+    console = Console(stderr=True)
+    with console.status(f"simulating {workload.about}") if console.is_terminal else _nothing():
+        result = simulate(plan, workload, args.seed, slo, args.plan)
+        if args.interval:
+            result.summary["interval"] = interval(plan, workload, args.seed, slo, args.plan)
+    title = f"{plan.model}, {workload.about}"
+    if args.json:
+        _write(args.json, json.dumps(result.summary, indent=1, allow_nan=False) + "\n")
+    if args.csv:
+        _write_rows(args.csv, result.columns)
+    if args.plot:
+        save(result, slo, args.plot, title)
+    if args.report:
+        _write(args.report, html(result, plan, slo, title))
+    _print(result.summary, slo)
+    return 0
+
+
+def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from hetkv.simulator.plot import check_format
+    from hetkv.simulator.sweep import grid, parse_axis, sweep
+    from hetkv.simulator.sweepplot import save_sweep
+
+    for option in ("csv", "report", "interval"):
+        if getattr(args, option):
+            raise InputError(f"--{option} describes one simulation; with --sweep use --json and --plot")
+    if args.plot:
+        check_format(args.plot)
+    axes = [parse_axis(text) for text in args.sweep]
+    points = grid(axes)
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(points))
+        summaries = sweep(
+            points,
+            plan,
+            traffic,
+            args.seed,
+            slo,
+            args.plan,
+            args.jobs,
+            args.backend,
+            on_done=lambda done: progress.update(task, completed=done),
+        )
+    rows = [{"point": p, **s} for p, s in zip(points, summaries, strict=True)]
+    if args.json:
+        _write(args.json, json.dumps({"sweep": rows}, indent=1, allow_nan=False) + "\n")
+    if args.plot:
+        save_sweep(rows, axes, slo, args.plot)
+    _print_sweep(rows)
+    return 0
+
+
+def _console() -> Any:
+    """Standard output, wide enough for the tables where it is not a terminal."""
+    from rich.console import Console
+
+    return Console() if Console().is_terminal else Console(width=140)
+
+
+def _print(summary: dict[str, Any], slo: Any) -> None:
+    from rich.table import Table
+
+    from hetkv.simulator.metrics import METRICS
+    from hetkv.simulator.report import milliseconds
+
+    console = _console()
+    table = Table(title=summary["workload"], title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in ("", "p50", "p90", "p99", "mean"):
+        table.add_column(column, justify="left" if not column else "right")
+    for metric in METRICS:
+        spread = summary.get(metric.key)
+        if isinstance(spread, dict) and spread.get("mean") is not None:
+            table.add_row(
+                f"{metric.symbol}  [dim]{metric.definition.split(':')[0]}", *map(milliseconds, spread.values())
+            )
+    if table.rows:
+        console.print(table)
+    lost = "".join(f", {summary[k]:,} {k}" for k in ("rejected", "failed") if summary[k])
+    console.print(
+        f"{summary['finished']:,} of {summary['requests']:,} requests finished{lost} in "
+        f"{summary['simulated_seconds']:,.1f} simulated s ({summary['seconds']:.2f} s of computing)"
+    )
+    use = ", ".join(f"{gpu} {'none' if u is None else f'{u:.0%}'}" for gpu, u in summary["utilisation"].items())
+    rates = f"{summary['throughput_rps']:,.3g} requests/s, {summary['output_tokens_per_s']:,.0f} output tokens/s"
+    console.print(f"{rates}, utilisation {use}")
+    if any(v is not None for v in slo.as_json().values()):
+        console.print(
+            f"SLO attainment {summary['slo_attainment']:.1%}, goodput {summary['goodput_rps']:,.3g} requests/s"
+        )
+    if "interval" in summary and summary["finished"]:
+        ends = [summary["interval"][end] for end in ("low", "high")]
+        spans = (
+            f"{name} p{p} {' to '.join(milliseconds(end[key][f'p{p}']) for end in ends)}"
+            for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"))
+            for p in (50, 90)
+        )
+        console.print(f"90 % interval of the step times: {', '.join(spans)}", highlight=False)
+    if summary["usd_per_million_output_tokens"] is not None:
+        cost = summary["usd_per_million_output_tokens"]
+        console.print(f"{cost:,.2f} USD per million output tokens ({summary['price_basis']})")
+    for note in summary["notes"]:
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+
+
+def _print_sweep(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    heads = [*rows[0]["point"], *(f"{m} {p} (ms)" for m in ("TTFT", "TPOT") for p in ("p50", "p90"))]
+    heads += ["attainment", "goodput/s", "tokens/s"]
+    priced = rows[0]["usd_per_million_output_tokens"] is not None
+    for head in [*heads, *(["USD/Mtoken"] if priced else [])]:
+        table.add_column(head, justify="right")
+    for row in rows:
+        cells = [str(v) for v in row["point"].values()]
+        cells += [_cell(row[key][p]) for key in ("ttft_ms", "tpot_ms") for p in ("p50", "p90")]
+        cells += [f"{row['slo_attainment']:.1%}", f"{row['goodput_rps']:.3g}", f"{row['output_tokens_per_s']:,.0f}"]
+        if priced:
+            cost = row["usd_per_million_output_tokens"]
+            cells.append("none" if cost is None else f"{cost:.2f}")
+        table.add_row(*cells)
+    console = _console()
+    console.print(table)
+    for note in dict.fromkeys(note for row in rows for note in row["notes"] if note.startswith("pool ")):
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+
+
+def _cell(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _write_rows(path: str, columns: Any) -> None:
+    """One line per request; an unknown time is an empty field."""
+    import csv
+
+    from hetkv.simulator.request import STATUS_NAMES
+
+    names = [name for name in columns if name != "status"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "status"])
+        for *values, status in zip(*(columns[n].tolist() for n in names), columns["status"].tolist(), strict=True):
+            writer.writerow(["" if v != v else v for v in values] + [STATUS_NAMES[status]])
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()

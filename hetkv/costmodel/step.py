@@ -1,0 +1,247 @@
+"""The step time: operations and bytes of one engine step, divided by what the GPU and the engine reach.
+
+`docs/cost-model.md` derives each term. The same function serves one step (floats) and calibration (numpy arrays), so it
+uses operators only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
+from hetkv.costmodel.collectives import all_reduce, exchange
+from hetkv.costmodel.efficiency import Constants, Efficiency
+from hetkv.costmodel.interface import Estimate
+from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens
+from hetkv.costmodel.models import ModelShape
+from hetkv.errors import InputError
+
+ACTIVATION_BYTES = 2
+
+
+class Work(NamedTuple):
+    """One instance's work in seconds at the catalogue's peaks, one rank, all layers. `_s` terms multiply the counts.
+
+    `tokens` are all tokens of the step (decode and prompt). Fields may be numpy arrays, one element per configuration.
+    """
+
+    layers: Any
+    dense_bytes_s: Any
+    dense_s_per_token: Any
+    head_bytes_s: Any
+    head_s_per_sequence: Any
+    expert_bytes_s: Any
+    expert_s_per_token: Any
+    expert_miss: Any
+    kv_s_per_token: Any
+    window_s_per_token: Any
+    window: Any
+    state_s_per_sequence: Any
+    pair_s: Any
+    window_pair_s: Any
+    reduce_small_s: Any
+    reduce_small_s_per_token: Any
+    reduce_large_s: Any
+    reduce_large_s_per_token: Any
+    token_bytes: Any
+    host_speed: Any
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one instance is split: `tp` ranks share heads, `dp` attention replicas share the experts, `pp` stages."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str, kv_dtype: str) -> Work:
+    """Operations and bytes of `model` on one rank of `place`, over the peaks of `gpu`.
+
+    Raises `InputError` when a dtype is unknown, a figure is missing, or there are more stages than layers.
+    """
+    if kv_dtype not in DTYPE_BYTES:
+        raise InputError(f"unknown KV dtype {kv_dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    if place.pp > model.layers:
+        raise InputError(f"{model.name} has {model.layers} layers, too few for {place.pp} pipeline stages")
+    bandwidth, shards = gpu.memory_bandwidth, place.tp * place.dp
+    dense_dtype = "bf16" if model.experts_only_quantised else weight_dtype
+    dense_bytes = model.dense_params * DTYPE_BYTES[dense_dtype] / place.tp
+    kv_bytes = model.kv_elements_per_token(place.tp) * DTYPE_BYTES[kv_dtype] / max(1, model.attention_layers)
+    bf16, expert_flops = gpu.flops("bf16"), gpu.flops(weight_dtype)
+    pair_flops = 2 * model.heads / shards * (model.qk_dim + model.v_dim)
+    reduce_s, swap = all_reduce(gpu, place.tp), exchange(gpu, shards if place.dp > 1 else 1)
+    reduces, swaps = 2 * model.layers, 2 * model.moe_layers
+    token_bytes = model.hidden * ACTIVATION_BYTES / place.dp
+    swap_bytes = model.experts_per_token * token_bytes / place.tp
+    swap_s, swap_s_per_token = swaps * swap.small_s, swaps * swap.small_s_per_byte * swap_bytes
+    latent_absorbed = model.kv_elements * 4 * model.heads / shards if model.latent else 0
+    kv_s = max(kv_bytes / place.dp / bandwidth, latent_absorbed / bf16)
+    full, windowed, window = model.full_layers, model.window_layers, model.window
+    if model.index_topk:
+        full, windowed, window = 0, model.full_layers, model.index_topk
+    return Work(
+        layers=model.layers,
+        dense_bytes_s=dense_bytes / bandwidth,
+        dense_s_per_token=2 * model.dense_params / shards / gpu.flops(dense_dtype),
+        head_bytes_s=model.head_params * 2 / place.tp / bandwidth,
+        head_s_per_sequence=2 * model.head_params / shards / bf16,
+        expert_bytes_s=model.routed_params * DTYPE_BYTES[weight_dtype] / shards / bandwidth,
+        expert_s_per_token=2 * model.moe_layers * model.experts_per_token * model.expert_params / shards / expert_flops,
+        expert_miss=1 - model.experts_per_token / model.experts if model.experts else 1.0,
+        kv_s_per_token=full * kv_s,
+        window_s_per_token=windowed * kv_s,
+        window=float(window),
+        state_s_per_sequence=2 * model.state_layers * model.state_elements * 4 / shards / bandwidth,
+        pair_s=full * pair_flops / bf16,
+        window_pair_s=windowed * pair_flops / bf16,
+        reduce_small_s=reduces * reduce_s.small_s + swap_s,
+        reduce_small_s_per_token=reduces * reduce_s.small_s_per_byte * token_bytes + swap_s_per_token,
+        reduce_large_s=reduces * reduce_s.large_s + swap_s,
+        reduce_large_s_per_token=reduces * reduce_s.large_s_per_byte * token_bytes + swap_s_per_token,
+        token_bytes=token_bytes,
+        host_speed=gpu.value("host_speed"),
+    )
+
+
+def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
+    """Fold constants into work, so that a step is a few multiplications: the groups that `seconds` unpacks."""
+    host = 1 / work.host_speed
+    dense = (
+        (work.dense_bytes_s / c.gemm_bytes) ** 4,
+        work.dense_s_per_token / c.gemm_flops,
+        work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s + work.reduce_small_s * c.reduce_latency,
+        work.head_s_per_sequence / c.gemm_flops
+        + work.state_s_per_sequence / c.kv_bytes
+        + work.layers * c.sequence_layer_s,
+        work.kv_s_per_token / c.kv_bytes,
+        work.pair_s / c.attention_flops,
+    )
+    experts = (work.expert_bytes_s / c.expert_bytes, work.expert_s_per_token / c.expert_flops, work.expert_miss)
+    window = (work.window_s_per_token / c.kv_bytes, work.window_pair_s / c.attention_flops, work.window)
+    reduce = (
+        work.reduce_small_s_per_token * c.reduce,
+        (work.reduce_large_s - work.reduce_small_s) * c.reduce_latency,
+        (work.reduce_large_s_per_token * c.reduce_large - work.reduce_small_s_per_token) * c.reduce,
+        c.reduce_switch_bytes / work.token_bytes,
+    )
+    launch = (work.layers * c.host_layer_s * host, work.layers * c.prompt_layer_s * host)
+    serial = (c.step_s * host, c.sequence_s * host, c.prompt_s * host)
+    return (
+        *dense,
+        *reduce,
+        *launch,
+        *serial,
+        experts if _any(work.expert_bytes_s) else None,
+        window if _any(work.window) else None,
+    )
+
+
+def _any(value: Any) -> bool:
+    """Whether a float or an array holds anything but zero."""
+    return bool(value.any()) if hasattr(value, "any") else bool(value)
+
+
+def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
+    """Time of one step of `batch` decoding sequences holding `context` tokens, with `prompt` tokens of `pairs` pairs.
+
+    Bytes and operations of the same kernels meet in a 4-norm: the larger one, a little more where they are equal. So do
+    the GPU's time and the host's launch time, in an 8-norm.
+    """
+    gb, gf, fixed, seq, kv, pr, r1, s0, s1, cut, host, hlaunch, step, hseq, hprompt, experts, window = k
+    tokens = batch + prompt
+    flop = gf * tokens
+    flop = flop * flop
+    device = (gb + flop * flop) ** 0.25 + fixed + seq * batch + kv * context + pr * pairs
+    device = device + r1 * tokens + (tokens > cut) * (s0 + s1 * tokens)
+    if experts is not None:
+        byte_s, flop_s, miss = experts
+        byte, flop = byte_s * (1 - miss**tokens), flop_s * tokens
+        byte, flop = byte * byte, flop * flop
+        device = device + (byte * byte + flop * flop) ** 0.25
+    if window is not None:
+        kv, pr, length = window
+        held, reach = length * batch, length * prompt
+        device = device + kv * 0.5 * (context + held - abs(context - held))
+        device = device + pr * 0.5 * (pairs + reach - abs(pairs - reach))
+    mixed = prompt > 0
+    host = host + hlaunch * mixed
+    device, host = device * device, host * host
+    device, host = device * device, host * host
+    return (device * device + host * host) ** 0.125 + step + hseq * batch + hprompt * mixed
+
+
+class RooflineStepModel:
+    """`StepModel` of one instance. `efficiency.fallback` says when nothing was measured for the combination."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        model: ModelShape,
+        place: Placement,
+        efficiency: Efficiency,
+        weight_dtype: str,
+        kv_dtype: str,
+        max_batched_tokens: int,
+        memory_share: float,
+    ) -> None:
+        self.gpu, self.model, self.place, self.efficiency = gpu, model, place, efficiency
+        self.work = count_work(gpu, model, place, weight_dtype, kv_dtype)
+        self._coefficients = coefficients(self.work, efficiency.constants)
+        self._stages = place.pp
+        self._stage_chunk = max(1, max_batched_tokens // place.pp)
+        hop = model.hidden * ACTIVATION_BYTES
+        self._hop_s = (place.pp - 1) * 10e-6 if place.pp > 1 else 0.0
+        self._hop_s_per_token = (place.pp - 1) * hop / gpu.link_bandwidth(1) if place.pp > 1 else 0.0
+        self._kv_bytes_per_token = kv_bytes_per_token(model, place.tp, kv_dtype)
+        self._capacity = kv_capacity_tokens(
+            gpu, model, place.tp, place.pp, place.dp, weight_dtype, kv_dtype, max_batched_tokens, memory_share
+        )
+
+    def step_seconds(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> float:
+        """Central prediction of one step, see `StepModel`.
+
+        With `pp` stages the step is the time in which every sequence advances once: the work is cut into as many
+        micro-batches as there are stages (fewer when there is too little work: the bubble), one busy in each stage.
+        """
+        if self._stages == 1:
+            return float(seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs))
+        parts = min(self._stages, max(1, decode_batch + -(-prefill_tokens // self._stage_chunk)))
+        one = seconds(
+            self._coefficients,
+            decode_batch / parts,
+            decode_context / parts,
+            prefill_tokens / parts,
+            prefill_pairs / parts,
+        )
+        tokens = (decode_batch + prefill_tokens) / parts
+        return float(one + self._hop_s + self._hop_s_per_token * tokens)
+
+    def step_estimate(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> Estimate:
+        value = self.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
+        low, high = self.efficiency.factors(decode_batch)
+        return Estimate(value, value * low, value * high)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self._capacity
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self._kv_bytes_per_token

@@ -1,0 +1,181 @@
+"""One simulation: a plan, a workload and a seed in, the result out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from hetkv.costmodel import StepModel, load_catalogue
+from hetkv.errors import InputError
+from hetkv.simulator.cluster import Cluster
+from hetkv.simulator.deployment import Engine, Plan, PoolPlan, StepModels, build_pools, port_bytes_per_second
+from hetkv.simulator.events import Events
+from hetkv.simulator.failure import Failures, Hazard, Outage
+from hetkv.simulator.link import Links
+from hetkv.simulator.metrics import Columns, Slo, summarise
+from hetkv.simulator.pool import Pool
+from hetkv.simulator.records import Records
+from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
+from hetkv.simulator.series import Series
+from hetkv.simulator.workload import Workload
+
+
+@dataclass
+class Result:
+    """What a simulation leaves: a row per request, time series per pool and link, and the summary of both."""
+
+    columns: Columns
+    pools: list[Pool]
+    links: Links | None
+    end: float  # simulated s of the last event
+    summary: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def series(self) -> dict[str, dict[str, Series]]:
+        """Pool or `link` to the name of a series to the series."""
+        found = {
+            p.name: {"waiting": p.waiting, "running": p.running, "busy": p.busy, "down": p.down} for p in self.pools
+        }
+        if self.links is not None:
+            found["link"] = {"flows": self.links.flows, "bytes_per_second": self.links.throughput}
+        return found
+
+
+def simulate(
+    plan: Plan,
+    workload: Workload,
+    seed: int = 0,
+    slo: Slo | None = None,
+    origin: str = "plan",
+    models: StepModels | None = None,
+    skip_ahead: bool = True,
+) -> Result:
+    """Run `workload` through `plan` until every request has ended.
+
+    The same arguments give the same result, bit for bit. `models` replaces the cost model's step times. `InputError`
+    where the plan names something unknown, lacks a figure, or does not fit in memory.
+    """
+    pools = build_pools(plan, origin, models, skip_ahead)
+    prices = _hourly(plan, pools, origin)
+    begin = time.perf_counter()
+    events, records = Events(), Records()
+    links = None
+    if plan.link is not None and plan.disaggregated:
+        fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
+        links = Links(events, port_bytes_per_second(plan), fabric, plan.link.latency_us / 1e6)
+    cluster = Cluster(
+        pools,
+        events,
+        records,
+        links,
+        plan.routing.prefill,
+        plan.routing.decode,
+        overlap=plan.link is not None and plan.link.overlap == "layerwise",
+        restart=plan.failures.requests == "restart",
+        hash_tokens=workload.hash_tokens,
+    )
+    outages = [Outage(o.instance, o.at_s, inf if o.down_s is None else o.down_s) for o in plan.failures.outages]
+    hazards = [Hazard(h.pool, h.mtbf_s, h.mttr_s) for h in plan.failures.random]
+    try:
+        failures = Failures(cluster, events, outages, hazards, seed)
+    except InputError as error:
+        raise InputError(f"{origin}: failures: {error}") from None
+    cluster.start(workload.requests(seed))
+    events.run()
+    cluster.finish()
+    columns = records.columns()
+    summary = summarise(columns, slo or Slo())
+    summary["failures"] = failures.count
+    summary["utilisation"] = _utilisation(pools, events.now, summary["simulated_seconds"])
+    summary["link"] = _link(links, summary["simulated_seconds"])
+    _cost(summary, pools, prices, plan)
+    summary["seed"] = seed
+    summary["workload"] = workload.about
+    notes = _notes(pools, summary)
+    summary["notes"] = notes
+    summary["seconds"] = time.perf_counter() - begin
+    return Result(columns, pools, links, events.now, summary, notes)
+
+
+INTERVAL_KEYS = ("ttft_ms", "tpot_ms", "e2e_ms", "slo_attainment", "goodput_rps", "output_tokens_per_s")
+
+
+def interval(
+    plan: Plan, workload: Workload, seed: int = 0, slo: Slo | None = None, origin: str = "plan"
+) -> dict[str, Any]:
+    """The same simulation with every step time at the low, and at the high end of its 90 % interval.
+
+    Keys `low` and `high` (of the step times) hold the figures of `INTERVAL_KEYS`. Both ends see the same arrivals.
+    """
+    found: dict[str, Any] = {}
+    central = {pool.name: pool.model for pool in build_pools(plan, origin)}
+    for end in (LOW, HIGH):
+
+        def scaled(pool: PoolPlan, engine: Engine, end: str = end) -> StepModel:
+            return ScaledStepModel(central[pool.name], end)
+
+        summary = simulate(plan, workload, seed, slo, origin, scaled).summary
+        found[end] = {key: summary[key] for key in INTERVAL_KEYS}
+    return found
+
+
+def _utilisation(pools: list[Pool], now: float, seconds: float) -> dict[str, float | None]:
+    busy: dict[str, float] = {}
+    there: dict[str, float] = {}
+    for pool in pools:
+        busy[pool.gpu] = busy.get(pool.gpu, 0.0) + pool.busy.integral(now) * pool.gpus
+        down = min(pool.down.integral(now), pool.count * seconds)
+        there[pool.gpu] = there.get(pool.gpu, 0.0) + (pool.count * seconds - down) * pool.gpus
+    return {gpu: min(busy[gpu] / there[gpu], 1.0) if there[gpu] > 0 else None for gpu in busy}
+
+
+def _link(links: Links | None, seconds: float) -> dict[str, float] | None:
+    if links is None:
+        return None
+    return {
+        "transfers": links.count,
+        "gigabytes": links.sent / 1e9,
+        "mean_gb_s": links.sent / 1e9 / seconds if seconds else 0.0,
+        "peak_gb_s": links.throughput.peak / 1e9,
+        "peak_transfers": links.flows.peak,
+    }
+
+
+def _hourly(plan: Plan, pools: list[Pool], origin: str) -> dict[str, float]:
+    """USD per GPU hour by GPU name; empty without prices. One price that is given and one that is not is an error."""
+    if not plan.prices:
+        return {}
+    catalogue = load_catalogue(plan.catalogue)
+    prices = {catalogue.gpu(p.gpu).name: p.usd_per_gpu_hour for p in plan.prices}
+    for pool in pools:
+        if pool.gpu not in prices:
+            raise InputError(f"{origin}: prices: missing `usd_per_gpu_hour` of {pool.gpu} (pool {pool.name})")
+    return prices
+
+
+def _cost(summary: dict[str, Any], pools: list[Pool], prices: dict[str, float], plan: Plan) -> None:
+    summary["usd_per_million_output_tokens"] = summary["price_basis"] = None
+    if prices and summary["output_tokens"]:
+        hourly = sum(p.count * p.gpus * prices[p.gpu] for p in pools)
+        usd = hourly * summary["simulated_seconds"] / 3600
+        summary["usd_per_million_output_tokens"] = usd / summary["output_tokens"] * 1e6
+        summary["price_basis"] = ", ".join(sorted({f"{p.basis} {p.as_of}" for p in plan.prices}))
+
+
+def _notes(pools: list[Pool], summary: dict[str, Any]) -> list[str]:
+    """What a reader has to know before trusting the figures."""
+    notes = []
+    for pool in pools:
+        efficiency = getattr(pool.model, "efficiency", None)
+        fallback = getattr(efficiency, "fallback", "")
+        if fallback:
+            note = f"pool {pool.name}: {fallback}"
+            if note not in notes:
+                notes.append(note)
+    if summary["rejected"]:
+        notes.append(f"{summary['rejected']} requests are longer than the KV cache of the smallest instance: rejected")
+    if summary["failed"]:
+        notes.append(f"{summary['failed']} requests failed: lost with their instance, or never served")
+    return notes

@@ -1,0 +1,31 @@
+"""A step model at one end of its 90 % interval."""
+
+from __future__ import annotations
+
+from hetkv.costmodel.interface import Estimate, StepModel
+
+LOW, HIGH = "low", "high"
+
+
+class ScaledStepModel:
+    """`model` with all step times multiplied, so that a typical decode step is at the `end` of its interval.
+
+    Errors of a cost model are mostly common to all steps (an efficiency that is off), hence one factor.
+    """
+
+    def __init__(self, model: StepModel, end: str) -> None:
+        self.model = model
+        typical = model.step_estimate(32, 32 * 1024.0)
+        self.factor: float = getattr(typical, end) / typical.value
+        self.kv_capacity_tokens = model.kv_capacity_tokens
+        self.kv_bytes_per_token = model.kv_bytes_per_token
+
+    def step_seconds(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> float:
+        return self.factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
+
+    def step_estimate(
+        self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
+    ) -> Estimate:
+        return self.model.step_estimate(decode_batch, decode_context, prefill_tokens, prefill_pairs)
