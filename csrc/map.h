@@ -29,8 +29,8 @@ HETKV_HD constexpr int item_size(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : (dtype == DType::kFloat16 || dtype == DType::kBFloat16) ? 2 : 1;
 }
 
-// Strides are bytes. `base` already includes the segment's offset. With `block_size` 0 the tokens are not paged: they all
-// lie in block 0 and no block table is read (the wire, staging buffers).
+// Strides are bytes. `base` already includes the segment's offset. With `block_size` 0 the tokens are not paged: they
+// all lie in block 0 and no block table is read (the wire, staging buffers).
 struct SegmentMap {
   std::uint64_t base = 0;
   std::int64_t block_stride = 0;
@@ -51,13 +51,14 @@ HETKV_HD inline std::uint64_t address(const SegmentMap& map, const std::int32_t*
     block = blocks[token / map.block_size];
     token %= map.block_size;
   }
-  return map.base + static_cast<std::uint64_t>(block * map.block_stride + token * map.token_stride +
-                                               head * map.head_stride + (channel / map.pack) * map.outer_stride +
-                                               (channel % map.pack) * map.inner_stride);
+  return map.base +
+         static_cast<std::uint64_t>(block * map.block_stride + token * map.token_stride + head * map.head_stride +
+                                    (channel / map.pack) * map.outer_stride + (channel % map.pack) * map.inner_stride);
 }
 
 // The wire's canonical layout of one segment: `[head][token][channel]`, C order, from `base`.
-HETKV_HD constexpr SegmentMap canonical_map(std::uint64_t base, std::int64_t tokens, std::int32_t channels, DType dtype) {
+HETKV_HD constexpr SegmentMap canonical_map(std::uint64_t base, std::int64_t tokens, std::int32_t channels,
+                                            DType dtype) {
   const std::int64_t size = item_size(dtype);
   return SegmentMap{base, 0, channels * size, tokens * channels * size, 0, size, 0, channels, dtype};
 }

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from hetkv import errors, wire
-from hetkv.core import core as _core
 from hetkv.checksum import payload_checksum, siphash24
+from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.wire_types import BODIES, Abort, Body, Frame, Grant, Heartbeat, Prelude, SlotGrant, Ticket, Type
 

@@ -47,7 +47,9 @@ def fit_lines(size: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float
 def main() -> None:
     wheel = zipfile.ZipFile(sys.argv[1])
     print("# All-reduce on one node: small_s + small_s_per_byte n below 3 MiB, large_s + large_s_per_byte n above.")
-    print("# Made by bench/accuracy/fit_collectives.py from aiconfigurator-core 0.12 (Apache-2.0), captured-graph rows.")
+    print(
+        "# Made by bench/accuracy/fit_collectives.py from aiconfigurator-core 0.12 (Apache-2.0), captured-graph rows."
+    )
     print("# ranks: [small_s, small_s_per_byte, large_s, large_s_per_byte]   # median error of the fit, sizes")
     for gpu, folder in TABLES.items():
         name = f"aiconfigurator_core/systems/data/{folder}/custom_allreduce_perf.parquet"

@@ -1,7 +1,8 @@
 """Trains the demo checkpoint: a small Llama-family model and its tokenizer on the King James Bible, on one CPU core.
 
     apt-get install bible-kjv bible-kjv-text
-    OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python bench/train_demo/train.py --out hetkv/models/demo --compile
+    OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
+      python bench/train_demo/train.py --out hetkv/models/demo --compile
 
 Matrix products run in bf16 (quick on a core with AMX), weights and optimizer states are fp32, the saved weights are
 bf16. Three steps in four read short windows, because attention's backward pass is the slow part on a CPU; the fourth

@@ -222,8 +222,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from hetkv.core import core as _core
     from hetkv.bench.environment import environment
+    from hetkv.core import core as _core
 
     if args.threads < 1 or args.repeats < 2:
         raise InputError(f"--threads {args.threads} and --repeats {args.repeats}: at least 1 thread and 2 repetitions")
