@@ -1,8 +1,23 @@
 #include "engine/mover.h"
 
+#include <cstring>
+
 #include "engine/events.h"
 
 namespace hetkv {
+namespace {
+
+// The bytes behind a part that ends inside a word: the slot may hold an earlier frame there.
+void clear_padding(const RemapJob& job) {
+  const SegmentMap& wire = job.dst.map;
+  const std::int64_t bytes = job.tokens * job.heads * job.channels * item_size(wire.dtype);
+  const std::int64_t tail = bytes % 8;
+  if (tail != 0)
+    std::memset(reinterpret_cast<void*>(wire.base + static_cast<std::uint64_t>(bytes)), 0,
+                static_cast<std::size_t>(8 - tail));
+}
+
+}  // namespace
 
 void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
                RemapTask* task) {
@@ -28,6 +43,9 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
 
 void CpuMover::submit(RemapTask* task) {
   task->start_ns = now_ns();
+  for (const RemapJob& job : task->jobs) {
+    if (job.wire == WireSide::kDestination) clear_padding(job);
+  }
   task->result = remap_cpu(task->jobs.data(), task->jobs.size(), task->seed, threads_);
   task->stop_ns = now_ns();
   task->done = true;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace hetkv {
 namespace {
@@ -27,6 +28,14 @@ void copy_elements(Bytes* dst, const Bytes* src, const Axis& a, const Axis& b) {
   }
 }
 
+// At most kMaxAxes of them; std::sort's code for long ranges makes GCC 12 warn of bounds that are never reached.
+void sort_outermost_first(Axis* axes, int count) {
+  const auto outer = [](const Axis& x, const Axis& y) { return x.dst != y.dst ? x.dst > y.dst : x.src > y.src; };
+  for (int i = 1; i < count; ++i) {
+    for (int j = i; j > 0 && outer(axes[j], axes[j - 1]); --j) std::swap(axes[j], axes[j - 1]);
+  }
+}
+
 void remove(Axis* axes, int& count, int at) {
   for (int i = at; i + 1 < count; ++i) axes[i] = axes[i + 1];
   --count;
@@ -39,8 +48,7 @@ int merge_axes(Axis* axes, int count) {
   for (int i = 0; i < count; ++i) {
     if (axes[i].count != 1) axes[kept++] = axes[i];
   }
-  std::sort(axes, axes + kept,
-            [](const Axis& x, const Axis& y) { return x.dst != y.dst ? x.dst > y.dst : x.src > y.src; });
+  sort_outermost_first(axes, kept);
   for (int i = kept - 1; i > 0; --i) {
     Axis& outer = axes[i - 1];
     const Axis inner = axes[i];
