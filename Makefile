@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc bindings -type f 2>/dev/null) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format types bench build dev clean
+.PHONY: demo test test-all lint format types build dev clean
 demo: $(STAMP)
 	$(PY) -m hetkv demo
 

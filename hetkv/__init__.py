@@ -1,15 +1,18 @@
 """hetkv moves the KV cache of large language models between GPUs that do not match.
 
 The names below are imported when they are first used, so that `import hetkv` loads neither UCX nor PyTorch: the cost
-model, the simulator and the planner work without them.
+model and the simulator work without them.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library does not print
 
 _HOME = {
     "DType": "dtypes",

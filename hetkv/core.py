@@ -6,6 +6,8 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hetkv.errors import BuildError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,6 +35,9 @@ with _defaults():
         pass
     else:
         libucx.load_library()
-    from hetkv import _core as core
+    try:
+        from hetkv import _core as core
+    except ImportError as error:
+        raise BuildError(f"the extension cannot be loaded ({error}): run `make build`, or install UCX") from None
 
 __all__ = ["core"]

@@ -49,6 +49,10 @@ class IncompatibleError(HandshakeError):
         super().__init__(f"{field}: this side has {mine}, the peer has {theirs}" + (f" ({why})" if why else ""))
 
 
+class BuildError(HetkvError, ImportError):
+    """The extension is not built, or its UCX is not there."""
+
+
 class WireError(HetkvError):
     """Bytes that are not a message of the wire format this build reads (`docs/wire-format.md`)."""
 

@@ -110,7 +110,7 @@ def other_role(role: Role) -> Role:
 def check_secret(secret: bytes) -> None:
     """Raise `InputError` unless the secret is bytes and long enough."""
     if not isinstance(secret, (bytes, bytearray)) or len(secret) < MIN_SECRET_BYTES:
-        raise InputError(f"the shared secret must be at least {MIN_SECRET_BYTES} bytes")
+        raise InputError(f"the shared secret must be bytes, {MIN_SECRET_BYTES} or more")
 
 
 def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float) -> Keys:

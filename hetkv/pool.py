@@ -66,6 +66,10 @@ class KVPool:
     ) -> KVPool:
         """A zeroed pool of a preset layout. `num_blocks` and `block_size` may be given per cache group."""
         shard = shard or Shard.whole(spec)
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            values = [value] * spec.num_groups if isinstance(value, int) else list(value)
+            if len(values) != spec.num_groups or min(values, default=0) < 1:
+                raise InputError(f"{name} {value}: one number from 1, or one for each of {spec.num_groups} cache groups")
         layers = {}
         for index in range(*shard.layers):
             layer = spec.layers[index]
@@ -93,7 +97,11 @@ class KVPool:
     ) -> KVPool:
         """A pool over an engine's own tensors, one entry per global layer, described by `KVLayout.from_tensor`."""
         layers = {}
+        if not isinstance(tensors, Mapping):
+            raise InputError("tensors is a mapping from global layer index to that layer's tensor or tensors")
         for index, memory in tensors.items():
+            if not 0 <= index < len(spec.layers):
+                raise InputError(f"layer {index}: the model has {len(spec.layers)} layers")
             parts = [segment._replace(heads=0) for segment in spec.layers[index].segments]
             layout = KVLayout.from_tensor(memory, axes, parts, scale=scale)
             if isinstance(memory, Mapping):

@@ -79,12 +79,12 @@ def draw(path: Path | str, spans: Sequence[Span], title: str) -> None:
     colours = pyplot.get_cmap("viridis")
     rows = [row for row in ROWS if any(span.row == row for span in spans)]
     figure, axes = pyplot.subplots(figsize=(11, 0.75 * len(rows) + 1.6), layout="constrained")
+    total = (max(span.stop_ns for span in spans) - origin) / 1e6
     for span in spans:
-        left, width = (span.start_ns - origin) / 1e6, max((span.stop_ns - span.start_ns) / 1e6, 1e-3)
-        axes.barh(
-            rows.index(span.row), width, left=left, height=0.72, color=colours(span.layer / max(layers - 1, 1)),
-            edgecolor="white", linewidth=0.4,
-        )  # fmt: skip
+        # A pack of microseconds beside a compute of milliseconds is drawn wide enough to be seen.
+        left, width = (span.start_ns - origin) / 1e6, max((span.stop_ns - span.start_ns) / 1e6, total * 0.004)
+        colour = colours(span.layer / max(layers - 1, 1))
+        axes.barh(rows.index(span.row), width, left=left, height=0.72, color=colour)
     axes.set_yticks(range(len(rows)), [f"{row}\n({ROWS[row]} process)" for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds since the first layer began")

@@ -362,7 +362,7 @@ def test_a_side_that_describes_itself_in_the_other_role_is_told():
 
 def test_bad_arguments():
     options = {"role": "sender", "describe": lambda: describe("sender")}
-    with pytest.raises(InputError, match="at least 16 bytes"):
+    with pytest.raises(InputError, match="16 or more"):
         connect("127.0.0.1:1", secret=b"short", **options)
     with pytest.raises(InputError, match="name a host and a port"):
         connect(":7000", secret=SECRET, **options)

@@ -64,6 +64,12 @@ def test_other_pools_and_orders(tmp_path: Path, options: tuple[str, ...]) -> Non
         (("--model", "/nonexistent"), "/nonexistent"),
         (("--prefill-dtype", "float9"), "float9"),
         (("--decode-block", "0"), "block size 0"),
+        (("--prefill-block", "0"), "block size 0"),
+        (("--threads", "0"), "0 threads"),
+        (("--compute-dtype", "int8"), "int8"),
+        (("--decode-dtype", "int8"), "int8"),
+        (("--json", "/nonexistent/x.json"), "/nonexistent"),
+        (("--trace", "/nonexistent/x.json"), "/nonexistent"),
         (("--tokens", "0"), "0 new tokens"),
     ],
 )

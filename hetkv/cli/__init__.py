@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS: dict[str, str] = {
     "demo": "generate text through a prefill and a decode process with unlike KV pools",
@@ -18,15 +20,29 @@ COMMANDS: dict[str, str] = {
     "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
 }
 
+OUTPUTS = ("json", "plot", "report")
+"""Options that name a file to write, in whatever command has them."""
+
+
+def check_outputs(files: Mapping[str, str | Path | None]) -> None:
+    """Raise `InputError` for an output (by option name) whose folder does not exist: before the work, not after it."""
+    from hetkv.errors import InputError
+
+    for name, file in files.items():
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise InputError(f"--{name} {file}: there is no folder {Path(file).parent}")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run `hetkv` with `argv` (default: the process's own arguments) and return its exit status."""
+    import hetkv
     from hetkv.errors import HetkvError
 
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="hetkv", description="Moves, converts and plans the KV cache between unlike GPUs."
+        prog="hetkv", description="Moves and converts the KV cache between unlike GPUs, and simulates deployments."
     )
+    parser.add_argument("--version", action="version", version=f"hetkv {hetkv.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -34,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             import_module(f"hetkv.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)
     try:
+        check_outputs({name: getattr(args, name, None) for name in OUTPUTS})
         return int(import_module(f"hetkv.cli.{args.command}").run(args))
     except (HetkvError, OSError) as error:
         print(f"hetkv {args.command}: {error}", file=sys.stderr)

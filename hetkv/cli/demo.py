@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from hetkv.cli import check_outputs
 from hetkv.layout import PRESETS
 from hetkv.runtime.demo import DemoOptions, DemoResult, SideOptions, run_demo
 from hetkv.trace import draw, write_perfetto
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 where the two texts are identical, 1 where not."""
+    check_outputs({"trace": args.trace})
     options = DemoOptions(
         model=args.model,
         prompt=args.prompt,

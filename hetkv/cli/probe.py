@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import secrets
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
         def tell(address: str) -> None:
             shown = f"{SECRET}=..." if given else f"{SECRET}={secret}"
+            host, _, port = address.rpartition(":")
+            if host in ("0.0.0.0", "[::]"):
+                address = f"{socket.gethostname()}:{port}"
             size = "" if args.mib == 64 else f" --mib {args.mib:g}"
             print(f"waiting; on the other host: {shown} hetkv probe --connect {address}{size}", flush=True)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from hetkv.config import TransferConfig
 from hetkv.dtypes import DType
+from hetkv.errors import InputError
 from hetkv.pool import KVPool
 from hetkv.runtime.tokenizer import TextTokenizer
 from hetkv.runtime.worker import DecodeResult, PrefillResult, WorkerConfig, WorkerHandle
@@ -78,6 +79,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
 
 def run_demo(options: DemoOptions) -> tuple[DemoResult, list[Span]]:
     """Start the two workers, move one request between them twice (the first run warms up), and compare."""
+    _check(options)
     prompt, single, tokenizer = _single_process(options)
     transfer = TransferConfig(trace=True)
     secret = secrets.token_bytes(32)
@@ -141,6 +143,19 @@ class _Run(NamedTuple):
     decoded: DecodeResult
     wire_spans: list[Span]
     sender_stats: dict[str, int]
+
+
+def _check(options: DemoOptions) -> None:
+    """Everything that would otherwise fail somewhere inside a worker."""
+    for name, side in (("prefill", options.prefill), ("decode", options.decode)):
+        if side.block_size < 1:
+            raise InputError(f"{name}: block size {side.block_size} must be at least 1")
+        if DType.parse(side.dtype) in (DType.INT8, DType.UINT8):
+            raise InputError(f"{name}: the runtime does not compute with {side.dtype} KV")
+    if DType.parse(options.compute_dtype) not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
+        raise InputError(f"compute dtype {options.compute_dtype}: must be float32, float16 or bfloat16")
+    if options.threads < 1:
+        raise InputError(f"{options.threads} threads: must be at least 1")
 
 
 def _route(
