@@ -178,9 +178,9 @@ void bind_engine(py::module_& m) {
   sender
       .def(
           "submit",
-          [](Sender& self, const py::bytes& id, std::vector<std::uint64_t> tokens,
+          [](Sender& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& tokens,
              const std::vector<py::buffer>& blocks, std::uint64_t hold_ms) {
-            return self.submit({to_array<16>(id, "request id"), std::move(tokens), to_tables(blocks), hold_ms});
+            return self.submit({to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms});
           },
           py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"),
           "Handle of the request; 0: the engine has ended.")

@@ -140,7 +140,12 @@ class Node(ABC, Generic[P]):
             tls=self._tls,
         )
         with self._lock:
-            self._listeners.append(listener)
+            closed = self._closed
+            if not closed:
+                self._listeners.append(listener)
+        if closed:
+            listener.close()
+            raise ClosedError(f"the {self.role} is closed")
         return listener.address
 
     def connect(self, address: str) -> Peer:
@@ -303,6 +308,16 @@ class Node(ABC, Generic[P]):
 
 
 _open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+
+
+def _disown_in_child() -> None:
+    """A forked child has neither the threads nor the right to say goodbye on its parent's sockets."""
+    for node in list(_open_nodes):
+        node._lock, node._closed = threading.Lock(), True
+    _open_nodes.clear()
+
+
+os.register_at_fork(after_in_child=_disown_in_child)
 
 
 @atexit.register

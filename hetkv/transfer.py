@@ -25,7 +25,7 @@ from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.link import linked_ranks, wanted
 from hetkv.node import COMPLETE, FAILED, LAYER, PACKED, Node, Peer
 from hetkv.pending import Pending, RequestId, request_key, running, settle, wait_for
-from hetkv.spec import KVSpec
+from hetkv.spec import Interval, KVSpec
 
 if TYPE_CHECKING:
     from hetkv import _core
@@ -39,7 +39,7 @@ class Transmission(Pending):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
     def __init__(
-        self, request_id: RequestId, sender: Sender, handle: int, tokens: list[int], blocks: list[array[int]]
+        self, request_id: RequestId, sender: Sender, handle: int, tokens: list[Interval], blocks: list[array[int]]
     ) -> None:
         super().__init__(request_id, sender.engine, handle)
         self.packed = running()
@@ -57,9 +57,11 @@ class Transmission(Pending):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        start, stop = tokens or (0, self._tokens[group])
-        if not 0 <= start <= stop <= self._tokens[group]:
-            raise InputError(f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group]} tokens")
+        start, stop = tokens or (0, self._tokens[group].stop)
+        if not 0 <= start <= stop <= self._tokens[group].stop:
+            raise InputError(
+                f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group].stop} tokens"
+            )
         if stop > len(self._blocks[group]) * self._pool.groups[group][0]:
             raise InputError(
                 f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
@@ -78,7 +80,8 @@ class Transmission(Pending):
             raise InputError(f"cache group {group} has no layers in this pool")
         more = block_array(_plain(block_ids))
         blocks = self._blocks[group] + more
-        self._pool.check_blocks(group, blocks, 0, min(self._tokens[group], len(blocks) * self._pool.groups[group][0]))
+        span, room = self._tokens[group], len(blocks) * self._pool.groups[group][0]
+        self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
         self._engine.extend(self.handle, group, more)
         self._blocks[group] = blocks  # only now may a thread send layers that lie in them
 
@@ -122,14 +125,15 @@ class Sender(Node[Transmission]):
         """
         key = request_key(request_id)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
-        for group, (start, _) in enumerate(wanted(self.description, tokens, [0] * len(tokens))):
+        spans = wanted(self.description, tokens, [0] * len(tokens))
+        for group, (start, _) in enumerate(spans):
             room = len(blocks[group]) * self.pool.groups[group][0] if group in self.pool.groups else 0
             self.pool.check_blocks(group, blocks[group], start, min(tokens[group], room))
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> Transmission:
-            handle = self.engine.submit(key, tokens, blocks, hold_ms)
-            return Transmission(request_id, self, handle, tokens, blocks)
+            handle = self.engine.submit(key, spans, blocks, hold_ms)
+            return Transmission(request_id, self, handle, spans, blocks)
 
         return self._submit(key, make)
 

@@ -351,6 +351,7 @@ void Engine::close_all(const Status& status) {
   step(now_ns());
   for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
   worker_->close();  // it does now, while all that the operations refer to still exists
+  step(now_ns());    // and what had to wait for them ends
   numbers_.clear();
   links_.clear();
   incoming_.clear();

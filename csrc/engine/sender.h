@@ -18,7 +18,8 @@ namespace hetkv {
 // What the sender holds of one request. `tokens` and `blocks` are per cache group.
 struct Submission {
   wire::RequestId id{};
-  std::vector<std::uint64_t> tokens;              // tokens that the request will have when all are computed
+  std::vector<wire::TokenRange> tokens;           // what may be asked for: from the first token whose block ids count
+                                                  // to all that the request will have when it is computed
   std::vector<std::vector<std::int32_t>> blocks;  // block ids in token order; may grow by `extend`
   std::uint64_t hold_ms = 0;  // blocks are held this long for tickets and their completion; 0: no limit
 };
@@ -63,7 +64,7 @@ class Sender final : public Engine {
   struct Request {
     std::uint64_t handle = 0;
     wire::RequestId id{};
-    std::vector<std::uint64_t> tokens;
+    std::vector<wire::TokenRange> tokens;
     std::vector<BlockTable> blocks;
     std::vector<Ready> ready;
     std::map<std::uint32_t, std::vector<wire::TokenRange>> sent;  // the same by layer, merged

@@ -10,6 +10,7 @@ namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kMaxPendingTickets = 1 << 16;
+constexpr std::size_t kMaxPendingPerLink = 1 << 12;
 constexpr std::uint64_t kRememberNs = 10'000 * kMs;
 constexpr std::size_t kMaxRemembered = 4096;
 constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
@@ -70,7 +71,7 @@ void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
       return refuse(*ticket.link, id, ticket.epoch, found->second.why);
     }
   }
-  if (pending_.size() >= kMaxPendingTickets) {
+  if (pending_.size() >= kMaxPendingTickets || windows_[ticket.link->id].tickets >= kMaxPendingPerLink) {
     return refuse(*ticket.link, id, ticket.epoch,
                   Status::error(Code::kProtocol, "too many tickets wait for their requests"));
   }
@@ -93,10 +94,12 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
                  std::to_string(request.tokens.size()));
   }
   for (std::size_t group = 0; group < want.size(); ++group) {
-    if (want[group].stop > request.tokens[group] && want[group].stop > want[group].start) {
+    const wire::TokenRange& have = request.tokens[group];
+    if (want[group].start >= want[group].stop) continue;
+    if (want[group].stop > have.stop || want[group].start < have.start) {
       return wrong("the ticket asks for tokens " + range_text(want[group].start, want[group].stop) +
                    " of cache group " + std::to_string(group) + ", the request has " +
-                   std::to_string(request.tokens[group]));
+                   range_text(have.start, have.stop));
     }
   }
   for (const auto& lane : request.lanes) {

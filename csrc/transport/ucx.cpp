@@ -1,12 +1,15 @@
 #include "transport/ucx.h"
 
+#include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 
 namespace hetkv::ucx {
 namespace {
 
 constexpr unsigned kMessageId = 1;
+constexpr int kNewestAddressVersion = 1;  // low four bits of a worker address
 
 Status ucx_error(const char* what, ucs_status_t status) {
   return Status::error(Code::kTransport, std::string(what) + ": " + ucs_status_string(status));
@@ -20,6 +23,19 @@ void configure(ucp_config_t* config) {
       static_cast<void>(ucp_config_modify(config, setting[0], setting[1]));  // an older UCX may not know it
     }
   }
+}
+
+// UCX believes the address of a grant; a store outside of what the peer shares would hit this process's own memory.
+bool in_shared_memory(std::uint64_t start, std::uint64_t bytes) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long long low = 0;
+    unsigned long long high = 0;
+    char access[5] = {};
+    if (std::sscanf(line.c_str(), "%llx-%llx %4s", &low, &high, access) != 3) continue;
+    if (start >= low && start < high) return access[1] == 'w' && access[3] == 's' && bytes <= high - start;
+  }
+  return false;
 }
 
 void on_done(void* request, ucs_status_t status, void* user) {
@@ -158,6 +174,9 @@ RemoteMemory::~RemoteMemory() {
 }
 
 Status Endpoint::connect(Worker& worker, const std::vector<std::uint8_t>& peer, std::unique_ptr<Endpoint>* out) {
+  if (peer.empty() || (peer[0] & 15) > kNewestAddressVersion) {  // UCX would end the process
+    return Status::error(Code::kTransport, "the peer's UCX address has a version that this UCX does not know");
+  }
   std::unique_ptr<Endpoint> self(new Endpoint);
   ucp_ep_params_t params{};
   params.field_mask =
@@ -189,6 +208,9 @@ Status Endpoint::open(const std::vector<std::uint8_t>& rkey, std::uint64_t addre
   }
   void* local = nullptr;
   if (ucp_rkey_ptr(self->key, address, &local) == UCS_OK) self->local = reinterpret_cast<std::uint64_t>(local);
+  if (self->local != 0 && !in_shared_memory(self->local, bytes)) {
+    return Status::error(Code::kProtocol, "the peer granted memory outside of what it shares");
+  }
   *out = std::move(self);
   return {};
 }

@@ -106,7 +106,11 @@ class Worker:
 
         blocks = self.allocator.allocate(len(prompt))
         start = time.monotonic_ns()
-        sending: Transmission = self.node.send(request_id, blocks, len(prompt))
+        try:
+            sending: Transmission = self.node.send(request_id, blocks, len(prompt))
+        except BaseException:
+            self.allocator.free(blocks)
+            raise
         self.sending[request_id] = (sending, blocks)
         times: list[tuple[int, int]] = []
 
