@@ -69,7 +69,7 @@ class KVPool:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             values = [value] * spec.num_groups if isinstance(value, int) else list(value)
             if len(values) != spec.num_groups or min(values, default=0) < 1:
-                raise InputError(f"{name} {value}: from 1, one number or one for each of {spec.num_groups} cache groups")
+                raise InputError(f"{name} {value}: from 1, and one or as many as cache groups ({spec.num_groups})")
         layers = {}
         for index in range(*shard.layers):
             layer = spec.layers[index]
