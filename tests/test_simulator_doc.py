@@ -56,7 +56,7 @@ def test_commands_of_the_page(folder, capsys, command):
 
 
 def test_the_planned_outage_of_the_page_happens(folder):
-    """The traffic of the third command at 10 requests/s until after the outage's beginning."""
+    """At 10 requests/s, until after its beginning."""
     options = ["--plan", "plan.yaml", "--rate", "10", "--requests", "6100", "--output-tokens", "8", "--json", "o.json"]
     assert main(["simulate", *options]) == 0
     summary = json.loads((folder / "o.json").read_text())

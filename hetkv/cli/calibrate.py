@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--catalogue", type=Path, action="append", default=[], metavar="FILE", help="own GPU figures")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE (docs/accuracy.md); needs --data"
-    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE; needs --data")
     parser.add_argument(
         "--only",
         action="append",
