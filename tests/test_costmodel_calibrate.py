@@ -212,7 +212,9 @@ def test_command_fits_a_csv_and_writes_a_file_that_is_read_back(
     ("arguments", "message"),
     [
         ([], "nothing to do"),
-        (["--fit", "--data", "/nowhere"], "no measurements in /nowhere"),
+        (["--fit"], "--fit needs --data DIR"),
+        (["--report", "x.md", "--only", "decisions"], "--report needs --data DIR"),
+        (["--fit", "--data", "/nowhere"], "--data /nowhere: no measurements"),
         (["--report", "x.md", "--out", "y.json"], "--out needs"),
         (["--csv", "/nowhere.csv"], "nowhere.csv"),
     ],

@@ -8,7 +8,6 @@ import pytest
 
 from hetkv.costmodel.catalogue import UNITS, load_catalogue
 from hetkv.costmodel.collectives import SWITCH_BYTES, all_reduce
-from hetkv.costmodel.prices import load_prices, prices_of
 from hetkv.errors import InputError
 
 CATALOGUE = load_catalogue()
@@ -149,38 +148,3 @@ def test_bad_catalogue_files(tmp_path: Path, text: str, message: str) -> None:
 def test_every_figure_of_the_catalogue_has_a_unit() -> None:
     for gpu in CATALOGUE.gpus.values():
         assert set(gpu.figures) <= set(UNITS)
-
-
-PRICES = """prices:
-  H100: {usd_per_gpu_hour: 3.5, basis: on demand, date: 2026-05}
-  MI300X: {usd_per_gpu_hour: 2.0, basis: on demand, date: 2026-05}
-  B200: {usd_per_gpu_hour: 2.9, basis: rental cost model, date: 2026-05}
-"""
-
-
-def test_prices_of_one_basis(tmp_path: Path) -> None:
-    path = tmp_path / "prices.yaml"
-    path.write_text(PRICES)
-    prices = load_prices(path, CATALOGUE)
-    assert prices_of(["H100-SXM", "MI300X"], prices)["H100-SXM"].usd_per_gpu_hour == 3.5
-    with pytest.raises(InputError, match="different bases"):
-        prices_of(["H100-SXM", "B200-SXM"], prices)
-    assert len(prices_of(["H100-SXM", "B200-SXM"], prices, mix_bases=True)) == 2
-    with pytest.raises(InputError, match="no price for GPU L4"):
-        prices_of(["L4"], prices)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("prices: {H100: {usd_per_gpu_hour: 3, basis: on demand}}", "missing field `date`"),
-        ("prices: {H100: {usd_per_gpu_hour: 3, basis: spot, date: 2026-05}}", "'spot'"),
-        ("prices: {H100: {usd_per_gpu_hour: 0, basis: reserved, date: 2026-05}}", "positive number, got 0"),
-        ("prices: {H1000: {usd_per_gpu_hour: 3, basis: reserved, date: 2026-05}}", "unknown GPU 'H1000'"),
-    ],
-)
-def test_bad_prices(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "prices.yaml"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_prices(path, CATALOGUE)

@@ -9,6 +9,7 @@ import sys
 from math import inf
 from pathlib import Path
 
+import matplotlib
 import msgspec
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hetkv.errors import InputError
 from hetkv.simulator.deployment import parse_plan
 from hetkv.simulator.events import Events
 from hetkv.simulator.metrics import METRICS, Slo, summarise
+from hetkv.simulator.plot import STYLE, draw
 from hetkv.simulator.run import interval, simulate
 from hetkv.simulator.sources import Traffic
 from hetkv.simulator.sweep import apply, grid, parse_axis, sweep
@@ -50,7 +52,7 @@ def columns(**changes):
 
 
 def test_metrics_follow_their_definitions():
-    s = summarise(columns(), Slo(ttft_ms=250, tpot_ms=600))
+    s = summarise(columns(), Slo(ttft_ms=250, tpot_ms=600), 10.0)
     assert (s["requests"], s["finished"], s["rejected"], s["failed"]) == (5, 3, 1, 1)
     assert s["ttft_ms"]["p50"] == pytest.approx(200)
     assert s["e2e_ms"]["p50"] == pytest.approx(3000)
@@ -62,7 +64,7 @@ def test_metrics_follow_their_definitions():
     assert s["output_tokens_per_s"] == pytest.approx(20 / 10)
     assert s["transfer_ms"]["p50"] is None
     assert (s["preemptions"], s["restarts"]) == (1, 2)
-    assert summarise(columns(), Slo())["slo_attainment"] == pytest.approx(3 / 5)
+    assert summarise(columns(), Slo(), 10.0)["slo_attainment"] == pytest.approx(3 / 5)
 
 
 def test_each_metric_is_defined_once_and_reported():
@@ -135,6 +137,55 @@ def test_random_failures_happen_and_end_with_the_traffic():
     assert s["failures"] > 2
     assert s["restarts"] > 0
     assert s["finished"] == 300
+
+
+def without_clock(summary):
+    return {key: value for key, value in summary.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("down", [{}, {"down_s": 30}], ids=["for ever", "30 s"])
+def test_an_outage_after_the_end_changes_nothing(down):
+    plain = simulate(parse_plan(PLAN, "plan"), TRAFFIC.build())
+    late = {"outages": [{"instance": "decode/0", "at_s": plain.end + 20_000, **down}]}
+    result = simulate(parse_plan({**PLAN, "failures": late}, "plan"), TRAFFIC.build())
+    assert result.end == plain.end == plain.columns["last_token"].max() == plain.summary["simulated_seconds"]
+    assert without_clock(result.summary) == without_clock(plain.summary)
+    for group, series in plain.series().items():
+        for name, expected in series.items():
+            np.testing.assert_array_equal(
+                expected.averages(plain.end), result.series()[group][name].averages(plain.end)
+            )
+
+
+def test_a_recovery_after_the_end_does_not_move_the_end():
+    plain = simulate(parse_plan(PLAN, "plan"), TRAFFIC.build())
+    outages = [{"instance": "prefill/0", "at_s": plain.end / 2, "down_s": 20_000}]
+    result = simulate(parse_plan({**PLAN, "failures": {"outages": outages}}, "plan"), TRAFFIC.build())
+    assert result.summary["failures"] == 1
+    assert result.end == result.columns["last_token"].max() < plain.end + 60
+    share = plain.summary["utilisation"]["H100-SXM"] * 2  # of two instances, then of one and a half
+    assert result.summary["utilisation"]["H100-SXM"] == pytest.approx(share / 1.5, rel=0.1)
+
+
+def test_the_end_is_the_last_failure_where_that_is_later_than_the_last_completion():
+    outages = [{"instance": f"decode/{i}", "at_s": 38.0} for i in (0, 1)]
+    failures = {"outages": outages, "requests": "fail"}
+    work = Traffic(rate=20.0, requests=700, prompt_tokens="200", output_tokens="uniform:8:4000")
+    result = simulate(parse_plan({**PLAN, "failures": failures}, "plan"), work.build())
+    assert result.summary["failed"] > 0
+    assert result.end == result.summary["simulated_seconds"] == 38.0
+    assert all(0 < share <= 1 + 1e-9 for share in result.summary["utilisation"].values())
+
+
+def test_random_failures_end_where_requests_can_never_be_served():
+    failures = {
+        "outages": [{"instance": f"decode/{i}", "at_s": 5.0} for i in (0, 1)],
+        "random": [{"pool": "prefill", "mtbf_s": 1000, "mttr_s": 1}],
+    }
+    result = simulate(parse_plan({**PLAN, "failures": failures}, "plan"), TRAFFIC.build())
+    assert result.summary["failed"] > 0
+    assert result.summary["finished"] + result.summary["failed"] == 300
+    assert result.end < 300
 
 
 def test_axes_and_grid():
@@ -211,6 +262,23 @@ def test_command_writes_everything(files, capsys):
     assert page.count("<svg") == 1
     assert not re.search(r"<(script|link|img)|url\(http|src=", page)
     assert all(m.definition.split(":")[0] in page for m in METRICS[:3])
+
+
+def test_a_constant_latency_has_readable_ticks():
+    plan = {"model": "Llama-3.1-8B", "pools": [{"role": "aggregated", "gpu": "H100-SXM"}]}
+    work = Traffic(rate=0.2, arrivals="constant", requests=30, prompt_tokens="500", output_tokens="20")
+    result = simulate(parse_plan(plan, "plan"), work.build())
+    ttft = result.summary["ttft_ms"]
+    assert 0 < ttft["p99"] - ttft["p50"] < 1e-6  # rounding of the clock
+    with matplotlib.rc_context(STYLE):
+        figure = draw(result, Slo(), "")
+        figure.canvas.draw()
+    for axis in figure.axes[:3]:
+        assert axis.xaxis.get_offset_text().get_text() == ""
+        left, right = axis.get_xlim()
+        labels = [t.get_text() for t in axis.get_xticklabels() if left <= t.get_position()[0] <= right]
+        assert len(set(labels)) == len(labels) >= 3
+        assert all(len(label) <= 6 for label in labels)
 
 
 def test_command_where_nothing_finishes(files, capsys):

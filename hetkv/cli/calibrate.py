@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +22,10 @@ SECTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv calibrate`."""
-    shared = Path(os.environ.get("HETKV_SHARED", "../shared"))
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help=f"folder with measured/ and traces/ (default {shared / 'data'})"
+        "--data", type=Path, metavar="DIR", help="folder with measured/ and traces/, see docs/cost-model.md"
     )
-    parser.add_argument("--fit", action="store_true", help="fit the shipped constants again from DIR")
+    parser.add_argument("--fit", action="store_true", help="fit the shipped constants again; needs --data")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="fit your own serving runs, see docs/cost-model.md")
     parser.add_argument(
         "--bench",
@@ -39,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--catalogue", type=Path, action="append", default=[], metavar="FILE", help="own GPU figures")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE (docs/accuracy.md)"
-    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE; needs --data")
     parser.add_argument(
         "--only",
         action="append",
@@ -50,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make this section of the report again, keep the rest",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was printed, for machines")
-    parser.set_defaults(shared=shared)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("nothing to do: give --fit, --csv FILE, --bench FILE or --report FILE")
     if args.out and not (args.fit or args.csv or args.bench):
         raise InputError("--out needs --fit, --csv FILE or --bench FILE")
+    for option in ("fit", "report"):
+        if getattr(args, option) and args.data is None:
+            raise InputError(f"--{option} needs --data DIR, the folder of measurements (docs/cost-model.md, Data)")
     found: dict[str, Any] = {}
     if args.fit or args.csv or args.bench:
         found = _calibrate(args)
@@ -71,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> Path:
-    data: Path = args.data or args.shared / "data"
+    data: Path = args.data
     if not (data / "measured").is_dir():
-        raise InputError(f"no measurements in {data}: it has no folder `measured`; give --data DIR or set HETKV_SHARED")
+        raise InputError(f"--data {data}: no measurements, it has no folder `measured`")
     return data
 
 

@@ -1,4 +1,4 @@
-"""What the simulator and the planner ask of a cost model. Times are seconds, sizes bytes, lengths tokens."""
+"""What the simulator asks of a cost model. Times are seconds, sizes bytes, lengths tokens."""
 
 from __future__ import annotations
 

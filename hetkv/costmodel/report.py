@@ -71,9 +71,9 @@ def render(
 HEAD = f"""# Accuracy
 
 This file is made by `hetkv calibrate --report docs/accuracy.md --data DATA` and holds no figure that was typed in. DATA
-is the folder of measurements; each section names their source. Errors are relative to the measurement: the bias is
-signed (positive: predicted too long), median and p90 are of the absolute error. Each prediction comes with a 90 %
-interval; the last column says how many measurements lie inside. Intervals come from folds inside the rows that were
-fitted on, widened by {NEW_RANGE} for a model, TP or batch beyond them and by {NEW_GPU} for another GPU. No row is
-predicted by a fit that saw it, and repeats of one configuration are never split. What is held out are constants: the
-form of the terms (docs/cost-model.md) was chosen with all of these data in view."""
+is a folder of public measurements; docs/cost-model.md says where to get each file. Errors are relative to the
+measurement: the bias is signed (positive: predicted too long), median and p90 are of the absolute error. Each
+prediction comes with a 90 % interval; the last column says how many measurements lie inside. Intervals come from folds
+inside the rows that were fitted on, widened by {NEW_RANGE} for a model, TP or batch beyond them and by {NEW_GPU} for
+another GPU. No row is predicted by a fit that saw it, and repeats of one configuration are never split. What is held
+out are constants: the form of the terms (docs/cost-model.md) was chosen with all of these data in view."""

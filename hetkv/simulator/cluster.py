@@ -70,7 +70,10 @@ class Cluster:
         self.arriving = False
 
     def start(self, arrivals: Iterator[Request]) -> None:
-        """Take requests from `arrivals`, which must be in order of arrival; only the next one is held."""
+        """Take requests from `arrivals`, which must be in order of arrival; only the next one is held.
+
+        When the last of them has ended, the events stop.
+        """
         self._arrivals = arrivals
         self._next_arrival()
 
@@ -79,6 +82,8 @@ class Cluster:
         self.arriving = request is not None
         if request is not None:
             self.events.at(request.arrival, self._arrive, request)
+        elif not self.alive:
+            self.events.stop()
 
     def _arrive(self, request: Request) -> None:
         self.alive[request] = None
@@ -114,6 +119,8 @@ class Cluster:
     def _end(self, request: Request, status: int) -> None:
         del self.alive[request]
         self.records.add(request, status)
+        if not (self.alive or self.arriving):
+            self.events.stop()
 
     def finish(self) -> None:
         """Nothing will happen any more: whatever is still here was never served."""

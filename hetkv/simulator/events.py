@@ -16,12 +16,14 @@ class Events:
     `now` is the simulated time in seconds. It never goes back.
     """
 
-    __slots__ = ("_heap", "_serial", "now")
+    __slots__ = ("_aside", "_heap", "_serial", "_stopped", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
         self._heap: list[tuple[float, int, Handler, Any]] = []
         self._serial = 0
+        self._aside = 0
+        self._stopped = False
 
     def at(self, time: float, handler: Handler, argument: Any = None) -> None:
         """Call `handler(argument)` at simulated `time` (s). `ValueError` for a time that is past or not a number."""
@@ -30,10 +32,24 @@ class Events:
         self._serial += 1
         heappush(self._heap, (time, self._serial, handler, argument))
 
+    def aside(self, time: float, handler: Handler, argument: Any = None) -> None:
+        """As `at`, but `run` does not go on for the sake of such events alone."""
+        self.at(time, self._handle_aside, (handler, argument))
+        self._aside += 1
+
+    def _handle_aside(self, event: tuple[Handler, Any]) -> None:
+        self._aside -= 1
+        handler, argument = event
+        handler(argument)
+
+    def stop(self) -> None:
+        """`run` returns after the event in progress, whatever else is pending; the clock stays."""
+        self._stopped = True
+
     def run(self, until: float = math.inf) -> None:
-        """Handle events until none is left or the next one is later than `until` (s)."""
+        """Handle events until only those put `aside` are left, the next one is later than `until` (s), or `stop`."""
         heap = self._heap
-        while heap:
+        while len(heap) > self._aside and not self._stopped:
             if heap[0][0] > until:
                 self.now = until
                 return

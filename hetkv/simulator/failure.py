@@ -31,7 +31,7 @@ class Hazard:
 
 
 class Failures:
-    """Schedules outages. Random ones end with the traffic, so that a simulation does."""
+    """Schedules outages. They happen while requests are there or to come, and do not keep a simulation going."""
 
     def __init__(
         self, cluster: Cluster, events: Events, outages: list[Outage], hazards: list[Hazard], seed: int
@@ -42,7 +42,7 @@ class Failures:
         for outage in outages:
             if outage.instance not in cluster.instances:
                 raise InputError(f"outage of unknown instance {outage.instance!r}; there are {_names(cluster)}")
-            events.at(outage.at, self._fail, (outage.instance, outage.seconds, None))
+            events.aside(outage.at, self._fail, (outage.instance, outage.seconds, None))
         for hazard in hazards:
             if hazard.pool not in {p.name for p in cluster.pools}:
                 raise InputError(f"failures of unknown pool {hazard.pool!r}")
@@ -53,12 +53,10 @@ class Failures:
 
     def _next(self, draw: _Draw) -> None:
         at = self.events.now + float(draw.random.exponential(draw.hazard.mtbf))
-        self.events.at(at, self._fail, (draw.name, float(draw.random.exponential(draw.hazard.mttr)), draw))
+        self.events.aside(at, self._fail, (draw.name, float(draw.random.exponential(draw.hazard.mttr)), draw))
 
     def _fail(self, event: tuple[str, float, _Draw | None]) -> None:
         name, seconds, draw = event
-        if draw is not None and not (self.cluster.arriving or self.cluster.alive):
-            return
         if self.cluster.fail(name):
             self.count += 1
             if seconds < inf:

@@ -96,11 +96,9 @@ def spread(values: NDArray[np.float64]) -> dict[str, float | None]:
     return {**{f"p{p}": float(x) for p, x in zip(PERCENTILES, found, strict=True)}, "mean": float(values.mean())}
 
 
-def summarise(columns: Columns, slo: Slo) -> dict[str, Any]:
-    """All metrics that requests alone determine."""
+def summarise(columns: Columns, slo: Slo, seconds: float) -> dict[str, Any]:
+    """All metrics that requests alone determine. `seconds` is T, the simulated time until the last request ended."""
     count = len(columns["status"])
-    ended = columns["last_token"][columns["status"] == FINISHED]
-    seconds = float(max(np.max(ended, initial=0.0), np.max(columns["arrival"], initial=0.0)))
     finished = columns["status"] == FINISHED
     within = int(good(columns, slo).sum())
     per_second = 1 / seconds if seconds else 0.0

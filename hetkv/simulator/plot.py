@@ -31,6 +31,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": FAINT,
@@ -106,8 +107,10 @@ def _cdf(axis: Any, key: str, values: NDArray[np.float64], limit: float, colour:
     if high > 20 * low:
         axis.set_xscale("log")
         axis.set_xlim(low / 2, x[-1] * 1.3)
+    elif high - low < 1e-3 * high:  # as good as constant: a range of rounding errors has no readable ticks
+        axis.set_xlim(0.9 * low, 1.1 * high)
     else:
-        axis.set_xlim(0.0 if low < 0.5 * high else low - (high - low), high + 0.25 * (high - low or high))
+        axis.set_xlim(0.0 if low < 0.5 * high else low - (high - low), high + 0.25 * (high - low))
     axis.plot(x, share, color=colour, linewidth=2, zorder=3)
     axis.fill_between(x, share, color=colour, alpha=0.07, linewidth=0)
     legend = []

@@ -29,7 +29,7 @@ class Result:
     columns: Columns
     pools: list[Pool]
     links: Links | None
-    end: float  # simulated s of the last event
+    end: float  # simulated s at which the last request ended
     summary: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -86,10 +86,10 @@ def simulate(
     events.run()
     cluster.finish()
     columns = records.columns()
-    summary = summarise(columns, slo or Slo())
+    summary = summarise(columns, slo or Slo(), events.now)
     summary["failures"] = failures.count
-    summary["utilisation"] = _utilisation(pools, events.now, summary["simulated_seconds"])
-    summary["link"] = _link(links, summary["simulated_seconds"])
+    summary["utilisation"] = _utilisation(pools, events.now)
+    summary["link"] = _link(links, events.now)
     _cost(summary, pools, prices, plan)
     summary["seed"] = seed
     summary["workload"] = workload.about
@@ -121,14 +121,13 @@ def interval(
     return found
 
 
-def _utilisation(pools: list[Pool], now: float, seconds: float) -> dict[str, float | None]:
+def _utilisation(pools: list[Pool], end: float) -> dict[str, float | None]:
     busy: dict[str, float] = {}
-    there: dict[str, float] = {}
+    up: dict[str, float] = {}
     for pool in pools:
-        busy[pool.gpu] = busy.get(pool.gpu, 0.0) + pool.busy.integral(now) * pool.gpus
-        down = min(pool.down.integral(now), pool.count * seconds)
-        there[pool.gpu] = there.get(pool.gpu, 0.0) + (pool.count * seconds - down) * pool.gpus
-    return {gpu: min(busy[gpu] / there[gpu], 1.0) if there[gpu] > 0 else None for gpu in busy}
+        busy[pool.gpu] = busy.get(pool.gpu, 0.0) + pool.busy.integral(end) * pool.gpus
+        up[pool.gpu] = up.get(pool.gpu, 0.0) + (pool.count * end - pool.down.integral(end)) * pool.gpus
+    return {gpu: busy[gpu] / up[gpu] if up[gpu] > 0 else None for gpu in busy}
 
 
 def _link(links: Links | None, seconds: float) -> dict[str, float] | None:
