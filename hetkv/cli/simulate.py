@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hetkv.cli import check_outputs
 from hetkv.errors import InputError
 
 
@@ -62,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("slo_ttft_ms", "slo_tpot_ms"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
-    for name in ("json", "csv", "plot", "report"):
-        path = getattr(args, name)
-        if path and not Path(path).absolute().parent.is_dir():  # before hours of work, not after
-            raise InputError(f"--{name} {path}: there is no folder {Path(path).parent}")
+    check_outputs({"csv": args.csv})
     if args.jobs == 0:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
     if args.seed < 0:
