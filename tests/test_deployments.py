@@ -14,7 +14,7 @@ from hetkv.config import TransferConfig
 from hetkv.link import linked_ranks, wanted
 from hetkv.transfer import Receiver, Sender, Transmission
 
-EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "200"))
 SECRET = b"a secret of tests"
 
 
