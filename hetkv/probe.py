@@ -25,7 +25,6 @@ LAYERS = 4
 REPEATS = 5
 FAST_NETWORKS = re.compile(r"rc|dc|ud|gga|srd|gdaki")
 """UCX transports of RDMA hardware, by the start of their name."""
-SHARED_MEMORY = ("posix", "sysv", "xpmem", "cma", "knem")
 
 
 def probe(mib: float = 64) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from transfer_peers import (
 )
 
 from hetkv.config import TransferConfig
-from hetkv.errors import ClosedError, InputError, LeaseExpiredError, PeerLostError, WaitTimeoutError
+from hetkv.errors import ClosedError, HandshakeError, InputError, LeaseExpiredError, PeerLostError, WaitTimeoutError
 from hetkv.layout import ScaleLayout
 from hetkv.pool import KVPool
 from hetkv.spec import KVSpec, LayerSpec, Shard
@@ -406,7 +406,8 @@ def test_a_slot_that_holds_no_token_is_refused() -> None:
     for ours, theirs in ((small, large), (large, small)):
         with Sender(source, secret=SECRET, instance="p", config=ours) as sender:
             with Receiver(destination, secret=SECRET, instance="d", config=theirs) as receiver:
-                with pytest.raises((PeerLostError, InputError, Exception), match=r"slot_bytes|ended|closed"):
+                # One side names slot_bytes; the other sees the link refused, or gone if it wrote at that moment.
+                with pytest.raises((PeerLostError, InputError, HandshakeError)):
                     receiver.connect(sender.listen())
                 assert receiver.peers == []
 

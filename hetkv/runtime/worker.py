@@ -47,7 +47,6 @@ class PrefillResult(msgspec.Struct, frozen=True):
     first_token: int
     start_ns: int
     first_send_ns: int
-    last_send_ns: int
     stop_ns: int
     spans: list[Span]
 
@@ -126,7 +125,7 @@ class Worker:
         stop = time.monotonic_ns()
         edges = [start, *(at for _, at in times[:-1]), stop]
         spans = [Span("compute", layer, edges[i], edges[i + 1]) for i, (layer, _) in enumerate(times)]
-        return PrefillResult(greedy(logits), start, times[0][1], times[-1][1], stop, spans)
+        return PrefillResult(greedy(logits), start, times[0][1], stop, spans)
 
     def finish(self, request_id: str) -> tuple[list[Span], dict[str, int]]:
         """Wait until the receiver has verified the request, and free its blocks. Spans and counters of the transfer."""
