@@ -1,0 +1,52 @@
+// Runs remaps on a device: one launch a task on side streams of high priority, behind the caller's event, and no wait on
+// the host. Any number may be in flight; those whose event has happened run back to back.
+#pragma once
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/device_tables.h"
+#include "engine/mover.h"
+
+namespace hetkv {
+
+class DeviceMover final : public Mover {
+ public:
+  // `max_blocks` bounds the thread blocks of a launch (0: as many as fit); `timed`: tasks get the device's own times.
+  static Status create(std::shared_ptr<Device> device, int max_blocks, bool timed, std::unique_ptr<Mover>* out);
+  ~DeviceMover() override;
+
+  void enter() override;
+  void submit(RemapTask* task) override;
+  void poll(RemapTask* task) override;
+  void drain() override;
+  std::uint32_t nap_us() const override { return 50; }
+
+ private:
+  struct Slot;
+  struct Launch {
+    Slot* slot = nullptr;
+    After begun;  // where times are asked for
+    After done;
+  };
+  DeviceMover(std::shared_ptr<Device> device, int max_blocks, bool timed);
+  Status start();
+  Status launch(RemapTask& task, Launch* launch);
+  Status translate(RemapTask& task, void* stream);
+  Status take_slot(Slot** slot);
+  void end(RemapTask& task, Status status);
+
+  const std::shared_ptr<Device> device_;
+  const int max_blocks_;
+  const bool timed_;
+  void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
+  void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
+  std::unique_ptr<DeviceTables> tables_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+  std::vector<Slot*> free_slots_;
+  std::vector<RemapJob> jobs_;  // of the launch being made
+  std::unordered_map<const RemapTask*, Launch> launches_;
+};
+
+}  // namespace hetkv
