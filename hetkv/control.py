@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from hetkv import compat
 from hetkv.channel import Channel, Records
-from hetkv.description import Accept, Bye, Description, Message, Ready, Refusal, decode, encode
+from hetkv.description import for_minor, Accept, Bye, Description, Message, Ready, Refusal, decode, encode
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
@@ -260,7 +260,7 @@ def establish(
             mine = describe()
             if mine.role != role:
                 raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
-            peer = _agree(records, channel.peer, mine, connecting, timeout)
+            peer = _agree(records, channel.peer, mine, connecting, timeout, keys.minor)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:
@@ -272,7 +272,9 @@ def establish(
         raise
 
 
-def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float) -> Description:
+def _agree(
+    records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int
+) -> Description:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
     def write(message: Message) -> None:
@@ -287,7 +289,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         return message
 
     if connecting:
-        write(mine)
+        write(for_minor(mine, minor))
     try:
         theirs = read(Description, "description")
         if theirs.role != other_role(mine.role):
@@ -296,7 +298,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         write(Refusal("description", "a well-formed description expected", "a malformed one", str(error)))
         raise
     if not connecting:
-        write(mine)
+        write(for_minor(mine, minor))
     try:
         compat.check(mine, theirs)
     except IncompatibleError as error:

@@ -78,6 +78,12 @@ Status find_backend(const std::string& name, const HetkvBackend** backend) {
   return Status::error(Code::kInvalid, "backend '" + name + "' is not known; known are cuda and hip");
 }
 
+Status open_backend_at(const std::string& path, const HetkvBackend** backend) {
+  std::string why;
+  *backend = open_table(path, &why);
+  return *backend != nullptr ? Status{} : Status::error(Code::kInvalid, why);
+}
+
 Status backend_status(const HetkvBackend& backend, std::int32_t status, const std::string& what) {
   if (status == kHetkvOk) return {};
   Code code = Code::kTransport;

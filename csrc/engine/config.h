@@ -18,6 +18,7 @@ struct EngineConfig {
   int staging_slots = 4;                // sender: staging buffers, used where the window cannot be stored into
   int max_slots_per_link = 8;           // receiver: most slots that one sender may hold
   int threads = 1;                      // per remap on the CPU
+  int max_blocks = 0;                   // thread blocks of a remap on a device; 0: as many as fit
   std::uint32_t spin_us = 1000;         // how long the progress thread spins while there is work, before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
@@ -74,6 +75,8 @@ struct LinkConfig {
   std::string name;                  // of the peer, `instance/rank`
   std::string instance;              // of the peer
   std::uint32_t instance_links = 1;  // links to that instance that have plans
+  bool device_windows = false;       // receiver: lend this peer slots in the pool's device's memory,
+  bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
 };
 

@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -21,7 +22,8 @@ std::string silence(std::uint64_t ns) {
 
 }  // namespace
 
-Engine::Engine(const EngineConfig& config) : config_(config), trace_(config.trace) {}
+Engine::Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
+    : config_(config), device_(std::move(device)), mover_(std::move(mover)), trace_(config.trace) {}
 
 Engine::~Engine() {
   if (wake_fd_ >= 0) close(wake_fd_);
@@ -89,6 +91,7 @@ void Engine::wake() {
 void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
+    mover_->enter();
     loop();
   } catch (
       const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
@@ -103,6 +106,7 @@ void Engine::run() noexcept {
     close_all(status);
   } catch (const std::exception&) {  // as above, while stopping; what is left is freed with the engine
   }
+  on_ended();
 }
 
 void Engine::loop() {
@@ -224,6 +228,12 @@ void Engine::sleep(std::uint64_t now) {
       } else if (at->state == LinkState::kDraining) {
         wait_ms = std::min(wait_ms, 1);
       }
+    }
+    if (watching() && wait_ms > 0) {
+      const timespec nap{0, static_cast<long>(mover_->nap_us()) * 1000};
+      pollfd any{poll_fd_, POLLIN, 0};
+      static_cast<void>(ppoll(&any, 1, &nap, nullptr));
+      wait_ms = 0;
     }
     epoll_event events[2];
     const int ready = epoll_wait(poll_fd_, events, 2, wait_ms);
@@ -348,6 +358,7 @@ void Engine::close_all(const Status& status) {
     check_links(now);
     if (!moved) std::this_thread::yield();
   }
+  mover_->drain();  // no kernel runs on memory that goes back now
   step(now_ns());
   for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
   worker_->close();  // it does now, while all that the operations refer to still exists

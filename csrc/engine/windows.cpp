@@ -79,6 +79,11 @@ OwnWindow::~OwnWindow() {
   own_windows().bytes.erase(address_);
 }
 
+Where staging_for(const ucx::Worker& worker, const Device* device, Where window) {
+  const bool reached = device != nullptr && worker.reaches(memory_type(device->backend()));
+  return window == Where::kDevice && reached ? Where::kDevice : Where::kHost;
+}
+
 Status PeerWindow::open(ucx::Endpoint& endpoint, const std::shared_ptr<Device>& device,
                         const std::vector<std::uint8_t>& key, std::uint64_t address, std::size_t bytes, bool direct,
                         std::unique_ptr<PeerWindow>* out) {
