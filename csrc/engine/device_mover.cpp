@@ -37,6 +37,7 @@ Status DeviceMover::start() {
     }
   }
   tables_ = std::make_unique<DeviceTables>(device_, ready_);
+  if (auto status = tables_->reserve(); !status.ok()) return status;
   std::vector<Slot*> made(kSlots);
   for (auto& slot : made) {
     if (auto status = take_slot(&slot); !status.ok()) return status;

@@ -71,15 +71,20 @@ Status DeviceTables::take(std::size_t bytes, Place* place) {
     return {};
   }
   if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < size) {
-    Chunk chunk;
-    chunk.bytes = std::max(size, kChunkBytes);
-    if (auto status = DeviceBuffer::device(device_, chunk.bytes, &chunk.device); !status.ok()) return status;
-    if (auto status = DeviceBuffer::pinned(device_, chunk.bytes, &chunk.twin); !status.ok()) return status;
-    chunks_.push_back(std::move(chunk));
+    if (auto status = grow(size); !status.ok()) return status;
   }
   Chunk& chunk = chunks_.back();
   *place = {chunks_.size() - 1, chunk.used, size};
   chunk.used += size;
+  return {};
+}
+
+Status DeviceTables::grow(std::size_t bytes) {
+  Chunk chunk;
+  chunk.bytes = std::max(bytes, kChunkBytes);
+  if (auto status = DeviceBuffer::device(device_, chunk.bytes, &chunk.device); !status.ok()) return status;
+  if (auto status = DeviceBuffer::pinned(device_, chunk.bytes, &chunk.twin); !status.ok()) return status;
+  chunks_.push_back(std::move(chunk));
   return {};
 }
 

@@ -18,6 +18,9 @@ class DeviceTables {
   // Uploads go in the order of `stream`, which outlives the object.
   DeviceTables(std::shared_ptr<Device> device, void* stream) : device_(std::move(device)), stream_(stream) {}
 
+  // Allocates the memory that most engines ever need, so that a lack of it shows at the start.
+  Status reserve() { return grow(0); }
+
   // The table in device memory, readable in the order of `reader` from now on, and for as long as a task holds `blocks`.
   Status find(const BlockTable& blocks, void* reader, const std::int32_t** out);
   // The same for `count` multipliers; these are few and alike, and are kept.
@@ -46,6 +49,7 @@ class DeviceTables {
   };
   Status upload(const void* data, std::size_t bytes, Place* place, After* uploaded);
   Status take(std::size_t bytes, Place* place);
+  Status grow(std::size_t bytes);
   Status order(const After& uploaded, void* reader);
   void sweep();
   std::uint64_t address(const Place& place) const { return chunks_[place.chunk].device->address() + place.offset; }

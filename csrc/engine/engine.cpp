@@ -107,6 +107,7 @@ void Engine::run() noexcept {
   } catch (const std::exception&) {  // as above, while stopping; what is left is freed with the engine
   }
   on_ended();
+  mover_.reset();
 }
 
 void Engine::loop() {

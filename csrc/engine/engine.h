@@ -82,7 +82,7 @@ class Engine {
   virtual bool link_idle(const Link& link) const = 0;     // nothing of this side refers to an operation of the link
   virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended; it goes away now
   virtual void on_stop(const Status& status) = 0;         // fails all requests
-  virtual void on_ended() {}                              // the progress thread does nothing more
+  virtual void on_ended() = 0;                            // all has drained: gives memory back
 
   bool post(std::function<void()> command);  // false: the engine is closed, the command is dropped
   void call(std::function<void()> command);  // post and wait

@@ -226,6 +226,7 @@ void Receiver::on_stop(const Status& status) {
 }
 
 void Receiver::on_ended() {
+  slots_.release();
   if (gates_) gates_->close_all();
 }
 

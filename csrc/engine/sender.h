@@ -136,6 +136,7 @@ class Sender final : public Engine {
   bool link_idle(const Link& link) const override;
   void on_link_closed(Link& link) override;
   void on_stop(const Status& status) override;
+  void on_ended() override;
 
   void on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket);
   void on_grant(Link& link, const wire::Grant& grant);

@@ -377,6 +377,11 @@ void Sender::on_stop(const Status& status) {
   pending_.clear();
 }
 
+void Sender::on_ended() {
+  windows_.clear();
+  for (auto& unused : staging_) unused.clear();
+}
+
 Sender::Request* Sender::find(const wire::RequestId& id) {
   const auto found = handles_.find(id);
   return found == handles_.end() ? nullptr : &requests_.at(found->second);

@@ -58,6 +58,10 @@ void SlotPool::drop_holder(std::uint32_t link) {
   if (found != held_.end() && --found->second == 0) held_.erase(found);
 }
 
+void SlotPool::release() {
+  for (auto& slot : slots_) slot.memory.reset();
+}
+
 void SlotPool::quarantine(std::uint32_t link) {
   for (auto& slot : slots_) {
     if (slot.link != link || slot.state != SlotState::kLent) continue;

@@ -42,6 +42,8 @@ class Shape(NamedTuple):
     source: tuple[str, int] = ("nhd", 16)
     """Preset and block size of the sender's pool."""
     destination: tuple[str, int] = ("hnd", 64)
+    devices: tuple[str, str] = ("cpu", "cpu")
+    """Where the sender's and the receiver's pool lie."""
 
     @property
     def payload_bytes(self) -> int:
@@ -69,7 +71,7 @@ def part(base: torch.Tensor, layer: int, segment: str) -> torch.Tensor:
     return base.roll(2 * layer + (segment == "v"), dims=0)
 
 
-def make_pool(shape: Shape, side: tuple[str, int], seed: int) -> tuple[KVPool, list[int]]:
+def make_pool(shape: Shape, side: tuple[str, int], seed: int, device: str = "cpu") -> tuple[KVPool, list[int]]:
     """A pool that holds one request exactly, and the request's block ids in shuffled order."""
     import torch
 
@@ -79,9 +81,34 @@ def make_pool(shape: Shape, side: tuple[str, int], seed: int) -> tuple[KVPool, l
     layout, block_size = side
     blocks = -(-shape.tokens // block_size)
     pool = KVPool.allocate(
-        KVSpec.uniform(shape.layers, HEADS, HEAD_DIM), blocks, layout=layout, block_size=block_size, dtype="bf16"
+        KVSpec.uniform(shape.layers, HEADS, HEAD_DIM),
+        blocks,
+        layout=layout,
+        block_size=block_size,
+        dtype="bf16",
+        device=device,
     )
     return pool, torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def use_device(name: str) -> str:
+    """Make a device PyTorch's current one. Raises `InputError` where it is not there."""
+    import torch
+
+    if name != "cpu":
+        index = torch.device(name).index or 0
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(index)
+    return name
+
+
+def synchronize(device: str) -> None:
+    """Wait for all work of the current stream."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 class _SenderSide:
@@ -89,17 +116,19 @@ class _SenderSide:
         from hetkv.transfer import Sender
 
         self.shape = shape
-        self.pool, self.blocks = make_pool(shape, shape.source, 1)
-        base = values(shape.tokens)
-        block_size = shape.source[1]
+        self.device = use_device(shape.devices[0])
+        self.pool, self.blocks = make_pool(shape, shape.source, 1, self.device)
+        base = values(shape.tokens).to(self.device)
+        whole, rest = divmod(shape.tokens, shape.source[1])
         for layer in range(shape.layers):
             for segment in "kv":
                 view = self.pool.view(layer, segment)
                 rows = part(base, layer, segment)
-                for start in range(0, shape.tokens, block_size):
-                    chunk = rows[start : start + block_size]
-                    target = view[self.blocks[start // block_size]][: len(chunk)]
-                    target.copy_(chunk.reshape(target.shape))
+                view[self.blocks[:whole]] = rows[: shape.tokens - rest].reshape(whole, *view.shape[1:])
+                if rest:
+                    tail = view[self.blocks[whole]][:rest]
+                    tail.copy_(rows[shape.tokens - rest :].reshape(tail.shape))
+        synchronize(self.device)
         self.node = Sender(self.pool, secret=secret, instance="bench-sender", config=config)
 
     def listen(self) -> str:
@@ -127,7 +156,8 @@ class _ReceiverSide:
         from hetkv.transfer import Receiver
 
         self.shape = shape
-        self.pool, self.blocks = make_pool(shape, shape.destination, 2)
+        self.device = use_device(shape.devices[1])
+        self.pool, self.blocks = make_pool(shape, shape.destination, 2, self.device)
         self.node = Receiver(self.pool, secret=secret, instance="bench-receiver", config=config)
         self.reception: Any = None
 
@@ -144,7 +174,7 @@ class _ReceiverSide:
         """Compare every value of the pool with what the sender's pool holds; returns the bytes compared."""
         import torch
 
-        base, compared = values(self.shape.tokens), 0
+        base, compared = values(self.shape.tokens).to(self.device), 0
         for layer in range(self.shape.layers):
             for segment in "kv":
                 found = self.pool.view(layer, segment)[self.blocks].flatten(3).flatten(0, 1)[: self.shape.tokens]
@@ -158,14 +188,18 @@ class _ReceiverSide:
         for layer in range(self.shape.layers):
             for segment in "kv":
                 self.pool.view(layer, segment).zero_()
+        synchronize(self.device)
 
     def stats(self) -> dict[str, int]:
         return dict(self.node.stats())
 
 
-def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]
+) -> None:
     """Body of a child: answers `(method, *arguments)` until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(environment)  # before UCX is loaded
     try:
         side = make(*arguments)
         connection.send((True, None))
@@ -194,11 +228,13 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
 class _Child:
     """A child process with a pipe to it."""
 
-    def __init__(self, name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, name: str, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str] | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments, environment or {}), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -230,14 +266,17 @@ class _Child:
 class Pair:
     """A connected sender and receiver in two processes of their own. Close it, or use it with `with`."""
 
-    def __init__(self, shape: Shape, config: TransferConfig | None = None) -> None:
+    def __init__(
+        self, shape: Shape, config: TransferConfig | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        """`environment`: set in both processes before UCX is loaded."""
         if shape.layers < 1 or shape.tokens < 1:
             raise InputError(f"{shape.layers} layers of {shape.tokens} tokens: at least one of each")
         self.shape = shape
         self.requests = 0
         arguments = (shape, config or TransferConfig(), os.urandom(32))
-        self.sender = _Child("sender", _SenderSide, arguments)
-        self.receiver = _Child("receiver", _ReceiverSide, arguments)
+        self.sender = _Child("sender", _SenderSide, arguments, environment)
+        self.receiver = _Child("receiver", _ReceiverSide, arguments, environment)
         try:
             self.sender.answer()
             self.receiver.answer()
@@ -263,10 +302,12 @@ class Pair:
         return compared
 
     def reach(self) -> str:
-        """How payloads got there, by the sender's own count: `shared`, `put`, or `mixed`."""
+        """How payloads got there, by the sender's own count: `peer`, `shared`, `put`, or `mixed`."""
         stats = self.sender.ask("stats")
-        direct, frames = stats["direct_frames"], stats["frames"]
-        return "shared" if direct == frames else "put" if direct == 0 else "mixed"
+        direct, peer, frames = stats["direct_frames"], stats["peer_frames"], stats["frames"]
+        if peer not in (0, frames) or direct not in (0, frames):
+            return "mixed"
+        return "peer" if peer else "shared" if direct else "put"
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: sender, receiver."""
