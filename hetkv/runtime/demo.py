@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from math import lcm
+from math import gcd, lcm
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -189,9 +189,10 @@ def _check(options: DemoOptions) -> None:
 
 
 def _round_robin(prefills: int, decodes: int, requests: int | None) -> Iterator[tuple[int, int]]:
-    """Each side in turn, shifted by one whenever the pairs would come again: `prefills * decodes` meet all pairs."""
+    """Each side in turn; the decode side is shifted by one where pairs would come again before all have come."""
     for index in range(requests or prefills * decodes):
-        yield index % prefills, (index + index // lcm(prefills, decodes)) % decodes
+        shift = index // lcm(prefills, decodes) % gcd(prefills, decodes)
+        yield index % prefills, (index + shift) % decodes
 
 
 def _texts(prompt: str, count: int) -> Iterator[str]:

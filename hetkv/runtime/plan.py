@@ -104,7 +104,11 @@ def read_plan(path: str | Path, prefill: SideOptions, decode: SideOptions) -> li
         layout = pool.layout or (prefill if pool.role == "prefill" else decode).layout
         if layout not in LAYOUTS:
             raise InputError(f"{where}: `layout` {layout!r} is not known; known are {', '.join(LAYOUTS)}")
-        side = SideOptions(block_size=engine.block_size, layout=layout, dtype=DType.parse(engine.kv_dtype).value)
+        try:
+            dtype = DType.parse(engine.kv_dtype)
+        except InputError as error:
+            raise InputError(f"{where}: `kv_dtype`: {error}") from None
+        side = SideOptions(block_size=engine.block_size, layout=layout, dtype=dtype.value)
         made += [
             InstancePlan(
                 name=f"{pool.name}-{index}",

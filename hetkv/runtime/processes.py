@@ -115,7 +115,7 @@ def running(
     plans: Sequence[InstancePlan], *, model: str, max_tokens: int, max_requests: int = 2, chunk: int | None = None,
     compute_dtype: str = "float32", threads: int = 1, transfer: TransferConfig | None = None,
 ) -> Iterator[list[Instance]]:  # fmt: skip
-    """Start all ranks of all instances: call `link` before the first use. On leaving, and on any error, none is left."""
+    """Start all ranks of all instances; `link` them before the first use. On leaving, error or not, none is left."""
     secret = secrets.token_bytes(32)
     instances: list[Instance] = []
     with tempfile.TemporaryDirectory(prefix="hetkv-") as folder:

@@ -124,7 +124,8 @@ def load_weights(
     for path, names in by_file.items():
         cuts = {name: (shapes[name], *tensor_cut(config, part, name, shapes[name])) for name in names}
         for name, tensor in _load_file(path, cuts):
-            weights[name] = tensor.to(device=device, dtype=dtype)
+            # A copy: what safetensors gives is a view of the mapped file.
+            weights[name] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return weights
 
 

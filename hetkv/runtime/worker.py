@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -211,24 +211,26 @@ def serve(config: WorkerConfig, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its ranks
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and nobody else should reach them
+    with suppress(EOFError, OSError):  # the parent has hung up
+        _serve(config, pipe)
+
+
+def _serve(config: WorkerConfig, pipe: Connection) -> None:
     try:
         worker = Worker(config)
     except HetkvError as error:
         pipe.send(("error", type(error).__name__, str(error)))
         return
-    pipe.send(("ok", None))
-    try:
+    with closing(worker):
+        pipe.send(("ok", None))
         while True:
+            operation, arguments = pipe.recv()
+            answer: tuple[Any, ...]
             try:
-                operation, arguments = pipe.recv()
-            except EOFError:
-                return
-            try:
-                pipe.send(("ok", getattr(worker, operation)(*arguments)))
+                answer = ("ok", getattr(worker, operation)(*arguments))
             except HetkvError as error:
-                pipe.send(("error", type(error).__name__, str(error)))
-    finally:
-        worker.close()
+                answer = ("error", type(error).__name__, str(error))
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:
