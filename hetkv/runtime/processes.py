@@ -40,8 +40,9 @@ class Instance:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(config, theirs), name=config.name, daemon=True)
             self._pipes.append(ours)
-            process.start()
-            self._processes.append(process)
+            with _interrupt_later():  # a process that is not in the list would not be ended
+                process.start()
+                self._processes.append(process)
             theirs.close()
 
     @property
@@ -167,10 +168,25 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hetkv.runtime.worker"])
     if threading.current_thread() is threading.main_thread():
-        # The server would print a traceback at Ctrl-C while it imports.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server and the ranks inherit it: see `serve`
         try:
             forkserver.ensure_running()
         finally:
             signal.signal(signal.SIGINT, before)
     return context
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C is not raised here
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for number in held:
+        signal.raise_signal(number)

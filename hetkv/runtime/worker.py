@@ -208,7 +208,7 @@ class Worker:
 
 def serve(config: WorkerConfig, pipe: Connection) -> None:
     """Body of a rank's process: answer `("ok", result)` or `("error", kind, text)` to each call until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its ranks
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and nobody else should reach them
     with suppress(EOFError, OSError):  # the parent has hung up
