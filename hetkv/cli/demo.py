@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--plan", metavar="FILE", help="instances of a plan.yaml: roles, counts, TP, PP, blocks, layouts"
     )
-    which.add_argument("--requests", type=int, metavar="N", help="default: one for each prefill and decode instance")
+    which.add_argument("--requests", type=int, metavar="N", help="default: one for each pair of instances")
     pools = parser.add_argument_group("their pools (a plan's own choices win)")
     for name, side in (("prefill", PREFILL_POOL), ("decode", DECODE_POOL)):
         pools.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
