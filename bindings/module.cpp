@@ -19,4 +19,5 @@ PYBIND11_MODULE(_core, m) {
   bind_remap(m);
   bind_wire(m);
   hetkv::bind_engine(m);
+  hetkv::bind_backend(m);
 }
