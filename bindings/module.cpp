@@ -20,4 +20,5 @@ PYBIND11_MODULE(_core, m) {
   bind_wire(m);
   hetkv::bind_device(m);
   hetkv::bind_engine(m);
+  hetkv::bind_backend(m);
 }

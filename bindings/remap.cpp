@@ -6,28 +6,30 @@
 #include <utility>
 #include <vector>
 
-#include "bind.h"
 #include "convert.h"
+#include "job.h"
 #include "remap/checksum.h"
 #include "remap/copy.h"
 #include "remap/isa.h"
 
-namespace {
+namespace hetkv {
 
-using hetkv::RemapJob;
-using hetkv::RemapSide;
-using hetkv::SegmentMap;
-using hetkv::WireSide;
-
-[[noreturn]] void raise_input_error(const std::string& text) {
+void raise_input_error(const std::string& text) {
   py::object type = py::module_::import("hetkv.errors").attr("InputError");
   PyErr_SetString(type.ptr(), text.c_str());
   throw py::error_already_set();
 }
 
-void require(bool holds, const std::string& text) {
-  if (!holds) raise_input_error(text);
-}
+}  // namespace hetkv
+
+namespace {
+
+using hetkv::RemapJob;
+using hetkv::require;
+using hetkv::SegmentMap;
+using hetkv::WireSide;
+using Job = hetkv::OwnedJob;
+using Side = hetkv::OwnedSide;
 
 std::vector<std::int32_t> block_table(const py::object& blocks) {
   if (blocks.is_none()) return {};
@@ -42,37 +44,6 @@ std::vector<std::int32_t> block_table(const py::object& blocks) {
   const auto* first = static_cast<const std::int32_t*>(info.ptr);
   return {first, first + info.size};
 }
-
-// A side and the block table that it points to.
-struct Side {
-  SegmentMap map;
-  std::vector<std::int32_t> blocks;
-  std::int64_t first_token = 0;
-  std::int32_t first_head = 0;
-};
-
-struct Job {
-  Side src, dst;
-  std::int64_t tokens = 0;
-  std::int32_t heads = 0;
-  std::int32_t channels = 0;
-  std::vector<float> multipliers;
-  WireSide wire = WireSide::kNone;
-  std::uint64_t wire_offset = 0;
-
-  RemapJob view() const {
-    RemapJob job;
-    job.src = {src.map, src.map.block_size > 0 ? src.blocks.data() : nullptr, src.first_token, src.first_head};
-    job.dst = {dst.map, dst.map.block_size > 0 ? dst.blocks.data() : nullptr, dst.first_token, dst.first_head};
-    job.tokens = tokens;
-    job.heads = heads;
-    job.channels = channels;
-    job.multipliers = multipliers.empty() ? nullptr : multipliers.data();
-    job.wire = wire;
-    job.wire_offset = wire_offset;
-    return job;
-  }
-};
 
 void check_side(const Side& side, const Job& job, const char* name) {
   const SegmentMap& map = side.map;

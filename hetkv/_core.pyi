@@ -70,6 +70,25 @@ def select_isa(name: str) -> None:
 def isa() -> str:
     """The instruction set that remap uses."""
 
+def load_backends(folder: str) -> list[tuple[str, int, str]]:
+    """Opens the GPU backends in `folder`: (name, devices, why none) of each. The first call counts."""
+
+def device_info(backend: str, device: int) -> dict[str, Any]:
+    """What one device is and can do."""
+
+def pointer_info(backend: str, pointer: int) -> dict[str, Any]:
+    """What memory an address belongs to."""
+
+class DeviceRemap:
+    """Jobs on one device. Their memory is device memory, or pinned; their block tables are copied."""
+
+    def __init__(self, backend: str, device: int, jobs: Sequence[RemapJob]) -> None: ...
+    def launch(self, stream: int = 0, seed: int = 0, max_blocks: int = 0) -> None:
+        """One launch in the order of `stream` (the framework's handle as an integer). Does not wait."""
+
+    def result(self) -> tuple[int, int]:
+        """Waits for the last launch: (checksum, elements saturated)."""
+
 # Errors of the wire codec are returned as `(code, detail)`, `code` as in csrc/status.h.
 def wire_encode(
     type: int, sequence: int, request_id: bytes, epoch: int, fields: dict[str, Any], key: bytes

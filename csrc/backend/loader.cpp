@@ -1,6 +1,7 @@
 #include "backend/loader.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -9,6 +10,8 @@ namespace hetkv {
 namespace {
 
 constexpr const char* kNames[] = {"cuda", "hip"};
+// Tests put a backend here whose devices are the host (tests/cpp/emulated); elsewhere there is none to find.
+constexpr const char* kEmulated = "emulated";
 
 std::mutex mutex;
 std::vector<BackendEntry> found;
@@ -57,7 +60,9 @@ BackendEntry open_backend(const std::string& name, const std::string& path) {
 const std::vector<BackendEntry>& load_backends(const std::string& folder) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!loaded.load(std::memory_order_relaxed)) {
-    for (const char* name : kNames) found.push_back(open_backend(name, folder + "/libhetkv_" + name + ".so"));
+    const auto path = [&](const char* name) { return folder + "/libhetkv_" + name + ".so"; };
+    for (const char* name : kNames) found.push_back(open_backend(name, path(name)));
+    if (access(path(kEmulated).c_str(), R_OK) == 0) found.push_back(open_backend(kEmulated, path(kEmulated)));
     loaded.store(true, std::memory_order_release);
   }
   return found;

@@ -1,0 +1,49 @@
+// A remap job that owns its block tables and multipliers, as Python makes it (remap.cpp) and others run it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "remap/remap.h"
+
+namespace hetkv {
+
+[[noreturn]] void raise_input_error(const std::string& text);
+
+inline void require(bool holds, const std::string& text) {
+  if (!holds) raise_input_error(text);
+}
+
+// A side and the block table that it points to.
+struct OwnedSide {
+  SegmentMap map;
+  std::vector<std::int32_t> blocks;
+  std::int64_t first_token = 0;
+  std::int32_t first_head = 0;
+};
+
+struct OwnedJob {
+  OwnedSide src, dst;
+  std::int64_t tokens = 0;
+  std::int32_t heads = 0;
+  std::int32_t channels = 0;
+  std::vector<float> multipliers;
+  WireSide wire = WireSide::kNone;
+  std::uint64_t wire_offset = 0;
+
+  RemapJob view() const {
+    RemapJob job;
+    job.src = {src.map, src.map.block_size > 0 ? src.blocks.data() : nullptr, src.first_token, src.first_head};
+    job.dst = {dst.map, dst.map.block_size > 0 ? dst.blocks.data() : nullptr, dst.first_token, dst.first_head};
+    job.tokens = tokens;
+    job.heads = heads;
+    job.channels = channels;
+    job.multipliers = multipliers.empty() ? nullptr : multipliers.data();
+    job.wire = wire;
+    job.wire_offset = wire_offset;
+    return job;
+  }
+};
+
+}  // namespace hetkv

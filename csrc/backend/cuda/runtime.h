@@ -1,0 +1,199 @@
+// CUDA under the neutral names of gpu_runtime.h.
+#pragma once
+
+#include "backend/backend.h"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+
+#define HETKV_VENDOR "cuda"
+#define HETKV_RUNTIME_VERSION CUDART_VERSION
+
+#define gpuError_t cudaError_t
+#define gpuSuccess cudaSuccess
+#define gpuErrorNotReady cudaErrorNotReady
+#define gpuErrorInvalidValue cudaErrorInvalidValue
+#define gpuErrorMemoryAllocation cudaErrorMemoryAllocation
+#define gpuErrorNoDevice cudaErrorNoDevice
+#define gpuErrorInsufficientDriver cudaErrorInsufficientDriver
+#define gpuErrorInvalidDevice cudaErrorInvalidDevice
+#define gpuErrorNotSupported cudaErrorNotSupported
+#define gpuErrorPeerAccessAlreadyEnabled cudaErrorPeerAccessAlreadyEnabled
+#define gpuErrorHostMemoryAlreadyRegistered cudaErrorHostMemoryAlreadyRegistered
+#define gpuErrorInvalidResourceHandle cudaErrorInvalidResourceHandle
+#define gpuGetErrorString cudaGetErrorString
+#define gpuGetLastError cudaGetLastError
+#define gpuGetDeviceCount cudaGetDeviceCount
+#define gpuGetDevice cudaGetDevice
+#define gpuSetDevice cudaSetDevice
+#define gpuGetDeviceProperties cudaGetDeviceProperties
+#define gpuDeviceProp cudaDeviceProp
+#define gpuDeviceGetAttribute cudaDeviceGetAttribute
+#define gpuDeviceGetPCIBusId cudaDeviceGetPCIBusId
+#define gpuDriverGetVersion cudaDriverGetVersion
+#define gpuRuntimeGetVersion cudaRuntimeGetVersion
+#define gpuMemGetInfo cudaMemGetInfo
+#define gpuDeviceCanAccessPeer cudaDeviceCanAccessPeer
+#define gpuDeviceEnablePeerAccess cudaDeviceEnablePeerAccess
+#define gpuPointerAttributes cudaPointerAttributes
+#define gpuPointerGetAttributes cudaPointerGetAttributes
+#define gpuMalloc cudaMalloc
+#define gpuFree cudaFree
+#define gpuHostAlloc cudaHostAlloc
+#define gpuHostFree cudaFreeHost
+#define gpuHostAllocPortable cudaHostAllocPortable
+#define gpuHostAllocMapped cudaHostAllocMapped
+#define gpuHostRegister cudaHostRegister
+#define gpuHostUnregister cudaHostUnregister
+#define gpuHostRegisterPortable cudaHostRegisterPortable
+#define gpuHostRegisterMapped cudaHostRegisterMapped
+#define gpuHostGetDevicePointer cudaHostGetDevicePointer
+#define gpuIpcMemHandle_t cudaIpcMemHandle_t
+#define gpuIpcGetMemHandle cudaIpcGetMemHandle
+#define gpuIpcOpenMemHandle cudaIpcOpenMemHandle
+#define gpuIpcCloseMemHandle cudaIpcCloseMemHandle
+#define gpuIpcMemLazyEnablePeerAccess cudaIpcMemLazyEnablePeerAccess
+#define gpuStream_t cudaStream_t
+#define gpuStreamCreateWithPriority cudaStreamCreateWithPriority
+#define gpuStreamDestroy cudaStreamDestroy
+#define gpuStreamSynchronize cudaStreamSynchronize
+#define gpuStreamNonBlocking cudaStreamNonBlocking
+#define gpuStreamIsCapturing cudaStreamIsCapturing
+#define gpuStreamCaptureStatus cudaStreamCaptureStatus
+#define gpuStreamCaptureStatusNone cudaStreamCaptureStatusNone
+#define gpuStreamWaitEvent cudaStreamWaitEvent
+#define gpuDeviceGetStreamPriorityRange cudaDeviceGetStreamPriorityRange
+#define gpuEvent_t cudaEvent_t
+#define gpuEventCreateWithFlags cudaEventCreateWithFlags
+#define gpuEventDestroy cudaEventDestroy
+#define gpuEventRecord cudaEventRecord
+#define gpuEventQuery cudaEventQuery
+#define gpuEventSynchronize cudaEventSynchronize
+#define gpuEventElapsedTime cudaEventElapsedTime
+#define gpuEventDisableTiming cudaEventDisableTiming
+#define gpuEventDefault cudaEventDefault
+#define gpuMemcpyAsync cudaMemcpyAsync
+#define gpuMemcpyDefault cudaMemcpyDefault
+#define gpuMemsetAsync cudaMemsetAsync
+#define gpuOccupancyMaxActiveBlocksPerMultiprocessor cudaOccupancyMaxActiveBlocksPerMultiprocessor
+
+namespace hetkv::gpu::vendor {
+
+// A function of the driver, which the runtime has loaded already; null where there is none.
+template <typename Function>
+Function driver(const char* name) {
+  static void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  return library != nullptr ? reinterpret_cast<Function>(dlsym(library, name)) : nullptr;
+}
+
+inline bool address_range(const void* pointer, std::uint64_t* base, std::uint64_t* bytes) {
+  static const auto get = driver<CUresult (*)(CUdeviceptr*, std::size_t*, CUdeviceptr)>("cuMemGetAddressRange_v2");
+  CUdeviceptr start = 0;
+  std::size_t size = 0;
+  if (get == nullptr || get(&start, &size, reinterpret_cast<CUdeviceptr>(pointer)) != CUDA_SUCCESS) return false;
+  *base = start;
+  *bytes = size;
+  return true;
+}
+
+inline bool has_ipc_handle(const void* pointer) {
+  static const auto get = driver<CUresult (*)(void*, CUpointer_attribute, CUdeviceptr)>("cuPointerGetAttribute");
+  int capable = 0;
+  return get != nullptr &&
+         get(&capable, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, reinterpret_cast<CUdeviceptr>(pointer)) ==
+             CUDA_SUCCESS &&
+         capable != 0;
+}
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+}
+
+inline std::uint64_t capabilities(int device) {
+  std::uint64_t bits = kHetkvCapRelaxedCapture | kHetkvCapHostAtomicStores | kHetkvCapStreamWaitValue;
+  if (attribute(cudaDevAttrIpcEventSupport, device) != 0) bits |= kHetkvCapIpc;
+  if (attribute(cudaDevAttrHostRegisterSupported, device) != 0) bits |= kHetkvCapHostRegister;
+  if (attribute(cudaDevAttrCanUseHostPointerForRegisteredMem, device) != 0) bits |= kHetkvCapHostSamePointer;
+  if (attribute(cudaDevAttrGPUDirectRDMASupported, device) != 0) bits |= kHetkvCapRdma;
+  if (attribute(cudaDevAttrGPUDirectRDMAWritesOrdering, device) >= cudaGPUDirectRDMAWritesOrderingOwner) {
+    bits |= kHetkvCapRdmaOrdered;
+  }
+  if ((attribute(cudaDevAttrGPUDirectRDMAFlushWritesOptions, device) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0) {
+    bits |= kHetkvCapRdmaFlush;
+  }
+#if CUDART_VERSION >= 12080
+  bits |= kHetkvCapStreamDevice;
+#endif
+  const int arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                   attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (arch >= 89) bits |= kHetkvCapHardwareConversion;
+  return bits;
+}
+
+inline void arch_name(const cudaDeviceProp& device, char* text, std::size_t size) {
+  std::snprintf(text, size, "sm_%d%d", device.major, device.minor);
+}
+
+inline void uuid(const cudaDeviceProp& device, std::uint8_t (&bytes)[16]) {
+  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(device.uuid.bytes[i]);
+}
+
+constexpr cudaDeviceAttr kMultiprocessors = cudaDevAttrMultiProcessorCount;
+
+inline cudaError_t stream_device(cudaStream_t stream, int* device) {
+#if CUDART_VERSION >= 12080
+  return cudaStreamGetDevice(stream, device);
+#else
+  static_cast<void>(stream);
+  static_cast<void>(device);
+  return cudaErrorNotSupported;
+#endif
+}
+
+// The runtime has no name for it; the driver's is looked up, so that no driver library is linked.
+using StreamWaitValue = int (*)(cudaStream_t stream, unsigned long long address, unsigned value, unsigned flags);
+
+inline StreamWaitValue find_stream_wait_value() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuStreamWaitValue32", &found, cudaEnableDefault, &result);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<StreamWaitValue>(found) : nullptr;
+}
+
+inline cudaError_t stream_wait_value(cudaStream_t stream, const std::uint32_t* word, std::uint32_t value) {
+  static const StreamWaitValue wait = find_stream_wait_value();
+  if (wait == nullptr) return cudaErrorNotSupported;
+  constexpr unsigned kAtLeast = 0;  // CU_STREAM_WAIT_VALUE_GEQ
+  const auto address = static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(word));
+  return wait(stream, address, value, kAtLeast) == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t flush_rdma_writes() {
+  return cudaDeviceFlushGPUDirectRDMAWrites(cudaFlushGPUDirectRDMAWritesTargetCurrentDevice,
+                                            cudaFlushGPUDirectRDMAWritesToOwner);
+}
+
+inline cudaError_t exchange_capture_mode(int relaxed, int* previous) {
+  cudaStreamCaptureMode mode = static_cast<cudaStreamCaptureMode>(relaxed);
+  const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  *previous = static_cast<int>(mode);
+  return error;
+}
+constexpr int kRelaxedCapture = cudaStreamCaptureModeRelaxed;
+
+inline bool is_pinned(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeHost; }
+inline bool is_device(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeDevice; }
+inline bool is_managed(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeManaged; }
+
+}  // namespace hetkv::gpu::vendor

@@ -1,0 +1,19 @@
+// Starts the kernel that has the paths a launch needs. One source file per kernel, so that they compile side by side.
+#pragma once
+
+#include "backend/gpu/block.h"
+#include "backend/gpu_runtime.h"
+
+namespace hetkv::gpu {
+
+// One launch of up to `max_blocks` thread blocks (0: as many as run at once) on the current device. `scratch` is device
+// memory; `result` pinned host memory, or null where a launch behind this one reports.
+template <Paths kPaths>
+gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
+                 gpuStream_t stream);
+
+extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+
+}  // namespace hetkv::gpu

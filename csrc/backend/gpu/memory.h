@@ -1,0 +1,107 @@
+// Loads and stores of whole vectors. Element data is read and written once, so it asks to be evicted first.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "backend/gpu/inline.h"
+
+namespace hetkv::gpu {
+
+// `kWords` times 4 bytes. Up to 8 elements of any dtype.
+template <int kWords>
+struct alignas(kWords >= 4 ? 16 : kWords * 4) Vector {
+  std::uint32_t w[kWords];
+};
+
+template <int kWords>
+HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
+#if defined(__CUDA_ARCH__)
+  Vector<kWords> v;
+  if constexpr (kWords == 1) {
+    v.w[0] = __ldcs(reinterpret_cast<const unsigned int*>(address));
+  } else if constexpr (kWords == 2) {
+    const uint2 x = __ldcs(reinterpret_cast<const uint2*>(address));
+    v.w[0] = x.x, v.w[1] = x.y;
+  } else {
+  HETKV_UNROLL
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 x = __ldcs(reinterpret_cast<const uint4*>(address) + i);
+      v.w[4 * i] = x.x, v.w[4 * i + 1] = x.y, v.w[4 * i + 2] = x.z, v.w[4 * i + 3] = x.w;
+    }
+  }
+  return v;
+#else
+  return *reinterpret_cast<const Vector<kWords>*>(static_cast<std::uintptr_t>(address));
+#endif
+}
+
+template <int kWords>
+HETKV_INLINE void store(std::uint64_t address, const Vector<kWords>& v) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kWords == 1) {
+    __stcs(reinterpret_cast<unsigned int*>(address), v.w[0]);
+  } else if constexpr (kWords == 2) {
+    __stcs(reinterpret_cast<uint2*>(address), make_uint2(v.w[0], v.w[1]));
+  } else {
+  HETKV_UNROLL
+    for (int i = 0; i < kWords / 4; ++i) {
+      __stcs(reinterpret_cast<uint4*>(address) + i,
+             make_uint4(v.w[4 * i], v.w[4 * i + 1], v.w[4 * i + 2], v.w[4 * i + 3]));
+    }
+  }
+#else
+  *reinterpret_cast<Vector<kWords>*>(static_cast<std::uintptr_t>(address)) = v;
+#endif
+}
+
+// One element of `size` bytes (1, 2 or 4), in the low bits.
+HETKV_INLINE std::uint32_t load_element(std::uint64_t address, int size) {
+  const void* at = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address));
+  if (size == 1) return *static_cast<const std::uint8_t*>(at);
+  if (size == 2) return *static_cast<const std::uint16_t*>(at);
+  return *static_cast<const std::uint32_t*>(at);
+}
+
+HETKV_INLINE void store_element(std::uint64_t address, int size, std::uint32_t code) {
+  void* at = reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));
+  if (size == 1) {
+    *static_cast<std::uint8_t*>(at) = static_cast<std::uint8_t>(code);
+  } else if (size == 2) {
+    *static_cast<std::uint16_t*>(at) = static_cast<std::uint16_t>(code);
+  } else {
+    *static_cast<std::uint32_t*>(at) = code;
+  }
+}
+
+template <int kSize>
+HETKV_INLINE std::uint32_t load_shared(const std::uint8_t* at) {
+  if constexpr (kSize == 1) return *at;
+  if constexpr (kSize == 2) return *reinterpret_cast<const std::uint16_t*>(at);
+  if constexpr (kSize == 4) return *reinterpret_cast<const std::uint32_t*>(at);
+}
+
+template <int kSize>
+HETKV_INLINE void store_shared(std::uint8_t* at, std::uint32_t code) {
+  if constexpr (kSize == 1) *at = static_cast<std::uint8_t>(code);
+  if constexpr (kSize == 2) *reinterpret_cast<std::uint16_t*>(at) = static_cast<std::uint16_t>(code);
+  if constexpr (kSize == 4) *reinterpret_cast<std::uint32_t*>(at) = code;
+}
+
+// Element i of a vector of elements of kSize bytes. `i` is a constant once the caller's loop is unrolled.
+template <int kSize, int kWords>
+HETKV_INLINE std::uint32_t element(const Vector<kWords>& v, int i) {
+  if constexpr (kSize == 4) return v.w[i];
+  if constexpr (kSize == 2) return (v.w[i / 2] >> (i % 2 * 16)) & 0xFFFFu;
+  return (v.w[i / 4] >> (i % 4 * 8)) & 0xFFu;
+}
+
+// Sets element i of a vector whose bits there are still zero.
+template <int kSize, int kWords>
+HETKV_INLINE void add_element(Vector<kWords>& v, int i, std::uint32_t code) {
+  if constexpr (kSize == 4) v.w[i] = code;
+  if constexpr (kSize == 2) v.w[i / 2] |= code << (i % 2 * 16);
+  if constexpr (kSize == 1) v.w[i / 4] |= code << (i % 4 * 8);
+}
+
+}  // namespace hetkv::gpu

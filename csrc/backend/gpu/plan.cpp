@@ -1,0 +1,200 @@
+#include "backend/gpu/plan.h"
+
+#include <algorithm>
+
+#include "convert.h"
+#include "remap/checksum.h"
+
+namespace hetkv::gpu {
+namespace {
+
+constexpr std::int64_t kIndexLimit = std::int64_t{1} << 31;
+
+std::uint32_t floor_log2(std::uint64_t n) {
+  std::uint32_t log = 0;
+  while (n >> (log + 1) != 0) ++log;
+  return log;
+}
+
+std::uint32_t ceil_log2(std::uint64_t n) { return n <= 1 ? 0 : floor_log2(n - 1) + 1; }
+
+// All that an address is made of, above one channel's step, is a multiple of `unit` bytes.
+bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
+  const SegmentMap& map = side.map;
+  std::uint64_t bits = map.base | static_cast<std::uint64_t>(map.token_stride | map.head_stride);
+  if (map.block_size > 0) bits |= static_cast<std::uint64_t>(map.block_stride);
+  if (map.pack < channels) bits |= static_cast<std::uint64_t>(map.outer_stride);
+  return bits % static_cast<std::uint64_t>(unit) == 0;
+}
+
+// Channels lie next to each other in runs of whole `elements`.
+bool has_runs(const RemapSide& side, std::int64_t channels, std::int64_t elements) {
+  const SegmentMap& map = side.map;
+  return map.inner_stride == item_size(map.dtype) && channels % elements == 0 &&
+         (map.pack >= channels || map.pack % elements == 0) &&
+         aligned(side, channels, std::min<std::int64_t>(16, elements * item_size(map.dtype)));
+}
+
+// Groups of tokens lie next to each other inside a block.
+bool has_token_runs(const RemapSide& side, std::int64_t channels) {
+  const SegmentMap& map = side.map;
+  const std::int64_t size = item_size(map.dtype);
+  RemapSide rest = side;
+  rest.map.token_stride = 0;
+  const std::int64_t unit = std::min<std::int64_t>(16, kGroup * size);
+  return map.block_size > 0 && map.block_size % kGroup == 0 && map.token_stride == size &&
+         map.inner_stride % unit == 0 && aligned(rest, channels, unit);
+}
+
+Side plan_side(const RemapSide& from) {
+  const SegmentMap& map = from.map;
+  Side side;
+  side.base = map.base + static_cast<std::uint64_t>(from.first_head * map.head_stride);
+  side.block_stride = map.block_stride;
+  side.token_stride = map.token_stride;
+  side.head_stride = map.head_stride;
+  side.inner_stride = map.inner_stride;
+  side.pack_step = map.outer_stride - map.pack * map.inner_stride;
+  side.pack = FastDiv(static_cast<std::uint32_t>(map.pack));
+  side.dtype = map.dtype;
+  if (map.block_size > 0) {
+    side.blocks = from.blocks;
+    side.first_token = static_cast<std::uint32_t>(from.first_token);
+    side.block_size = FastDiv(static_cast<std::uint32_t>(map.block_size));
+  } else {
+    side.base += static_cast<std::uint64_t>(from.first_token * map.token_stride);
+  }
+  return side;
+}
+
+// Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut into
+// packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in memory.
+bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job) {
+  const std::int64_t vectors = from.channels / elements;
+  std::int64_t lanes = vectors;
+  std::uint32_t log_tokens = floor_log2(static_cast<std::uint64_t>(std::max<std::int64_t>(1, 32 / vectors)));
+  if (from.src.map.pack < from.channels || from.dst.map.pack < from.channels) {
+    lanes = vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1;
+    log_tokens = 3;
+  }
+  log_tokens = std::min({log_tokens, 3u, ceil_log2(static_cast<std::uint64_t>(from.tokens))});
+  const std::int64_t tile = std::int64_t{kDepth} << log_tokens;
+  const std::int64_t items = (from.tokens + tile - 1) / tile * from.heads * vectors << log_tokens;
+  if (items >= kIndexLimit - kThreads) return false;
+  job->path = path;
+  job->items = static_cast<std::uint32_t>(items);
+  job->lane_vectors = FastDiv(static_cast<std::uint32_t>(lanes));
+  job->row_parts = FastDiv(static_cast<std::uint32_t>(vectors / lanes));
+  job->log_lane_tokens = static_cast<std::uint8_t>(log_tokens);
+  return true;
+}
+
+// Tiles begin at whole groups of the side whose tokens lie together.
+bool plan_tiles(const RemapJob& from, bool tokens_first, Job* job) {
+  const RemapSide& turned = tokens_first ? from.src : from.dst;
+  const std::uint32_t log_channels = from.channels > 64 ? 7 : 6;
+  const std::int64_t tile_tokens = kTileElements >> log_channels;
+  const std::int64_t lead = turned.first_token % kGroup;
+  const std::int64_t parts = (from.channels + (1 << log_channels) - 1) >> log_channels;
+  const std::int64_t tiles = (lead + from.tokens + tile_tokens - 1) / tile_tokens * from.heads * parts;
+  if (tiles >= kIndexLimit / kThreads) return false;
+  job->path = Path::kTile;
+  job->items = static_cast<std::uint32_t>(tiles);
+  job->tokens_first = tokens_first;
+  job->lead = static_cast<std::uint8_t>(lead);
+  job->row_parts = FastDiv(static_cast<std::uint32_t>(parts));
+  job->log_tile_channels = static_cast<std::uint8_t>(log_channels);
+  const std::int64_t groups = std::min<std::int64_t>({8, turned.map.block_size / kGroup, tile_tokens / kGroup});
+  job->log_lane_groups = static_cast<std::uint8_t>(floor_log2(static_cast<std::uint64_t>(groups)));
+  return true;
+}
+
+void plan_words(const RemapJob& from, Job* job) {
+  const RemapSide& canonical = from.wire == WireSide::kSource ? from.src : from.dst;
+  job->path = Path::kWords;
+  job->elements = static_cast<std::uint64_t>(from.tokens) * static_cast<std::uint64_t>(from.heads) *
+                  static_cast<std::uint64_t>(from.channels);
+  job->wide = job->elements >= static_cast<std::uint64_t>(kIndexLimit);
+  const std::uint64_t per_word = static_cast<std::uint64_t>(8 / item_size(canonical.map.dtype));
+  const std::uint64_t words = (job->elements + per_word - 1) / per_word;
+  job->items = static_cast<std::uint32_t>(std::min<std::uint64_t>(words, kIndexLimit - 1));
+  job->whole_words = from.wire == WireSide::kDestination && canonical.map.base % 8 == 0;
+}
+
+bool plan_job(const RemapJob& from, Job* job) {
+  if (from.tokens >= kIndexLimit / 2 || from.src.first_token >= kIndexLimit / 2 ||
+      from.dst.first_token >= kIndexLimit / 2) {
+    return false;
+  }
+  job->src = plan_side(from.src);
+  job->dst = plan_side(from.dst);
+  job->multipliers = from.multipliers;
+  job->converts = from.src.map.dtype != from.dst.map.dtype || from.multipliers != nullptr;
+  job->wire = from.wire;
+  job->wire_word = from.wire_offset / 8;
+  job->tokens = static_cast<std::uint32_t>(from.tokens);
+  job->token_count = FastDiv(static_cast<std::uint32_t>(std::max<std::int64_t>(1, from.tokens)));
+  job->heads = FastDiv(static_cast<std::uint32_t>(std::max(1, from.heads)));
+  job->channels = FastDiv(static_cast<std::uint32_t>(std::max(1, from.channels)));
+  if (from.tokens == 0 || from.heads == 0 || from.channels == 0) return true;
+
+  const std::int64_t size = item_size(from.src.map.dtype);
+  const SegmentMap& wire = from.wire == WireSide::kSource ? from.src.map : from.dst.map;
+  const std::int64_t token_bytes = from.channels * item_size(wire.dtype);
+  const bool sums = from.wire == WireSide::kNone || token_bytes % 8 == 0;
+  if (from.wire != WireSide::kNone) job->token_key = static_cast<std::uint64_t>(token_bytes / 8) * kChecksumStep;
+
+  const auto rows = [&](std::int64_t elements) {
+    return sums && has_runs(from.src, from.channels, elements) && has_runs(from.dst, from.channels, elements);
+  };
+  if (!job->converts && rows(16 / size) && plan_rows(from, Path::kMove16, 16 / size, job)) return true;
+  if (!job->converts && rows(8 / size) && plan_rows(from, Path::kMove8, 8 / size, job)) return true;
+  if (job->converts && rows(kGroup) && plan_rows(from, Path::kConvert, kGroup, job)) return true;
+  for (const bool tokens_first : {true, false}) {
+    const RemapSide& turned = tokens_first ? from.src : from.dst;
+    const RemapSide& other = tokens_first ? from.dst : from.src;
+    if (has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
+        plan_tiles(from, tokens_first, job)) {
+      return true;
+    }
+  }
+  plan_words(from, job);
+  return true;
+}
+
+std::uint32_t chunks_of(const Job& job) {
+  if (job.path == Path::kTile) return job.items;
+  if (job.path != Path::kWords) return (job.items + kThreads - 1) / kThreads;
+  const DType dtype = job.wire == WireSide::kSource ? job.src.dtype : job.dst.dtype;
+  const std::uint64_t elements = std::uint64_t{kThreads} * kDepth * 8 / static_cast<std::uint64_t>(item_size(dtype));
+  return static_cast<std::uint32_t>((job.elements + elements - 1) / elements);
+}
+
+}  // namespace
+
+bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, Launch* launch) {
+  launch->seed = seed;
+  launch->num_jobs = static_cast<std::uint32_t>(std::min(num_jobs, kMaxLaunchJobs));
+  launch->num_chunks = 0;
+  for (std::uint32_t i = 0; i < launch->num_jobs; ++i) {
+    Job& job = launch->jobs[i];
+    job = Job{};
+    if (!plan_job(jobs[i], &job)) return false;
+    job.first_chunk = launch->num_chunks;
+    launch->num_chunks += chunks_of(job);
+  }
+  return true;
+}
+
+std::uint32_t shared_bytes(const Launch& launch) {
+  std::uint32_t bytes = 0;
+  for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
+    const Job& job = launch.jobs[i];
+    if (job.path == Path::kTile) {
+      bytes = std::max(bytes, kTileElements * static_cast<std::uint32_t>(item_size(job.dst.dtype)));
+    }
+  }
+  return bytes;
+}
+
+}  // namespace hetkv::gpu

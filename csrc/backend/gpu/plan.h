@@ -1,0 +1,98 @@
+// How one remap job runs on a GPU: decided on the host at each launch, read by every thread.
+//
+// A job is cut into chunks, one for a thread block of kThreads threads at a time:
+// - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16 or
+//   8 bytes (convert: 8 elements) of kDepth tokens, so that a thread has kDepth loads in flight (rows.h).
+// - tile: one side holds the tokens of a block next to each other (transposed V). A chunk is a tile of tokens x channels
+//   of one head that turns round in shared memory (tile.h).
+// - words: any map at all, one 8-byte word of the canonical order at a time (words.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/gpu/fast_div.h"
+#include "remap/remap.h"
+
+namespace hetkv::gpu {
+
+constexpr std::uint32_t kThreads = 256;
+constexpr std::uint32_t kDepth = 4;          // tokens of one item, words of one thread
+constexpr std::uint32_t kGroup = 8;          // elements that are converted or transposed together
+constexpr std::uint32_t kTileElements = 8192;
+
+enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kTile, kWords };
+
+// One side of a job. An element's address is
+//   base + head * head_stride + token_offset(token) + channel * inner_stride + (channel / pack) * pack_step.
+struct Side {
+  std::uint64_t base = 0;                // of the job's first head; where not paged also of its first token
+  const std::int32_t* blocks = nullptr;  // null: not paged
+  std::int64_t block_stride = 0;
+  std::int64_t token_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t inner_stride = 0;
+  std::int64_t pack_step = 0;     // outer_stride - pack * inner_stride
+  std::uint32_t first_token = 0;  // of the sequence, where paged
+  FastDiv block_size;
+  FastDiv pack;  // in channels
+  DType dtype = DType::kUInt8;
+};
+
+struct Job {
+  Side src;
+  Side dst;
+  const float* multipliers = nullptr;
+  std::uint64_t wire_word = 0;      // index of the wire side's first word in the payload
+  std::uint64_t token_key = 0;      // what one token adds to a word's key: words of a token * kChecksumStep
+  std::uint64_t elements = 0;       // words: all of the job's
+  std::uint32_t first_chunk = 0;    // of this job in the launch
+  std::uint32_t items = 0;          // rows: how many there are; words: words of the canonical order, where not `wide`
+  std::uint32_t tokens = 0;
+  FastDiv token_count;   // words
+  FastDiv heads;         // divides the items' outermost axis
+  FastDiv channels;      // words
+  FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token
+  FastDiv row_parts;     // rows: how many of those a row has. tile: parts of the channel axis
+  std::uint8_t log_lane_tokens = 0;  // rows: tokens that neighbouring lanes take
+  std::uint8_t log_tile_channels = 0;
+  std::uint8_t log_lane_groups = 0;  // tile: groups of tokens that neighbouring lanes take, before the next channel
+  std::uint8_t lead = 0;             // tile: tokens of the first group that lie before the job's first
+  Path path = Path::kWords;
+  WireSide wire = WireSide::kNone;
+  bool converts = false;
+  bool tokens_first = false;  // tile: it is the source whose tokens lie together
+  bool whole_words = false;   // words: the destination is the wire's and can be stored in words
+  bool wide = false;          // words: too many elements for 32-bit indices
+};
+
+constexpr std::size_t kMaxLaunchJobs = 8;
+
+// What one launch gets, by value.
+struct Launch {
+  Job jobs[kMaxLaunchJobs];
+  std::uint64_t seed = 0;
+  std::uint32_t num_jobs = 0;
+  std::uint32_t num_chunks = 0;
+};
+
+// Checksum and saturated elements that one thread has seen.
+struct Partial {
+  std::uint64_t checksum = 0;
+  std::uint32_t saturated = 0;
+};
+
+// What the thread blocks of a launch add up, in device memory: all zero between launches.
+struct Scratch {
+  std::uint64_t checksum;
+  std::uint64_t saturated;
+  std::uint32_t blocks_done;
+};
+
+// Plans up to kMaxLaunchJobs jobs from `jobs` on. False where a job is beyond what a kernel can index (2^31 tokens).
+bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, Launch* launch);
+
+// Bytes of shared memory that the launch's tiles need.
+std::uint32_t shared_bytes(const Launch& launch);
+
+}  // namespace hetkv::gpu

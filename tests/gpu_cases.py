@@ -1,0 +1,91 @@
+"""Backends to run kernels on: the emulated one, which any machine has, and real ones; and a move checked on them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from remap_cases import Side
+
+from hetkv import reference
+from hetkv.core import core as _core
+
+ROOT = Path(__file__).parent.parent
+BUILT = ROOT / "build" / "emulated"
+SOURCES = ["csrc/backend/gpu/backend.cu", "csrc/backend/gpu/plan.cpp", "tests/cpp/emulated/start.cpp"]
+
+
+def backends_folder() -> Path:
+    """A folder with the emulated backend, built from the kernels' sources, and the real ones that hetkv has."""
+    library = BUILT / "libhetkv_emulated.so"
+    used = [*ROOT.glob("csrc/backend/**/*"), *ROOT.glob("csrc/remap/*.h"), *ROOT.glob("tests/cpp/emulated/*")]
+    used += [ROOT / "csrc/map.h", ROOT / "csrc/convert.h"]
+    newest = max(path.stat().st_mtime for path in used)
+    if not library.exists() or library.stat().st_mtime < newest:
+        BUILT.mkdir(parents=True, exist_ok=True)
+        compiler = os.environ.get("CXX", "c++")
+        made = BUILT / f"libhetkv_emulated.{os.getpid()}"
+        subprocess.run(
+            [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-DHETKV_EMULATED", "-Icsrc", "-Itests/cpp/emulated",
+             "-fPIC", "-shared", "-x", "c++", *SOURCES, "-o", str(made)],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
+        made.rename(library)
+    for real in (ROOT / "hetkv" / "backends").glob("libhetkv_*.so"):
+        shutil.copy2(real, BUILT)
+    return BUILT
+
+
+def device_of(backend: str) -> torch.device:
+    """Where tensors for that backend's device 0 live."""
+    return torch.device("cpu" if backend == "emulated" else "cuda:0")
+
+
+def check_on(
+    backend: str,
+    source: Side,
+    destination: Side,
+    tokens: int,
+    heads: int,
+    channels: int,
+    *,
+    multipliers: Sequence[float] | None = None,
+    seed: int = 0,
+    max_blocks: int = 0,
+) -> None:
+    """Runs the move on the backend's device 0 and compares all memory, the sum and the count with the oracle's."""
+    want = destination.copy()
+    saturated = reference.remap(source.oracle(), want.oracle(), tokens, heads, channels, multipliers)
+    side = "source" if source.layout is None else "destination" if destination.layout is None else ""
+    checksum = 0
+    if side:
+        payload = source if source.layout is None else want
+        count = tokens * heads * channels * payload.dtype.itemsize
+        checksum = _core.checksum(payload.body[:count].numpy(), 16, seed)
+    if side == "destination" and count % 8:  # the kernel clears a wire part's padding
+        want.body[count : count + 8 - count % 8] = 0
+    device = device_of(backend)
+    there = replace(source, memory=source.memory.clone().to(device))
+    got = replace(destination, memory=destination.memory.clone().to(device))
+    job = _core.RemapJob(
+        there.kernel(tokens, channels),
+        got.kernel(tokens, channels),
+        tokens=tokens,
+        heads=heads,
+        channels=channels,
+        multipliers=list(multipliers or ()),
+        wire=side,
+        wire_offset=16 if side else 0,
+    )
+    stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+    run = _core.DeviceRemap(backend, 0, [job])
+    for _ in range(2):  # the second shows that the first left its slot as it found it
+        run.launch(stream, seed, max_blocks)
+        assert run.result() == (checksum, saturated)
+    assert torch.equal(got.memory.cpu(), want.memory)
+    assert torch.equal(there.memory.cpu(), source.memory)
