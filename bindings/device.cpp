@@ -2,6 +2,7 @@
 #include "bind.h"
 #include "backend/loader.h"
 #include "engine/device.h"
+#include "engine/window_key.h"
 
 namespace hetkv {
 namespace {
@@ -66,6 +67,13 @@ void bind_device(py::module_& m) {
       },
       py::arg("folder"), py::arg("name"), py::arg("index"), py::call_guard<py::gil_scoped_release>(),
       "A device of a backend whose shared object lies in `folder`.");
+  m.def(
+      "process_number",
+      [] {
+        const auto& number = this_process();
+        return py::bytes(reinterpret_cast<const char*>(number.data()), number.size());
+      },
+      "For tests: the number of this process in the keys of its windows.");
   m.def(
       "open_test_device",
       [](const std::string& path, int index) {

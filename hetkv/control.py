@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from hetkv import compat
 from hetkv.channel import Channel, Records
-from hetkv.description import for_minor, Accept, Bye, Description, Message, Ready, Refusal, decode, encode
+from hetkv.description import Accept, Bye, Description, Message, Ready, Refusal, decode, encode, for_minor
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
@@ -272,9 +272,7 @@ def establish(
         raise
 
 
-def _agree(
-    records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int
-) -> Description:
+def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Description:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
     def write(message: Message) -> None:

@@ -97,8 +97,8 @@ def initiator(pipe, shape, reps):
     return {
         **best(variants, shape, reps),
         "version": version(wheel),
-        "how": f"UCX backend, {shape.threads} threads beside its own; a descriptor per {shape.block_bytes // 1024} KiB block, prepared once; "
-        f"same layout on both sides, blocks shuffled; {shape.layers} layers, fastest of READ and WRITE",
+        "how": f"UCX backend, {shape.threads} more threads; a descriptor per {shape.block_bytes // 1024} KiB block, "
+        f"prepared once; same layout on both sides, blocks shuffled; {shape.layers} layers, fastest of READ and WRITE",
     }
 
 

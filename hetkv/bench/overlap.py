@@ -1,8 +1,8 @@
 """`hetkv bench overlap`: what sending costs a prefill, and how much of the transfer shows behind it.
 
-The compute is the runtime's own prefill of a named shape with random weights, on one GPU; its KV goes, layer by layer, to
-a pool of another layout on another GPU (or on the host's CPU) in another process. Prefills with and without sending take
-turns. All times are of one clock; that of the last byte is the progress thread's own (`engine.take_trace`).
+The compute is the runtime's own prefill of a named shape with random weights, on one GPU; its KV goes, layer by layer,
+to a pool of another layout on another GPU (or on the host's CPU) in another process. Prefills with and without sending
+take turns. All times are of one clock; that of the last byte is the progress thread's own (`engine.take_trace`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class _Prefill:
 
     def send_alone(self, request: str) -> None:
         """The same KV with no compute beside it."""
-        sending = [self.node.send(f"{request}-{i}", blocks, len(self.prompts[i])) for i, blocks in enumerate(self.blocks)]
+        sending = [
+            self.node.send(f"{request}-{i}", blocks, len(self.prompts[i])) for i, blocks in enumerate(self.blocks)
+        ]
         time.sleep(TICKET_S)
         for layer in range(len(self.model.layers)):
             for one in sending:

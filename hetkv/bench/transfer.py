@@ -100,7 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PYTHON",
         help="interpreter that has this peer installed",
     )
-    for name in ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots", "threads", "spin_us", "max_blocks"):
+    for name in (
+        "slot_bytes",
+        "window_bytes",
+        "max_slots_per_link",
+        "staging_slots",
+        "threads",
+        "spin_us",
+        "max_blocks",
+    ):
         help_text = f"hetkv's setting of that name (default {getattr(TransferConfig(), name) or 'by the cache'})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=help_text)
 

@@ -23,11 +23,11 @@ from hetkv.dtypes import DType
 from hetkv.errors import HetkvError
 from hetkv.pool import KVPool
 from hetkv.reshard import overlap
+from hetkv.runtime.clock import WorkClock
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 from hetkv.runtime.plan import InstancePlan
-from hetkv.runtime.clock import WorkClock
 from hetkv.runtime.routes import RouteBytes, route_bytes
 from hetkv.runtime.team import Team
 from hetkv.trace import Span, engine_spans
