@@ -45,6 +45,7 @@ enum HetkvCapability : std::uint64_t {
   kHetkvCapRelaxedCapture = 1u << 7,      // exchange_capture_mode keeps this thread out of other threads' captures
   kHetkvCapHardwareConversion = 1u << 8,  // fp8 conversions in hardware; in software elsewhere, with the same result
   kHetkvCapHostAtomicStores = 1u << 9,    // 8-byte stores to host memory arrive whole
+  kHetkvCapStreamWaitValue = 1u << 10,    // stream_wait_value
 };
 
 struct HetkvDeviceInfo {
@@ -162,6 +163,13 @@ struct HetkvBackend {
   // More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
   std::int32_t (*remap)(void* stream, const hetkv::RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
                         const HetkvRemapSlot* slot, std::int32_t max_blocks);
+
+  // --- the host's part in a stream's order ---
+  // What is put into `stream` later runs once int32(*word - value) >= 0. `word` is memory of host_alloc, which the host
+  // writes; the wait holds up no thread and no multiprocessor.
+  std::int32_t (*stream_wait_value)(std::int32_t device, void* stream, const std::uint32_t* word, std::uint32_t value);
+  // Makes `device` this thread's current one for good: for a thread of the engine, on which UCX calls the driver.
+  std::int32_t (*bind_thread)(std::int32_t device);
 };
 
 typedef const HetkvBackend* (*HetkvBackendEntry)();

@@ -127,6 +127,7 @@ inline std::uint64_t capabilities(int device) {
   if ((attribute(cudaDevAttrGPUDirectRDMAFlushWritesOptions, device) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0) {
     bits |= kHetkvCapRdmaFlush;
   }
+  if (driver<void*>("cuStreamWaitValue32_v2") != nullptr) bits |= kHetkvCapStreamWaitValue;
 #if CUDART_VERSION >= 12080
   bits |= kHetkvCapStreamDevice;
 #endif
@@ -154,6 +155,15 @@ inline cudaError_t stream_device(cudaStream_t stream, int* device) {
   static_cast<void>(device);
   return cudaErrorNotSupported;
 #endif
+}
+
+using WaitValue = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
+
+inline cudaError_t stream_wait_value(cudaStream_t stream, const std::uint32_t* word, std::uint32_t value) {
+  static const auto wait = driver<WaitValue>("cuStreamWaitValue32_v2");
+  if (wait == nullptr) return cudaErrorNotSupported;
+  const auto address = reinterpret_cast<CUdeviceptr>(word);
+  return wait(stream, address, value, CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
 }
 
 inline cudaError_t flush_rdma_writes() {

@@ -12,9 +12,12 @@
 #define HETKV_CALL HETKV_HD inline __attribute__((noinline))
 #endif
 
-#if defined(__CUDACC__) || defined(__clang__)
+#if defined(__CUDA_ARCH__) || defined(__clang__)
 #define HETKV_UNROLL _Pragma("unroll")
 #define HETKV_ROLLED _Pragma("unroll 1")
+#elif defined(__CUDACC__)
+#define HETKV_UNROLL
+#define HETKV_ROLLED
 #else
 #define HETKV_UNROLL _Pragma("GCC unroll 8")
 #define HETKV_ROLLED

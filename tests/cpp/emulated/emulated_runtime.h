@@ -214,6 +214,7 @@ constexpr int kMultiprocessors = 0;
 inline gpuError_t stream_device(gpuStream_t stream, int* device) {
   return *device = stream != nullptr ? stream->device : emulated_device, gpuSuccess;
 }
+inline gpuError_t stream_wait_value(gpuStream_t, const std::uint32_t*, std::uint32_t) { return gpuErrorNotSupported; }
 inline gpuError_t flush_rdma_writes() { return gpuErrorNotSupported; }
 inline gpuError_t exchange_capture_mode(int, int*) { return gpuErrorNotSupported; }
 constexpr int kRelaxedCapture = 0;
