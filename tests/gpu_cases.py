@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +19,8 @@ BUILT = ROOT / "build" / "emulated"
 SOURCES = ["csrc/backend/gpu/backend.cu", "csrc/backend/gpu/plan.cpp", "tests/cpp/emulated/start.cpp"]
 
 
-def backends_folder() -> Path:
-    """A folder with the emulated backend, built from the kernels' sources, and the real ones that hetkv has."""
+def emulated_backend() -> str:
+    """The path of the emulated backend, built from the kernels' sources."""
     library = BUILT / "libhetkv_emulated.so"
     used = [*ROOT.glob("csrc/backend/**/*"), *ROOT.glob("csrc/remap/*.h"), *ROOT.glob("tests/cpp/emulated/*")]
     used += [ROOT / "csrc/map.h", ROOT / "csrc/convert.h"]
@@ -36,14 +35,12 @@ def backends_folder() -> Path:
             cwd=ROOT, check=True,
         )  # fmt: skip
         made.rename(library)
-    for real in (ROOT / "hetkv" / "backends").glob("libhetkv_*.so"):
-        shutil.copy2(real, BUILT)
-    return BUILT
+    return str(library)
 
 
 def device_of(backend: str) -> torch.device:
-    """Where tensors for that backend's device 0 live."""
-    return torch.device("cpu" if backend == "emulated" else "cuda:0")
+    """Where tensors for device 0 of that backend (a name, or the path of the emulated one) live."""
+    return torch.device("cpu" if "/" in backend else "cuda:0")
 
 
 def check_on(

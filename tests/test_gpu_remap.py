@@ -8,22 +8,19 @@ import sys
 
 import pytest
 import torch
-from gpu_cases import backends_folder, check_on, device_of
+from gpu_cases import check_on, device_of, emulated_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from remap_cases import Side, pool, random_bytes, wire
 from test_remap import FLOATS, KV_PRESETS, moves, segment_pool
 
 from hetkv import reference
+from hetkv.backends import backends
 from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.errors import InputError, UnsupportedError
 from hetkv.layout import KVLayout
 from hetkv.spec import LayerSpec
-
-os.environ["HETKV_BACKENDS"] = str(backends_folder())
-
-from hetkv.backends import backends  # noqa: E402
 
 
 def cuda() -> object:
@@ -33,9 +30,9 @@ def cuda() -> object:
     return pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)])
 
 
-every_backend = pytest.mark.parametrize("backend", ["emulated", cuda()])
+every_backend = pytest.mark.parametrize("backend", [pytest.param(emulated_backend(), id="emulated"), cuda()])
 FAST = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

@@ -1,7 +1,6 @@
 #include "backend/loader.h"
 
 #include <dlfcn.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -10,8 +9,6 @@ namespace hetkv {
 namespace {
 
 constexpr const char* kNames[] = {"cuda", "hip"};
-// Tests put a backend here whose devices are the host (tests/cpp/emulated); elsewhere there is none to find.
-constexpr const char* kEmulated = "emulated";
 
 std::mutex mutex;
 std::vector<BackendEntry> found;
@@ -60,9 +57,7 @@ BackendEntry open_backend(const std::string& name, const std::string& path) {
 const std::vector<BackendEntry>& load_backends(const std::string& folder) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!loaded.load(std::memory_order_relaxed)) {
-    const auto path = [&](const char* name) { return folder + "/libhetkv_" + name + ".so"; };
-    for (const char* name : kNames) found.push_back(open_backend(name, path(name)));
-    if (access(path(kEmulated).c_str(), R_OK) == 0) found.push_back(open_backend(kEmulated, path(kEmulated)));
+    for (const char* name : kNames) found.push_back(open_backend(name, folder + "/libhetkv_" + name + ".so"));
     loaded.store(true, std::memory_order_release);
   }
   return found;

@@ -109,8 +109,8 @@ class Memory(NamedTuple):
     sides: list[tuple[_core.RemapSide, int]]
 
 
-def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: int) -> Memory:
-    """Memory of one side, filled with normal random values, its block ids shuffled."""
+def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: int, device: str = "cpu") -> Memory:
+    """Memory of one side on `device`, filled with normal random values, its block ids shuffled."""
     import torch
 
     from hetkv.core import core as _core
@@ -119,7 +119,7 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     one = tokens * TOKEN_CHANNELS * dtype.itemsize
     values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8)
-    data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone()
+    data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone().to(device)
     sides = []
     if place.layout == "canonical":
         for i in range(len(segments)):
@@ -211,6 +211,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, default=40, metavar="N", help="timed repetitions of each case (default 40)"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), or a GPU such as cuda:0, against its own copy"
+    )
+    parser.add_argument(
+        "--mib", type=int, nargs="+", default=[16, 64], metavar="N", help="on a GPU: MiB to move (default 16 and 64)"
+    )
     parser.add_argument("--only", metavar="TEXT", help="cases whose name holds TEXT")
     parser.add_argument(
         "--isa", metavar="NAME", help="instruction set to use: baseline, avx2 or avx512 (default: the widest)"
@@ -225,6 +231,10 @@ def run(args: argparse.Namespace) -> int:
     from hetkv.bench.environment import environment
     from hetkv.core import core as _core
 
+    if args.device != "cpu":
+        from hetkv.bench import remap_device
+
+        return remap_device.run(args)
     if args.threads < 1 or args.repeats < 2:
         raise InputError(f"--threads {args.threads} and --repeats {args.repeats}: at least 1 thread and 2 repetitions")
     if args.isa:

@@ -116,7 +116,7 @@ inline int attribute(cudaDeviceAttr which, int device) {
 }
 
 inline std::uint64_t capabilities(int device) {
-  std::uint64_t bits = kHetkvCapRelaxedCapture | kHetkvCapHostAtomicStores | kHetkvCapStreamWaitValue;
+  std::uint64_t bits = kHetkvCapRelaxedCapture | kHetkvCapHostAtomicStores;
   if (attribute(cudaDevAttrIpcEventSupport, device) != 0) bits |= kHetkvCapIpc;
   if (attribute(cudaDevAttrHostRegisterSupported, device) != 0) bits |= kHetkvCapHostRegister;
   if (attribute(cudaDevAttrCanUseHostPointerForRegisteredMem, device) != 0) bits |= kHetkvCapHostSamePointer;
@@ -127,6 +127,7 @@ inline std::uint64_t capabilities(int device) {
   if ((attribute(cudaDevAttrGPUDirectRDMAFlushWritesOptions, device) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0) {
     bits |= kHetkvCapRdmaFlush;
   }
+  if (driver<void*>("cuStreamWaitValue32_v2") != nullptr) bits |= kHetkvCapStreamWaitValue;
 #if CUDART_VERSION >= 12080
   bits |= kHetkvCapStreamDevice;
 #endif
@@ -156,27 +157,13 @@ inline cudaError_t stream_device(cudaStream_t stream, int* device) {
 #endif
 }
 
-// The runtime has no name for it; the driver's is looked up, so that no driver library is linked.
-using StreamWaitValue = int (*)(cudaStream_t stream, unsigned long long address, unsigned value, unsigned flags);
-
-inline StreamWaitValue find_stream_wait_value() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuStreamWaitValue32", &found, cudaEnableDefault, &result);
-#endif
-  return error == cudaSuccess ? reinterpret_cast<StreamWaitValue>(found) : nullptr;
-}
+using WaitValue = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
 
 inline cudaError_t stream_wait_value(cudaStream_t stream, const std::uint32_t* word, std::uint32_t value) {
-  static const StreamWaitValue wait = find_stream_wait_value();
+  static const auto wait = driver<WaitValue>("cuStreamWaitValue32_v2");
   if (wait == nullptr) return cudaErrorNotSupported;
-  constexpr unsigned kAtLeast = 0;  // CU_STREAM_WAIT_VALUE_GEQ
-  const auto address = static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(word));
-  return wait(stream, address, value, kAtLeast) == 0 ? cudaSuccess : cudaErrorInvalidValue;
+  const auto address = reinterpret_cast<CUdeviceptr>(word);
+  return wait(stream, address, value, CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
 }
 
 inline cudaError_t flush_rdma_writes() {

@@ -4,6 +4,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
+#include <new>
+#include <set>
 
 #include "backend/backend.h"
 #include "backend/gpu/launch.h"
@@ -187,22 +190,27 @@ std::int32_t host_free(void* pointer) {
   return kHetkvOk;
 }
 
+// What this backend has registered: memory that somebody else registered, UCX for one, is theirs to unregister.
+std::mutex registered_mutex;
+std::set<const void*> registered;
+
 std::int32_t host_register(std::int32_t device, void* pointer, std::size_t bytes, void** device_pointer) {
   HETKV_ON(device);
+  const std::lock_guard<std::mutex> lock(registered_mutex);
   const gpuError_t error = gpuHostRegister(pointer, bytes, gpuHostRegisterPortable | gpuHostRegisterMapped);
-  if (error != gpuErrorHostMemoryAlreadyRegistered) {
-    HETKV_TRY(error);
-  } else {
+  if (error == gpuErrorHostMemoryAlreadyRegistered) {
     forget();
-    return fail(kHetkvInvalid, "the memory at %p is registered already", pointer);
+  } else {
+    HETKV_TRY(error);
+    registered.insert(pointer);
   }
-  const gpuError_t mapped = gpuHostGetDevicePointer(device_pointer, pointer, 0);
-  if (mapped == gpuSuccess) return kHetkvOk;
-  static_cast<void>(gpuHostUnregister(pointer));
-  return report(mapped, "mapping registered memory");
+  HETKV_TRY(gpuHostGetDevicePointer(device_pointer, pointer, 0));
+  return kHetkvOk;
 }
 
 std::int32_t host_unregister(void* pointer) {
+  const std::lock_guard<std::mutex> lock(registered_mutex);
+  if (registered.erase(pointer) == 0) return kHetkvOk;
   HETKV_TRY(gpuHostUnregister(pointer));
   return kHetkvOk;
 }
@@ -218,7 +226,7 @@ std::int32_t ipc_export(const void* pointer, HetkvIpcHandle* handle) {
   if (info.kind != kHetkvMemoryDevice) return fail(kHetkvInvalid, "%p is not device memory", pointer);
   if (info.ipc == 0) return fail(kHetkvUnsupported, "the memory at %p has no legacy IPC handle", pointer);
   HETKV_ON(info.device);
-  gpuIpcMemHandle_t raw;
+  gpuIpcMemHandle_t raw{};
   HETKV_TRY(gpuIpcGetMemHandle(&raw, reinterpret_cast<void*>(info.base)));
   std::memcpy(handle->bytes, &raw, sizeof raw);
   handle->offset = reinterpret_cast<std::uintptr_t>(pointer) - info.base;
@@ -349,6 +357,18 @@ std::int32_t flush_rdma_writes(std::int32_t device) {
   return kHetkvOk;
 }
 
+std::int32_t stream_wait_value(std::int32_t device, void* stream, const std::uint32_t* word, std::uint32_t value) {
+  HETKV_ON(device);
+  HETKV_TRY(vendor::stream_wait_value(as_stream(stream), word, value));
+  return kHetkvOk;
+}
+
+std::int32_t bind_thread(std::int32_t device) {
+  HETKV_TRY(gpuSetDevice(device));
+  HETKV_TRY(gpuFree(nullptr));  // makes the device's context, which setting it alone may leave for later
+  return kHetkvOk;
+}
+
 // --- remap ---
 
 std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
@@ -420,19 +440,6 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
         break;
     }
   } while (first < num_jobs);
-  return kHetkvOk;
-}
-
-// --- the host's part in a stream's order ---
-
-std::int32_t stream_wait_value(std::int32_t device, void* stream, const std::uint32_t* word, std::uint32_t value) {
-  HETKV_ON(device);
-  HETKV_TRY(vendor::stream_wait_value(as_stream(stream), word, value));
-  return kHetkvOk;
-}
-
-std::int32_t bind_thread(std::int32_t device) {
-  HETKV_TRY(gpuSetDevice(device));
   return kHetkvOk;
 }
 

@@ -11,9 +11,12 @@
 #endif
 
 // Parameters of a kernel stay where they are, even where their address is taken.
+#ifndef HETKV_MIN_BLOCKS
+#define HETKV_MIN_BLOCKS 2
+#endif
 #if defined(__CUDACC__)
 #define HETKV_GRID_CONSTANT __grid_constant__
-#define HETKV_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+#define HETKV_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, HETKV_MIN_BLOCKS)
 #else
 #define HETKV_GRID_CONSTANT
 #define HETKV_LAUNCH_BOUNDS(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))

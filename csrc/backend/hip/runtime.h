@@ -98,11 +98,16 @@ inline bool has_ipc_handle(const void* pointer) {
   return hipIpcGetMemHandle(&handle, const_cast<void*>(pointer)) == hipSuccess;
 }
 
-inline std::uint64_t capabilities(int) {
+inline std::uint64_t capabilities(int device) {
   // GPUs of this vendor read and write registered host memory under the host's address, and see RDMA writes to their
   // memory in order; a thread of this version takes part in captures.
-  return kHetkvCapIpc | kHetkvCapHostRegister | kHetkvCapHostSamePointer | kHetkvCapRdma | kHetkvCapRdmaOrdered |
-         kHetkvCapHostAtomicStores;
+  std::uint64_t bits = kHetkvCapIpc | kHetkvCapHostRegister | kHetkvCapHostSamePointer | kHetkvCapRdma |
+                       kHetkvCapRdmaOrdered | kHetkvCapHostAtomicStores;
+  int can_wait = 0;
+  if (hipDeviceGetAttribute(&can_wait, hipDeviceAttributeCanUseStreamWaitValue, device) == hipSuccess && can_wait != 0) {
+    bits |= kHetkvCapStreamWaitValue;
+  }
+  return bits;
 }
 
 inline void arch_name(const hipDeviceProp_t& device, char* text, std::size_t size) {
@@ -115,9 +120,9 @@ inline void uuid(const hipDeviceProp_t&, std::uint8_t (&)[16]) {}
 constexpr hipDeviceAttribute_t kMultiprocessors = hipDeviceAttributeMultiprocessorCount;
 
 inline hipError_t stream_device(hipStream_t, int*) { return hipErrorNotSupported; }
-// hipStreamWaitValue32 wants memory of a kind of its own (hipMallocSignalMemory), which the host cannot share freely.
-inline hipError_t stream_wait_value(hipStream_t, const std::uint32_t*, std::uint32_t) { return hipErrorNotSupported; }
-
+inline hipError_t stream_wait_value(hipStream_t stream, const std::uint32_t* word, std::uint32_t value) {
+  return hipStreamWaitValue32(stream, const_cast<std::uint32_t*>(word), value, hipStreamWaitValueGte, 0xFFFFFFFFu);
+}
 inline hipError_t flush_rdma_writes() { return hipErrorNotSupported; }
 inline hipError_t exchange_capture_mode(int, int*) { return hipErrorNotSupported; }
 constexpr int kRelaxedCapture = 0;

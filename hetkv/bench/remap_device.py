@@ -1,0 +1,167 @@
+"""`hetkv bench remap --device cuda:0`: the GPU kernels, as a share of a device-to-device copy's speed in the same run.
+
+The cases are those of the CPU (`hetkv/bench/remap.py`). One sample is a pass over buffers that together are larger than
+the second-level cache, launched back to back behind work that keeps the GPU busy meanwhile, timed by events; then the
+same pass as copies of the source's bytes. Times are medians of one launch; bytes count those read and those written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from hetkv.bench.remap import TOKEN_CHANNELS, WIRE, Case, Place, cases, make_memory
+from hetkv.dtypes import DType
+from hetkv.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+TARGETS = {"move": 0.85, "convert": 0.8, "transpose": 0.7, "short": None, "transpose+convert": None}
+"""Least ratio by kind; None: reported without a target."""
+
+L2_MULTIPLE = 3  # bytes of the rotated buffers, in second-level caches
+
+
+def device_cases() -> Iterator[Case]:
+    """The cases of the CPU, and the whole of a ROCm layer in one launch."""
+    yield from cases()
+    for checksum in (True, False):
+        yield Case("transpose", Place("rocm", "kv"), WIRE, checksum=checksum)
+        yield Case("transpose", WIRE, Place("rocm", "kv"), checksum=checksum)
+
+
+def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: int) -> dict[str, Any]:
+    """Time one case and the copy beside it; one entry of `results`."""
+    import torch
+
+    from hetkv.core import core as _core
+
+    sizes = [DType.parse(place.dtype).itemsize for place in (case.source, case.destination)]
+    segments = next(place.segments for place in (case.destination, case.source) if place.layout != "canonical")
+    tokens = (mib << 20) // (TOKEN_CHANNELS * min(sizes) * len(segments))
+    elements = tokens * TOKEN_CHANNELS * len(segments)
+    copied = elements * sizes[0]
+    wire: Literal["", "source", "destination"] = ""
+    if case.checksum and WIRE.layout in (case.source.layout, case.destination.layout):
+        wire = "source" if case.source.layout == WIRE.layout else "destination"
+    remaps, copies, kept = [], [], []
+    for i in range(max(2, -(-L2_MULTIPLE * l2_bytes // (elements * sum(sizes))))):
+        source = make_memory(case.source, segments, tokens, case.head_dim, 2 * i, str(device))
+        destination = make_memory(case.destination, segments, tokens, case.head_dim, 2 * i + 1, str(device))
+        jobs = [
+            _core.RemapJob(
+                start,
+                to,
+                tokens=tokens,
+                heads=TOKEN_CHANNELS // case.head_dim,
+                channels=case.head_dim,
+                wire=wire,
+                wire_offset=max(start_offset, to_offset) if wire else 0,
+            )
+            for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
+        ]
+        remaps.append(_core.DeviceRemap("cuda", device.index, jobs))
+        target = destination.data
+        if target.numel() < copied:
+            target = torch.empty(copied, dtype=torch.uint8, device=device)
+        copies.append((target[:copied], source.data[:copied]))
+        kept.append((source, destination))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    busy = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+
+    def timed(launch: Callable[[int], None]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        busy.zero_()
+        begin.record()
+        for i in range(len(remaps)):
+            launch(i)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / len(remaps) / 1000
+
+    times, copy_times = [], []
+    for i in range(repeats + 3):
+        copy = timed(lambda i: copies[i][0].copy_(copies[i][1]))
+        remap = timed(lambda i: remaps[i].launch(stream, 1))
+        if i >= 3:
+            copy_times.append(copy)
+            times.append(remap)
+    moved = elements * sum(sizes)
+    gb_s = moved / statistics.median(times) / 1e9
+    copy_gb_s = 2 * copied / statistics.median(copy_times) / 1e9
+    ratios = [moved / t / (2 * copied / c) for t, c in zip(times, copy_times, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "checksum": bool(wire),
+        "mib": mib,
+        "bytes": moved,
+        "microseconds": round(1e6 * statistics.median(times), 2),
+        "gb_s": round(gb_s, 1),
+        "copy_bytes": 2 * copied,
+        "copy_gb_s": round(copy_gb_s, 1),
+        "ratio": round(gb_s / copy_gb_s, 3),
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "target": TARGETS[case.kind],
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write the JSON."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from hetkv.backends import backends
+    from hetkv.bench.environment import environment
+    from hetkv.core import core as _core
+
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise InputError(f"--device {args.device!r} is not a device's name, such as cpu or cuda:0") from None
+    backend = backends()["cuda"]
+    if device.type != "cuda" or not backend.devices:
+        raise InputError(f"--device {args.device}: no such device: {backend.why or 'only cpu and cuda are measured'}")
+    device = torch.device("cuda", device.index or 0)
+    if args.repeats < 2 or min(args.mib) < 1:
+        raise InputError(f"--repeats {args.repeats} and --mib {args.mib}: at least 2 repetitions of 1 MiB")
+    chosen = [case for case in device_cases() if not args.only or args.only in case.name]
+    if not chosen:
+        raise InputError(f"--only {args.only!r}: no case has that in its name")
+    torch.cuda.set_device(device)
+    facts = _core.device_info("cuda", device.index)
+    console = Console()
+    results = []
+    for mib in args.mib:
+        for case in chosen:
+            results.append(measure(case, device, mib, args.repeats, facts["l2_bytes"]))
+    table = Table("case", "MiB", "us", "GB/s", "copy GB/s", "ratio", "target")
+    for row in results:
+        wanted = "" if row["target"] is None else f"{row['target']:.2f}"
+        table.add_row(
+            row["case"],
+            str(row["mib"]),
+            f"{row['microseconds']:.1f}",
+            f"{row['gb_s']:.0f}",
+            f"{row['copy_gb_s']:.0f}",
+            f"{row['ratio']:.2f}",
+            wanted,
+        )
+    console.print(table)
+    if args.json:
+        report = {
+            **environment(),
+            "device": facts["name"],
+            "gpu": {name: value for name, value in facts.items() if name != "capabilities"},
+            "repeats": args.repeats,
+            "note": "gb_s and copy_gb_s count bytes read plus written; ratio = gb_s / copy_gb_s; medians of one run",
+            "results": results,
+        }
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
