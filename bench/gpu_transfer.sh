@@ -32,10 +32,10 @@ export PY
 LINES_SHOWN=4 step build 240 bash -c build
 for part in $parts; do
   case $part in
-    tests) LINES_SHOWN=60 step tests 200 "$PY" -m pytest -q tests/test_device_gpu.py -m gpu --timeout 60 -p no:cacheprovider ;;
+    tests) LINES_SHOWN=60 step tests 150 "$PY" -m pytest -q tests/test_device_gpu.py -m gpu --timeout 60 -p no:cacheprovider ;;
     probe) step probe 60 "$PY" -m hetkv probe --json "$out/probe.json" ;;
-    transfer) step transfer 300 "$PY" -m hetkv bench transfer --device --json "$out/transfer-device.json" ${TRANSFER:-} ;;
-    overlap) step overlap 300 "$PY" -m hetkv bench overlap --json "$out/overlap.json" ${OVERLAP:-} ;;
+    transfer) step transfer 200 "$PY" -m hetkv bench transfer --device --json "$out/transfer-device.json" ${TRANSFER:-} ;;
+    overlap) step overlap 220 "$PY" -m hetkv bench overlap --json "$out/overlap.json" ${OVERLAP:-} ;;
     pair)
       step pair 120 "$PY" -m hetkv demo --prefill-device cuda:0 --decode-device cpu --prefill-layout hnd \
         --prefill-block 16 --prefill-dtype float32 --decode-layout rocm --decode-block 64 --decode-dtype float32 \

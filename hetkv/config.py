@@ -27,8 +27,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Receiver: memory of all its slots together, whatever the number of senders. Default: see `default_window`, and
     16 slots where the pool lies on a device."""
     window: Literal["auto", "host", "device"] = "auto"
-    """Receiver with a pool on a device: where slots lie. `auto`: in the device's memory for peers that can store into it
-    (same host, same vendor), in pinned host memory for all others."""
+    """Receiver with a pool on a device: where slots lie. `auto`: in the device's memory for peers that can store into
+    it (same host, same vendor), in pinned host memory for all others."""
     staging_slots: int = 4
     """Sender: staging buffers, used where a peer's window cannot be stored into."""
     max_slots_per_link: int = 8

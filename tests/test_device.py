@@ -1,5 +1,5 @@
 """Pools on a device, through the real engine over a host implementation of the backend contract: what arrives, in what
-order, what waits for what, and what is left when a device, a peer or a caller fails. The kernels have tests of their own.
+order, what waits for what, and what is left when a device, a peer or a caller fails. Kernels have tests of their own.
 """
 
 from __future__ import annotations

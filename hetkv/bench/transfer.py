@@ -109,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "spin_us",
         "max_blocks",
     ):
-        help_text = f"hetkv's setting of that name (default {getattr(TransferConfig(), name) or 'by the cache'})"
+        default = getattr(TransferConfig(), name)
+        help_text = f"hetkv's setting of that name (default {'by the pool' if default is None else default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=help_text)
 
 

@@ -80,11 +80,9 @@ def put_gb_s(
     path, environment = tool("ucx_perftest")
     environment = {**settings, **environment}
     port = free_port()
-    # Each process sees both GPUs, as IPC needs it, in another order.
-    theirs = {**environment, "CUDA_VISIBLE_DEVICES": "1,0"} if cuda else environment
-    memory = ["-m", "cuda"] if cuda else []
+    memory = ["-m", "cuda"] if cuda else []  # the tool gives each process a GPU of its own
     server = subprocess.Popen(
-        [path, "-p", str(port), *memory], env=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [path, "-p", str(port), *memory], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     options = [
         "-t",
