@@ -90,15 +90,16 @@ def overlap_table(file: Path) -> str:
     ]
     for row in run["results"]:
         lines.append(
-            f"| {row['batch']} | {row['max_blocks'] or 'any'} | {row['prefill_ms']:.1f} | {100 * row['slowdown']:.2f} % "
-            f"| {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | {row['ttft_ratio']:.4f} |"
+            f"| {row['batch']} | {row['max_blocks'] or 'any'} | {row['prefill_ms']:.1f} | "
+            f"{100 * row['slowdown']:.2f} % | {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | {row['ttft_ratio']:.4f} |"
         )
     return "\n".join(lines)
 
 
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
-    return f"`bench/results/{file.name}`: {', '.join(run.get('gpus', [])) or run['device']}, {run['cpus']} CPUs, commit {run['commit']}, {run['time'][:10]}."
+    device = ", ".join(run.get("gpus", [])) or run["device"]
+    return f"`bench/results/{file.name}`: {device}, {run['cpus']} CPUs, commit {run['commit']}, {run['time'][:10]}."
 
 
 def section() -> str:
