@@ -91,7 +91,8 @@ def overlap_table(file: Path) -> str:
     for row in run["results"]:
         lines.append(
             f"| {row['batch']} | {row['max_blocks'] or 'any'} | {row['prefill_ms']:.1f} | "
-            f"{100 * row['slowdown']:.2f} % | {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | {row['ttft_ratio']:.4f} |"
+            f"{100 * row['slowdown']:.2f} % | {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | "
+            f"{row['ttft_ratio']:.4f} |"
         )
     return "\n".join(lines)
 
