@@ -1,7 +1,8 @@
 // Binds engine/device.h: the devices of the backends, and what they know of a pointer.
-#include "bind.h"
-#include "backend/loader.h"
 #include "engine/device.h"
+
+#include "backend/loader.h"
+#include "bind.h"
 #include "engine/window_key.h"
 
 namespace hetkv {
@@ -38,7 +39,8 @@ py::dict describe(const Device& device) {
 
 py::dict pointer_info(const Device& device, std::uint64_t address) {
   HetkvPointerInfo info{};
-  check(device.check(device.backend().pointer_info(reinterpret_cast<const void*>(address), &info), "asking about memory"));
+  check(device.check(device.backend().pointer_info(reinterpret_cast<const void*>(address), &info),
+                     "asking about memory"));
   py::dict out;
   out["kind"] = kind_name(info.kind);
   out["device"] = info.device;

@@ -191,7 +191,7 @@ void bind_engine(py::module_& m) {
 
   py::class_<Sender> sender(m, "Sender");
   sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr,
- py::call_guard<py::gil_scoped_release>());
+             py::call_guard<py::gil_scoped_release>());
   bind_common(sender);
   sender
       .def(
@@ -224,7 +224,7 @@ void bind_engine(py::module_& m) {
 
   py::class_<Receiver> receiver(m, "Receiver");
   receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr,
- py::call_guard<py::gil_scoped_release>());
+               py::call_guard<py::gil_scoped_release>());
   bind_common(receiver);
   receiver
       .def(

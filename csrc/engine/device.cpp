@@ -115,9 +115,8 @@ Status HostMapping::map(std::shared_ptr<Device> device, std::uint64_t address, s
     self->device_address_ = info.device_pointer;
   } else {
     void* mapped = nullptr;
-    if (auto status = self->device_->check(
-            backend.host_register(self->device_->index(), pointer, bytes, &mapped),
-            "pinning " + std::to_string(bytes) + " bytes of a window");
+    if (auto status = self->device_->check(backend.host_register(self->device_->index(), pointer, bytes, &mapped),
+                                           "pinning " + std::to_string(bytes) + " bytes of a window");
         !status.ok()) {
       return status;
     }

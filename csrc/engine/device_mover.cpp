@@ -89,8 +89,9 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   if (status.ok()) status = take_slot(&made->slot);
   if (status.ok() && timed_) status = device_->record(stream, true, &made->begun);
   if (!status.ok()) return status;
-  status = device_->check(
-      backend.remap(stream, jobs_.data(), jobs_.size(), task.seed, &made->slot->report, max_blocks_), "starting a remap");
+  status =
+      device_->check(backend.remap(stream, jobs_.data(), jobs_.size(), task.seed, &made->slot->report, max_blocks_),
+                     "starting a remap");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
   // What was started must have ended before anyone hears of the failure.
   if (!status.ok()) static_cast<void>(backend.stream_synchronize(stream));

@@ -1,5 +1,5 @@
-// Runs remaps on a device: one launch a task on side streams of high priority, behind the caller's event, and no wait on
-// the host. Any number may be in flight; those whose event has happened run back to back.
+// Runs remaps on a device: one launch a task on side streams of high priority, behind the caller's event, and no wait
+// on the host. Any number may be in flight; those whose event has happened run back to back.
 #pragma once
 
 #include <memory>

@@ -21,7 +21,8 @@ class DeviceTables {
   // Allocates the memory that most engines ever need, so that a lack of it shows at the start.
   Status reserve() { return grow(0); }
 
-  // The table in device memory, readable in the order of `reader` from now on, and for as long as a task holds `blocks`.
+  // The table in device memory, readable in the order of `reader` from now on, and for as long as a task holds
+  // `blocks`.
   Status find(const BlockTable& blocks, void* reader, const std::int32_t** out);
   // The same for `count` multipliers; these are few and alike, and are kept.
   Status find(const float* multipliers, std::size_t count, void* reader, const float** out);

@@ -37,8 +37,8 @@ class Receiver final : public Engine {
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
-  // Makes a stream of the pool's device wait for a layer (StreamGates::kAll: for the whole request) to be verified and in
-  // the pool, or for the request's end. Returns at once.
+  // Makes a stream of the pool's device wait for a layer (StreamGates::kAll: for the whole request) to be verified and
+  // in the pool, or for the request's end. Returns at once.
   Status wait_stream(std::uint64_t handle, std::int32_t layer, void* stream);
   // For tests: the epoch of a request's ticket; 0 where it has ended.
   std::uint64_t epoch(std::uint64_t handle);

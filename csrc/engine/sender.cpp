@@ -11,8 +11,8 @@ namespace {
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::uint64_t kTokenAlignment =
     64;  // frames start at multiples of it where they can: whole blocks, full vectors
-// Frames that may wait in a stream for the caller's work, so that they start without the host. They hold slots, so there
-// are few; further ones start when the host has seen that work end.
+// Frames that may wait in a stream for the caller's work, so that they start without the host. They hold slots, so
+// there are few; further ones start when the host has seen that work end.
 constexpr int kMostAhead = 2;
 
 }  // namespace
@@ -90,9 +90,9 @@ void Sender::post_layer(std::uint64_t handle, Ready ready) {
     if (found == requests_.end() || !found->second.failure.ok()) return;
     Request& request = found->second;
     if (!add_range(request.sent[ready.layer], {ready.start, ready.stop})) {
-      fail(request, Status::error(Code::kInvalid, "tokens " + range_text(ready.start, ready.stop) + " of layer " +
-                                                      std::to_string(ready.layer) +
-                                                      " overlap tokens that were sent before"));
+      fail(request,
+           Status::error(Code::kInvalid, "tokens " + range_text(ready.start, ready.stop) + " of layer " +
+                                             std::to_string(ready.layer) + " overlap tokens that were sent before"));
       return;
     }
     request.ready.push_back(ready);
@@ -300,8 +300,8 @@ bool Sender::advance(Transfer& transfer) {
     transfer.stage = Stage::kPutting;
     if (!lane.cancelled && link.up() && transfer.staging != nullptr) {
       const auto* source = reinterpret_cast<const void*>(transfer.staging->address());
-      link.endpoint->put(source, transfer.frame.payload_length,
-                         windows_[link.id].slots[transfer.slot].memory->remote(), 0, &transfer.put);
+      link.endpoint->put(source, transfer.frame.payload_length, windows_[link.id].slots[transfer.slot].memory->remote(),
+                         0, &transfer.put);
       link.endpoint->flush(&transfer.flush);
     }
   }

@@ -178,7 +178,7 @@ class Sender final : public Engine {
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Transfer>> transfers_;
-  std::map<std::uint32_t, LinkWindows> windows_;  // per link
+  std::map<std::uint32_t, LinkWindows> windows_;        // per link
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];  // unused, by `Where`
   int staging_made_[2] = {0, 0};
   int ahead_ = 0;         // transfers that wait in a stream for the caller's work

@@ -21,8 +21,8 @@ enum class SlotState : std::uint8_t {
 struct Slot {
   std::uint32_t generation = 0;
   SlotState state = SlotState::kFree;
-  std::uint32_t link = 0;               // of whom it is lent to, or filled or quarantined by
-  std::unique_ptr<OwnWindow> memory;    // made when the slot is first lent
+  std::uint32_t link = 0;             // of whom it is lent to, or filled or quarantined by
+  std::unique_ptr<OwnWindow> memory;  // made when the slot is first lent
 };
 
 class SlotPool {

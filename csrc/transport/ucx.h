@@ -27,8 +27,8 @@ using MessageHandler = std::function<void(std::uint64_t link, const std::uint8_t
 
 class Worker;
 
-// Memory that a peer may put into, or that this side puts from. Deregistered, and freed where it was allocated here, with
-// the object.
+// Memory that a peer may put into, or that this side puts from. Deregistered, and freed where it was allocated here,
+// with the object.
 class Memory {
  public:
   // Host memory, an allocation of its own, that peers of this host can map where UCX has a way.

@@ -1,10 +1,10 @@
 // A backend whose devices are threads of this host: the whole contract of csrc/backend/backend.h, with real asynchrony,
 // so that everything above the kernels (order of streams, events, drains, slots in quarantine) runs where there is no
-// GPU. It implements the contract; it does not stand in for the kernels, which have tests of their own. Its remap is the
-// definition in csrc/map.h, csrc/convert.h and csrc/remap/checksum.h, element by element.
+// GPU. It implements the contract; it does not stand in for the kernels, which have tests of their own. Its remap is
+// the definition in csrc/map.h, csrc/convert.h and csrc/remap/checksum.h, element by element.
 //
-// A stream is a thread that executes its queue in order; an event is done when the queue has come to it. "Device" memory
-// is shared memory in a file, so that another process can open it through an IPC handle, as with a real driver.
+// A stream is a thread that executes its queue in order; an event is done when the queue has come to it. "Device"
+// memory is shared memory in a file, so that another process can open it through an IPC handle, as with a real driver.
 //
 // `host_options`, or HETKV_HOST_BACKEND in the environment, a comma-separated list, changes what it does:
 //   slow=US        every remap takes at least so long
@@ -365,8 +365,7 @@ std::int32_t event_synchronize(void* handle) {
 }
 
 std::int32_t event_elapsed_us(void* start, void* stop, double* microseconds) {
-  *microseconds =
-      static_cast<double>(static_cast<Event*>(stop)->at_ns - static_cast<Event*>(start)->at_ns) / 1000;
+  *microseconds = static_cast<double>(static_cast<Event*>(stop)->at_ns - static_cast<Event*>(start)->at_ns) / 1000;
   return kHetkvOk;
 }
 
@@ -471,13 +470,48 @@ std::int32_t bind_thread(std::int32_t) {
 extern "C" {
 
 __attribute__((visibility("default"))) const HetkvBackend* hetkv_backend() {
-  static const HetkvBackend table = {
-      HETKV_BACKEND_ABI, sizeof(HetkvBackend), sizeof(RemapJob), 0, "cuda", last_error, device_count, device_info,
-      memory_info, can_access_peer, enable_peer, pointer_info, device_alloc, device_free, host_alloc, host_free,
-      host_register, host_unregister, ipc_export, ipc_open, ipc_close, stream_create, stream_destroy,
-      stream_synchronize, stream_device, stream_is_capturing, stream_wait_event, event_create, event_destroy,
-      event_record, event_query, event_synchronize, event_elapsed_us, exchange_capture_mode, copy_async, fill_async,
-      flush_rdma_writes, slot_create, slot_destroy, remap, stream_wait_value, bind_thread};
+  static const HetkvBackend table = {HETKV_BACKEND_ABI,
+                                     sizeof(HetkvBackend),
+                                     sizeof(RemapJob),
+                                     0,
+                                     "cuda",
+                                     last_error,
+                                     device_count,
+                                     device_info,
+                                     memory_info,
+                                     can_access_peer,
+                                     enable_peer,
+                                     pointer_info,
+                                     device_alloc,
+                                     device_free,
+                                     host_alloc,
+                                     host_free,
+                                     host_register,
+                                     host_unregister,
+                                     ipc_export,
+                                     ipc_open,
+                                     ipc_close,
+                                     stream_create,
+                                     stream_destroy,
+                                     stream_synchronize,
+                                     stream_device,
+                                     stream_is_capturing,
+                                     stream_wait_event,
+                                     event_create,
+                                     event_destroy,
+                                     event_record,
+                                     event_query,
+                                     event_synchronize,
+                                     event_elapsed_us,
+                                     exchange_capture_mode,
+                                     copy_async,
+                                     fill_async,
+                                     flush_rdma_writes,
+                                     slot_create,
+                                     slot_destroy,
+                                     remap,
+                                     stream_wait_value,
+                                     bind_thread};
   return &table;
 }
 
