@@ -44,3 +44,4 @@ for part in $parts; do
     *) echo "unknown part $part" ;;
   esac
 done
+(cd "$out" && tar -czf logs.tgz ./*.log && rm -f ./*.log)

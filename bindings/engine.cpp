@@ -58,7 +58,7 @@ template <typename E>
 std::unique_ptr<E> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
   std::unique_ptr<Mover> mover;
   if (device != nullptr) {
-    check(DeviceMover::create(device, config.max_blocks, config.trace, &mover));
+    check(DeviceMover::create(device, config, &mover));
   } else {
     mover = std::make_unique<CpuMover>(config.threads);
   }
@@ -151,6 +151,8 @@ void bind_engine(py::module_& m) {
       .def_readwrite("spin_us", &EngineConfig::spin_us)
       .def_readwrite("heartbeat_ms", &EngineConfig::heartbeat_ms)
       .def_readwrite("peer_timeout_ms", &EngineConfig::peer_timeout_ms)
+      .def_readwrite("copy_engine", &EngineConfig::copy_engine)
+      .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("trace", &EngineConfig::trace);
 

@@ -108,6 +108,8 @@ class EngineConfig:
     max_slots_per_link: int
     threads: int
     max_blocks: int
+    copy_engine: bool
+    high_priority: bool
     spin_us: int
     heartbeat_ms: int
     peer_timeout_ms: int

@@ -37,6 +37,11 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """CPU threads of one pack or unpack."""
     max_blocks: int = 0
     """Thread blocks of one pack or unpack on a device, so that multiprocessors are left to others; 0: all that fit."""
+    copy_engine: bool = True
+    """Sender on a device, reach `peer`: pack beside the pool and let the copy engine take it across; otherwise the pack
+    stores across itself, and holds multiprocessors for as long as that takes."""
+    high_priority: bool = True
+    """Packs and unpacks on a device go before other work of the process."""
     spin_us: int = 1000
     """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5
@@ -85,6 +90,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.max_slots_per_link = self.max_slots_per_link
         engine.threads = self.threads
         engine.max_blocks = self.max_blocks
+        engine.copy_engine = self.copy_engine
+        engine.high_priority = self.high_priority
         engine.spin_us = self.spin_us
         engine.heartbeat_ms = max(1, round(self.heartbeat_s * 1000))
         engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))

@@ -22,7 +22,10 @@ struct EngineConfig {
   std::uint32_t spin_us = 1000;         // how long the progress thread spins while there is work, before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
-  bool direct = true;                    // store into the peer's window where it can be mapped (reach `shared`, `peer`)
+  bool copy_engine = true;    // into a window on another device: pack beside the pool, then copy, so that few
+                              // multiprocessors are taken; otherwise the pack stores over the link itself
+  bool high_priority = true;  // of remaps on a device, over other work of the process
+  bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
   bool trace = false;
 };
 

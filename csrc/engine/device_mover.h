@@ -13,8 +13,8 @@ namespace hetkv {
 
 class DeviceMover final : public Mover {
  public:
-  // `max_blocks` bounds the thread blocks of a launch (0: as many as fit); `timed`: tasks get the device's own times.
-  static Status create(std::shared_ptr<Device> device, int max_blocks, bool timed, std::unique_ptr<Mover>* out);
+  // Of the configuration: `max_blocks`, `high_priority`, and `trace`, with which tasks get the device's own times.
+  static Status create(std::shared_ptr<Device> device, const EngineConfig& config, std::unique_ptr<Mover>* out);
   ~DeviceMover() override;
 
   void enter() override;
@@ -30,18 +30,21 @@ class DeviceMover final : public Mover {
     After begun;  // where times are asked for
     After done;
   };
-  DeviceMover(std::shared_ptr<Device> device, int max_blocks, bool timed);
+  DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
   Status start();
   Status launch(RemapTask& task, Launch* launch);
+  Status copy(const RemapTask& task, Launch* made);
   Status translate(RemapTask& task, void* stream);
   Status take_slot(Slot** slot);
   void end(RemapTask& task, Status status);
 
   const std::shared_ptr<Device> device_;
   const int max_blocks_;
+  const bool high_priority_;
   const bool timed_;
   void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
   void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
+  void* copying_ = nullptr;  // for payloads that go on by the copy engine, beside the next pack
   std::unique_ptr<DeviceTables> tables_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<Slot*> free_slots_;

@@ -19,6 +19,10 @@ struct RemapTask {
   BlockTable blocks;
   After after;  // the caller's work that fills the pool; null where it has ended
   std::uint64_t seed = 0;
+  // Where a device copies the payload that the jobs have made, and from where; no bytes: it stays there.
+  std::uint64_t copy_to = 0;
+  std::uint64_t copy_from = 0;
+  std::uint64_t copy_bytes = 0;
   RemapResult result;
   Status status;  // of the device; the result counts only where it is ok
   bool done = false;

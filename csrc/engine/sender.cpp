@@ -175,7 +175,8 @@ bool Sender::feed(Link& link) {
       break;
     }
     const PeerWindow& window = *windows.slots[windows.free.back()].memory;
-    if (window.local() == 0) {
+    transfer->direct = window.local() != 0;
+    if (!transfer->direct || (config_.copy_engine && window.reach() == Reach::kPeer)) {
       if (auto status = take_staging(window.where(), transfer.get()); !status.ok()) {
         lose(link, status);
         return true;
@@ -222,6 +223,11 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
   task.seed = wire::checksum_seed(prelude, transfer->frame);
   plan_jobs(*transfer->plan, transfer->frame.token_start, transfer->frame.token_stop,
             staged ? transfer->staging->local() : window.memory->local(), true, &task);
+  if (staged && transfer->direct) {
+    task.copy_to = window.memory->local();
+    task.copy_from = transfer->staging->local();
+    task.copy_bytes = transfer->frame.payload_length;
+  }
   if (transfer->ahead) ++ahead_;
   ++lane.in_flight;
   ++lane.request->packing;
@@ -232,7 +238,7 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
 
 // Gives the transfer a buffer that UCX can put from into such a window; none where all are in use.
 Status Sender::take_staging(Where window, Transfer* transfer) {
-  const Where where = staging_for(*worker_, device_.get(), window);
+  const Where where = staging_for(*worker_, device_.get(), window, transfer->direct);
   auto& unused = staging_[static_cast<int>(where)];
   int& made = staging_made_[static_cast<int>(where)];
   if (unused.empty() && made < config_.staging_slots) {
@@ -298,7 +304,7 @@ bool Sender::advance(Transfer& transfer) {
     if (!transfer.task.done) return false;
     on_packed(transfer);
     transfer.stage = Stage::kPutting;
-    if (!lane.cancelled && link.up() && transfer.staging != nullptr) {
+    if (!lane.cancelled && link.up() && !transfer.direct) {
       const auto* source = reinterpret_cast<const void*>(transfer.staging->address());
       link.endpoint->put(source, transfer.frame.payload_length, windows_[link.id].slots[transfer.slot].memory->remote(),
                          0, &transfer.put);
@@ -306,8 +312,7 @@ bool Sender::advance(Transfer& transfer) {
     }
   }
   if (!transfer.put.done || !transfer.flush.done) return false;
-  const bool direct = transfer.staging == nullptr;
-  if (!direct) {
+  if (transfer.staging != nullptr) {
     staging_[static_cast<int>(transfer.staging->where())].push_back(std::move(transfer.staging));
   }
   --lane.in_flight;
@@ -319,7 +324,7 @@ bool Sender::advance(Transfer& transfer) {
       windows_[link.id].free.push_back(transfer.slot);
       release_idle(link);
     } else {
-      commit(transfer, direct);
+      commit(transfer);
     }
   }
   conclude(*lane.request);
@@ -342,7 +347,7 @@ void Sender::on_packed(Transfer& transfer) {
   if (!transfer.task.status.ok()) fail(*lane.request, transfer.task.status);
 }
 
-void Sender::commit(Transfer& transfer, bool direct) {
+void Sender::commit(Transfer& transfer) {
   Lane& lane = *transfer.lane;
   transfer.frame.checksum = transfer.task.result.checksum;
   transfer.frame.saturated = transfer.task.result.saturated;
@@ -358,8 +363,8 @@ void Sender::commit(Transfer& transfer, bool direct) {
   lane.bytes += transfer.frame.payload_length;
   ++stats_.frames;
   stats_.payload_bytes += transfer.frame.payload_length;
-  if (direct) ++stats_.direct_frames;
-  if (direct && window.memory->reach() == Reach::kPeer) ++stats_.peer_frames;
+  if (transfer.direct) ++stats_.direct_frames;
+  if (transfer.direct && window.memory->reach() == Reach::kPeer) ++stats_.peer_frames;
   trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(),
               transfer.frame.payload_length});
   release_idle(*lane.link);

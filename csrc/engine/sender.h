@@ -106,6 +106,7 @@ class Sender final : public Engine {
     Stage stage = Stage::kPacking;
     std::uint32_t slot = 0;
     std::unique_ptr<OwnWindow> staging;  // null: packed straight into the window
+    bool direct = true;                  // gets into the window by this side's own stores or copies, not by UCX
     bool ahead = false;                  // launched before the caller's work had ended
     ucx::Op put;
     ucx::Op flush;
@@ -158,7 +159,7 @@ class Sender final : public Engine {
   Status take_staging(Where window, Transfer* transfer);
   bool advance(Transfer& transfer);  // true: it has ended
   void on_packed(Transfer& transfer);
-  void commit(Transfer& transfer, bool direct);
+  void commit(Transfer& transfer);
   void cancel(Lane& lane);
   void release(Link& link);
   void release_idle(Link& link);

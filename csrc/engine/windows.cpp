@@ -79,8 +79,8 @@ OwnWindow::~OwnWindow() {
   own_windows().bytes.erase(address_);
 }
 
-Where staging_for(const ucx::Worker& worker, const Device* device, Where window) {
-  const bool reached = device != nullptr && worker.reaches(memory_type(device->backend()));
+Where staging_for(const ucx::Worker& worker, const Device* device, Where window, bool direct) {
+  const bool reached = device != nullptr && (direct || worker.reaches(memory_type(device->backend())));
   return window == Where::kDevice && reached ? Where::kDevice : Where::kHost;
 }
 

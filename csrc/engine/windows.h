@@ -51,8 +51,9 @@ class OwnWindow {
   std::unique_ptr<HostMapping> mapping_;
 };
 
-// Where a sender's staging must lie so that UCX can put from it into such a window. `device` may be null.
-Where staging_for(const ucx::Worker& worker, const Device* device, Where window);
+// Where a sender's staging must lie for such a window: where UCX can put from, or, with `direct`, where the device
+// copies from. `device` may be null.
+Where staging_for(const ucx::Worker& worker, const Device* device, Where window, bool direct);
 
 // A peer's slot. Destroyed before its endpoint, and after the last store into it.
 class PeerWindow {

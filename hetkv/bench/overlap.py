@@ -21,6 +21,15 @@ from hetkv.errors import InputError
 
 TARGETS = {"exposed_layers": 1.5, "slowdown": 0.03, "ttft_ratio": 1.03}
 """Most that is allowed: exposed time in times of one layer's transfer, prefill slowed, TTFT over that of one GPU."""
+WAYS: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "copy, low priority": {"high_priority": False},
+    "copy, 32 blocks": {"max_blocks": 32},
+    "store": {"copy_engine": False},
+    "store, 24 blocks": {"copy_engine": False, "max_blocks": 24},
+    "put": {"direct": False, "window": "device"},
+}
+"""Settings: packed and copied by the copy engine, stored across by the pack, or put by UCX."""
 UNPACK = 3
 """Kind of span (`csrc/engine/events.h`)."""
 
@@ -30,7 +39,7 @@ class Run(NamedTuple):
 
     start: int
     kv_ready: int
-    """The last layer's KV was in the prefill's pool."""
+    """The last layer's KV was in the prefill's pool, by the device's clock."""
     stop: int
     """The compute was over, its first token known."""
 
@@ -62,8 +71,7 @@ class _Prefill:
 
     def run(self, request: str) -> Run:
         """One prefill of the whole batch; its KV is sent where `request` is given."""
-        import torch
-
+        from hetkv.runtime.clock import WorkClock
         from hetkv.runtime.model import Span
 
         sending = []
@@ -71,27 +79,22 @@ class _Prefill:
             for index, blocks in enumerate(self.blocks):
                 sending.append(self.node.send(f"{request}-{index}", blocks, len(self.prompts[index])))
             time.sleep(TICKET_S)
-        ready = torch.cuda.Event()
-        last = len(self.model.layers) - 1
+        synchronize(self.device)
+        clock = WorkClock(self.model.device)
 
         def on_layer(layer: int) -> None:
             for one in sending:
                 one.send_layer(layer)
-            if layer == last:
-                ready.record()
+            clock.mark()
 
-        synchronize(self.device)
-        start = time.monotonic_ns()
         spans = [Span(pages, 0, prompt) for pages, prompt in zip(self.pages, self.prompts, strict=True)]
-        first = self.model.forward(spans, on_layer).argmax(-1)
-        while not ready.query():
-            time.sleep(2e-5)
-        kv_ready = time.monotonic_ns()
-        first.tolist()
+        logits = self.model.forward(spans, on_layer)
+        assert logits is not None
+        logits.argmax(-1).tolist()
         stop = time.monotonic_ns()
         for one in sending:
             one.wait(REPLY_S / 2)
-        return Run(start, kv_ready, stop)
+        return Run(clock.start_ns, clock.times()[-1], stop)
 
     def send_alone(self, request: str) -> None:
         """The same KV with no compute beside it."""
@@ -146,7 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable (default 1 and 4)")
     parser.add_argument("--device", type=devices, default=("cuda:0", "cuda:1"), metavar="FROM,TO")
     parser.add_argument("--reps", type=int, default=20, metavar="N", help="prefills of each kind (default 20)")
-    parser.add_argument("--max-blocks", type=int, action="append", metavar="N", help="hetkv's setting; repeatable")
+    parser.add_argument(
+        "--way", action="append", choices=list(WAYS), help="how payloads cross; repeatable (default copy)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,15 +165,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--reps and --prompt are at least 1")
     console, results = Console(), []
     for batch in args.batch or [1, 4]:
-        for max_blocks in args.max_blocks or [TransferConfig().max_blocks]:
-            with console.status(f"batch {batch}, at most {max_blocks or 'any'} thread blocks"):
-                results.append(measure(args, batch, max_blocks))
+        for way in args.way or ["copy"]:
+            with console.status(f"batch {batch}, {way}"):
+                results.append(measure(args, batch, way))
     table = Table(
-        "batch", "blocks", "prefill ms", "slowed", "a layer us", "exposed us", "in layers", "TTFT ratio", box=None
+        "batch", "way", "prefill ms", "slowed", "a layer us", "exposed us", "in layers", "TTFT ratio", box=None
     )
     for row in results:
         table.add_row(
-            str(row["batch"]), str(row["max_blocks"]), f"{row['prefill_ms']:.2f}", f"{100 * row['slowdown']:.2f} %",
+            str(row["batch"]), row["way"], f"{row['prefill_ms']:.2f}", f"{100 * row['slowdown']:.2f} %",
             f"{row['layer_us']:.0f}", f"{row['exposed_us']:.0f}", f"{row['exposed_layers']:.2f}",
             f"{row['ttft_ratio']:.4f}",
         )  # fmt: skip
@@ -183,9 +188,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, batch: int, max_blocks: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
     """One batch size: medians over `reps` prefills with sending and as many without, in turns."""
-    config = TransferConfig(trace=True, max_blocks=max_blocks)
+    config = TransferConfig(trace=True, **WAYS[way])
     secret = os.urandom(32)
     prefill = _Child("prefill", _Prefill, (args.shape, args.prompt, batch, args.device[0], config, secret))
     decode = _Child("decode", _Decode, (args.shape, args.prompt, batch, args.device[1], config, secret))
@@ -193,7 +198,7 @@ def measure(args: argparse.Namespace, batch: int, max_blocks: int) -> dict[str, 
         for child in (prefill, decode):
             child.answer()
         decode.ask("connect", prefill.ask("listen"))
-        plain, sent, last, alone, ends = [], [], [], [], []
+        plain, sent, last, behind, alone, ends = [], [], [], [], [], []
         for turn in range(args.reps + 2):
             without: Run = prefill.ask("run", "")
             decode.ask("receive", f"r{turn}")
@@ -207,6 +212,7 @@ def measure(args: argparse.Namespace, batch: int, max_blocks: int) -> dict[str, 
             plain.append((without.stop - without.start) / 1e6)
             sent.append((run.stop - run.start) / 1e6)
             last.append((max(unpacked) - run.kv_ready) / 1e3)
+            behind.append(max(0, max(unpacked) - run.stop) / 1e3)
             ends.append((max(unpacked) - run.start) / 1e6)
             layers = times[-1][0] + 1
             # Steady rate of the transfer alone: from the end of the first layer to the end of the last.
@@ -220,14 +226,16 @@ def measure(args: argparse.Namespace, batch: int, max_blocks: int) -> dict[str, 
     plain_ms = statistics.median(plain)
     return {
         "batch": batch,
-        "max_blocks": max_blocks,
+        "way": way,
         "prefill_ms": round(plain_ms, 3),
         "prefill_sending_ms": round(statistics.median(sent), 3),
         "slowdown": round(statistics.median(sent) / plain_ms - 1, 4),
         "layer_us": round(layer_us, 1),
         "exposed_us": round(exposed_us, 1),
         "exposed_layers": round(exposed_us / layer_us, 3),
+        "behind_compute_us": round(statistics.median(behind), 1),
         "ttft_ms": round(statistics.median(ttft), 3),
         "ttft_ratio": round(statistics.median(ttft) / plain_ms, 4),
-        "note": "exposed: from the last layer's KV being in the prefill's pool to the last byte in the decode's",
+        "note": "exposed: from the last layer's KV being in the prefill's pool to the last byte in the decode's; "
+        "behind_compute: from the end of the prefill",
     }

@@ -32,6 +32,7 @@ NIXL_RUNS: dict[str, dict[str, float]] = {
 }
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "auto": ({}, {}),
+    "store": ({"copy_engine": False}, {}),
     "host-staged": ({"window": "host"}, {"UCX_TLS": "^cuda_ipc"}),
     "put": ({"direct": False, "window": "device"}, {}),
 }
