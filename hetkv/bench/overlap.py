@@ -23,10 +23,10 @@ TARGETS = {"exposed_layers": 1.5, "slowdown": 0.03, "ttft_ratio": 1.03}
 """Most that is allowed: exposed time in times of one layer's transfer, prefill slowed, TTFT over that of one GPU."""
 WAYS: dict[str, dict[str, Any]] = {
     "copy": {},
-    "copy, low priority": {"high_priority": False},
-    "copy, 32 blocks": {"max_blocks": 32},
+    "copy-low-priority": {"high_priority": False},
+    "copy-32-blocks": {"max_blocks": 32},
     "store": {"copy_engine": False},
-    "store, 24 blocks": {"copy_engine": False, "max_blocks": 24},
+    "store-24-blocks": {"copy_engine": False, "max_blocks": 24},
     "put": {"direct": False, "window": "device"},
 }
 """Settings: packed and copied by the copy engine, stored across by the pack, or put by UCX."""
