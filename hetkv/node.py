@@ -103,7 +103,9 @@ class Node(ABC, Generic[P]):
         self._listeners: list[Listener] = []
         self._closed = False
         on_device = self.device is not None
-        self.engine: Any = self._make_engine(self.config.engine(on_device), self.device and self.device.core)
+        self.engine: Any = self._make_engine(
+            self.config.engine(on_device), self.device.core if self.device is not None else None
+        )
         self.engine.start()
         try:
             self.description = Description(

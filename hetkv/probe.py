@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def probe(mib: float = 64) -> dict[str, Any]:
 
     found: dict[str, Any] = {**environment(), "cpu": cpu(), "gpu": gpus(), "ucx": ucx_facts(), "limits": limits()}
     found["devices"] = {
-        f"{source} to {destination}": attempt(lambda pair=(source, destination): local(mib, True, pair))
+        f"{source} to {destination}": attempt(partial(local, mib, True, (source, destination)))
         for source, destination in device_pairs(found["gpu"])
     }
     found["local"] = {"auto": attempt(lambda: local(mib, True)), "put": attempt(lambda: local(mib, False))}

@@ -150,7 +150,8 @@ class Sender(Node[Transmission]):
 
     def reach(self, peer: Peer) -> Reach | None:
         """How payloads get to a peer, once it has lent a slot: see `Reach`."""
-        return _REACHES[self.engine.reach(peer.link)]
+        code: int = self.engine.reach(peer.link)
+        return _REACHES[code]
 
     def _retire(self, peer: Peer) -> None:
         pass  # what a receiver that ended leaves behind is its own

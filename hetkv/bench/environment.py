@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
             "kernel": platform.release(),
             **{name: found for name in ("torch", "libucx-cu13") if (found := _installed(name))},
         },
-        **({"gpus": found} if (found := gpus()) else {}),
+        **({"gpus": cards} if (cards := gpus()) else {}),
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -154,7 +154,7 @@ def pinned_copy_gb_s() -> dict[str, Any]:
     target = torch.zeros(1 << 30, dtype=torch.uint8, pin_memory=True)
     rates = []
     for _ in range(21):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for start in range(0, 1 << 30, 16 * MIB):
             target[start : start + 16 * MIB].copy_(source[start : start + 16 * MIB], non_blocking=True)

@@ -30,6 +30,6 @@ class WorkClock:
         return [self.start_ns + round(1e6 * self._begin.elapsed_time(event)) for event in events]
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
