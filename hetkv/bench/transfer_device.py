@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, tokens: int, block_size: int) -> int:
                 "gb_s_spread": [round(min(rates), 2), round(max(rates), 2)],
                 "requests": len(rates),
                 "verified_bytes": pair.verify(),
-                "idle_cpu_percent": [round(100 * share, 3) for share in pair.idle_cpu(1.0)],
+                "idle_cpu_percent": [round(100 * share, 3) for share in pair.idle_cpu(2.0)],
             }
     copy = attempt(pinned_copy_gb_s) if "cuda:0" in shape.devices else {}
     nixl = nixl_rates(args, console.print) if "cpu" not in shape.devices and "nixl" in args.peers else {}
