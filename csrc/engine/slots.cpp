@@ -59,7 +59,11 @@ void SlotPool::drop_holder(std::uint32_t link) {
 }
 
 void SlotPool::release() {
-  for (auto& slot : slots_) slot.memory.reset();
+  for (auto& slot : slots_) {
+    const bool held = slot.state == SlotState::kLent || slot.state == SlotState::kQuarantined;
+    if (held && slot.memory != nullptr) slot.memory->abandon();
+    slot.memory.reset();
+  }
 }
 
 void SlotPool::quarantine(std::uint32_t link) {

@@ -48,7 +48,8 @@ class SlotPool {
   void free(std::uint32_t id);  // of a slot that is lent or filled
   // The slots that the link holds and has not committed may still be written to.
   void quarantine(std::uint32_t link);
-  // Frees all memory; nothing is lent afterwards.
+  // Frees all memory; nothing is lent afterwards. What a sender may still store into is left to it
+  // (OwnWindow::abandon).
   void release();
   // The peer is gone: its quarantined slots get new memory and a new generation when they are lent again.
   void retire(std::uint32_t link);

@@ -74,7 +74,7 @@ Status OwnWindow::make_device(ucx::Worker& worker, const std::shared_ptr<Device>
 }
 
 OwnWindow::~OwnWindow() {
-  if (buffer_ == nullptr) return;
+  if (where_ == Where::kHost) return;
   const std::lock_guard<std::mutex> lock(own_windows().mutex);
   own_windows().bytes.erase(address_);
 }

@@ -31,6 +31,10 @@ class OwnWindow {
   OwnWindow(const OwnWindow&) = delete;
   OwnWindow& operator=(const OwnWindow&) = delete;
 
+  // A peer's kernels or copies may still store into it, and no driver waits for them when it frees memory: device
+  // memory stays allocated until this process ends. Host memory needs no such care, as the peer's mapping keeps it.
+  void abandon() { static_cast<void>(buffer_.release()); }
+
   Where where() const { return where_; }
   std::size_t bytes() const { return bytes_; }
   std::uint64_t address() const { return address_; }  // as UCX and the peer name it
