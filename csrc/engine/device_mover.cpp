@@ -34,7 +34,7 @@ DeviceMover::DeviceMover(std::shared_ptr<Device> device, const EngineConfig& con
 
 Status DeviceMover::start() {
   const HetkvBackend& backend = device_->backend();
-  for (void** stream : {&ready_, &waiting_, &copying_}) {
+  for (void** stream : {&ready_, &waiting_, &copying_ready_, &copying_waiting_}) {
     if (auto status =
             device_->check(backend.stream_create(device_->index(), high_priority_ ? 1 : 0, stream), "making a stream");
         !status.ok()) {
@@ -57,7 +57,7 @@ DeviceMover::~DeviceMover() {
   launches_.clear();
   tables_.reset();
   slots_.clear();
-  for (void* stream : {ready_, waiting_, copying_}) {
+  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
     if (stream != nullptr) static_cast<void>(device_->backend().stream_destroy(stream));
   }
 }
@@ -98,21 +98,21 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
       device_->check(backend.remap(stream, jobs_.data(), jobs_.size(), task.seed, &made->slot->report, max_blocks_),
                      "starting a remap");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
-  if (status.ok() && task.copy_bytes > 0) status = copy(task, made);
+  if (status.ok() && task.copy_bytes > 0)
+    status = copy(task, stream == ready_ ? copying_ready_ : copying_waiting_, made);
   // What was started must have ended before anyone hears of the failure.
   if (!status.ok()) drain();
   return status;
 }
 
 // Sends the payload on, behind its pack and beside the next one.
-Status DeviceMover::copy(const RemapTask& task, Launch* made) {
+Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
   const HetkvBackend& backend = device_->backend();
   auto* to = reinterpret_cast<void*>(task.copy_to);
   const auto* from = reinterpret_cast<const void*>(task.copy_from);
-  auto status = device_->check(backend.stream_wait_event(copying_, made->done->handle()), "ordering two streams");
-  if (status.ok())
-    status = device_->check(backend.copy_async(to, from, task.copy_bytes, copying_), "copying a payload");
-  if (status.ok()) status = device_->record(copying_, timed_, &made->done);
+  auto status = device_->check(backend.stream_wait_event(stream, made->done->handle()), "ordering two streams");
+  if (status.ok()) status = device_->check(backend.copy_async(to, from, task.copy_bytes, stream), "copying a payload");
+  if (status.ok()) status = device_->record(stream, timed_, &made->done);
   return status;
 }
 
@@ -157,7 +157,7 @@ void DeviceMover::end(RemapTask& task, Status status) {
 }
 
 void DeviceMover::drain() {
-  for (void* stream : {ready_, waiting_, copying_}) {
+  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
     if (stream != nullptr) static_cast<void>(device_->backend().stream_synchronize(stream));
   }
 }

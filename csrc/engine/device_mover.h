@@ -33,7 +33,7 @@ class DeviceMover final : public Mover {
   DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
   Status start();
   Status launch(RemapTask& task, Launch* launch);
-  Status copy(const RemapTask& task, Launch* made);
+  Status copy(const RemapTask& task, void* stream, Launch* made);
   Status translate(RemapTask& task, void* stream);
   Status take_slot(Slot** slot);
   void end(RemapTask& task, Status status);
@@ -44,7 +44,9 @@ class DeviceMover final : public Mover {
   const bool timed_;
   void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
   void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
-  void* copying_ = nullptr;  // for payloads that go on by the copy engine, beside the next pack
+  // For payloads that go on by the copy engine, beside the next pack: behind packs of `ready_`, and of `waiting_`.
+  void* copying_ready_ = nullptr;
+  void* copying_waiting_ = nullptr;
   std::unique_ptr<DeviceTables> tables_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<Slot*> free_slots_;
