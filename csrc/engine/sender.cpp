@@ -199,7 +199,7 @@ bool Sender::may_start(Lane& lane, bool* ahead) {
   if (after != nullptr && after->happened()) after.reset();
   *ahead = after != nullptr;
   if (*ahead) unready_ = true;
-  return !*ahead || ahead_ < kMostAhead;
+  return !*ahead || ahead_ < std::min(kMostAhead, config_.staging_slots - 1);  // a buffer is left to those that run
 }
 
 // Takes a slot, and packs into it or into the transfer's staging buffer. The lane may be gone when this returns.

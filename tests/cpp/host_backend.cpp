@@ -8,7 +8,7 @@
 //
 // `host_options`, or HETKV_HOST_BACKEND in the environment, a comma-separated list, changes what it does:
 //   slow=US        every remap takes at least so long
-//   memory=BYTES   device memory, before it is out of it (default 1 GiB)
+//   memory=BYTES   device memory that may be allocated from now on (default 1 GiB)
 //   no-ipc         ipc_export is unsupported
 //   no-peer        ipc_open and enable_peer fail
 //   no-register    host_register fails
@@ -131,6 +131,7 @@ struct Block {
 std::mutex blocks_mutex;
 std::map<std::uint64_t, Block> blocks;
 std::size_t used = 0;
+std::size_t used_before = 0;  // when the options were set
 
 template <typename T>
 std::uint64_t number(T* pointer) {
@@ -217,7 +218,7 @@ std::int32_t device_alloc(std::int32_t device, std::size_t bytes, void** pointer
   static std::atomic<int> made{0};
   const std::lock_guard<std::mutex> lock(blocks_mutex);
   const long most = option("memory");
-  if (used + bytes > (most >= 0 ? static_cast<std::size_t>(most) : std::size_t{1} << 30)) {
+  if (used + bytes > used_before + (most >= 0 ? static_cast<std::size_t>(most) : std::size_t{1} << 30)) {
     return fail(kHetkvOutOfMemory, "out of memory");
   }
   Block block;
@@ -547,5 +548,7 @@ __attribute__((visibility("default"))) void host_options(const char* text) {
   options = text;
   broken = false;
   remaps = 0;
+  const std::lock_guard<std::mutex> blocks_lock(blocks_mutex);
+  used_before = used;
 }
 }
