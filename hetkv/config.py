@@ -29,8 +29,9 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     window: Literal["auto", "host", "device"] = "auto"
     """Receiver with a pool on a device: where slots lie. `auto`: in the device's memory for peers that can store into
     it (same host, same vendor), in pinned host memory for all others."""
-    staging_slots: int = 4
-    """Sender: staging buffers, used where a peer's window cannot be stored into."""
+    staging_slots: int | None = None
+    """Sender: staging buffers, used where a peer's window cannot be stored into, and for what the copy engine takes
+    across. Default: 4, and 6 where the pool lies on a device."""
     max_slots_per_link: int = 8
     """Receiver: most slots that one sender holds at a time."""
     threads: int = 1
@@ -40,8 +41,9 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     copy_engine: bool = True
     """Sender on a device, reach `peer`: pack beside the pool and let the copy engine take it across; otherwise the pack
     stores across itself, and holds multiprocessors for as long as that takes."""
-    high_priority: bool = True
-    """Packs and unpacks on a device go before other work of the process."""
+    high_priority: bool | None = None
+    """Packs and unpacks on a device go before other work of the process. Default: a receiver's do, as they are short
+    and awaited; a sender's do not, as they run beside its compute."""
     spin_us: int = 1000
     """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5
@@ -79,19 +81,19 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             return self.slot_bytes
         return min(DEVICE_SLOT, self.window_bytes or DEVICE_SLOT) if on_device else MIB
 
-    def engine(self, on_device: bool = False) -> _core.EngineConfig:
+    def engine(self, on_device: bool = False, role: str = "receiver") -> _core.EngineConfig:
         """The same for the extension, for a pool in host memory or on a device."""
         from hetkv.core import core
 
         engine = core.EngineConfig()
         engine.slot_bytes = slot = self.slot(on_device)
         engine.window_bytes = self.window_bytes or (DEVICE_SLOTS * slot if on_device else max(slot, default_window()))
-        engine.staging_slots = self.staging_slots
+        engine.staging_slots = self.staging_slots or (6 if on_device else 4)
         engine.max_slots_per_link = self.max_slots_per_link
         engine.threads = self.threads
         engine.max_blocks = self.max_blocks
         engine.copy_engine = self.copy_engine
-        engine.high_priority = self.high_priority
+        engine.high_priority = role == "receiver" if self.high_priority is None else self.high_priority
         engine.spin_us = self.spin_us
         engine.heartbeat_ms = max(1, round(self.heartbeat_s * 1000))
         engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))

@@ -104,7 +104,7 @@ class Node(ABC, Generic[P]):
         self._closed = False
         on_device = self.device is not None
         self.engine: Any = self._make_engine(
-            self.config.engine(on_device), self.device.core if self.device is not None else None
+            self.config.engine(on_device, self.role), self.device.core if self.device is not None else None
         )
         self.engine.start()
         try:

@@ -108,9 +108,10 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
 // Sends the payload on, behind its pack and beside the next one.
 Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
   const HetkvBackend& backend = device_->backend();
+  made->packed = made->done;
   auto* to = reinterpret_cast<void*>(task.copy_to);
   const auto* from = reinterpret_cast<const void*>(task.copy_from);
-  auto status = device_->check(backend.stream_wait_event(stream, made->done->handle()), "ordering two streams");
+  auto status = device_->check(backend.stream_wait_event(stream, made->packed->handle()), "ordering two streams");
   if (status.ok()) status = device_->check(backend.copy_async(to, from, task.copy_bytes, stream), "copying a payload");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
   return status;

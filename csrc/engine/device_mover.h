@@ -27,7 +27,8 @@ class DeviceMover final : public Mover {
   struct Slot;
   struct Launch {
     Slot* slot = nullptr;
-    After begun;  // where times are asked for
+    After begun;   // where times are asked for
+    After packed;  // where a copy follows
     After done;
   };
   DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);

@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -91,6 +92,7 @@ void Engine::wake() {
 void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
+    static_cast<void>(prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0));  // naps of microseconds, not of 50 more
     mover_->enter();
     loop();
   } catch (

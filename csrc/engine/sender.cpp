@@ -13,7 +13,7 @@ constexpr std::uint64_t kTokenAlignment =
     64;  // frames start at multiples of it where they can: whole blocks, full vectors
 // Frames that may wait in a stream for the caller's work, so that they start without the host. They hold slots, so
 // there are few; further ones start when the host has seen that work end.
-constexpr int kMostAhead = 2;
+constexpr int kMostAhead = 4;
 
 }  // namespace
 
@@ -177,11 +177,12 @@ bool Sender::feed(Link& link) {
     const PeerWindow& window = *windows.slots[windows.free.back()].memory;
     transfer->direct = window.local() != 0;
     if (!transfer->direct || (config_.copy_engine && window.reach() == Reach::kPeer)) {
-      if (auto status = take_staging(window.where(), transfer.get()); !status.ok()) {
+      const Status status = take_staging(window.where(), transfer.get());
+      if (!status.ok() && !transfer->direct) {  // where it is direct, the pack can store across without staging
         lose(link, status);
         return true;
       }
-      if (transfer->staging == nullptr) break;
+      if (status.ok() && transfer->staging == nullptr) break;
     }
     windows.queue.pop_front();
     windows.queue.push_back(&lane);

@@ -27,6 +27,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -70,11 +71,30 @@ bool has(const char* name) {
   return option(name) >= 0;
 }
 
-struct Event {
-  std::atomic<std::uint64_t> recorded{0};
-  std::atomic<std::uint64_t> reached{0};
+// One recording of an event: who waits for it is not concerned by later ones.
+struct Point {
+  std::atomic<bool> reached{false};
   std::atomic<std::uint64_t> at_ns{0};
   std::atomic<bool> failed{false};
+};
+class Event {
+ public:
+  std::shared_ptr<Point> point() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return point_;
+  }
+  std::shared_ptr<Point> record() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return point_ = std::make_shared<Point>();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<Point> point_ = [] {
+    auto none = std::make_shared<Point>();
+    none->reached = true;
+    return none;
+  }();
 };
 
 class Stream {
@@ -325,10 +345,8 @@ void nap() {
 }
 
 std::int32_t stream_wait_event(void* stream, void* handle) {
-  auto* event = static_cast<Event*>(handle);
-  const std::uint64_t until = event->recorded;
-  static_cast<Stream*>(stream)->put([event, until] {
-    while (event->reached < until) nap();
+  static_cast<Stream*>(stream)->put([point = static_cast<Event*>(handle)->point()] {
+    while (!point->reached) nap();
   });
   return kHetkvOk;
 }
@@ -344,20 +362,18 @@ std::int32_t event_destroy(void* event) {
 }
 
 std::int32_t event_record(void* handle, void* stream) {
-  auto* event = static_cast<Event*>(handle);
-  const std::uint64_t turn = ++event->recorded;
-  static_cast<Stream*>(stream)->put([event, turn] {
-    event->failed = broken.load();
-    event->at_ns = static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
-    event->reached = turn;
+  static_cast<Stream*>(stream)->put([point = static_cast<Event*>(handle)->record()] {
+    point->failed = broken.load();
+    point->at_ns = static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+    point->reached = true;
   });
   return kHetkvOk;
 }
 
 std::int32_t event_query(void* handle) {
-  auto* event = static_cast<Event*>(handle);
-  if (event->reached < event->recorded) return kHetkvNotReady;
-  return event->failed ? fail(kHetkvFailed, "a kernel failed") : kHetkvOk;
+  const auto point = static_cast<Event*>(handle)->point();
+  if (!point->reached) return kHetkvNotReady;
+  return point->failed ? fail(kHetkvFailed, "a kernel failed") : kHetkvOk;
 }
 
 std::int32_t event_synchronize(void* handle) {
@@ -366,7 +382,8 @@ std::int32_t event_synchronize(void* handle) {
 }
 
 std::int32_t event_elapsed_us(void* start, void* stop, double* microseconds) {
-  *microseconds = static_cast<double>(static_cast<Event*>(stop)->at_ns - static_cast<Event*>(start)->at_ns) / 1000;
+  const std::uint64_t first = static_cast<Event*>(start)->point()->at_ns;
+  *microseconds = static_cast<double>(static_cast<Event*>(stop)->point()->at_ns - first) / 1000;
   return kHetkvOk;
 }
 
