@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hetkv.errors import InputError
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.paged import Pages
-from hetkv.runtime.rope import inverse_frequencies, rotate, rotation
+from hetkv.runtime.rope import amplitude, inverse_frequencies, rotate, rotation
 from hetkv.runtime.weights import expected_tensors, load_weights
 from hetkv.spec import KVSpec
 
@@ -70,9 +70,10 @@ class Decoder:
         self.embedding = weights["model.embed_tokens.weight"]
         self.head = self.embedding if config.tied_embeddings else weights["lm_head.weight"]
         self.norm = weights["model.norm.weight"]
-        self.layers = [_layer(weights, f"model.layers.{index}.") for index in range(config.num_layers)]
+        self.layers = [self._layer(weights, index) for index in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
+        self._amplitude = amplitude(config.rope)
         self._spec = config.kv_spec()
 
     @classmethod
@@ -84,6 +85,8 @@ class Decoder:
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint directory")
         config = read_config(path)
+        if config.latent is not None:
+            from hetkv.runtime.mla import LatentDecoder as cls  # it is a Decoder, so it cannot be imported above
         return cls(config, load_weights(path, config, dtype, device))
 
     @property
@@ -110,7 +113,7 @@ class Decoder:
             self._check(span)
         ids = [token for span in spans for token in span.tokens]
         positions = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
-        cos, sin = rotation(positions, self._frequencies, self.dtype)
+        cos, sin = rotation(positions, self._frequencies, self.dtype, self._amplitude)
         x = F.embedding(torch.tensor(ids, device=self.device), self.embedding)
         for index, layer in enumerate(self.layers):
             q, k, v = self._project(layer, x, cos, sin)
@@ -122,13 +125,16 @@ class Decoder:
             if on_layer is not None:
                 on_layer(index)
             x = x + layer.output(self._attend(index, spans, q))
-            gate, up = layer.gate_up(_rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + self._mlp(layer, _rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps))
         ends = torch.tensor([len(span.tokens) for span in spans], device=self.device).cumsum(0) - 1
         return F.linear(_rms_norm(x[ends], self.norm, self.config.rms_norm_eps), self.head)
 
+    def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Any:
+        """Weights of a layer, as `_project`, `_attend` and `_mlp` use them."""
+        return _layer(weights, f"model.layers.{index}.")
+
     def _project(
-        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values, each `[tokens, heads, head_dim]`."""
         config = self.config
@@ -159,6 +165,11 @@ class Decoder:
             ).transpose(1, 2)[0]
             first = last
         return out.flatten(1)
+
+    def _mlp(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """What follows attention, of normed `[tokens, hidden]`."""
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        return cast(torch.Tensor, layer.down(F.silu(gate) * up))
 
     def _check(self, span: Span) -> None:
         if not span.tokens or span.start < 0:

@@ -95,20 +95,23 @@ class Pages:
                 self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
 
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
+        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence.
+
+        Of a `latent` layer they are the latent and its rotary key: the two segments of a layer's spec, in order.
+        """
         blocks, offsets = self._slots(self.pool.spec.group_of(layer), start, k.shape[0])
-        for name, values in (("k", k), ("v", v)):
+        for (name, _, _), values in zip(self.pool.spec.layers[layer].segments, (k, v), strict=True):
             part, view = self.pool.layers[layer].layout.segments[name], self._views[layer, name]
             view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
 
     def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[stop - start, heads, channels]` of tokens `start` to `stop`. One gather each."""
+        """What `write` stored, `[stop - start, heads, channels]`, of tokens `start` to `stop`. One gather each."""
         memory = self.pool.layers[layer]
         size = memory.layout.block_size
         first = start // size
         blocks = self._tables[self.pool.spec.group_of(layer)][first : -(-stop // size)]
         gathered = []
-        for name in ("k", "v"):
+        for name, _, _ in self.pool.spec.layers[layer].segments:
             part = memory.layout.segments[name]
             rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
             gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))

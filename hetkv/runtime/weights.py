@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hetkv.errors import InputError
+from hetkv.runtime import deepseek
 from hetkv.runtime.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,6 +25,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_layers):
         layer = f"model.layers.{index}."
         shapes[layer + "input_layernorm.weight"] = (hidden,)
+        if config.latent is not None:
+            shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+            shapes |= deepseek.attention_tensors(config, layer) | deepseek.mlp_tensors(config, index, layer)
+            continue
         for name, size in rows.items():
             shapes[f"{layer}self_attn.{name}.weight"] = (size, hidden)
             if config.qkv_bias:
