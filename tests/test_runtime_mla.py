@@ -1,4 +1,4 @@
-"""DeepSeek-V2 equals `transformers` token for token, through real transfers of the latent cache between unlike pools."""
+"""DeepSeek-V2 equals `transformers` token for token, through transfers of the latent cache between unlike pools."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MODELS = {
         n_group=4,
         topk_group=2,
         routed_scaling_factor=1.5,
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What DeepSeek-V2's `config.json` adds to `ModelConfig`, the tensors it means, and how tensor parallelism cuts them."""
+"""What DeepSeek-V2's `config.json` adds to `ModelConfig`, its tensors, and how tensor parallelism cuts them."""
 
 from __future__ import annotations
 

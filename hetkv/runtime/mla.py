@@ -46,7 +46,7 @@ class Mixture(NamedTuple):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.route(x)
         out = self.shared(x)
-        for number in chosen.unique().tolist():
+        for number in sorted(set(chosen.flatten().tolist())):
             token, place = torch.where(chosen == number)
             out.index_add_(0, token, self.routed[number](x[token]) * weights[token, place, None].to(x.dtype))
         return out
@@ -142,9 +142,9 @@ class LatentDecoder(Decoder):
         if layer.query_down is not None and layer.query_norm is not None:
             low = _rms_norm(layer.query_down(x), layer.query_norm, LATENT_NORM_EPS)
         query = layer.query_up(low).view(len(x), -1, mla.nope_dim + mla.rope_dim)
-        nope, turned = query.split([mla.nope_dim, mla.rope_dim], dim=-1)
+        nope, turned = torch.split_with_sizes(query, [mla.nope_dim, mla.rope_dim], dim=-1)
         absorbed = torch.einsum("thn,hnr->thr", nope, layer.key_up)
-        latent, key = layer.latent_down(x)[:, None].split([mla.rank, mla.rope_dim], dim=-1)
+        latent, key = torch.split_with_sizes(layer.latent_down(x)[:, None], [mla.rank, mla.rope_dim], dim=-1)
         latent = _rms_norm(latent, layer.latent_norm, LATENT_NORM_EPS)
         return torch.cat((absorbed, rotate_pairs(turned, cos, sin)), dim=-1), latent, rotate_pairs(key, cos, sin)
 
