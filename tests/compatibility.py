@@ -33,11 +33,11 @@ from hetkv.transfer import Receiver, Sender, Transmission, state_groups
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "compatibility.md"
 PROSE = """\
-Made by `python tests/compatibility.py` from transfers, and checked by `tests/test_compatibility.py`: each pair moves random
-KV between nodes of one process through the real engine, block ids shuffled on both sides. *identical*: every byte of every
-destination pool, also outside the request's blocks, is what the oracle (`hetkv/reference.py`) says. A side is its
-parallelism, layout, block size (one per cache group where they differ) and dtype. Bytes are those of the payloads, over all
-routes."""
+Made by `python tests/compatibility.py` from transfers, and checked by `tests/test_compatibility.py`: each pair
+moves random KV between nodes of one process through the real engine, block ids shuffled on both sides.
+*identical*: every byte of every destination pool, also outside the request's blocks, is what the oracle
+(`hetkv/reference.py`) says. A side is its parallelism, layout, block size (one per cache group where they differ)
+and dtype. Bytes are those of the payloads, over all routes."""
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
