@@ -34,7 +34,14 @@ class BlockAllocator:
 
     def allocate(self, num_tokens: int) -> list[list[int]]:
         """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short."""
-        wanted = [-(-num_tokens // block_size) for block_size, _ in self._paging]
+        return self.extend([[] for _ in self._paging], num_tokens)
+
+    def extend(self, block_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """`block_ids`, and behind them what `num_tokens` tokens need more. `PoolFull` if any group is short."""
+        wanted = [
+            max(0, -(-num_tokens // block_size) - len(ids))
+            for (block_size, _), ids in zip(self._paging, block_ids, strict=True)
+        ]
         for group, count in enumerate(wanted):
             if count > len(self._free[group]):
                 raise PoolFull(
@@ -44,7 +51,7 @@ class BlockAllocator:
         taken = [[self._free[group].pop() for _ in range(count)] for group, count in enumerate(wanted)]
         for group, ids in enumerate(taken):
             self._owned[group].update(ids)
-        return taken
+        return [[*ids, *more] for ids, more in zip(block_ids, taken, strict=True)]
 
     def free(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Give back what `allocate` returned (or part of it). `InputError` for a block that is not allocated."""
