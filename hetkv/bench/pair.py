@@ -285,7 +285,7 @@ class _Child:
 
 
 class Pair:
-    """A connected sender and receiver, a process for each rank or (`together`) for each side. Close it, or use `with`."""
+    """A connected sender and receiver, a process a rank, or (`together`) a process a side. Close it, or use `with`."""
 
     def __init__(self, shape: Shape, config: TransferConfig | None = None, *, together: bool = False) -> None:
         if shape.layers < 1 or shape.tokens < 1:
