@@ -16,6 +16,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library does 
 
 _HOME = {
     "DType": "dtypes",
+    "Exchange": "exchange",
     "KVLayout": "layout",
     "KVPool": "pool",
     "KVSpec": "spec",
@@ -31,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "DType",
+    "Exchange",
     "KVLayout",
     "KVPool",
     "KVSpec",
@@ -47,6 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from hetkv.config import TransferConfig
     from hetkv.dtypes import DType
+    from hetkv.exchange import Exchange
     from hetkv.layout import KVLayout, ScaleLayout
     from hetkv.pool import KVPool
     from hetkv.spec import KVSpec, LayerSpec, Shard

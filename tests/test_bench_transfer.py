@@ -86,15 +86,15 @@ def test_peers_that_are_here_run(name: str) -> None:
 def test_verify_sees_a_pool_that_differs() -> None:
     with Pair(Shape(1, 100, destination=("hnd", 64)), TransferConfig(slot_bytes=1 << 16)) as pair:
         pair.send()
-        assert pair.receiver.ask("verify") == 2 * 100 * 2048
-        pair.receiver.ask("clear")
+        assert pair.receivers[0].ask("verify") == 2 * 100 * 2048
+        pair.receivers[0].ask("clear")
         with pytest.raises(PairError, match="differs from the sender's"):
-            pair.receiver.ask("verify")
+            pair.receivers[0].ask("verify")
 
 
 def test_a_child_that_dies_is_reported() -> None:
     with Pair(Shape(1, 16)) as pair:
-        pair.sender.process.kill()
+        pair.senders[0].process.kill()
         with pytest.raises(PairError, match="the sender ended with exit code -9"):
             pair.send()
 
