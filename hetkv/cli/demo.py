@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     ranks = sum(instance.ranks for instance in instances)
     what = "a prefill and a decode process" if ranks == 2 else f"{len(instances)} instances, {ranks} processes"
-    with Console(stderr=True).status(f"starting {what}"):
+    with Console(stderr=True).status(f"starting {what}"), _ended_in_order():
         result, spans = run_demo(options)
     if ranks == 2 and len(result.requests) == 1:
         _show_pair(console, options, result)
@@ -83,6 +86,21 @@ def run(args: argparse.Namespace) -> int:
     if not result.identical:
         print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
     return 0 if result.identical else 1
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: with all that it started."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _instances(args: argparse.Namespace) -> list[InstancePlan]:
