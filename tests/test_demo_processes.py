@@ -80,8 +80,11 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.parametrize(
     ("number", "processes", "status"),
-    [(signal.SIGINT, 2, 130), (signal.SIGINT, 2 + RANKS, 130), (signal.SIGTERM, 2 + RANKS, 143)],
-    ids=["Ctrl-C while it starts", "Ctrl-C while it runs", "SIGTERM"],
+    [
+        pytest.param(signal.SIGINT, 2, 130, id="Ctrl-C while it starts"),
+        pytest.param(signal.SIGINT, 2 + RANKS, 130, id="Ctrl-C while it runs"),
+        pytest.param(signal.SIGTERM, 2 + RANKS, 143, id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_every_process(number: signal.Signals, processes: int, status: int, tmp_path: Path) -> None:
     before = shared_memory()
