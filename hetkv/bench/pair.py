@@ -336,10 +336,13 @@ class Pair:
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""
-        before = ask_all(self.senders + self.receivers, "cpu")
+        before = self.cpu()
         time.sleep(seconds)
-        after = ask_all(self.senders + self.receivers, "cpu")
-        return [(b - a) / seconds for a, b in zip(before, after, strict=True)]
+        return [(b - a) / seconds for a, b in zip(before, self.cpu(), strict=True)]
+
+    def cpu(self) -> list[float]:
+        """Processor seconds that each process has used: senders, receivers."""
+        return ask_all(self.senders + self.receivers, "cpu")
 
     def close(self) -> None:
         """End all processes."""

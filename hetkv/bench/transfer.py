@@ -48,15 +48,23 @@ class Subject:
     def __init__(self, shape: Shape, config: TransferConfig, together: bool = False) -> None:
         self.pair = Pair(shape, config, together=together)
         self.rounds: list[list[Sent]] = []
+        self.cpu_s: list[float] = []
+        """Processor seconds a request of each round, all processes together."""
 
     def run(self, reps: int) -> None:
         self.pair.send()  # the first after a rest finds cold caches
+        before = sum(self.pair.cpu())
         self.rounds.append([self.pair.send() for _ in range(reps)])
+        self.cpu_s.append((sum(self.pair.cpu()) - before) / reps)
 
     def gb_s(self) -> list[float]:
         """Of each round, at its median time."""
         total = self.pair.shape.payload_bytes / 1e9
         return [total / statistics.median(sent.seconds for sent in sents) for sents in self.rounds]
+
+    def cpu_s_per_gb(self) -> float:
+        """Of the median round; spinning counts."""
+        return statistics.median(self.cpu_s) / (self.pair.shape.payload_bytes / 1e9)
 
     def send_layer_us(self) -> float:
         """Median time of a `send_layer` call."""
@@ -203,6 +211,7 @@ def run(args: argparse.Namespace) -> int:
                 f"ratio_{name}": round(gb_s / peer["gb_s"], 3) if "gb_s" in peer else None
                 for name, peer in found.items()
             },
+            "cpu_s_per_gb": round(subject.cpu_s_per_gb(), 3),
             "send_layer_us": round(subject.send_layer_us(), 2),
             "idle_cpu_percent": rounded([100 * share for share in idle[key]]),
             "verified_bytes": verified[key],
@@ -337,13 +346,16 @@ def show(
             f"{row['ratio_unsharded']:.2f}",
             "" if row["ratio_ucx"] is None else f"{row['ratio_ucx']:.2f}",
             *("" if row[f"ratio_{name}"] is None else f"{row[f'ratio_{name}']:.2f}" for name in found),
+            f"{row['cpu_s_per_gb']:.2f}",
             f"{row['send_layer_us']:.1f} us",
             f"{max(row['idle_cpu_percent']):.2f} %",
         )
     console.print(table)
     if any(row["processes"] == "side" for row in results):
         console.print("*: all ranks of a side in one process; else one process a rank")
-    console.print("call: median time of send_layer; rest: share of a core that a process uses when nothing is sent")
+    console.print(
+        "CPU: all processes; call: median time of send_layer; rest: a process's share of a core while nothing is sent"
+    )
     beside = Table("beside it", "GB/s", "rounds", "how", box=None)
     first = results[0]
     if first["ucx_gb_s"] is not None:

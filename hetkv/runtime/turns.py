@@ -101,9 +101,13 @@ class Conversation:
         def on_layer(layer: int, start: int, stop: int) -> None:
             sending.send_layer(layer, (start, stop))
 
-        for layer in here.pool.layers:
-            on_layer(layer, min(there.held, here.held), here.held)
-        logits = prefill(here.model, text, pages, start=here.held, chunk=chunk, on_layer=on_layer)
+        try:
+            for layer in here.pool.layers:
+                on_layer(layer, min(there.held, here.held), here.held)
+            logits = prefill(here.model, text, pages, start=here.held, chunk=chunk, on_layer=on_layer)
+        except BaseException:
+            sending.abort("the prefill failed")
+            raise
         reception.wait(WAIT_S)
         sending.wait(WAIT_S)
         here.held = there.held = len(text)
