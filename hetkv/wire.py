@@ -37,7 +37,7 @@ from hetkv.wire_types import (
 )
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"
@@ -56,6 +56,7 @@ _HEARTBEAT = struct.Struct("<Q")
 _MAC = struct.Struct("<Q")
 _MIN_BYTES = _PRELUDE.size + _MAC.size
 _ITEM_SIZES = {dtype.code: dtype.itemsize for dtype in DType}
+_SCALED = {dtype.code for dtype in DType if dtype.itemsize == 1 and dtype is not DType.UINT8}
 
 
 # Smallest body of a type, and whether each body of the type has that size.
@@ -99,6 +100,13 @@ def payload_parts(frame: Frame) -> list[Part]:
             parts.append(Part(i, offset, size))
             offset += _pad(size)
     return parts
+
+
+def scales_of(segments: int, scale_encoding: int) -> dict[int, int]:
+    """The segment that holds the scales of each segment that has some: the last ones present, in the same order."""
+    scaled = [i for i in range(MAX_SEGMENTS) if scale_encoding >> i & 1]
+    present = [i for i in range(MAX_SEGMENTS) if segments >> i & 1]
+    return dict(zip(reversed(scaled), reversed(present), strict=False))
 
 
 def encode(prelude: Prelude, body: Body, key: bytes) -> bytes:
@@ -264,9 +272,10 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
     _check_interval("head", head_start, head_stop)
     _check_interval("token", token_start, token_stop)
     _must_be_zero("frame: reserved", reserved)
-    for what, code in (("scale_encoding", scale_encoding), ("codec", codec)):
-        if code:
-            raise _unknown(f"frame: {what}", code, minor)
+    if scale_encoding >> MAX_SEGMENTS:
+        raise _unknown("frame: scale_encoding", scale_encoding, minor)
+    if codec:
+        raise _unknown("frame: codec", codec, minor)
     for i in range(MAX_SEGMENTS):
         if not segments >> i & 1:
             for what, value in (("dtypes", dtypes[i]), ("channels", channels[i])):
@@ -279,6 +288,7 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
             raise _unknown(f"frame: dtypes[{i}]", dtypes[i], minor)
         if channels[i] == 0:
             raise MalformedError(f"frame: channels[{i}] is 0, but the segment is present")
+    _check_scales(segments, scale_encoding, dtypes, channels)
     slot, generation, payload_length, checksum, saturated = fields[18:]
     frame = Frame(
         group, segments, layer, head_start, head_stop, token_start, token_stop, dtypes, channels,
@@ -286,6 +296,24 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
     )  # fmt: skip
     _check_payload(frame)
     return frame
+
+
+def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels: Sequence[int]) -> None:
+    """Each segment that the encoding names has scales behind all that is not scales."""
+    if encoding & ~segments:
+        raise MalformedError(f"frame: scale_encoding is {encoding}, which names an absent segment")
+    scales = scales_of(segments, encoding)
+    if any(encoding >> scale & 1 for scale in scales.values()):
+        raise MalformedError(f"frame: scale_encoding is {encoding}, but segments is {segments}: too few for the scales")
+    for i, scale in scales.items():
+        if dtypes[i] not in _SCALED:
+            raise MalformedError(f"frame: dtypes[{i}] is {dtypes[i]}, which takes no scales")
+        if dtypes[scale] != DType.FLOAT32.code:
+            raise MalformedError(f"frame: dtypes[{scale}] is {dtypes[scale]}, but scales are float32 (1)")
+        if channels[i] % channels[scale]:
+            raise MalformedError(
+                f"frame: channels[{i}] is {channels[i]}, which {channels[scale]} scales do not divide"
+            )
 
 
 def _check_payload(frame: Frame) -> None:

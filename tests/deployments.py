@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from hetkv import reference
-from hetkv.compat import segment_conversion
+from hetkv.conversion import segment_conversion
 from hetkv.dtypes import DType
 from hetkv.link import overlap
 from hetkv.pool import KVPool

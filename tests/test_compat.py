@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetkv import compat
-from hetkv.compat import Conversion, segment_conversion, wire_dtype
+from hetkv.conversion import Conversion, segment_conversion, wire_dtype
 from hetkv.description import Description, decode, encode
 from hetkv.dtypes import DType
 from hetkv.errors import IncompatibleError, InputError, MessageError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hetkv import reference
-from hetkv.compat import segment_conversion
+from hetkv.conversion import segment_conversion
 from hetkv.config import TransferConfig
 from hetkv.link import wanted
 from hetkv.pool import KVPool
