@@ -63,8 +63,9 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
     if (segment.wire_scales >= 0) {
       const auto at = static_cast<std::size_t>(segment.wire_scales);
       const std::int32_t groups = plan.segments[at].channels;
-      (pack ? job.dst_scales : job.src_scales) = {
-          canonical_map(payload + offsets[at], tokens, groups, DType::kFloat32), segment.channels / groups};
+      RemapScales& scales = pack ? job.dst_scales : job.src_scales;
+      scales.map = canonical_map(payload + offsets[at], tokens, groups, DType::kFloat32);
+      scales.channels_per_scale = segment.channels / groups;
       job.wire_scale_offset = offsets[at];
     }
     task->jobs.push_back(job);

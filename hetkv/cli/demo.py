@@ -15,7 +15,7 @@ from hetkv.layout import PRESETS
 from hetkv.runtime.demo import DemoOptions, DemoResult, SideOptions, run_demo
 from hetkv.trace import draw, write_perfetto
 
-_LAYOUTS = [name for name in PRESETS if name not in ("latent", "state")]
+_LAYOUTS = [name for name in PRESETS if name not in ("latent", "fp8_ds_mla", "state")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
