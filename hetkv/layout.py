@@ -390,7 +390,7 @@ def _fp8_ds_mla(
     name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
 ) -> KVLayout:
     """vLLM's `csrc/cache_kernels.cu`, `concat_and_cache_ds_mla`: 512 + 4 * 4 + 64 * 2 = 656 bytes for DeepSeek's MLA."""
-    if len(segments) != 2 or scale is not None or dtype.itemsize != 1:
+    if [s.name for s in segments] != ["latent", "rope"] or scale is not None or dtype.itemsize != 1:
         raise InputError(f"layout {name!r} holds a latent of fp8 with scales of its own and its rope")
     latent, rope = segments
     if latent.channels % DS_MLA_GROUP or latent.heads != 1:
