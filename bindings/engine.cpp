@@ -160,15 +160,13 @@ void bind_engine(py::module_& m) {
 
   py::class_<ScaleFill>(m, "ScaleFill")
       .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t groups,
-                       std::vector<float> values) {
-             return ScaleFill{pool, first_head, groups, std::move(values)};
-           }),
+                       std::vector<float> values) { return ScaleFill{pool, first_head, groups, std::move(values)}; }),
            py::arg("pool"), py::arg("first_head"), py::arg("groups"), py::arg("values"));
 
   py::class_<LayerPlan>(m, "LayerPlan")
       .def(py::init([](std::uint32_t layer, std::uint16_t group, std::uint32_t head_start, std::uint32_t head_stop,
                        std::vector<SegmentPlan> segments, std::vector<ScaleFill> fills, std::uint8_t scale_encoding) {
-             return LayerPlan{layer,          group, head_start, head_stop, std::move(segments), std::move(fills),
+             return LayerPlan{layer,         group, head_start, head_stop, std::move(segments), std::move(fills),
                               scale_encoding};
            }),
            py::arg("layer"), py::arg("group"), py::arg("head_start"), py::arg("head_stop"), py::arg("segments"),

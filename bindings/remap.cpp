@@ -107,14 +107,14 @@ void check_scales(const Job& job) {
     if (scales.map.base == 0) continue;
     require(scales.map.dtype == hetkv::DType::kFloat32 && scales.map.block_size == side->map.block_size,
             "scales are float32, in blocks as large as their side's");
-    require(scales.channels_per_scale > 0 && job.channels % scales.channels_per_scale == 0,
-            std::to_string(job.channels) + " channels with a scale for each " +
-                std::to_string(scales.channels_per_scale));
+    require(
+        scales.channels_per_scale > 0 && job.channels % scales.channels_per_scale == 0,
+        std::to_string(job.channels) + " channels with a scale for each " + std::to_string(scales.channels_per_scale));
   }
   const std::int32_t a = job.src.scales.channels_per_scale;
   const std::int32_t b = job.dst.scales.channels_per_scale;
-  require(a == 0 || b == 0 || a % b == 0 || b % a == 0, "groups of " + std::to_string(a) + " and " +
-                                                            std::to_string(b) + " channels do not fit each other");
+  require(a == 0 || b == 0 || a % b == 0 || b % a == 0,
+          "groups of " + std::to_string(a) + " and " + std::to_string(b) + " channels do not fit each other");
 }
 
 Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::int32_t channels,
@@ -219,14 +219,15 @@ void bind_remap(py::module_& m) {
           py::arg("base"), py::arg("tokens"), py::arg("channels"), py::arg("dtype"));
   py::class_<Side>(m, "RemapSide",
                    "One side of a job: a map, the block ids where it is paged (copied), where it starts, its scales.")
-      .def(py::init([](const SegmentMap& map, const py::object& blocks, std::int64_t first_token,
-                       std::int32_t first_head, const std::optional<SegmentMap>& scales,
-                       std::int32_t channels_per_scale) {
-             return Side{map, block_table(blocks), first_token, first_head,
-                         {scales.value_or(SegmentMap{}), channels_per_scale}};
-           }),
-           py::arg("map"), py::arg("blocks") = py::none(), py::arg("first_token") = 0, py::arg("first_head") = 0,
-           py::arg("scales") = py::none(), py::arg("channels_per_scale") = 0);
+      .def(
+          py::init([](const SegmentMap& map, const py::object& blocks, std::int64_t first_token,
+                      std::int32_t first_head, const std::optional<SegmentMap>& scales,
+                      std::int32_t channels_per_scale) {
+            return Side{
+                map, block_table(blocks), first_token, first_head, {scales.value_or(SegmentMap{}), channels_per_scale}};
+          }),
+          py::arg("map"), py::arg("blocks") = py::none(), py::arg("first_token") = 0, py::arg("first_head") = 0,
+          py::arg("scales") = py::none(), py::arg("channels_per_scale") = 0);
   py::class_<Job>(m, "RemapJob", "tokens x heads x channels elements from one side to the other: csrc/remap/remap.h.")
       .def(py::init(&make_job), py::arg("src"), py::arg("dst"), py::kw_only(), py::arg("tokens"), py::arg("heads"),
            py::arg("channels"), py::arg("multipliers") = std::vector<float>(), py::arg("wire") = "",

@@ -24,9 +24,7 @@ MAX_PARTS = 4
 """Segments and scales that one frame can hold (`docs/wire-format.md`)."""
 
 
-def layer_conversions(
-    sender: Description, receiver: Description, layer: int, heads: Interval
-) -> dict[str, Conversion]:
+def layer_conversions(sender: Description, receiver: Description, layer: int, heads: Interval) -> dict[str, Conversion]:
     """How each segment of a layer travels, for the global `heads` of a route. Raises `IncompatibleError`."""
     held = sender.shard.heads[layer], receiver.shard.heads[layer]
     found = {}
@@ -52,7 +50,8 @@ def token_bytes(layer: LayerSpec, conversions: Mapping[str, Conversion], num_hea
 def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
     """Raise `IncompatibleError` with the first field that keeps two ranks from exchanging KV, and both sides' values.
 
-    `minor` is the version that the hellos agreed on. Pure, and the same from both sides except that `mine` and `theirs` are exchanged.
+    `minor` is the version that the hellos agreed on. Pure, and the same from both sides except that `mine` and `theirs`
+    are exchanged.
     """
     if mine.role == theirs.role:
         raise IncompatibleError("role", mine.role, theirs.role)
@@ -68,8 +67,8 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
         try:
             need = max(need, _check_layer(sender, receiver, layer, heads, minor))
         except IncompatibleError as error:
-            values = (error.mine, error.theirs) if mine is sender else (error.theirs, error.mine)
-            raise IncompatibleError(f"layers[{layer}].{error.field}", *values, error.why) from None
+            ours, other = (error.mine, error.theirs) if mine is sender else (error.theirs, error.mine)
+            raise IncompatibleError(f"layers[{layer}].{error.field}", ours, other, error.why) from None
     if receiver.slot_bytes < need:
         values = f"frames of at least {need} bytes", f"slots of {receiver.slot_bytes} bytes"
         ours, other = values if mine is sender else values[::-1]
@@ -124,8 +123,8 @@ def _check_layer(sender: Description, receiver: Description, layer: int, heads: 
         found = layer_conversions(sender, receiver, layer, part)
     count = len(found) + sum(how.groups > 0 for how in found.values())
     if count > MAX_PARTS:
-        texts = [", ".join(f"{name} {scale_text(part)}" for name, part in side.items()) for side in sides]
-        raise IncompatibleError("scale", *texts, f"a frame holds {MAX_PARTS} segments and scales, not {count}")
+        mine, theirs = (", ".join(f"{name} {scale_text(part)}" for name, part in side.items()) for side in sides)
+        raise IncompatibleError("scale", mine, theirs, f"a frame holds {MAX_PARTS} segments and scales, not {count}")
     return token_bytes(spec, found, heads.size)
 
 

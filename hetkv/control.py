@@ -272,9 +272,7 @@ def establish(
         raise
 
 
-def _agree(
-    records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int
-) -> Description:
+def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Description:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
     def write(message: Message) -> None:

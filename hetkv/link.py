@@ -37,9 +37,7 @@ def link_plans(pool: KVPool, mine: Description, theirs: Description) -> list[_co
     return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
 
 
-def _layer_plan(
-    pool: KVPool, mine: Description, theirs: Description, layer: int, heads: Interval
-) -> _core.LayerPlan:
+def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int, heads: Interval) -> _core.LayerPlan:
     """The spec's segments, then the scales of those whose scales travel, in the same order."""
     from hetkv.core import core
 
@@ -47,7 +45,10 @@ def _layer_plan(
     found = layer_conversions(mine if sends else theirs, theirs if sends else mine, layer, heads)
     layout = mine.layout(layer)
     first_head = heads.start - mine.shard.heads[layer].start
-    segments, scales, fills, encoding = [], [], [], 0
+    segments: list[_core.SegmentPlan] = []
+    scales: list[_core.SegmentPlan] = []
+    fills: list[_core.ScaleFill] = []
+    encoding = 0
     for index, (name, how) in enumerate(found.items()):
         part, base = layout.segments[name], pool.base(layer, name)
         step = how.pack_scales if sends else how.unpack_scales

@@ -9,8 +9,8 @@ import msgspec
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import KVLayout, ScaleLayout
-from hetkv.scale import PerScale
+from hetkv.layout import KVLayout
+from hetkv.scale import PerScale, ScaleLayout
 from hetkv.spec import KVSpec, Shard
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ class KVPool:
                 part = layout.segments[name]
                 groups = tensor.shape[scale_axes.split().index("group")] if "group" in scale_axes.split() else 1
                 placed = ScaleLayout.from_tensor(tensor, scale_axes, part.channels // groups if groups > 1 else 0)
-                parts = {**layout.segments, name: msgspec.structs.replace(part, scale=placed)}
-                layout = msgspec.structs.replace(layout, segments=parts)
+                scaled = {**layout.segments, name: msgspec.structs.replace(part, scale=placed)}
+                layout = msgspec.structs.replace(layout, segments=scaled)
                 named = {**named, f"{name}.scale": tensor}
             layers[index] = LayerMemory(layout, blocks, named)
         return cls(spec, shard or Shard.whole(spec), layers)

@@ -63,7 +63,9 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         return not self.values
 
     @classmethod
-    def dense(cls, heads: int, groups: int, block_size: int, per: PerScale = "token_head", channels: int = 0) -> ScaleLayout:
+    def dense(
+        cls, heads: int, groups: int, block_size: int, per: PerScale = "token_head", channels: int = 0
+    ) -> ScaleLayout:
         """`[block, token, head, group]`, or `[block, token, group]` for `per="token"`, in memory of its own.
 
         `channels` is that of a group, 0 where there is one.

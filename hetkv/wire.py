@@ -10,11 +10,11 @@ import hmac
 import itertools
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from hetkv.checksum import siphash24
 from hetkv.dtypes import DType
 from hetkv.errors import AuthenticationError, InputError, MalformedError, UnsupportedError, WireError
+from hetkv.payload import ITEM_SIZES, padded_size, payload_parts, scales_of
 from hetkv.wire_types import (
     BODIES,
     MAX_ABORT_CODE,
@@ -55,7 +55,6 @@ _ABORT = struct.Struct("<II")
 _HEARTBEAT = struct.Struct("<Q")
 _MAC = struct.Struct("<Q")
 _MIN_BYTES = _PRELUDE.size + _MAC.size
-_ITEM_SIZES = {dtype.code: dtype.itemsize for dtype in DType}
 _SCALED = {dtype.code for dtype in DType if dtype.itemsize == 1 and dtype is not DType.UINT8}
 
 
@@ -79,34 +78,6 @@ def checksum_seed(prelude: Prelude, frame: Frame) -> int:
     """Seed of a frame's checksum: what the frame is, and nothing of where it travels."""
     identity = _pack_prelude(prelude, 0)[24:] + _pack_frame(frame)[:56]
     return siphash24(CHECKSUM_KEY, identity)
-
-
-class Part(NamedTuple):
-    """Where one segment lies in a payload, in bytes; the zeros up to the next multiple of 8 are not counted."""
-
-    segment: int
-    offset: int
-    bytes: int
-
-
-def payload_parts(frame: Frame) -> list[Part]:
-    """Parts of a frame's payload, in order. The payload ends at the multiple of 8 after the last one."""
-    rows = (frame.head_stop - frame.head_start) * (frame.token_stop - frame.token_start)
-    parts = []
-    offset = 0
-    for i in range(MAX_SEGMENTS):
-        if frame.segments >> i & 1:
-            size = rows * frame.channels[i] * _ITEM_SIZES[frame.dtypes[i]]
-            parts.append(Part(i, offset, size))
-            offset += _pad(size)
-    return parts
-
-
-def scales_of(segments: int, scale_encoding: int) -> dict[int, int]:
-    """The segment that holds the scales of each segment that has some: the last ones present, in the same order."""
-    scaled = [i for i in range(MAX_SEGMENTS) if scale_encoding >> i & 1]
-    present = [i for i in range(MAX_SEGMENTS) if segments >> i & 1]
-    return dict(zip(reversed(scaled), reversed(present), strict=False))
 
 
 def encode(prelude: Prelude, body: Body, key: bytes) -> bytes:
@@ -145,10 +116,6 @@ def decode(message: bytes, key: bytes) -> tuple[Prelude, Body]:
 def seal(unsealed: bytes, key: bytes) -> bytes:
     """`unsealed` (a message without its MAC) with its MAC behind it; no check at all."""
     return unsealed + _MAC.pack(siphash24(key, unsealed))
-
-
-def _pad(count: int) -> int:
-    return (count + 7) // 8 * 8
 
 
 def _padded(data: bytes) -> bytes:
@@ -284,7 +251,7 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
             continue
         if dtypes[i] == 0:
             raise MalformedError(f"frame: dtypes[{i}] is 0, but the segment is present")
-        if dtypes[i] not in _ITEM_SIZES:
+        if dtypes[i] not in ITEM_SIZES:
             raise _unknown(f"frame: dtypes[{i}]", dtypes[i], minor)
         if channels[i] == 0:
             raise MalformedError(f"frame: channels[{i}] is 0, but the segment is present")
@@ -311,14 +278,12 @@ def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels:
         if dtypes[scale] != DType.FLOAT32.code:
             raise MalformedError(f"frame: dtypes[{scale}] is {dtypes[scale]}, but scales are float32 (1)")
         if channels[i] % channels[scale]:
-            raise MalformedError(
-                f"frame: channels[{i}] is {channels[i]}, which {channels[scale]} scales do not divide"
-            )
+            raise MalformedError(f"frame: channels[{i}] is {channels[i]}, which {channels[scale]} scales do not divide")
 
 
 def _check_payload(frame: Frame) -> None:
     parts = payload_parts(frame)
-    total = sum(_pad(part.bytes) for part in parts)
+    total = sum(padded_size(part.bytes) for part in parts)
     if total > MAX_PAYLOAD_BYTES:
         raise MalformedError(
             f"frame: heads, tokens, channels and dtypes ask for a payload over the limit of {MAX_PAYLOAD_BYTES} bytes"
@@ -327,7 +292,7 @@ def _check_payload(frame: Frame) -> None:
         raise MalformedError(
             f"frame: payload_length is {frame.payload_length}, but heads, tokens, channels and dtypes make {total}"
         )
-    elements = sum(part.bytes // _ITEM_SIZES[frame.dtypes[part.segment]] for part in parts)
+    elements = sum(part.bytes // ITEM_SIZES[frame.dtypes[part.segment]] for part in parts)
     if frame.saturated > elements:
         raise MalformedError(f"frame: saturated is {frame.saturated}, but there are {elements} elements")
 
@@ -368,9 +333,9 @@ def _decode_grant(body: bytes, minor: int) -> Grant:
             raise MalformedError(f"{where}: address {address} plus {size} bytes passes the end of memory")
         if rkey_length > len(rest):
             raise MalformedError(f"{where}.rkey_length is {rkey_length}, but {len(rest)} bytes are left")
-        _check_padding(f"{where}: padding", rest[rkey_length : _pad(rkey_length)])
+        _check_padding(f"{where}: padding", rest[rkey_length : padded_size(rkey_length)])
         slots.append(SlotGrant(slot, generation, address, size, rest[:rkey_length]))
-        rest = rest[_pad(rkey_length) :]
+        rest = rest[padded_size(rkey_length) :]
     if rest:
         raise MalformedError(f"grant: {len(rest)} bytes follow the last slot")
     _check_distinct([slot.slot for slot in slots], "grant")
@@ -397,7 +362,7 @@ def _decode_abort(body: bytes, minor: int) -> Abort:
         raise _unknown("abort: code", code, minor)
     if length > MAX_REASON_BYTES:
         raise MalformedError(f"abort: reason_length {length} is over the limit of {MAX_REASON_BYTES}")
-    if len(rest) != _pad(length):
+    if len(rest) != padded_size(length):
         raise MalformedError(f"abort: reason_length is {length}, but {len(rest)} bytes of reason follow")
     _check_padding("abort: padding", rest[length:])
     try:

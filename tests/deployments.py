@@ -127,9 +127,7 @@ def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, values: Values, tps: list[
     return Side(shards, pools, [rng.sample(range(n + 3), n) for n in need])
 
 
-def make_pool(
-    spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: list[int], values: Values
-) -> KVPool:
+def make_pool(spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: list[int], values: Values) -> KVPool:
     """One rank's pool, every byte of it `FILL`."""
     layers = {}
     for index in range(*shard.layers):
@@ -206,7 +204,9 @@ def truth_of(case: Deployment) -> dict[tuple[int, str], Truth]:
     return truth
 
 
-def place(pool: KVPool, blocks: list[list[int]], layer: int, view: torch.Tensor, values: torch.Tensor, at: tuple[int, int]) -> None:
+def place(
+    pool: KVPool, blocks: list[list[int]], layer: int, view: torch.Tensor, values: torch.Tensor, at: tuple[int, int]
+) -> None:
     """Write `[tokens, heads, ...]` into a view of the pool, from token and local head `at` on."""
     size = pool.layers[layer].layout.block_size
     view = view.view(torch.int8) if view.dtype == torch.uint8 else reference.bits(view)
@@ -277,7 +277,9 @@ def travel(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codes and scales `[heads, tokens, ...]` of a source as the destination must hold them."""
     if how.pack_scales == "quantise":
-        packed = reference.rescale(codes, here.dtype, how.wire, multipliers=how.pack, groups=how.groups, joint=how.joint)
+        packed = reference.rescale(
+            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.groups, joint=how.joint
+        )
         codes, scales = packed.codes, packed.scales
     else:
         codes = step(codes, here.dtype, how.wire, how.pack)

@@ -11,8 +11,9 @@ from transfer_peers import connected, until
 from hetkv.config import TransferConfig
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import PRESETS, KVLayout
+from hetkv.layout import KVLayout
 from hetkv.pool import KVPool
+from hetkv.presets import PRESETS
 from hetkv.spec import KVSpec, LayerSpec
 
 BLOCKS, SIZE, HEADS, DIM = 7, 4, 3, 16

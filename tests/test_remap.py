@@ -16,7 +16,8 @@ from hetkv import reference
 from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import PRESETS, KVLayout, SegmentLayout
+from hetkv.layout import KVLayout, SegmentLayout
+from hetkv.presets import PRESETS
 from hetkv.spec import LayerSpec
 
 FLOATS = [dtype for dtype in DType if dtype not in (DType.INT8, DType.UINT8)]

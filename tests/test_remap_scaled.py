@@ -73,7 +73,15 @@ def sensible(side: Side, count: int, seed: int) -> None:
 
 @st.composite
 def places(
-    draw: st.DrawFn, dtype: DType, tokens: int, heads: int, channels: int, groups: int, wired: bool, shared: bool, seed: int
+    draw: st.DrawFn,
+    dtype: DType,
+    tokens: int,
+    heads: int,
+    channels: int,
+    groups: int,
+    wired: bool,
+    shared: bool,
+    seed: int,
 ) -> Place:
     if wired:
         codes = wire(dtype, tokens, heads, channels, seed)
@@ -202,9 +210,7 @@ def checksum(case: Case, want: Place, offset: int, seed: int) -> int:
     return total % 2**64
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(cases(), st.integers(1, 3), st.integers(0, 2**64 - 1))
 def test_scaled_jobs_are_the_oracle_s(case: Case, threads: int, seed: int) -> None:
     check(case, threads, seed)
@@ -255,7 +261,9 @@ def test_every_code_with_a_scale_is_within_half_a_unit(src: DType, dst: DType) -
     for scale in (1.0, 0.37, 2.0**-9):
         case = simple(codes.reshape(1, 1, 256), src, dst, scale, 1 if dst in SCALED else 0)
         truth = check(case)
-        assert truth.saturated == (0 if dst in SCALED else int((~finite & ~codes.view(src.torch).float().isnan()).sum()))
+        assert truth.saturated == (
+            0 if dst in SCALED else int((~finite & ~codes.view(src.torch).float().isnan()).sum())
+        )
         element = codes.view(src.torch).double() * float(torch.tensor(scale))
         new = truth.scales.double().flatten() if truth.scales is not None else torch.ones(1, dtype=torch.float64)
         got = truth.codes.flatten().view(dst.torch).double()

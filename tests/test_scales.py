@@ -15,9 +15,9 @@ from hetkv import reference
 from hetkv.config import TransferConfig
 from hetkv.dtypes import DType
 from hetkv.errors import IncompatibleError, InputError
-from hetkv.layout import KVLayout, ScaleLayout
+from hetkv.layout import KVLayout
 from hetkv.pool import KVPool, LayerMemory, allocate
-from hetkv.scale import SCALED
+from hetkv.scale import SCALED, ScaleLayout
 from hetkv.spec import KVSpec, LayerSpec, Shard
 
 FN, FNUZ, E5, E5FNUZ, INT8 = SCALED
@@ -160,7 +160,8 @@ def test_fp8_ds_mla_to_and_from_a_plain_latent() -> None:
     assert torch.equal(packed.scales("latent"), scale)
     codes = (latent * (1 / scale)[..., None]).to(torch.float8_e4m3fn).double().flatten(2)
     step = (packed.codes("latent").double() - codes).abs() / codes.abs().clamp(min=2.0**-6)
-    assert step.max() <= 2**-3 and (step > 0).float().mean() < 1e-3  # 1 / scale is rounded where factor_of is not
+    assert step.max() <= 2**-3
+    assert (step > 0).float().mean() < 1e-3  # a product with 1 / scale is not quite the quotient
     error = (packed.values("latent") - plain.values("latent")).abs().reshape(TOKENS, 1, 4, 128)
     bound = torch.maximum(latent.abs().double() * 2.0**-4, scale.double()[..., None] * 2.0**-10)
     assert bool((error <= bound * 1.0001).all())
@@ -176,7 +177,7 @@ def test_fp8_ds_mla_needs_its_geometry() -> None:
     with pytest.raises(InputError, match="holds a latent of fp8"):
         KVLayout.preset("fp8_ds_mla", MLA.layers[0], 1, 64, BF16)
     with pytest.raises(InputError, match="holds a latent of fp8"):
-        KVLayout.preset("fp8_ds_mla", KV.layers[0], HEADS, 64, FN).segments
+        KVLayout.preset("fp8_ds_mla", KV.layers[0], HEADS, 64, FN)
 
 
 # vLLM's `int8_per_token_head` and `fp8_per_token_head`.
@@ -205,7 +206,11 @@ def test_inline_scales_lie_where_vllm_looks_for_them() -> None:
         fill(mine)
         tensor = mine.pool.layers[0].tensors["k"]
         for part, name in zip(at, "kv", strict=True):
-            rows = tensor[:, part] if kind == "inline" else tensor.unflatten(3, (2, DIM + 4))[:, :, :, part].transpose(1, 2)
+            rows = (
+                tensor[:, part]
+                if kind == "inline"
+                else tensor.unflatten(3, (2, DIM + 4))[:, :, :, part].transpose(1, 2)
+            )
             scales = rows[..., DIM:].contiguous().view(torch.float32)[..., 0]
             assert torch.equal(mine.pool.scale_view(0, name)[..., 0], scales)
             assert torch.equal(mine.pool.view(0, name), rows[..., :DIM])
@@ -291,7 +296,7 @@ def all_codes(source: Cache) -> None:
 
 @pytest.mark.parametrize(("src", "dst"), [(FN, FNUZ), (FNUZ, FN), (E5, E5FNUZ), (E5FNUZ, E5)])
 def test_twins_with_scales_in_memory(src: DType, dst: DType) -> None:
-    """All 256 codes: e4m3fn keeps its codes at twice the scale; elsewhere values are kept, none saturates but infinity."""
+    """All 256 codes: e4m3fn keeps its codes at twice the scale; elsewhere values are kept, only infinity saturates."""
     source = cache(place(KV, kv_layout(src, "token_head")), 1)
     destination = cache(place(KV, kv_layout(dst, "token_head")), 2)
     all_codes(source)
@@ -369,12 +374,12 @@ def test_layouts_of_scales_that_cannot_be() -> None:
         with_scale(token_stride=2)
     with pytest.raises(InputError, match="static scales have no place"):
         ScaleLayout((1.0,), token_stride=4)
-    with pytest.raises(InputError, match="there is no tensor 'k.scale'"):
-        made = layout.with_scales()
-        tensors = {name: tensor for name, tensor in allocate(made, 4, "cpu").items() if "." not in name}
+    made = layout.with_scales()
+    tensors = {name: tensor for name, tensor in allocate(made, 4, "cpu").items() if "." not in name}
+    with pytest.raises(InputError, match=r"there is no tensor 'k\.scale'"):
         KVPool(KV, Shard.whole(KV), {0: LayerMemory(made, 4, tensors)})
+    split = torch.zeros((4, HEADS, DIM // 8, 16, 8), dtype=torch.int8)
     with pytest.raises(InputError, match="inline scales lie behind channels"):
-        split = torch.zeros((4, HEADS, DIM // 8, 16, 8), dtype=torch.int8)
         KVLayout.from_tensor({"k": split}, "block head outer token inner", scale="inline")
     with pytest.raises(InputError, match="do not name the 2 axes of scales"):
         ScaleLayout.from_tensor(torch.zeros(3, 4), "block head")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hetkv import errors, wire
 from hetkv.core import core as _core
 from hetkv.dtypes import DType
+from hetkv.payload import payload_parts, scales_of
 from hetkv.scale import SCALED
 from hetkv.wire_types import (
     BODIES,
@@ -61,7 +62,7 @@ def frames(draw: st.DrawFn) -> Frame:
     dtypes = tuple(draw(st.sampled_from(DType)).code if here else 0 for here in present)
     channels = tuple(draw(st.integers(1, 20_000)) if here else 0 for here in present)
     encoding = draw(st.integers(0, 15)) & segments
-    scales = wire.scales_of(segments, encoding)
+    scales = scales_of(segments, encoding)
     if any(encoding >> scale & 1 for scale in scales.values()):
         encoding, scales = 0, {}
     for i, scale in scales.items():
@@ -72,7 +73,7 @@ def frames(draw: st.DrawFn) -> Frame:
     frame = Frame(
         draw(u16), segments, draw(u32), *heads, *tokens, dtypes, channels, draw(u32), draw(u32), scale_encoding=encoding
     )
-    length = sum((part.bytes + 7) // 8 * 8 for part in wire.payload_parts(frame))
+    length = sum((part.bytes + 7) // 8 * 8 for part in payload_parts(frame))
     assume(length <= MAX_PAYLOAD_BYTES)
     return msgspec.structs.replace(
         frame, payload_length=length, checksum=draw(u64), saturated=draw(st.integers(0, length // 32))

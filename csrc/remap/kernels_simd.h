@@ -57,7 +57,7 @@ constexpr std::int32_t last_fitting() {
   if constexpr (kTo == DType::kFloat8E4M3FN) return 0x43E80000;    // 464 rounds to the even 448
   if constexpr (kTo == DType::kFloat8E4M3FNUZ) return 0x4377FFFF;  // below 248
   if constexpr (kTo == DType::kFloat8E5M2 || kTo == DType::kFloat8E5M2FNUZ) return 0x476FFFFF;  // below 61440
-  if constexpr (kTo == DType::kInt8) return 0x42FEFFFF;  // below 127.5
+  if constexpr (kTo == DType::kInt8) return 0x42FEFFFF;                                         // below 127.5
   return 0x7F7FFFFF;
 }
 

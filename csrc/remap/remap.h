@@ -50,7 +50,7 @@ struct RemapJob {
   WireSide wire = WireSide::kNone;
   std::uint64_t wire_offset = 0;  // of that part from the start of the payload, in bytes; a multiple of 8
   RemapScales src_scales, dst_scales;
-  bool joint = false;                  // the destination's scales are one for all heads of the job, not one a head
+  bool joint = false;                   // the destination's scales are one for all heads of the job, not one a head
   std::uint64_t wire_scale_offset = 0;  // as wire_offset, of the scales of the wire side, which are canonical too
 
   bool scaled() const { return src_scales.map.base != 0 || dst_scales.map.base != 0; }

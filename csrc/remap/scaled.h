@@ -6,7 +6,7 @@
 
 namespace hetkv {
 
-constexpr std::int64_t kScaledTokens = 64;     // of one step, so that a step's rows stay in the first caches
+constexpr std::int64_t kScaledTokens = 64;      // of one step, so that a step's rows stay in the first caches
 constexpr std::int64_t kScaledElements = 2048;  // of a tile, for a side whose channels do not lie together
 
 class ScaledRunner {
@@ -42,9 +42,9 @@ class ScaledRunner {
   const Kernels& kernels_;
   const std::uint64_t seed_;
   const std::int64_t from_size_, to_size_;
-  const int from_, to_;          // indices of the kernels' tables
-  std::int64_t unit_ = 1;        // channels of a row
-  std::int64_t group_ = 1;       // channels that share a scale of the destination; all where it has none
+  const int from_, to_;     // indices of the kernels' tables
+  std::int64_t unit_ = 1;   // channels of a row
+  std::int64_t group_ = 1;  // channels that share a scale of the destination; all where it has none
   std::int64_t step_tokens_ = 1;
   bool src_dense_ = false, dst_dense_ = false;
   std::int64_t wire_token_ = 0;  // bytes of one token of one head in the payload

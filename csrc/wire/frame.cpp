@@ -140,7 +140,8 @@ Status decode(const std::uint8_t* data, std::size_t size, Frame* body) {
   if (Status status = check_interval("head", raw.head_start, raw.head_stop); !status.ok()) return status;
   if (Status status = check_interval("token", raw.token_start, raw.token_stop); !status.ok()) return status;
   if (raw.reserved != 0) return malformed("frame: reserved is " + to_string(raw.reserved) + ", not 0");
-  if (raw.scale_encoding >> kMaxSegments != 0) return unknown_code("frame: scale_encoding", raw.scale_encoding, found.minor);
+  if (raw.scale_encoding >> kMaxSegments != 0)
+    return unknown_code("frame: scale_encoding", raw.scale_encoding, found.minor);
   if (raw.codec != 0) return unknown_code("frame: codec", raw.codec, found.minor);
   for (std::size_t i = 0; i < kMaxSegments; ++i) {
     if (Status status = check_segment(raw, i, found.minor); !status.ok()) return status;

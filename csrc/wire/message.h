@@ -56,9 +56,9 @@ struct Frame {
   std::uint32_t head_stop = 0;
   std::uint64_t token_start = 0;  // of the sequence, half-open
   std::uint64_t token_stop = 0;
-  std::array<std::uint8_t, kMaxSegments> dtypes{};     // DType per segment; 0 where absent
+  std::array<std::uint8_t, kMaxSegments> dtypes{};  // DType per segment; 0 where absent
   std::uint8_t scale_encoding = 0;  // bit i: segment i is scaled by a part of this payload (see scales_of)
-  std::uint8_t codec = 0;                              // 0: plain
+  std::uint8_t codec = 0;           // 0: plain
   std::array<std::uint32_t, kMaxSegments> channels{};  // per segment; 0 where absent
   std::uint32_t slot = 0;
   std::uint32_t generation = 0;

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetkv.cli import check_outputs
-from hetkv.layout import PRESETS
+from hetkv.presets import PRESETS
 from hetkv.runtime.demo import DemoOptions, DemoResult, SideOptions, run_demo
 from hetkv.trace import draw, write_perfetto
 

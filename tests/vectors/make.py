@@ -19,7 +19,8 @@ import msgspec
 
 from hetkv.dtypes import DType
 from hetkv.framefile import FrameWriter
-from hetkv.wire import encode, payload_parts, seal
+from hetkv.payload import payload_parts
+from hetkv.wire import encode, seal
 from hetkv.wire_types import (
     Abort,
     Body,
@@ -89,9 +90,7 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
     ),
     "frame-scales-mla": (
         "MLA record: an fp8 latent with a scale for each 128 channels, a bf16 rotary part",
-        frame(
-            [DType.FLOAT8_E4M3FN, DType.BFLOAT16, DType.FLOAT32], [512, 64, 4], heads=1, tokens=3, scale_encoding=1
-        ),
+        frame([DType.FLOAT8_E4M3FN, DType.BFLOAT16, DType.FLOAT32], [512, 64, 4], heads=1, tokens=3, scale_encoding=1),
         Type.FRAME,
     ),
     "frame-scales-second": (
@@ -228,11 +227,24 @@ def bad_vectors() -> dict[str, Bad]:
         "scale-of-scales": Bad(
             "K and its scales scaled", patch(scaled, 84, "B", 7), m, "but segments is 15: too few for the scales"
         ),
-        "scale-alone": Bad("a segment that scales itself", patch(message(GOOD["frame-int8"][1], Type.FRAME), 84, "B", 1), m, "but segments is 1: too few for the scales"),
-        "scale-bfloat16": Bad("scales of bfloat16 values", patch(mla, 80, "B", 3), m, "dtypes[0] is 3, which takes no scales"),
-        "scale-uint8": Bad("scales of opaque bytes", patch(mla, 80, "B", 9), m, "dtypes[0] is 9, which takes no scales"),
-        "scale-dtype": Bad("scales in float16", patch(mla, 82, "B", 2), m, "dtypes[2] is 2, but scales are float32 (1)"),
-        "scale-groups": Bad("5 scales for 512 channels", patch(mla, 96, "I", 5), m, "channels[0] is 512, which 5 scales do not divide"),
+        "scale-alone": Bad(
+            "a segment that scales itself",
+            patch(message(GOOD["frame-int8"][1], Type.FRAME), 84, "B", 1),
+            m,
+            "but segments is 1: too few for the scales",
+        ),
+        "scale-bfloat16": Bad(
+            "scales of bfloat16 values", patch(mla, 80, "B", 3), m, "dtypes[0] is 3, which takes no scales"
+        ),
+        "scale-uint8": Bad(
+            "scales of opaque bytes", patch(mla, 80, "B", 9), m, "dtypes[0] is 9, which takes no scales"
+        ),
+        "scale-dtype": Bad(
+            "scales in float16", patch(mla, 82, "B", 2), m, "dtypes[2] is 2, but scales are float32 (1)"
+        ),
+        "scale-groups": Bad(
+            "5 scales for 512 channels", patch(mla, 96, "I", 5), m, "channels[0] is 512, which 5 scales do not divide"
+        ),
         "scale-groups-many": Bad(
             "more scales than channels", patch(mla, 96, "I", 1024), m, "which 1024 scales do not divide"
         ),
