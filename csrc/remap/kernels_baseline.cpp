@@ -48,10 +48,19 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
   return sum;
 }
 
+template <std::size_t kType>
+float read_value(std::uint32_t code) {
+  constexpr DType dtype = dtype_at(kType);
+  constexpr FloatFormat format = format_of(dtype);
+  return dtype == DType::kInt8 ? decode_scaled(dtype, code) : decode(format, code);
+}
+
 template <std::size_t kSrc, std::size_t kDst>
 std::uint64_t convert_rows(const Rows& rows, std::int64_t count, const float* multipliers, std::int64_t step) {
+  constexpr DType to = dtype_at(kDst);
+  constexpr FloatFormat format = format_of(to);
   constexpr int from_size = item_size(dtype_at(kSrc));
-  constexpr int to_size = item_size(dtype_at(kDst));
+  constexpr int to_size = item_size(to);
   std::uint64_t saturated = 0;
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const Bytes* in = rows.src + r * rows.src_step;
@@ -61,7 +70,8 @@ std::uint64_t convert_rows(const Rows& rows, std::int64_t count, const float* mu
       std::uint32_t code = 0;  // little-endian
       std::memcpy(&code, in + i * from_size, from_size);
       bool clamped;
-      code = encode_scaled(dtype_at(kDst), decode_scaled(dtype_at(kSrc), code) * multiplier, &clamped);
+      const float value = read_value<kSrc>(code) * multiplier;
+      code = to == DType::kInt8 ? encode_scaled(to, value, &clamped) : encode(format, value, &clamped);
       std::memcpy(out + i * to_size, &code, to_size);
       saturated += clamped;
     }
@@ -77,7 +87,7 @@ void amax_rows(const Rows& rows, std::int64_t count, float* amax) {
     for (std::int64_t i = 0; i < count; ++i) {
       std::uint32_t code = 0;
       std::memcpy(&code, in + i * size, size);
-      const float value = float_from_bits(bits_of(decode_scaled(dtype_at(kSrc), code)) & 0x7FFFFFFFu);
+      const float value = float_from_bits(bits_of(read_value<kSrc>(code)) & 0x7FFFFFFFu);
       if (value > amax[r]) amax[r] = value;  // false for NaN
     }
   }
