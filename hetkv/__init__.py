@@ -23,7 +23,7 @@ _HOME = {
     "LayerSpec": "spec",
     "Receiver": "transfer",
     "Reception": "transfer",
-    "ScaleLayout": "layout",
+    "ScaleLayout": "scale",
     "Sender": "transfer",
     "Shard": "spec",
     "TransferConfig": "config",
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from hetkv.config import TransferConfig
     from hetkv.dtypes import DType
     from hetkv.exchange import Exchange
-    from hetkv.layout import KVLayout, ScaleLayout
+    from hetkv.layout import KVLayout
     from hetkv.pool import KVPool
+    from hetkv.scale import ScaleLayout
     from hetkv.spec import KVSpec, LayerSpec, Shard
     from hetkv.transfer import Receiver, Reception, Sender, Transmission
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.layout import ScaleLayout, SegmentLayout
+from hetkv.layout import SegmentLayout
 from hetkv.pool import KVPool
+from hetkv.scale import ScaleLayout
 
 
 class PoolFull(HetkvError):
