@@ -16,18 +16,22 @@ from hetkv.runtime.demo import DemoOptions, DemoResult, SideOptions, run_demo
 from hetkv.trace import draw, write_perfetto
 
 _LAYOUTS = [name for name in PRESETS if name not in ("latent", "state")]
+_SIDE_OPTIONS = {"block_size": "block", "layout": "layout", "dtype": "dtype"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv demo`."""
     defaults = DemoOptions()
+    parser.add_argument("--plan", metavar="FILE", help="plan.yaml: block sizes, dtypes and layouts of its two sides")
     parser.add_argument("--model", default=defaults.model, metavar="DIR", help="a Hugging Face Llama-family directory")
     parser.add_argument("--prompt", default=defaults.prompt, metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="tokens to generate")
     for name, side in (("prefill", defaults.prefill), ("decode", defaults.decode)):
-        parser.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
-        parser.add_argument(f"--{name}-layout", choices=_LAYOUTS, default=side.layout)
-        parser.add_argument(f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help="of the KV pool")
+        parser.add_argument(
+            f"--{name}-block", type=int, metavar="N", help=f"tokens a block (default {side.block_size})"
+        )
+        parser.add_argument(f"--{name}-layout", choices=_LAYOUTS, help=f"of the KV pool ({side.layout})")
+        parser.add_argument(f"--{name}-dtype", metavar="DTYPE", help=f"of the KV pool ({side.dtype})")
     parser.add_argument("--compute-dtype", default=defaults.compute_dtype, metavar="DTYPE")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
@@ -42,12 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 where the two texts are identical, 1 where not."""
     check_outputs({"trace": args.trace})
+    sides = _sides(args)
     options = DemoOptions(
         model=args.model,
         prompt=args.prompt,
         max_new_tokens=args.tokens,
-        prefill=SideOptions(block_size=args.prefill_block, layout=args.prefill_layout, dtype=args.prefill_dtype),
-        decode=SideOptions(block_size=args.decode_block, layout=args.decode_layout, dtype=args.decode_dtype),
+        prefill=sides[0],
+        decode=sides[1],
         compute_dtype=args.compute_dtype,
         chunk=args.chunk,
         rendezvous=args.rendezvous,
@@ -62,11 +67,26 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         write_perfetto(args.trace, spans)
     if args.plot:
-        sides = f"{_side(options.prefill)} to {_side(options.decode)}"
-        draw(args.plot, spans, f"KV of {result.prompt_tokens} tokens, {sides}, {result.rendezvous}")
+        names = f"{_side(options.prefill)} to {_side(options.decode)}"
+        draw(args.plot, spans, f"KV of {result.prompt_tokens} tokens, {names}, {result.rendezvous}")
     if not result.identical:
         print("hetkv demo: the two texts differ", file=sys.stderr)
     return 0 if result.identical else 1
+
+
+def _sides(args: argparse.Namespace) -> tuple[SideOptions, SideOptions]:
+    """The two sides: the defaults, or the plan's; options of the command line over them."""
+    defaults = DemoOptions()
+    sides = (defaults.prefill, defaults.decode)
+    if args.plan:
+        from hetkv.runtime.planned import sides_of_plan
+
+        sides = sides_of_plan(args.plan)
+    found = []
+    for name, side in zip(("prefill", "decode"), sides, strict=True):
+        given = {field: getattr(args, f"{name}_{option}") for field, option in _SIDE_OPTIONS.items()}
+        found.append(msgspec.structs.replace(side, **{k: v for k, v in given.items() if v is not None}))
+    return found[0], found[1]
 
 
 def _side(side: SideOptions) -> str:

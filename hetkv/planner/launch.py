@@ -197,8 +197,9 @@ def sglang_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> 
 
 
 def _head(plan: Plan) -> str:
-    lines = [f"MODEL=...  # checkpoint of {_name(plan.model)}: a folder, or its name on the Hugging Face hub"]
-    return "\n".join(lines)
+    if "/" in plan.model and not plan.model.endswith(".json"):
+        return f"MODEL={shlex.quote(plan.model)}"
+    return f"MODEL=...  # checkpoint of {_name(plan.model)}: a folder, or its name on the Hugging Face hub"
 
 
 def _command(server: Server, command: list[str], ranks: str) -> str:
@@ -208,8 +209,10 @@ def _command(server: Server, command: list[str], ranks: str) -> str:
         lines[0] += f", {server.nodes} nodes an instance: RANK is the node's number, HEAD the address of node 0"
         lines[0] += f"; {ranks}" * bool(ranks)
     elif server.share > 1 and server.count > 1:
-        last = f"{server.gpus}i" if server.gpus == 1 else f"{server.gpus}i to {server.gpus}i+{server.gpus - 1}"
-        lines[0] += f", {server.share} to a node: instance i of a node on GPUs {last}, port {server.port}+i"
+        last = "i" if server.gpus == 1 else f"{server.gpus}i to {server.gpus}i+{server.gpus - 1}"
+        lines[0] += (
+            f", {server.share} to a node: instance i of it on GPU{'s' * (server.gpus > 1)} {last}, port {server.port}+i"
+        )
     lines += [f"# {note}" for note in server.notes]
     if server.nodes == 1 and server.share > 1:
         devices = ",".join(str(i) for i in range(server.gpus))
