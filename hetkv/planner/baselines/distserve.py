@@ -21,10 +21,10 @@ from hetkv.planner.baselines.candidates import Candidate, candidates, hourly
 from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import Instances
 from hetkv.planner.traffic import Mix
+from hetkv.planner.verify import run
 from hetkv.simulator.deployment import Plan as Deployment
 from hetkv.simulator.deployment import PoolPlan
 from hetkv.simulator.request import FINISHED
-from hetkv.simulator.run import simulate
 
 Phase = Literal["prefill", "decode"]
 REQUESTS = 1000
@@ -112,10 +112,10 @@ def _busy(classes: list[WorkloadClass], candidate: Candidate, phase: Phase) -> f
     if phase == "prefill":
         tokens = sum(r.prompt for r in drawn) / len(drawn)
         best = min(steps.step_seconds(0, 0.0, 2**i) / 2**i for i in range(4, 15))
-        return mix.rate * tokens * best
+        return float(mix.rate * tokens * best)
     outputs = max(sum(r.output - 1 for r in drawn) / len(drawn), 1e-9)
     best = min(steps.step_seconds(2**i, 0.0) / 2**i for i in range(11))
-    return mix.rate * outputs * best
+    return float(mix.rate * outputs * best)
 
 
 def attains(
@@ -126,7 +126,7 @@ def attains(
     pool = PoolPlan("aggregated", candidate.offer.gpu, phase, candidate.tp, candidate.pp)
     plan = Deployment(model.name, [pool], problem.engine_for(model), catalogue=problem.catalogue)
     steps = candidate.steps if phase == "prefill" else OnlyDecode(candidate.steps)
-    columns = simulate(plan, mix, problem.seed, models=lambda pool, engine: steps).columns
+    columns = run(plan, mix, problem.seed, models=lambda pool, engine: steps)
     # A decode instance is late from the moment it has the KV: prompts take no time here, so that is the arrival.
     waited, took = columns["first_token"] - columns["arrival"], columns["last_token"] - columns["arrival"]
     times = waited if phase == "prefill" else took / np.maximum(columns["output"] - 1, 1)
