@@ -37,7 +37,7 @@ def erlang_c() -> Array:
 
 
 class Late(NamedTuple):
-    """One class at a queue of prompts: service times of its prompts alone, its limit, and the share that may miss it."""
+    """One class at a queue of prompts: service times of prompts alone, the limit, and the share that may miss it."""
 
     service: Array
     limit: float

@@ -63,8 +63,8 @@ class Judge:
 
     def __call__(self, instances: Sequence[Instances], scale: float, prompts_only: bool = False) -> Verdict:
         """Simulate `instances` at `scale` times the classes' rates. `prompts_only` leaves decoding and links out."""
-        key = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.budget, i.kv_tokens, i.count) for i in instances))
-        key = (key, scale, prompts_only)
+        pools = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.budget, i.kv_tokens, i.count) for i in instances))
+        key = (pools, scale, prompts_only)
         if key not in self._known:
             self._known[key] = self._judge(instances, scale, prompts_only)
             self.simulations += 1
@@ -97,7 +97,7 @@ class Judge:
     @cached_property
     def flight(self) -> float:
         """Sequences that decode at once at scale 1 where all are at their TPOT limit (Little)."""
-        return sum(s.spec.rate * s.outputs.mean() * s.spec.tpot_ms / 1e3 for s in self.samples)
+        return float(sum(s.spec.rate * s.outputs.mean() * s.spec.tpot_ms / 1e3 for s in self.samples))
 
 
 def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances]) -> Deployment:
