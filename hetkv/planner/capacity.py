@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,29 +48,34 @@ class Demand:
         """The mean over all requests of one array per class."""
         return float(sum(s.share * v.mean() for s, v in zip(self.samples, values, strict=True)))
 
-    @property
+    @cached_property
     def prompt(self) -> float:
         return self.mean([s.prompts for s in self.samples])
 
-    @property
+    @cached_property
     def pairs(self) -> float:
         return self.mean([s.prompts * (s.prompts + 1) / 2 for s in self.samples])
 
-    @property
+    @cached_property
     def prompt_spread(self) -> float:
         """Coefficient of variation of prompt lengths, squared."""
         return self.mean([s.prompts**2 for s in self.samples]) / self.prompt**2 - 1
 
-    @property
+    @cached_property
     def steps(self) -> float:
         """Decode steps of a request: the first token comes from the prompt."""
         return self.mean([s.outputs - 1 for s in self.samples])
 
-    @property
+    @cached_property
     def context(self) -> float:
         """KV tokens of a decoding sequence, seen at a random moment: long outputs weigh more."""
         held = [(s.prompts + s.others / 2) * (s.others - 1) for s in self.samples]
         return self.mean(held) / self.steps if self.steps else self.prompt
+
+    @cached_property
+    def step_limits(self) -> list[float]:
+        """`step_limit` of each class where no transfer shows."""
+        return [step_limit(s, 0.0) for s in self.samples]
 
 
 def step_times(
@@ -208,12 +214,12 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
         (use < 0.95) & (batches + KV_MARGIN * np.sqrt(batches) <= room), (len(COUNTS), len(batches))
     ).copy()
     met = busy_batch(batches, np.clip(np.gradient(np.log(step), np.log(batches)), 0.0, 0.95), 0.0) / batches
-    for sample in demand.samples:
+    for sample, limit in zip(demand.samples, demand.step_limits, strict=True):
         after = np.maximum(sample.others - 1, 1)
         z = max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
         several = np.sqrt(share * (1 - share / 2))[:, None] / np.sqrt(after.mean())
         slow = step * np.minimum(met, 1.5) + z * several[:, 0] * (mixed - plain)
-        good &= slow <= step_limit(sample, 0.0)
+        good &= slow <= limit
         good &= _prompts_in_time(sample, demand, use, mixed, step, budget)
     best = good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)
     rates = np.where(good.any(axis=1), batches[best] / (each * step[best]), 0.0)
