@@ -99,7 +99,7 @@ class Gauge:
             return self.judges[model](self.instances(counts), scale)
         if "aggregated" in roles:
             return self.role(model, counts, "aggregated", scale)
-        first, later = (self.role(model, counts, role, scale) for role in ("prefill", "decode"))
+        first, later = (self.role(model, counts, role, scale, quick=False) for role in ("prefill", "decode"))
         latency = {
             name: type(x)(
                 x.ttft_ms,
@@ -113,8 +113,11 @@ class Gauge:
         }
         return Verdict(latency)
 
-    def role(self, model: str, counts: Counts, role: str, scale: float) -> Verdict:
-        """One pool, by a cell of it: `ttft` of prefill (prompts alone), `tpot` of decode with enough prefill before."""
+    def role(self, model: str, counts: Counts, role: str, scale: float, quick: bool = True) -> Verdict:
+        """One pool, by a cell of it: prefill by its prompts alone, decode with enough prefill before it.
+
+        `quick` simulates links without sharing.
+        """
         cells = self._cells(model, counts, role, scale)
         cell = self._slice(counts, model, role, cells)
         share = self._weight(cell) / self._weight({k: n for k, n in counts.items() if k[:2] == (model, role)})
@@ -128,7 +131,7 @@ class Gauge:
                 while self._weight(before) < 1.2 * scale * share * self.rate(model):
                     before[largest] += 1
             cell = {**before, **cell}
-        return self.judges[model](self.instances(cell), scale * share)
+        return self.judges[model](self.instances(cell), scale * share, quick=quick and role == "decode")
 
     def rate(self, model: str) -> float:
         """Requests/s of a model at scale 1."""

@@ -14,6 +14,7 @@ from hetkv.costmodel import StepModel
 from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import ClassLatency, Instances
 from hetkv.planner.traffic import Mix, Sample, samples
+from hetkv.planner.wires import Wires
 from hetkv.simulator.cluster import Cluster
 from hetkv.simulator.deployment import Engine, LinkPlan, PoolPlan, Routing, build_pools, port_bytes_per_second
 from hetkv.simulator.deployment import Plan as Deployment
@@ -66,19 +67,24 @@ class Judge:
     def classes(self) -> Sequence[WorkloadClass]:
         return self.problem.classes_of(self.model.name)
 
-    def __call__(self, instances: Sequence[Instances], scale: float, prompts_only: bool = False) -> Verdict:
-        """Simulate `instances` at `scale` times the classes' rates. `prompts_only` leaves decoding and links out."""
+    def __call__(
+        self, instances: Sequence[Instances], scale: float, prompts_only: bool = False, quick: bool = False
+    ) -> Verdict:
+        """Simulate `instances` at `scale` times the classes' rates.
+
+        `prompts_only` leaves decoding and links out, `quick` the sharing of links (`Wires`).
+        """
         pools = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.budget, i.kv_tokens, i.count) for i in instances))
-        key = (pools, scale, prompts_only)
+        key = (pools, scale, prompts_only, quick)
         if key not in self._known:
-            self._known[key] = self._judge(instances, scale, prompts_only)
+            self._known[key] = self._judge(instances, scale, prompts_only, quick)
             self.simulations += 1
         return self._known[key]
 
-    def _judge(self, instances: Sequence[Instances], scale: float, prompts_only: bool) -> Verdict:
+    def _judge(self, instances: Sequence[Instances], scale: float, prompts_only: bool, quick: bool) -> Verdict:
         plan = deployment(self.problem, self.model, instances)
         mix = Mix(self.classes, scale, self.requests(scale), prompts_only)
-        columns = run(plan, mix, self.problem.seed, self._step_model if self.models else None, self._lines)
+        columns = run(plan, mix, self.problem.seed, self._step_model if self.models else None, self._lines, quick)
         return verdict(columns, self.classes, mix.kinds(self.problem.seed))
 
     def _step_model(self, pool: PoolPlan, engine: Engine) -> StepModel:
@@ -132,7 +138,12 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
 
 
 def run(
-    plan: Deployment, mix: Mix, seed: int, models: Any = None, lines: dict[Any, dict[int, Any]] | None = None
+    plan: Deployment,
+    mix: Mix,
+    seed: int,
+    models: Any = None,
+    lines: dict[Any, dict[int, Any]] | None = None,
+    quick: bool = False,
 ) -> Columns:
     """The simulator's columns of `mix` on `plan`: what `simulate` runs, without its summary.
 
@@ -144,7 +155,8 @@ def run(
     if plan.disaggregated:
         assert isinstance(plan.link, LinkPlan)
         fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
-        links = Links(events, port_bytes_per_second(plan), fabric, plan.link.latency_us / 1e6)
+        port, latency = port_bytes_per_second(plan), plan.link.latency_us / 1e6
+        links = Wires(events, port, latency) if quick else Links(events, port, fabric, latency)
     overlap = plan.link is not None and plan.link.overlap == "layerwise"
     cluster = Cluster(pools, events, records, links, plan.routing.prefill, plan.routing.decode, overlap)
     cluster.start(mix.requests(seed))
