@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from hetkv.planner.traffic import Sample
 Array = NDArray[np.float64]
 
 KV_MARGIN = 2.33
-"""Deviations of the number of sequences for which a decode instance keeps KV room (one moment in a hundred is above)."""
+"""Deviations of the number of sequences for which a decode instance keeps KV room: exceeded 1 % of the time."""
 
 
 class Capacity(NamedTuple):
@@ -47,29 +48,47 @@ class Demand:
         """The mean over all requests of one array per class."""
         return float(sum(s.share * v.mean() for s, v in zip(self.samples, values, strict=True)))
 
-    @property
+    @cached_property
     def prompt(self) -> float:
         return self.mean([s.prompts for s in self.samples])
 
-    @property
+    @cached_property
     def pairs(self) -> float:
         return self.mean([s.prompts * (s.prompts + 1) / 2 for s in self.samples])
 
-    @property
+    @cached_property
     def prompt_spread(self) -> float:
         """Coefficient of variation of prompt lengths, squared."""
         return self.mean([s.prompts**2 for s in self.samples]) / self.prompt**2 - 1
 
-    @property
+    @cached_property
     def steps(self) -> float:
         """Decode steps of a request: the first token comes from the prompt."""
         return self.mean([s.outputs - 1 for s in self.samples])
 
-    @property
+    @cached_property
     def context(self) -> float:
         """KV tokens of a decoding sequence, seen at a random moment: long outputs weigh more."""
         held = [(s.prompts + s.others / 2) * (s.others - 1) for s in self.samples]
         return self.mean(held) / self.steps if self.steps else self.prompt
+
+    @cached_property
+    def step_limits(self) -> list[float]:
+        """`step_limit` of each class where no transfer shows."""
+        return [step_limit(s, 0.0) for s in self.samples]
+
+
+def step_times(
+    steps: StepModel,
+    batch: Array | float,
+    context: Array | float,
+    prompt: Array | float = 0.0,
+    pairs: Array | float = 0.0,
+) -> Array:
+    """Step times for arrays of what `step_seconds` takes; fractions of sequences and tokens are means."""
+    seconds: Any = steps.step_seconds
+    rows = np.broadcast_arrays(*np.atleast_1d(batch, context, prompt, pairs))
+    return np.array([seconds(*row) for row in zip(*(r.tolist() for r in rows), strict=True)])
 
 
 def prompt_seconds(steps: StepModel, lengths: Sequence[Array], budget: int, batch: float = 0.0) -> list[Array]:
@@ -81,7 +100,7 @@ def prompt_seconds(steps: StepModel, lengths: Sequence[Array], budget: int, batc
         done, total = 0.0, 0.0
         while done < length:
             n = min(float(budget), length - done)
-            total += steps.step_seconds(0, 0.0, n, n * done + n * (n + 1) / 2)  # type: ignore[arg-type]
+            total += float(step_times(steps, 0.0, 0.0, n, n * done + n * (n + 1) / 2)[0])
             done += n
         times.append(total)
     return [np.interp(x, knots, times) for x in lengths]
@@ -103,7 +122,7 @@ def prefill(steps: StepModel, demand: Demand, budget: int, first_step_seconds: f
     together = 0.0
     if tokens is not None:
         prompts = tokens / demand.prompt
-        times = np.array([steps.step_seconds(0, 0.0, t, t / demand.prompt * demand.pairs) for t in tokens.tolist()])
+        times = step_times(steps, 0.0, 0.0, tokens, prompts * demand.pairs)
         elasticity = np.clip(np.gradient(np.log(times), np.log(tokens)), 0.0, 0.97)
         spread = elasticity * np.sqrt((1 + demand.prompt_spread) / (1 - elasticity**2))
         together = batched_rate(late, prompts / times, times, mean, spread)
@@ -112,8 +131,8 @@ def prefill(steps: StepModel, demand: Demand, budget: int, first_step_seconds: f
 
 def prompt_bound(steps: StepModel, demand: Demand, budget: int) -> float:
     """Prompts per second at most: every step takes at least the best time per token, attention left out."""
-    tokens = np.unique(np.append(np.geomspace(1, budget, 40), budget)).tolist()
-    return 1 / (demand.prompt * min(steps.step_seconds(0, 0.0, t) / t for t in tokens))
+    tokens = np.geomspace(1, budget, 40)
+    return float(1 / (demand.prompt * (step_times(steps, 0.0, 0.0, tokens) / tokens).min()))
 
 
 def step_limit(sample: Sample, transfer: Array | float) -> float:
@@ -156,7 +175,8 @@ def decode(
     if room < 1 or not steps.step_seconds(1, context) <= limit:
         return NONE
     batches = np.geomspace(0.02, max(room, 1.0), 120)
-    times = np.array([steps.step_seconds(b, b * context) for b in np.maximum(batches, 1.0).tolist()])
+    running = np.maximum(batches, 1.0)
+    times = step_times(steps, running, running * context)
     elasticity = np.clip(np.gradient(np.log(times), np.log(batches)), 0.0, 0.95)
     met = busy_batch(batches, elasticity, z)
     fits = (batches + KV_MARGIN * np.sqrt(batches) <= room) | (batches <= 0.5)
@@ -182,18 +202,11 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
         return NONE
     batches = np.geomspace(0.02, max(room, 1.0), 40)
     pairs = chunk * demand.pairs / demand.prompt
-    plain = np.array([steps.step_seconds(b, b * context) for b in np.maximum(batches, 1.0).tolist()])
-    mixed = np.array([steps.step_seconds(b, b * context, chunk, pairs) for b in np.maximum(batches, 1.0).tolist()])  # type: ignore[arg-type]
+    running = np.maximum(batches, 1.0)
+    plain = step_times(steps, running, running * context)
     share = batches * demand.prompt / (each * chunk)
-    more = np.maximum(share, 1.0)
-    if budget > chunk:  # several prompts in one step
-        tokens = np.minimum(chunk * more, budget)
-        mixed = np.array(
-            [
-                steps.step_seconds(b, b * context, t, t / chunk * pairs)  # type: ignore[arg-type]
-                for b, t in zip(np.maximum(batches, 1.0).tolist(), tokens.tolist(), strict=True)
-            ]
-        )
+    tokens = np.minimum(chunk * np.maximum(share, 1.0), budget)  # several prompts in one step
+    mixed = step_times(steps, running, running * context, tokens, tokens / chunk * pairs)
     share = np.minimum(share, 1.0)
     step = plain + share * (mixed - plain)
     use = batches * demand.prompt / (each * budget)
@@ -201,12 +214,12 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
         (use < 0.95) & (batches + KV_MARGIN * np.sqrt(batches) <= room), (len(COUNTS), len(batches))
     ).copy()
     met = busy_batch(batches, np.clip(np.gradient(np.log(step), np.log(batches)), 0.0, 0.95), 0.0) / batches
-    for sample in demand.samples:
+    for sample, limit in zip(demand.samples, demand.step_limits, strict=True):
         after = np.maximum(sample.others - 1, 1)
         z = max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
         several = np.sqrt(share * (1 - share / 2))[:, None] / np.sqrt(after.mean())
         slow = step * np.minimum(met, 1.5) + z * several[:, 0] * (mixed - plain)
-        good &= slow <= step_limit(sample, 0.0)
+        good &= slow <= limit
         good &= _prompts_in_time(sample, demand, use, mixed, step, budget)
     best = good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)
     rates = np.where(good.any(axis=1), batches[best] / (each * step[best]), 0.0)

@@ -38,7 +38,7 @@ BUDGETS = (512, 2048)
 """Prompt tokens per step that an aggregated instance may be limited to, beside the engine's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """One kind of instance for one model. Rates are requests/s of the model's mix on one instance.
 
@@ -82,8 +82,8 @@ class Columns:
     demands: dict[str, Demand] = field(default_factory=dict)
 
 
-def build_columns(problem: Problem, end: Literal["low", "high"] | None = None) -> Columns:
-    """Every column that fits in memory and serves the targets at some rate.
+def build_columns(problem: Problem, end: Literal["low", "high"] | None = None, every: bool = False) -> Columns:
+    """Every column that fits in memory and serves the targets at some rate; with `every`, at no rate too.
 
     With `end`, step times are at that end of the cost model's 90 % interval.
     """
@@ -91,7 +91,7 @@ def build_columns(problem: Problem, end: Literal["low", "high"] | None = None) -
     catalogue, efficiencies = load_catalogue(problem.catalogue), load_efficiencies(problem.calibration)
     for model in problem.models:
         demand = found.demands[model.name] = Demand(samples(problem.classes_of(model.name)))
-        builder = _Builder(problem, model, demand, catalogue, efficiencies, end, found)
+        builder = _Builder(problem, model, demand, catalogue, efficiencies, end, every, found)
         builder.build()
     return found
 
@@ -104,6 +104,7 @@ class _Builder:
     catalogue: Catalogue
     efficiencies: Efficiencies
     end: Literal["low", "high"] | None
+    every: bool
     found: Columns
 
     def build(self) -> None:
@@ -208,7 +209,8 @@ class _Builder:
             self.found.refused[f"{role} of {self.model.name} on {offer.gpu} tp {tp} pp {pp}"] = (
                 "TTFT" if role == "prefill" else "TPOT" if role == "decode" else "TTFT or TPOT"
             )
-            return False
+            if not self.every:
+                return False
         port_rate = float("inf")
         if role != "aggregated":
             port_rate = PORT_LOAD * self._port(offer, tp * pp) / (self.demand.prompt * steps.kv_bytes_per_token)

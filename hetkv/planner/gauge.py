@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, floor
+from math import ceil, floor, inf
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hetkv.planner.verify import Judge, Verdict
 Key = tuple[Any, ...]
 Counts = Mapping[Key, int]
 
-CELL, CELL_FLIGHT = 24, 2000
+CELL, CELL_FLIGHT = 24, 1200
 """Instances of a role, and sequences that decode at once, that are simulated together. A larger deployment is cells."""
 
 PRECISION = 0.02
@@ -43,6 +44,7 @@ class Gauge:
     problem: Problem
     columns: Sequence[Column]
     judges: Mapping[str, Judge]
+    deadline: float = inf  # of `time.perf_counter`: no further measurement is begun after it
     _factors: dict[Key, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +99,7 @@ class Gauge:
             return self.judges[model](self.instances(counts), scale)
         if "aggregated" in roles:
             return self.role(model, counts, "aggregated", scale)
-        first, later = (self.role(model, counts, role, scale) for role in ("prefill", "decode"))
+        first, later = (self.role(model, counts, role, scale, quick=False) for role in ("prefill", "decode"))
         latency = {
             name: type(x)(
                 x.ttft_ms,
@@ -109,10 +111,13 @@ class Gauge:
             )
             for name, x in first.latency.items()
         }
-        return Verdict(latency, first.ttft, later.tpot)
+        return Verdict(latency)
 
-    def role(self, model: str, counts: Counts, role: str, scale: float) -> Verdict:
-        """One pool, by a cell of it: `ttft` of prefill (prompts alone), `tpot` of decode with enough prefill before."""
+    def role(self, model: str, counts: Counts, role: str, scale: float, quick: bool = True) -> Verdict:
+        """One pool, by a cell of it: prefill by its prompts alone, decode with enough prefill before it.
+
+        `quick` simulates links without sharing.
+        """
         cells = self._cells(model, counts, role, scale)
         cell = self._slice(counts, model, role, cells)
         share = self._weight(cell) / self._weight({k: n for k, n in counts.items() if k[:2] == (model, role)})
@@ -126,7 +131,7 @@ class Gauge:
                 while self._weight(before) < 1.2 * scale * share * self.rate(model):
                     before[largest] += 1
             cell = {**before, **cell}
-        return self.judges[model](self.instances(cell), scale * share)
+        return self.judges[model](self.instances(cell), scale * share, quick=quick and role == "decode")
 
     def rate(self, model: str) -> float:
         """Requests/s of a model at scale 1."""
@@ -148,26 +153,32 @@ class Gauge:
         return {k: n for k, n in found.items() if n} or {max(mine, key=lambda k: mine[k]): 1}
 
     def largest(self, model: str, counts: Counts, role: str, start: float) -> float:
-        """The largest scale, to `PRECISION`, at which the pool keeps its own target; 0 where there is none."""
+        """The largest scale, to `PRECISION`, at which the pool keeps its own target; 0 where none was found in time.
 
-        def holds(scale: float) -> bool:
+        Between a scale that holds and one that does not, the next one is where a line through what they use of their
+        limits would meet it; TTFT rises too steeply for that, and its interval is halved.
+        """
+        low, high, scale, used = 0.0, 0.0, start, {}
+        for _ in range(10):
+            if low and time.perf_counter() > self.deadline:
+                break
             found = self.role(model, counts, role, scale)
-            return {"prefill": found.ttft, "decode": found.tpot}.get(role, found.meets)
-
-        low, high, scale = 0.0, 0.0, start
-        for _ in range(9):
-            if holds(scale):
+            used[scale] = found.used(role)
+            if used[scale] <= 1:
                 low = scale
             else:
                 high = scale
             if low and high and high <= low * (1 + PRECISION):
                 break
             if not high:
-                scale = low * 1.12
+                scale = low * (1.3 if used[low] < 0.7 else 1.1)
             elif not low:
                 scale = high * 0.85
             else:
-                scale = (low + high) / 2
+                part = 0.5
+                if role == "decode" and used[high] < 3:
+                    part = min(max((1 - used[low]) / (used[high] - used[low]), 0.2), 0.8)
+                scale = low + part * (high - low)
         return low
 
     def measure(self, model: str, counts: Counts, scale: float) -> dict[str, float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from hetkv.errors import InputError
 from hetkv.planner.capacity import prompt_seconds
-from hetkv.planner.columns import Columns, build_columns
+from hetkv.planner.columns import Column, Columns, build_columns
 from hetkv.planner.problem import Problem
 from hetkv.planner.programme import optimise
 from hetkv.planner.result import Tightest
@@ -41,11 +42,11 @@ def _no_columns(problem: Problem, model: str) -> InfeasibleError:
     mine = [c for c in loose.columns if c.model == model]
     if not mine:
         reasons = [why for where, why in loose.refused.items() if where.startswith(f"{model} on ")]
-        reason = min(reasons, key=len).removeprefix("memory: ") if reasons else "every offered GPU has the cap 0"
+        reason = reasons[-1].removeprefix("memory: ") if reasons else "every offered GPU has the cap 0"
         return _error("memory", f"model {model}", float("inf"), f"{model} fits on none of the offered GPUs: {reason}")
     worst: tuple[float, str, str, str] | None = None
     for i, sample in enumerate(loose.demands[model].samples):
-        spec = sample.spec
+        spec = problem.classes_of(model)[i]
         times = [
             (float(np.quantile(_service(c, loose, i), spec.ttft_percentile / 100)), c)
             for c in mine
@@ -70,10 +71,7 @@ def _no_columns(problem: Problem, model: str) -> InfeasibleError:
     return _error(constraint, where_text, used, text)
 
 
-def _service(column: object, found: Columns, index: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    from hetkv.planner.columns import Column
-
-    assert isinstance(column, Column)
+def _service(column: Column, found: Columns, index: int) -> NDArray[np.float64]:
     prompts = [s.prompts for s in found.demands[column.model].samples]
     return prompt_seconds(column.steps, prompts, column.budget)[index]
 

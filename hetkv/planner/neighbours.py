@@ -47,8 +47,7 @@ def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tupl
         if any(all(n <= bad.get(k, 0) for k, n in counts.items()) for bad in failed[role]):
             return False
         plan = {**strongest, **counts} if role == "decode" else counts
-        verdict = search.gauge.role(model, plan, role, 1.0)
-        good = {"prefill": verdict.ttft, "decode": verdict.tpot}.get(role, verdict.meets)
+        good = search.gauge.role(model, plan, role, 1.0).used(role) <= 1
         if good:
             passed[role].add(name)
         else:

@@ -1,22 +1,22 @@
-"""TTFT and TPOT that the queueing formulas expect of a plan: the same formulas that set the capacities, read backwards."""
+"""TTFT and TPOT that the formulas behind the capacities expect of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from hetkv.planner.capacity import Demand, prompt_seconds
+from hetkv.planner.capacity import Demand, prompt_seconds, step_times
 from hetkv.planner.columns import Column
 from hetkv.planner.gauge import Counts, rate_of
 from hetkv.planner.queueing import COUNTS, LOADS, busy_batch, erlang_c
 from hetkv.planner.result import ClassLatency
 
 
-def predict(
-    demand: Demand, columns: Mapping[tuple[object, ...], Column], counts: Counts, rate: float
-) -> dict[str, ClassLatency]:
+def predict(demand: Demand, columns: Mapping[Any, Column], counts: Counts, rate: float) -> dict[str, ClassLatency]:
     """By class: latencies at `rate` requests/s on the column that carries most of each role."""
     shares = {}
     for role in ("prefill", "decode", "aggregated"):
@@ -61,7 +61,7 @@ def _prefill(demand: Demand, column: Column, count: int, rate: float) -> list[fl
     found = []
     for sample, own in zip(demand.samples, service, strict=True):
 
-        def one_by_one(limit: float, own: np.ndarray[tuple[int], np.dtype[np.float64]] = own) -> float:
+        def one_by_one(limit: float, own: NDArray[np.float64] = own) -> float:
             left = limit - own
             return float(np.where(left < 0, 1.0, waits * np.exp(-decay * np.maximum(left, 0.0))).mean())
 
@@ -75,8 +75,8 @@ def _prefill(demand: Demand, column: Column, count: int, rate: float) -> list[fl
 def _batched(demand: Demand, column: Column, rate: float) -> tuple[float, float]:
     """The step that an instance settles to when it takes all waiting prompts at once, and its deviation."""
     tokens = np.geomspace(min(demand.prompt, column.budget), column.budget, 30)
-    times = np.array([column.steps.step_seconds(0, 0.0, t, t / demand.prompt * demand.pairs) for t in tokens.tolist()])
     prompts = tokens / demand.prompt
+    times = step_times(column.steps, 0.0, 0.0, tokens, prompts * demand.pairs)
     step = float(np.interp(rate, prompts / times, times))
     together = max(rate * step, 1.0)
     return step, float(np.sqrt(step**2 / 12 + 1.25 * step**2 * (1 + demand.prompt_spread) / together))
@@ -85,7 +85,8 @@ def _batched(demand: Demand, column: Column, rate: float) -> tuple[float, float]
 def _decode(demand: Demand, column: Column, count: int, rate: float) -> list[float]:
     context, each = demand.context + 8.0, demand.steps
     batches = np.geomspace(0.02, 4096, 120)
-    times = np.array([column.steps.step_seconds(b, b * context) for b in np.maximum(batches, 1.0).tolist()])
+    running = np.maximum(batches, 1.0)
+    times = step_times(column.steps, running, running * context)
     batch = float(np.interp(rate * each, batches / times, batches)) if each else 1.0
     elasticity = np.clip(np.interp(batch, batches, np.gradient(np.log(times), np.log(batches))), 0.0, 0.95)
     row = int(np.searchsorted(COUNTS, count, side="right")) - 1
@@ -97,9 +98,7 @@ def _decode(demand: Demand, column: Column, count: int, rate: float) -> list[flo
     return found
 
 
-def _per_token(
-    outputs: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]], step: float, percentile: float
-) -> float:
+def _per_token(outputs: Sequence[float] | NDArray[np.float64], step: float, percentile: float) -> float:
     after = np.asarray(outputs) - 1
     after = after[after > 0]
     return float(np.quantile(step * (1 + 0.5 / after), percentile / 100)) if after.size else 0.0
@@ -110,12 +109,9 @@ def _aggregated(demand: Demand, column: Column, count: int, rate: float) -> tupl
     chunk = min(demand.prompt, float(column.budget))
     pairs = chunk * demand.pairs / demand.prompt
     batches = np.geomspace(0.02, 4096, 60)
-    plain, mixed = (
-        np.array(
-            [column.steps.step_seconds(b, b * context, t, t / chunk * pairs) for b in np.maximum(batches, 1.0).tolist()]  # type: ignore[arg-type]
-        )
-        for t in (0.0, chunk)
-    )
+    running = np.maximum(batches, 1.0)
+    plain = step_times(column.steps, running, running * context)
+    mixed = step_times(column.steps, running, running * context, chunk, pairs)
     share = np.minimum(batches * demand.prompt / (each * chunk), 1.0)
     step = plain + share * (mixed - plain)
     batch = float(np.interp(rate * each, batches / step, batches))

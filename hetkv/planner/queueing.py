@@ -37,7 +37,7 @@ def erlang_c() -> Array:
 
 
 class Late(NamedTuple):
-    """One class at a queue of prompts: service times of its prompts alone, its limit, and the share that may miss it."""
+    """One class at a queue of prompts: service times of prompts alone, the limit, and the share that may miss it."""
 
     service: Array
     limit: float
@@ -51,17 +51,22 @@ def waiting_load(classes: list[Late], mean: float, variance: float) -> Array:
     mean of the two-moment approximation, `mean (1 + cv^2) / 2 / (n (1 - load))`. A request is late where its wait and
     its own service exceed the limit. `mean` and `variance` are of the service time over all classes.
     """
-    wait = erlang_c()
-    servers = np.array(COUNTS, dtype=np.float64)[:, None]
-    decay = 2 * servers * (1 - LOADS) / (mean * (1 + variance / mean**2))
-    good = np.ones(wait.shape, dtype=bool)
-    for one in classes:
-        left = one.limit - one.service
-        room = left[left >= 0]
-        late = np.exp(-decay[:, :, None] * room).sum(axis=2) * wait
-        good &= (late + (len(left) - len(room))) / len(left) <= one.allowed
-    good = np.logical_and.accumulate(good, axis=1)
-    return np.where(good.any(axis=1), LOADS[np.maximum(good.sum(axis=1) - 1, 0)], 0.0)
+    servers = np.array(COUNTS, dtype=np.float64)
+    decay = 2 * servers[:, None] * (1 - LOADS) / (mean * (1 + variance / mean**2))
+    rows, wait = np.arange(len(COUNTS)), erlang_c()
+    limits = [np.asarray(one.limit - one.service) for one in classes]
+    good = np.zeros(len(COUNTS), dtype=np.intp)  # lateness rises with the load: the loads below `good` hold
+    step = 1 << (len(LOADS).bit_length() - 1)
+    while step:
+        probe = good + step
+        at = np.minimum(probe, len(LOADS)) - 1
+        holds = probe <= len(LOADS)
+        for one, left in zip(classes, limits, strict=True):
+            late = np.exp(-decay[rows, at][:, None] * np.maximum(left, 0.0)) * wait[rows, at][:, None]
+            holds &= np.where(left < 0, 1.0, late).mean(axis=1) <= one.allowed
+        good = np.where(holds, probe, good)
+        step >>= 1
+    return np.where(good > 0, LOADS[np.maximum(good, 1) - 1], 0.0)
 
 
 def batched_rate(classes: list[Late], rates: Array, steps: Array, mean: float, spread: float) -> float:

@@ -12,8 +12,8 @@ from hetkv.simulator.deployment import Plan as Deployment
 class Instances(msgspec.Struct, frozen=True):
     """`count` equal instances of `tp * pp` GPUs each. `kv_tokens`: KV room of one, cut to balance routing; None: all.
 
-    `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one of them, None where the problem
-    has no prices.
+    `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one, None where the
+    problem has no prices.
     """
 
     role: Literal["prefill", "decode", "aggregated"]

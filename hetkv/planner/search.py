@@ -66,6 +66,7 @@ class Search:
         cuts: list[Cut] = []
         reserve, before = 1.0, None
         begin = time.perf_counter()
+        self.gauge.deadline = begin + self.limit_seconds
         for _ in range(2 * ITERATIONS):
             late = self.iterations >= ITERATIONS or time.perf_counter() - begin > self.limit_seconds
             if late and (self.best is not None or not self.for_cost or reserve > 1.2):
@@ -191,9 +192,9 @@ class Search:
             return []
         found = []
         for model, verdict in candidate.verdicts.items():
-            for role, good in (("prefill", verdict.ttft), ("decode", verdict.tpot)):
+            for role in ("prefill", "decode"):
                 mine = {k: n for k, n in candidate.counts.items() if k[:2] == (model, role)}
-                if mine and not good and len(mine) == 1 and sum(mine.values()) <= 24:
+                if mine and verdict.used(role) > 1 and len(mine) == 1 and sum(mine.values()) <= 24:
                     found.append(Cut(model, role, mine))
         return found
 

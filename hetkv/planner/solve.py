@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import msgspec
-
 from hetkv.costmodel import load_catalogue
-from hetkv.planner.columns import Columns, build_columns
+from hetkv.planner.columns import Column, Columns, build_columns
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
@@ -40,7 +38,7 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     judges = {m.name: Judge(problem, m) for m in problem.models}
     search = Search(problem, found, judges, seconds).run()
     best = search.best or _closest(search.seen)
-    if best is None or search.solution is None and not search.seen:
+    if best is None:
         raise explain(problem, found)
     bound = search.bound()
     slack = _slack(search, best)
@@ -191,7 +189,7 @@ def _alternative(
     name: str,
     problem: Problem,
     found: Columns,
-    part: list,  # type: ignore[type-arg]
+    part: list[Column],
     judges: Mapping[str, Judge],
     search: Search,
     best: Candidate,
