@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--budget", type=float, metavar="USD", help="per hour: most goodput for it, --rate is then the mix"
     )
-    flags.add_argument("--roles", choices=("any", "disaggregated", "aggregated"), default="any")
     flags.add_argument("--spare", type=int, choices=(0, 1), default=0, help="1: N+1, one instance of each may be down")
+    parser.add_argument(
+        "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
+    )
     parser.add_argument("--seed", type=int, help="of the simulations; the same seed gives the same plan")
     parser.add_argument("--json", metavar="FILE", help="write the plan and all that was worked out, for machines")
     parser.add_argument("--out", metavar="FILE", help="write the deployment as plan.yaml for simulate and demo")
@@ -63,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     many.add_argument("--rates", metavar="X,X,...", help="multiples of the rates to draw (default 0.25 to 4)")
     many.add_argument("--targets", metavar="X,X,...", help="multiples of the TPOT limits to draw (default 0.6 to 2.5)")
+    many.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="PREFILL:DECODE",
+        help="draw a fleet that prefills on one GPU type and decodes on another; repeat for more",
+    )
     many.add_argument("--trace", metavar="FILE", help="plan again for each window of a trace (formats: hetkv simulate)")
     many.add_argument("--window", type=float, metavar="S", help="seconds of a window (default: a twelfth of the trace)")
     many.add_argument("--trace-plot", metavar="FILE", help="draw traffic, GPUs and their ratio over the trace")
@@ -101,11 +110,12 @@ def problem_of(args: argparse.Namespace) -> Any:
                 "classes": [traffic],
                 "gpus": [_offer(text, args.price_basis, args.prices_as_of) for text in args.gpu],
                 "objective": goal,
-                "roles": args.roles,
                 "spare_instances": args.spare,
             },
             "options",
         )
+    if args.roles is not None:
+        problem = msgspec.structs.replace(problem, roles=args.roles)
     if args.seed is not None:
         problem = check_problem(msgspec.structs.replace(problem, seed=args.seed), "--seed")
     return problem
@@ -144,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs == 0:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
     scales, targets = _numbers(args.rates, "rates", SCALES), _numbers(args.targets, "targets", TARGETS)
+    splits = [_pair(text) for text in args.split]
     problem = problem_of(args)
     console = Console() if Console().is_terminal else Console(width=140)
     errors = Console(stderr=True)
@@ -153,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     found = replanned = None
     if args.plot or (args.report and problem.prices):
         with _bar(errors, "planning other rates and targets") as on_done:
-            found = frontier(problem, scales, targets, args.jobs, args.backend, on_done)
+            found = frontier(problem, scales, targets, splits, args.jobs, args.backend, on_done)
         show.show_frontier(console, found)
     if args.trace:
         with _bar(errors, "planning for each window") as on_done:
@@ -171,6 +182,13 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         Path(args.report).write_text(html(problem, plan, found, replanned, nodes), encoding="utf-8")
     return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    prefill, colon, decode = text.partition(":")
+    if not (prefill and colon and decode):
+        raise InputError(f"--split {text!r}: expected PREFILL:DECODE, such as H100-SXM:MI300X")
+    return prefill, decode
 
 
 def _numbers(text: str | None, option: str, default: tuple[float, ...]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import msgspec
 from hetkv.costmodel import load_catalogue
 from hetkv.errors import InputError
 from hetkv.planner.explain import VENDORS, gpus, split
-from hetkv.planner.problem import Objective, Problem
+from hetkv.planner.problem import Objective, PairLimit, Problem
 from hetkv.planner.solve import solve
 from hetkv.planner.traffic import samples
 from hetkv.simulator.sweep import run_all
@@ -34,10 +34,17 @@ class Point(msgspec.Struct, frozen=True):
     rate: float
     cost_per_hour: float | None = None
     gpus: int | None = None
+    prefill_gpus: int = 0
+    decode_gpus: int = 0
     gpu_tokens_per_s: float | None = None
     user_tokens_per_s: float | None = None
     split: str = ""
     why: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Prefill to decode GPUs; None where nothing is split."""
+        return self.prefill_gpus / self.decode_gpus if self.decode_gpus else None
 
 
 class Frontier(msgspec.Struct, frozen=True):
@@ -66,15 +73,33 @@ def fleets(problem: Problem) -> dict[str, Problem]:
     return found
 
 
+def split_fleet(problem: Problem, prefill: str, decode: str) -> tuple[str, Problem]:
+    """The problem with every prefill on one GPU type and every decode on another, and what to call it."""
+    catalogue = load_catalogue(problem.catalogue)
+    names = [catalogue.gpu(name).name for name in (prefill, decode)]
+    offers = [o for o in problem.gpus if o.gpu in names]
+    for name in names:
+        if name not in [o.gpu for o in offers]:
+            raise InputError(f"--split: {name} is not among the problem's GPUs")
+    known = {(p.prefill, p.decode): p for p in problem.pair_limits}
+    pairs = [PairLimit(a.gpu, b.gpu, 0.0) for a in offers for b in offers if [a.gpu, b.gpu] != names]
+    pairs += [p for key, p in known.items() if list(key) == names]
+    fleet = msgspec.structs.replace(problem, gpus=offers, pair_limits=pairs, roles="disaggregated")
+    return f"{names[0]} to {names[1]}", fleet
+
+
 def frontier(
     problem: Problem,
     scales: Sequence[float] = SCALES,
     targets: Sequence[float] = TARGETS,
+    splits: Sequence[tuple[str, str]] = (),
     jobs: int = -1,
     backend: str = "loky",
     on_done: Callable[[int, int], None] = lambda done, of: None,
 ) -> Frontier:
     """Plans of every fleet at every scale and target, each for the least cost, on `jobs` processes or a Ray cluster.
+
+    `splits` are pairs of GPU names, (prefill, decode): fleets of their own.
 
     `on_done(done, of)` is called as they end. `InputError` where a GPU has no price.
     """
@@ -83,7 +108,8 @@ def frontier(
     problem = msgspec.structs.replace(problem, objective=Objective())
     top = max(scales)
     places = dict.fromkeys([*((s, 1.0) for s in scales), *((top, t) for t in targets)])
-    tasks = [(name, fleet, *place) for name, fleet in fleets(problem).items() for place in places]
+    every = fleets(problem) | dict(split_fleet(problem, *pair) for pair in splits)
+    tasks = [(name, fleet, *place) for name, fleet in every.items() for place in places]
     found = run_all(point, tasks, jobs, backend, lambda done: on_done(done, len(tasks)))
     found = [_at_least_one_of(p, found) for p in found]
     users = [p for p in found if p.scale == top and p.target in targets]
@@ -120,6 +146,8 @@ def point(name: str, problem: Problem, scale: float, target: float) -> Point:
         rate,
         plan.cost_per_hour,
         count,
+        gpus(i for i in plan.instances if i.role == "prefill"),
+        gpus(i for i in plan.instances if i.role == "decode"),
         tokens / count,
         1e3 / slowest if slowest else None,
         split(plan.instances),

@@ -1,4 +1,4 @@
-"""The picture of a frontier: cost over the rate, and tokens/s per GPU over tokens/s per user, one line per fleet."""
+"""The picture of a frontier, a line per fleet: cost and prefill to decode GPUs over the rate, and tokens/s."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def canvas(panels: int, height: float = 4.0) -> tuple[Any, Any]:
 
 
 def draw(found: Frontier) -> Any:
-    """A matplotlib figure of both panels."""
+    """A matplotlib figure of the three panels."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, (cost, users) = canvas(2)
+        figure, (cost, users, ratio) = canvas(3)
         cost.set_title("Cost against rate (USD/hour)")
         cost.set_xlabel("rate (requests/s)")
         _lines(cost, found.rates, lambda p: p.rate, lambda p: p.cost_per_hour)
@@ -66,17 +66,27 @@ def draw(found: Frontier) -> Any:
         cost.set_yscale("log")
         _plain(cost.xaxis, sorted({p.rate for p in found.rates}))
         _plain(cost.yaxis, None)
-        users.set_title("Tokens/s per GPU against tokens/s per user")
-        users.set_xlabel("output tokens/s per user, the slowest class at its percentile")
+        users.set_title("Output tokens/s per GPU")
+        users.set_xlabel("output tokens/s per user (slowest class, its percentile)")
         _lines(users, found.users, lambda p: p.user_tokens_per_s, lambda p: p.gpu_tokens_per_s)
         users.set_ylim(bottom=0)
+        ratio.set_title("Prefill to decode GPUs")
+        ratio.set_xlabel("rate (requests/s)")
+        ratio.set_xscale("log")
+        _lines(ratio, found.rates, lambda p: p.rate, lambda p: p.ratio, "no plan is disaggregated")
+        _plain(ratio.xaxis, sorted({p.rate for p in found.rates}))
+        ratio.set_ylim(bottom=0)
         handles, labels = cost.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1), handlelength=1.6)
         return figure
 
 
 def _lines(
-    axis: Any, points: Sequence[Point], x: Callable[[Point], float | None], y: Callable[[Point], float | None]
+    axis: Any,
+    points: Sequence[Point],
+    x: Callable[[Point], float | None],
+    y: Callable[[Point], float | None],
+    nothing: str = "no plan meets the targets",
 ) -> None:
     names = list(dict.fromkeys(p.fleet for p in points))
     single = [c for c in COLOURS if c != MIXED_COLOUR]
@@ -97,7 +107,7 @@ def _lines(
             zorder=2 if mixed else 3,
         )
     if not any(x(p) is not None and y(p) is not None for p in points):
-        axis.text(0.5, 0.5, "no plan meets the targets", transform=axis.transAxes, ha="center", color=FAINT)
+        axis.text(0.5, 0.5, nothing, transform=axis.transAxes, ha="center", color=FAINT)
     axis.tick_params(colors=FAINT)
 
 

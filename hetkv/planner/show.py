@@ -35,7 +35,7 @@ def show(console: Console, problem: Problem, plan: Plan) -> None:
     _values(console, problem, plan)
     _others(console, plan)
     console.print(
-        f"columns {plan.columns_seconds:.2f} s, solve {plan.solve_seconds:.2f} s, simulated {plan.verify_seconds:.1f} s "
+        f"columns {plan.columns_seconds:.2f} s, solver {plan.solve_seconds:.2f} s, checks {plan.verify_seconds:.1f} s "
         f"in {plan.iterations} iteration{'s' * (plan.iterations != 1)}",
         style="dim",
         highlight=False,

@@ -42,6 +42,28 @@ def plan(name: str, problem: Problem) -> Option:
     return judged(name, problem, instances, scale, time.perf_counter() - begin)
 
 
+FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+"""Multiples of the rate that `repaired` asks a method for."""
+
+
+def repaired(name: str, problem: Problem, sizer: Sizer) -> tuple[float, Option] | None:
+    """The method's plan for the first of `FACTORS` times the rates that meets the targets at the rates themselves.
+
+    What a user would do who trusts the simulator more than the method. None where no factor helps.
+    """
+    seen: list[list[Instances]] = []
+    for factor in FACTORS:
+        begin = time.perf_counter()
+        instances = sizer(factor)
+        if not instances or instances in seen:
+            continue
+        seen.append(instances)
+        option = judged(name, problem, instances, 1.0, time.perf_counter() - begin)
+        if option.feasible:
+            return factor, option
+    return None
+
+
 def judged(name: str, problem: Problem, instances: list[Instances] | None, scale: float, seconds: float) -> Option:
     """`instances` as an option: feasible where the simulator says so of every class, within the caps."""
     rate = scale * sum(c.rate for c in problem.classes)

@@ -11,6 +11,7 @@ the most goodput per dollar.
 
 from __future__ import annotations
 
+from copy import copy
 from math import ceil
 from typing import Literal
 
@@ -71,6 +72,12 @@ class DistServe:
                 return None
             chosen += min(fits, key=lambda o: hourly(self.problem, o))
         return chosen
+
+    def also_mixed(self) -> DistServe:
+        """The same simulations, with a GPU type of its own for each phase."""
+        other = copy(self)
+        other.mixed = True
+        return other
 
     def _types(self) -> list[set[str]]:
         names = [offer.gpu for offer in self.problem.gpus]
