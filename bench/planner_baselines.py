@@ -94,6 +94,12 @@ def measure(name: str, problem: Any, sizer: Any, ours: float | None, begin: floa
     return found
 
 
+def commit() -> str:
+    """The commit that is measured."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
 def main() -> int:
     from joblib import Parallel, delayed
 
@@ -105,18 +111,19 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", required=True)
     args = parser.parse_args()
     tasks = [(seed, args.aic_python if seed < args.aic_fleets else None) for seed in range(args.fleets)]
-    rows = Parallel(n_jobs=args.jobs, verbose=5)(delayed(compare)(*task) for task in tasks)
     about = {
         "device": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "jobs": args.jobs,
-        "load_average": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
+        "commit": commit(),
     }
-    Path(args.json).write_text(json.dumps({**about, "fleets": rows}, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for row in Parallel(n_jobs=args.jobs, return_as="generator")(delayed(compare)(*task) for task in tasks):
+        rows.append(row)
+        facts = {**about, "load_average": round(os.getloadavg()[0], 1), "fleets": rows}
+        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(rows)} of {len(tasks)} fleets", flush=True)
     return 0
 
 

@@ -108,8 +108,8 @@ def frontier(
     problem = msgspec.structs.replace(problem, objective=Objective())
     top = max(scales)
     places = dict.fromkeys([*((s, 1.0) for s in scales), *((top, t) for t in targets)])
-    every = fleets(problem) | dict(split_fleet(problem, *pair) for pair in splits)
-    tasks = [(name, fleet, *place) for name, fleet in every.items() for place in places]
+    tasks = [(name, fleet, *place) for name, fleet in fleets(problem).items() for place in places]
+    tasks += [(*split_fleet(problem, *pair), s, 1.0) for pair in splits for s in scales]
     found = run_all(point, tasks, jobs, backend, lambda done: on_done(done, len(tasks)))
     found = [_at_least_one_of(p, found) for p in found]
     users = [p for p in found if p.scale == top and p.target in targets]
