@@ -69,13 +69,13 @@ def draw(found: Frontier) -> Any:
         users.set_title("Output tokens/s per GPU")
         users.set_xlabel("output tokens/s per user (slowest class, its percentile)")
         _lines(users, found.users, lambda p: p.user_tokens_per_s, lambda p: p.gpu_tokens_per_s)
-        users.set_ylim(bottom=0)
+        _from_zero(users)
         ratio.set_title("Prefill to decode GPUs")
         ratio.set_xlabel("rate (requests/s)")
         ratio.set_xscale("log")
         _lines(ratio, found.rates, lambda p: p.rate, lambda p: p.ratio, "no plan is disaggregated")
         _plain(ratio.xaxis, sorted({p.rate for p in found.rates}))
-        ratio.set_ylim(bottom=0)
+        _from_zero(ratio)
         handles, labels = cost.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1), handlelength=1.6)
         return figure
@@ -109,6 +109,12 @@ def _lines(
     if not any(x(p) is not None and y(p) is not None for p in points):
         axis.text(0.5, 0.5, nothing, transform=axis.transAxes, ha="center", color=FAINT)
     axis.tick_params(colors=FAINT)
+
+
+def _from_zero(axis: Any) -> None:
+    """From nothing to a little above the highest point."""
+    highest = max((float(y) for line in axis.get_lines() for y in line.get_ydata()), default=0.0)
+    axis.set_ylim(0, 1.12 * highest or 1.0)
 
 
 def _plain(axis: Any, ticks: Sequence[float] | None) -> None:
