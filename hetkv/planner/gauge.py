@@ -181,10 +181,10 @@ class Gauge:
                 scale = low + part * (high - low)
         return low
 
-    def measure(self, model: str, counts: Counts, scale: float) -> dict[str, float]:
+    def measure(self, model: str, counts: Counts, scale: float, roles: Sequence[str]) -> dict[str, float]:
         """Role to the largest scale that its pool carries; the columns' rates are corrected by it from now on."""
         found = {}
-        for role in sorted({k[1] for k in counts if k[0] == model}):
+        for role in sorted({k[1] for k in counts if k[0] == model and k[1] in roles}):
             mine = {k: n for k, n in counts.items() if k[:2] == (model, role)}
             found[role] = self.largest(model, counts, role, scale)
             factor = found[role] * self.rate(model) / sum(rate_of(self._by_key[k], n) for k, n in mine.items())
