@@ -84,12 +84,12 @@ class Search:
                 break
             if candidate.meets and self._small(candidate):
                 break  # the neighbours are asked one by one
-            before = solution.counts if candidate.meets else None
+            before = solution.counts if candidate.meets or not self.for_cost else None
             scales = self._measure(candidate)
             if not self.for_cost:
                 self._rescale(candidate, scales)
             cuts += self._cuts(candidate)
-        if self.neighbours and self.for_cost and self.best is not None:
+        if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
             self._improve(begin)
         return self
 
