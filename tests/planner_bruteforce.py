@@ -17,6 +17,8 @@ from hetkv.planner.solve import solve
 from hetkv.planner.verify import Judge
 
 MOST = 6
+SAFETY = 0.8
+"""Share of the rate that a pool must carry by the relaxed formulas to be simulated; they are bounds at 1."""
 GPUS = {"H100-SXM": 2.5, "A100-80-SXM": 1.4, "L40S": 0.9, "MI300X": 2.2, "A10G": 0.6, "H200-SXM": 3.2}
 MODELS = ("Llama-3.1-8B", "Llama-2-13B", "Qwen3-8B", "Mistral-7B")
 
@@ -51,7 +53,7 @@ def random_problem(seed: int) -> Problem:
     seconds = np.mean([gpu.step_seconds(0, 0, int(p), p * p / 2) for p in prompts])
     for c in classes:
         c["rate"] = round(load / float(seconds) / len(classes), 2)
-    gb_s: Any = "nic"
+    gb_s = 25.0
     if random.random() < 0.34:  # a port takes about as long as the prompt
         gb_s = round(
             float(np.mean(prompts)) * gpu.kv_bytes_per_token / float(seconds) / 1e9 * random.uniform(0.7, 2), 2
@@ -124,7 +126,7 @@ def plans(found: Columns, problem: Problem, below: float) -> Iterator[tuple[floa
 
 def enough(counts: dict[Column, int], rate: float) -> bool:
     """Whether the instances could compute the traffic at their best batch, queueing aside."""
-    return sum(n * c.relaxed for c, n in counts.items()) >= 0.95 * rate
+    return sum(n * c.relaxed for c, n in counts.items()) >= SAFETY * rate
 
 
 def multisets(columns: list[Column], most: int) -> Iterator[dict[Column, int]]:
@@ -161,7 +163,7 @@ def compare(seed: int) -> dict[str, Any]:
         "ratio": None if ours is None or best is None else round(ours / best, 4),
         "meets": None if plan is None else plan.meets,
         "instances": 0 if plan is None else sum(i.count for i in plan.instances),
-        "link_binds": problem.link.gb_s != "nic",
+        "link_binds": problem.link.gb_s != 25.0,
         "classes": len(problem.classes),
         "simulations": simulations,
         "force_seconds": round(time.perf_counter() - middle, 2),

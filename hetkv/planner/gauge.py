@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hetkv.planner.columns import Column
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
 from hetkv.planner.result import Instances
-from hetkv.planner.verify import Judge, Verdict
+from hetkv.planner.verify import Judge, Verdict, latency_of
 
 Key = tuple[Any, ...]
 Counts = Mapping[Key, int]
@@ -95,21 +96,15 @@ class Gauge:
         """All of the plan for one model, at `scale`."""
         counts = {k: n for k, n in counts.items() if k[0] == model}
         roles = {k[1] for k in counts}
+        if roles not in ({"aggregated"}, {"prefill", "decode"}):  # nothing is left to serve a request
+            return Verdict({c.name: latency_of(c, inf, inf) for c in self.judges[model].classes})
         if all(self._cells(model, counts, role, scale) == 1 for role in roles):
             return self.judges[model](self.instances(counts), scale)
         if "aggregated" in roles:
             return self.role(model, counts, "aggregated", scale)
         first, later = (self.role(model, counts, role, scale, quick=False) for role in ("prefill", "decode"))
         latency = {
-            name: type(x)(
-                x.ttft_ms,
-                later.latency[name].tpot_ms,
-                x.ttft_limit_ms,
-                x.tpot_limit_ms,
-                x.ttft_percentile,
-                x.tpot_percentile,
-            )
-            for name, x in first.latency.items()
+            name: msgspec.structs.replace(x, tpot_ms=later.latency[name].tpot_ms) for name, x in first.latency.items()
         }
         return Verdict(latency)
 
@@ -181,10 +176,10 @@ class Gauge:
                 scale = low + part * (high - low)
         return low
 
-    def measure(self, model: str, counts: Counts, scale: float) -> dict[str, float]:
+    def measure(self, model: str, counts: Counts, scale: float, roles: Sequence[str]) -> dict[str, float]:
         """Role to the largest scale that its pool carries; the columns' rates are corrected by it from now on."""
         found = {}
-        for role in sorted({k[1] for k in counts if k[0] == model}):
+        for role in sorted({k[1] for k in counts if k[0] == model and k[1] in roles}):
             mine = {k: n for k, n in counts.items() if k[:2] == (model, role)}
             found[role] = self.largest(model, counts, role, scale)
             factor = found[role] * self.rate(model) / sum(rate_of(self._by_key[k], n) for k, n in mine.items())

@@ -14,6 +14,7 @@ from hetkv.planner.columns import Column
 from hetkv.planner.gauge import Counts, rate_of
 from hetkv.planner.queueing import COUNTS, LOADS, busy_batch, erlang_c
 from hetkv.planner.result import ClassLatency
+from hetkv.planner.verify import latency_of
 
 
 def predict(demand: Demand, columns: Mapping[Any, Column], counts: Counts, rate: float) -> dict[str, ClassLatency]:
@@ -31,9 +32,7 @@ def predict(demand: Demand, columns: Mapping[Any, Column], counts: Counts, rate:
     else:
         ttft, tpot = _prefill(demand, *shares["prefill"]), _decode(demand, *shares["decode"])
     return {
-        s.spec.name: ClassLatency(
-            1e3 * first, 1e3 * later, s.spec.ttft_ms, s.spec.tpot_ms, s.spec.ttft_percentile, s.spec.tpot_percentile
-        )
+        s.spec.name: latency_of(s.spec, 1e3 * first, 1e3 * later)
         for s, first, later in zip(demand.samples, ttft, tpot, strict=True)
     }
 
@@ -116,12 +115,20 @@ def _aggregated(demand: Demand, column: Column, count: int, rate: float) -> tupl
     step = plain + share * (mixed - plain)
     batch = float(np.interp(rate * each, batches / step, batches))
     one, with_prompt, part = (float(np.interp(batch, batches, x)) for x in (step, mixed, share))
+    load = min(batch * demand.prompt / (each * column.budget), 0.95)
+    waits = load ** (float(np.sqrt(2 * (count + 1))) - 1)
+    ahead = demand.prompt * (1 + demand.prompt_spread) / column.budget * one / count / (1 - load)
     ttft, tpot = [], []
     for sample in demand.samples:
         z = max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
         after = float(np.maximum(sample.others - 1, 1).mean())
         slow = one + z * float(np.sqrt(part * (1 - part / 2) / after)) * (with_prompt - one)
         tpot.append(_per_token(sample.others, slow, sample.spec.tpot_percentile))
-        longest = float(np.quantile(sample.prompts, sample.spec.ttft_percentile / 100))
-        ttft.append(float(np.ceil(longest / column.budget)) * with_prompt + 0.5 * one)
+        own = np.ceil(sample.prompts / column.budget) * with_prompt + 0.5 * one
+
+        def late(limit: float, own: NDArray[np.float64] = own) -> float:
+            left = limit - own
+            return float(np.where(left < 0, 1.0, waits * np.exp(-np.maximum(left, 0.0) / ahead)).mean())
+
+        ttft.append(_least(late, 1 - sample.spec.ttft_percentile / 100))
     return ttft, tpot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, Literal
 
 import msgspec
@@ -117,6 +118,14 @@ class Plan(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
     def as_json(self) -> dict[str, Any]:
-        """Plain dictionaries, ready for `json.dump`."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
+        """Plain dictionaries, ready for `json.dump`. A latency that never ends is null there."""
+        found: dict[str, Any] = _finite(msgspec.to_builtins(self))
         return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

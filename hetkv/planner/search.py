@@ -11,7 +11,7 @@ import msgspec
 
 from hetkv.planner.columns import Column, Columns
 from hetkv.planner.gauge import Counts, Gauge, Key
-from hetkv.planner.neighbours import cheaper
+from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
 from hetkv.planner.programme import Cut, Solution, optimise
 from hetkv.planner.prune import prune
@@ -82,12 +82,14 @@ class Search:
                 self.best, self.solution = candidate, solution
             if solution.counts == before or (self.best and self.for_cost and solution.value >= self.best.cost + 1e-9):
                 break
-            before = solution.counts if candidate.meets else None
+            if candidate.meets and self._small(candidate):
+                break  # the neighbours are asked one by one
+            before = solution.counts if candidate.meets or not self.for_cost else None
             scales = self._measure(candidate)
             if not self.for_cost:
                 self._rescale(candidate, scales)
             cuts += self._cuts(candidate)
-        if self.neighbours and self.for_cost and self.best is not None:
+        if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
             self._improve(begin)
         return self
 
@@ -160,8 +162,12 @@ class Search:
             counts = {k: n for k, n in candidate.counts.items() if k[0] == model}
             if self.problem.spare_instances:
                 counts = min(self._with_one_down(model, counts), key=self.gauge._weight)
-            scales = self.gauge.measure(model, counts, candidate.scale)
-            found[model] = min(scales.values())
+            used = candidate.verdicts[model].used
+            some = [
+                r for r in ("prefill", "decode", "aggregated") if candidate.meets or not self.for_cost or used(r) > 1
+            ]
+            scales = self.gauge.measure(model, counts, candidate.scale, some)
+            found[model] = min(scales.values(), default=0.0)
             if candidate is self.best:
                 self.slack.update({(model, role): s / candidate.scale - 1 for role, s in scales.items()})
                 self.slack_of = candidate
@@ -197,6 +203,13 @@ class Search:
                 if mine and verdict.used(role) > 1 and len(mine) == 1 and sum(mine.values()) <= 24:
                     found.append(Cut(model, role, mine))
         return found
+
+    def _small(self, candidate: Candidate) -> bool:
+        """Whether `neighbours` has few enough plans to look at."""
+        pools: dict[tuple[Any, ...], int] = {}
+        for key, n in candidate.counts.items():
+            pools[key[:2]] = pools.get(key[:2], 0) + n
+        return self.neighbours and self.for_cost and max(pools.values()) <= LARGEST
 
     def _improve(self, begin: float) -> None:
         assert self.best is not None

@@ -184,15 +184,14 @@ def verdict(columns: Columns, classes: Sequence[WorkloadClass], kinds: Any) -> V
     found = {}
     for i, spec in enumerate(classes):
         here = judged & (kinds == i)
-        found[spec.name] = ClassLatency(
-            ttft_ms=_percentile(ttft[here], spec.ttft_percentile),
-            tpot_ms=_percentile(tpot[here & (tokens > 0)], spec.tpot_percentile),
-            ttft_limit_ms=spec.ttft_ms,
-            tpot_limit_ms=spec.tpot_ms,
-            ttft_percentile=spec.ttft_percentile,
-            tpot_percentile=spec.tpot_percentile,
-        )
+        first = _percentile(ttft[here], spec.ttft_percentile)
+        found[spec.name] = latency_of(spec, first, _percentile(tpot[here & (tokens > 0)], spec.tpot_percentile))
     return Verdict(found)
+
+
+def latency_of(spec: WorkloadClass, ttft_ms: float | None, tpot_ms: float | None) -> ClassLatency:
+    """These latencies beside the targets of their class."""
+    return ClassLatency(ttft_ms, tpot_ms, spec.ttft_ms, spec.tpot_ms, spec.ttft_percentile, spec.tpot_percentile)
 
 
 def _percentile(values: Any, percentile: float) -> float | None:
