@@ -1,6 +1,6 @@
 """Writes the tables of docs/planner-baselines.md and docs/planning.md from bench/results, so that none is typed in.
 
-python bench/planner_figures.py            # rewrites what is behind the markers
+python bench/planner_figures.py            # rewrites what is behind the markers, and draws the pictures again
 python bench/planner_figures.py --check    # exits with 1 where a document is not what the files say
 """
 
@@ -30,23 +30,27 @@ def baselines_section() -> str:
     """How often each method's plan holds, what it costs beside ours, and its seconds."""
     run = json.loads((RESULTS / "planner_baselines.json").read_text())
     fleets = [f for f in run["fleets"] if f["planner"]["meets"]]
+    ours = [f["planner"]["seconds"] for f in fleets]
     lines = [
         "| method | fleets | plans that hold | cost of those / ours | repaired | cost then / ours, median (highest) "
         "| seconds, median (highest) |",
         "|---|---|---|---|---|---|---|",
-        f"| hetkv plan | {len(fleets)} | {len(fleets)} | 1 | | 1 | {_spread([f['planner']['seconds'] for f in fleets])} |",
+        f"| hetkv plan | {len(fleets)} | {len(fleets)} | 1 | | 1 | {_spread(ours)} |",
     ]
     for method, name in METHODS.items():
         rows = [f["methods"][method] for f in fleets if "meets" in f["methods"].get(method, {})]
         if rows:
             lines.append(_method(name, rows))
-    refused = sorted({f["methods"][m]["not_covered"] for f in run["fleets"] for m in f["methods"] if "not_covered" in f["methods"][m]})
+    tool = [f["methods"].get("aiconfigurator-tool", {}) for f in run["fleets"]]
+    refused = sorted({answer["not_covered"].split(". ")[0] for answer in tool if "not_covered" in answer})
     text = "\n".join(lines)
     for reason in refused:
         text += f"\n\nThe tool was not asked on some fleets: {reason}."
     none = len(run["fleets"]) - len(fleets)
     if none:
-        text += f"\n\nOn {none} of the {len(run['fleets'])} fleets the planner found no plan that holds; they are left out."
+        text += (
+            f"\n\nOn {none} of the {len(run['fleets'])} fleets the planner found no plan that holds; they are left out."
+        )
     return f"\n{text}\n\nFrom `bench/results/planner_baselines.json`: {_origin(run)}.\n"
 
 
@@ -91,7 +95,9 @@ def example(name: str) -> str:
     fleets = list(dict.fromkeys(p["fleet"] for p in points))
     split = next(f for f in fleets if " to " in f)
     singles = [f for f in fleets if f != split]
-    rows = ["| requests/s | " + split + " | P:D GPUs | USD/hour | " + " | ".join(f"{f}, USD/hour" for f in singles) + " |"]
+    rows = [
+        "| requests/s | " + split + " | P:D GPUs | USD/hour | " + " | ".join(f"{f}, USD/hour" for f in singles) + " |"
+    ]
     rows.append("|---" * (4 + len(singles)) + "|")
     for rate in dict.fromkeys(p["rate"] for p in points):
         own = {p["fleet"]: p for p in points if p["rate"] == rate}
@@ -101,6 +107,8 @@ def example(name: str) -> str:
         rows.append("| " + " | ".join(cells + [_usd(own[f]) for f in singles]) + " |")
     prices = ", ".join(f"{o['gpu']} {o['usd_per_gpu_hour']:.2f} ({o['basis']}, {o['as_of']})" for o in problem["gpus"])
     weights = problem.get("engine", {}).get("weight_dtype", "bf16")
+    percentile = f"p{spec.get('ttft_percentile', 99):g}"
+    targets_text = f"TTFT {spec['ttft_ms']:g} ms and TPOT {spec['tpot_ms']:g} ms at {percentile}"
     said = " ".join(facts["worth"].values())
     pair = split.replace(" to ", ":")
     rates = ",".join(f"{p['scale']:g}" for p in points if p["fleet"] == split)
@@ -109,13 +117,13 @@ def example(name: str) -> str:
         [
             f"### {model}",
             "",
-            f"Prompts {spec['prompt_tokens']}, outputs {spec['output_tokens']}, {weights} weights; TTFT {spec['ttft_ms']:g} ms "
-            f"and TPOT {spec['tpot_ms']:g} ms at p{spec.get('ttft_percentile', 99):g}. Prices in USD per GPU and hour: {prices}.",
+            f"Prompts {spec['prompt_tokens']}, outputs {spec['output_tokens']}, {weights} weights; {targets_text}. "
+            f"Prices in USD per GPU and hour: {prices}.",
             "",
             f"    hetkv plan --problem docs/examples/{name}.yaml --split {pair} --rates {rates} --targets {targets} \\",
             f"        --plot docs/pictures/plan-{name}.png --json bench/results/plan-{name}.json",
             "",
-            f"At {spec['rate']:g} requests/s the plan is {_instances(facts)} for {facts['cost_per_hour']:.2f} USD/hour. {said}",
+            f"At {spec['rate']:g} requests/s the plan is {_instances(facts)}, {facts['cost_per_hour']:.2f} USD/hour. {said}",
             "",
             *rows,
             "",
@@ -127,7 +135,8 @@ def example(name: str) -> str:
 
 def _instances(facts: dict[str, Any]) -> str:
     return ", ".join(
-        f"{i['count']} {i['role']} on {i['gpu']} TP{i['tp']}" + f" PP{i['pp']}" * (i["pp"] > 1) for i in facts["instances"]
+        f"{i['count']} {i['role']} on {i['gpu']} TP{i['tp']}" + f" PP{i['pp']}" * (i["pp"] > 1)
+        for i in facts["instances"]
     )
 
 
@@ -135,8 +144,23 @@ def _usd(point: dict[str, Any]) -> str:
     return "none" if point["cost_per_hour"] is None else f"{point['cost_per_hour']:.2f}"
 
 
+def draw(name: str) -> None:
+    """The picture of one example again, from its JSON."""
+    import msgspec
+
+    from hetkv.planner.frontier import Frontier
+    from hetkv.planner.plot import save_frontier
+
+    facts = json.loads((RESULTS / f"plan-{name}.json").read_text())
+    found = msgspec.convert(facts["frontier"], Frontier)
+    save_frontier(found, str(DOCS / "pictures" / f"plan-{name}.png"), facts["problem"]["models"][0]["name"])
+
+
 def main() -> int:
     stale = 0
+    for name in EXAMPLES if "--check" not in sys.argv else ():
+        if (RESULTS / f"plan-{name}.json").exists():
+            draw(name)
     for document, section in (("planner-baselines.md", baselines_section), ("planning.md", examples_section)):
         path = DOCS / document
         text = path.read_text(encoding="utf-8")

@@ -62,7 +62,16 @@ def facts(folder):
 
 def test_json_has_what_was_asked_for(facts):
     keys = "instances cost_per_hour gap lower_bound simulated_slack predicted simulated baselines columns_seconds"
-    for key in [*keys.split(), "solve_seconds", "verify_seconds", "iterations", "worth", "reasons", "frontier", "trace"]:
+    for key in [
+        *keys.split(),
+        "solve_seconds",
+        "verify_seconds",
+        "iterations",
+        "worth",
+        "reasons",
+        "frontier",
+        "trace",
+    ]:
         assert facts[key] is not None, key
     for one in facts["instances"]:
         assert {"role", "gpu", "tp", "pp", "count"} <= set(one)
@@ -82,7 +91,16 @@ def test_plan_yaml_goes_round(folder, facts, tmp_path):
     }
     counts = {(p.role, p.gpu, p.tp, p.count) for p in plan.pools}
     assert counts == {(i["role"], i["gpu"], i["tp"], i["count"]) for i in facts["instances"]}
-    words = ["--plan", str(folder / "plan.yaml"), "--rate", "4", "--requests", "300", "--json", str(tmp_path / "s.json")]
+    words = [
+        "--plan",
+        str(folder / "plan.yaml"),
+        "--rate",
+        "4",
+        "--requests",
+        "300",
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
     assert main(["simulate", *words, "--prompt-tokens", "lognormal:800:0.5", "--output-tokens", "uniform:32:96"]) == 0
     summary = json.loads((tmp_path / "s.json").read_text())
     assert summary["finished"] == 300
@@ -101,6 +119,14 @@ def test_the_demo_takes_its_pools_from_the_plan(folder):
     prefill, decode = sides_of_plan(folder / "unlike.yaml")
     assert (prefill.block_size, prefill.layout, prefill.dtype) == (16, "nhd", "bfloat16")
     assert (decode.block_size, decode.layout) == (32, "rocm")
+
+
+def test_the_demo_says_what_it_cannot_hold(folder, capsys):
+    text = yaml.safe_load((folder / "plan.yaml").read_text())
+    text["engine"] = {"kv_dtype": "fp8"}
+    (folder / "fp8.yaml").write_text(yaml.safe_dump(text))
+    assert main(["demo", "--plan", str(folder / "fp8.yaml")]) == 2
+    assert "the demo has no KV in fp8" in capsys.readouterr().err
 
 
 def test_the_frontier_has_every_fleet_at_every_rate(facts):

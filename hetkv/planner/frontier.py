@@ -17,8 +17,8 @@ from hetkv.simulator.sweep import run_all
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 TARGETS = (0.6, 0.8, 1.0, 1.5, 2.5)
 MIXED = "mixed"
-SECONDS = 6.0
-"""Of simulation for one plan, after which no further round begins."""
+SECONDS = 15.0
+"""Of simulation for one plan, after which no further round begins: few need as long, unless the machine is busy."""
 
 
 class Point(msgspec.Struct, frozen=True):

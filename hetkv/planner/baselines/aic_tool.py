@@ -65,7 +65,7 @@ for names in task["pairs"]:
                 own = {k: int(v) for k, v in row.items() if k.split(")")[-1] in keep and v == v}
                 answer["rows"].append({**own, "mode": mode, "replicas": int(row["replicas_needed"])})
     except Exception as error:
-        answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 json.dump({"version": version("aiconfigurator"), "answers": answers}, sys.stdout)
 """
 
