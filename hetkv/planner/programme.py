@@ -125,6 +125,7 @@ class _Programme:
         self.for_cost = problem.objective.goal == "cost"
         self.x: dict[tuple[Any, ...], dict[int, float]] = {}  # column -> its x variables, each with its rate
         self.y: dict[tuple[Any, ...], list[int]] = {}
+        self.split: dict[str, int] = {}  # model -> 1 where it is disaggregated
         self.scale = self.variables.add(1.0 if self.for_cost else inf, whole=False, cost=0.0 if self.for_cost else -1.0)
         if self.for_cost:
             self.rows.add({self.scale: 1.0}, 1.0, 1.0)
@@ -188,7 +189,7 @@ class _Programme:
         apart, both = (
             [c for c in self.columns if c.model == model and (c.role == "aggregated") is x] for x in (False, True)
         )
-        split = self.variables.add(1.0 if apart else 0.0)  # disaggregated, or not
+        split = self.split[model] = self.variables.add(1.0 if apart else 0.0)
         if not both:
             self.rows.add({split: 1.0}, 1.0, 1.0)
         most = rate if self.for_cost else self._largest(model)
@@ -289,7 +290,12 @@ class _Programme:
         )
         if result.x is None:
             return None
-        counts = {key: round(sum(result.x[x] for x in xs)) for key, xs in self.x.items()}
+        # Instances of the way that was not chosen are free in a node that is paid for: leave them out.
+        counts = {
+            key: round(sum(result.x[x] for x in xs))
+            for key, xs in self.x.items()
+            if (key[1] == "aggregated") == (result.x[self.split[key[0]]] < 0.5)
+        }
         sign = 1.0 if self.for_cost else -1.0
         bound = result.mip_dual_bound if result.mip_dual_bound is not None else result.fun
         return Solution(
