@@ -123,7 +123,7 @@ def example(name: str) -> str:
             f"    hetkv plan --problem docs/examples/{name}.yaml --split {pair} --rates {rates} --targets {targets} \\",
             f"        --plot docs/pictures/plan-{name}.png --json bench/results/plan-{name}.json",
             "",
-            f"At {spec['rate']:g} requests/s the plan is {_instances(facts)}, {facts['cost_per_hour']:.2f} USD/hour. {said}",
+            f"At {spec['rate']:g} requests/s: {_instances(facts)}, {facts['cost_per_hour']:.2f} USD/hour. {said}",
             "",
             *rows,
             "",
