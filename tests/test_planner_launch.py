@@ -38,7 +38,11 @@ def plan(document: dict) -> Plan:
 def commands(text: str) -> list[list[str]]:
     """The shell words of each command; comments and the assignment at the head left out."""
     joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*$", "", text))
-    return [shlex.split(line) for line in joined.splitlines() if " " in line.strip() and "MODEL=" not in line]
+    return [
+        shlex.split(line)
+        for line in joined.splitlines()
+        if " " in line.strip() and not line.startswith(("MODEL=", "HOST="))
+    ]
 
 
 def options(words: list[str]) -> dict[str, str]:
@@ -47,7 +51,9 @@ def options(words: list[str]) -> dict[str, str]:
 
 
 def test_vllm_has_a_command_for_each_pool_with_its_own_settings():
-    prefill, decode = (options(words) for words in commands(vllm_lines(plan(PAIR))))
+    prefill, decode, proxy = (options(words) for words in commands(vllm_lines(plan(PAIR))))
+    assert proxy["--mode"] == "concurrent"
+    assert proxy["--prefill"].startswith("http://prefill-0:")
     assert (prefill["--tensor-parallel-size"], prefill["--pipeline-parallel-size"]) == ("8", "2")
     assert (decode["--tensor-parallel-size"], decode["--pipeline-parallel-size"]) == ("4", "1")
     assert (prefill["--block-size"], decode["--block-size"]) == ("16", "64")
@@ -64,11 +70,12 @@ def test_vllm_moves_the_kv_by_hetkv(index, role):
     assert connector["kv_connector"] == "HetKVConnector"
     assert connector["kv_connector_module_path"] == "hetkv.integrations.vllm"
     assert connector["kv_role"] == role
-    assert connector["kv_connector_extra_config"] == {"layerwise": True}
+    expected = {"layerwise": True, "secret_file": "hetkv.secret"} | ({"host": "$HOST"} if index == 0 else {})
+    assert connector["kv_connector_extra_config"] == expected
 
 
 def test_an_instance_on_two_nodes_has_ranks_and_one_on_a_part_of_a_node_has_devices():
-    prefill, decode = commands(vllm_lines(plan(PAIR)))
+    prefill, decode, _ = commands(vllm_lines(plan(PAIR)))
     assert options(prefill)["--nnodes"] == "2"
     assert decode[0] == "HIP_VISIBLE_DEVICES=0,1,2,3"
     assert "--nnodes" not in decode
@@ -111,6 +118,8 @@ def test_kubernetes_has_one_workload_and_one_service_for_each_pool():
     assert "--headless" not in leader["containers"][0]["args"]
     pod = pods["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"amd.com/gpu": 4}
+    connector = json.loads(options(leader["containers"][0]["args"])["--kv-transfer-config"])
+    assert connector["kv_connector_extra_config"]["host"] == "$(POD_IP)"
     volumes = {v["name"] for v in pod["volumes"]}
     assert volumes == {m["name"] for m in pod["containers"][0]["volumeMounts"]}
     for service, workload in (documents[:2], documents[2:]):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hetkv.planner.launch import Server, servers
+from hetkv.planner.launch import HOST, SECRET, Server, servers
 from hetkv.simulator.deployment import Plan
 
 RESOURCES = {
@@ -116,6 +116,7 @@ def _pod(server: Server, arguments: list[str], label: bool = True) -> dict[str, 
         "image": _image(server),
         "command": ["vllm", "serve"],
         "args": arguments,
+        "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
         "ports": [{"name": "http", "containerPort": server.port}],
         "resources": {"limits": {resource(server): server.per_node}},
         "volumeMounts": [
@@ -133,7 +134,7 @@ def _pod(server: Server, arguments: list[str], label: bool = True) -> dict[str, 
             "containers": [container],
             "volumes": [
                 {"name": "models", "persistentVolumeClaim": {"claimName": "models"}},
-                {"name": "secret", "secret": {"secretName": "hetkv"}},
+                {"name": "secret", "secret": {"secretName": "hetkv", "defaultMode": 0o600}},
                 {"name": "shm", "emptyDir": {"medium": "Memory"}},
             ],
         },
@@ -142,7 +143,8 @@ def _pod(server: Server, arguments: list[str], label: bool = True) -> dict[str, 
 
 def _arguments(server: Server) -> list[str]:
     model = server.arguments[1]
-    return [f"/models/{model}", *server.arguments, "--host", "0.0.0.0", "--port", str(server.port)]
+    given = [a.replace(HOST, "$(POD_IP)").replace(SECRET, f"/etc/hetkv/{SECRET}") for a in server.arguments]
+    return [f"/models/{model}", *given, "--host", "0.0.0.0", "--port", str(server.port)]
 
 
 def _name(server: Server) -> str:

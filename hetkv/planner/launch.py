@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -19,6 +20,9 @@ ROUTER_PORT = 8000
 FIRST_PORT = {"prefill": 8100, "decode": 8200, "aggregated": 8100}
 BOOTSTRAP_PORT = 8998
 MASTER_PORT = 5000
+HOST, SECRET = "$HOST", "hetkv.secret"
+"""In the connector's settings: the prefill host's address as decode hosts reach it, and the file with the secret."""
+
 VISIBLE_DEVICES = {
     "nvidia": "CUDA_VISIBLE_DEVICES",
     "amd": "HIP_VISIBLE_DEVICES",
@@ -110,12 +114,17 @@ def _vllm(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list[s
         flags += ["--num-gpu-blocks-override", str(pool.kv_tokens // engine.block_size)]
     if pool.role in KV_ROLES:
         assert plan.link is not None
-        connector = {
+        extra: dict[str, Any] = {"layerwise": plan.link.overlap == "layerwise", "secret_file": SECRET}
+        connector: dict[str, Any] = {
             "kv_connector": "HetKVConnector",
             "kv_connector_module_path": "hetkv.integrations.vllm",
             "kv_role": KV_ROLES[pool.role],
-            "kv_connector_extra_config": {"layerwise": plan.link.overlap == "layerwise"},
+            "kv_connector_extra_config": extra,
         }
+        if pool.role == "prefill":
+            extra["host"] = HOST
+        else:
+            connector["kv_load_failure_policy"] = "recompute"
         flags += ["--kv-transfer-config", json.dumps(connector, separators=(",", ":"))]
     return flags, notes
 
@@ -161,12 +170,23 @@ def _name(model: str) -> str:
 def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> str:
     """A shell text: `vllm serve` for each pool, with hetkv as the KV connector where prefill and decode are apart."""
     parts = [_head(plan)]
-    for server in servers(plan, "vllm", gpus_per_node):
+    if plan.disaggregated:
+        parts[0] += "\nHOST=...  # on a prefill host: its address as the decode hosts reach it"
+        parts[0] += f"\n# {SECRET}: 16 bytes or more, the same on every host, readable by its owner only"
+    found = servers(plan, "vllm", gpus_per_node)
+    for server in found:
         command = ["vllm", "serve", '"$MODEL"', *_quoted(server.arguments), "--host 0.0.0.0", f"--port {server.port}"]
         if server.nodes > 1:
             # `--node-rank` 0 serves; the others take part in it and have `--headless` besides.
             command += [f"--nnodes {server.nodes}", '--node-rank "$RANK"', '--master-addr "$HEAD"']
         parts.append(_command(server, command, "add --headless where RANK is not 0"))
+    if plan.disaggregated:
+        assert plan.link is not None
+        mode = "concurrent" if plan.link.overlap == "layerwise" else "prefill_first"
+        proxy = ["python", "-m", "hetkv.integrations.vllm.proxy", f"--mode {mode}", f"--port {ROUTER_PORT}"]
+        for role in KV_ROLES:
+            proxy += [f"--{role}", *_peers(found, role)]
+        parts.append("# The proxy; hosts are named after pool and instance here.\n" + _join(proxy))
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,18 +202,27 @@ def sglang_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> 
         parts.append(_command(server, command, ""))
     if plan.disaggregated:
         router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
-        for server in found:
-            port = f" {BOOTSTRAP_PORT}" if server.role == "prefill" else ""
-            each = f"--{server.role} http://{server.pool}-%d:{server.port}{port}"
-            if server.count <= 4:
-                router += [each % i for i in range(server.count)]
-            else:
-                router.append(f"$(for i in $(seq 0 {server.count - 1}); do printf -- ' {each}' $i; done)")
+        router += _peers(found, "prefill", "--prefill ", f" {BOOTSTRAP_PORT}")
+        router += _peers(found, "decode", "--decode ")
         router += ["--host 0.0.0.0", f"--port {ROUTER_PORT}"]
         text = "# The router; hosts are named after pool and instance here. SGLang moves the KV itself, not by hetkv:"
         text += "\n# whether its back end joins these GPUs, with unlike page sizes or dtypes, is SGLang's to say."
         parts.append(text + "\n" + _join(router))
     return "\n\n".join(parts) + "\n"
+
+
+def _peers(found: list[Server], role: str, before: str = "", after: str = "") -> list[str]:
+    """The address of each instance of a role; a loop of the shell where a pool has many."""
+    words = []
+    for server in found:
+        each = f"{before}http://{server.pool}-%d:{server.port}{after}"
+        if server.role != role:
+            continue
+        if server.count <= 4:
+            words += [each % i for i in range(server.count)]
+        else:
+            words.append(f"$(for i in $(seq 0 {server.count - 1}); do printf -- ' {each}' $i; done)")
+    return words
 
 
 def _head(plan: Plan) -> str:
@@ -233,7 +262,7 @@ def _quoted(arguments: list[str]) -> list[str]:
         if argument.startswith("--") or not words:
             words.append(argument)
         else:
-            words[-1] += " " + shlex.quote(argument)
+            words[-1] += " " + shlex.quote(argument).replace(HOST, f"'\"{HOST}\"'")
     return words
 
 
