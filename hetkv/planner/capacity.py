@@ -115,8 +115,9 @@ def prefill(steps: StepModel, demand: Demand, budget: int, first_step_seconds: f
         Late(x, s.spec.ttft_ms / 1e3, 1 - s.spec.ttft_percentile / 100)
         for s, x in zip(demand.samples, service, strict=True)
     ]
+    bound = prompt_bound(steps, demand, budget)
     if any(float((one.service > one.limit).mean()) > one.allowed for one in late):
-        return NONE
+        return Capacity(NONE.rates, bound, 0.0)
     single = waiting_load(late, mean, variance) / mean
     tokens = np.geomspace(min(demand.prompt, budget), 0.9 * budget, 40) if demand.prompt < 0.9 * budget else None
     together = 0.0
@@ -126,7 +127,7 @@ def prefill(steps: StepModel, demand: Demand, budget: int, first_step_seconds: f
         elasticity = np.clip(np.gradient(np.log(times), np.log(tokens)), 0.0, 0.97)
         spread = elasticity * np.sqrt((1 + demand.prompt_spread) / (1 - elasticity**2))
         together = batched_rate(late, prompts / times, times, mean, spread)
-    return Capacity(np.maximum(single, together), prompt_bound(steps, demand, budget), 0.0)
+    return Capacity(np.maximum(single, together), bound, 0.0)
 
 
 def prompt_bound(steps: StepModel, demand: Demand, budget: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -83,7 +83,9 @@ class Columns:
 
 
 def build_columns(problem: Problem, end: Literal["low", "high"] | None = None, every: bool = False) -> Columns:
-    """Every column that fits in memory and serves the targets at some rate; with `every`, at no rate too.
+    """Every column that fits in memory and serves the targets at some rate.
+
+    With `every`, also those that serve them at none: in a mixed pool a slow instance may still take the short prompts.
 
     With `end`, step times are at that end of the cost model's 90 % interval.
     """
@@ -247,8 +249,3 @@ def sizes(model: ModelSpec, offer: GpuOffer, shape: ModelShape) -> list[tuple[in
             if tp <= node and shape.heads % tp == 0 and pp <= shape.layers and whole and within:
                 found.append((tp, pp))
     return found
-
-
-def describe(columns: Columns) -> dict[str, Any]:
-    """Counts for notes and tests."""
-    return {"columns": len(columns.columns), "refused": len(columns.refused)}

@@ -34,6 +34,11 @@ def rate_of(column: Column, count: int) -> float:
     return count * float(column.rates[np.searchsorted(COUNTS, count, side="right") - 1])
 
 
+def part_of(column: Column, count: int) -> float:
+    """What `count` instances count for when a load is shared out: their rate, or half of the relaxed one if none."""
+    return rate_of(column, count) or 0.5 * column.relaxed * count
+
+
 @dataclass
 class Gauge:
     """Simulates the pools of a plan, large ones by a cell of them, and remembers what they carried.
@@ -115,7 +120,8 @@ class Gauge:
         """
         cells = self._cells(model, counts, role, scale)
         cell = self._slice(counts, model, role, cells)
-        share = self._weight(cell) / self._weight({k: n for k, n in counts.items() if k[:2] == (model, role)})
+        whole = {k: n for k, n in counts.items() if k[:2] == (model, role)}
+        share = self._weight(cell) / self._weight(whole) if cells > 1 else 1.0
         if role == "prefill":
             return self.judges[model](self.instances(cell), scale * share, True)
         if role == "decode":
@@ -133,7 +139,7 @@ class Gauge:
         return sum(c.rate for c in self.problem.classes_of(model))
 
     def _weight(self, counts: Counts) -> float:
-        return sum(n * float(self._by_key[k].rates[-1]) for k, n in counts.items())
+        return sum(n * part_of(self._by_key[k], COUNTS[-1]) / COUNTS[-1] for k, n in counts.items())
 
     def _cells(self, model: str, counts: Counts, role: str, scale: float) -> int:
         total = sum(n for k, n in counts.items() if k[:2] == (model, role))
@@ -182,7 +188,7 @@ class Gauge:
         for role in sorted({k[1] for k in counts if k[0] == model and k[1] in roles}):
             mine = {k: n for k, n in counts.items() if k[:2] == (model, role)}
             found[role] = self.largest(model, counts, role, scale)
-            factor = found[role] * self.rate(model) / sum(rate_of(self._by_key[k], n) for k, n in mine.items())
+            factor = found[role] * self.rate(model) / sum(part_of(self._by_key[k], n) for k, n in mine.items())
             for key, count in mine.items():
                 self._factors.setdefault(key, {})[count] = max(factor, 0.05)
         return found

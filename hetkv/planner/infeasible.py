@@ -28,7 +28,7 @@ class InfeasibleError(InputError):
 def explain(problem: Problem, found: Columns) -> InfeasibleError:
     """The error to raise for a problem whose programme has no solution."""
     for model in problem.models:
-        mine = [c for c in found.columns if c.model == model.name]
+        mine = [c for c in found.columns if c.model == model.name and c.rates.max() > 0]
         roles = {c.role for c in mine}
         if not ({"prefill", "decode"} <= roles or "aggregated" in roles):
             return _no_columns(problem, model.name)

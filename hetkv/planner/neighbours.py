@@ -22,9 +22,6 @@ LARGEST = 8
 VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
-HOPE = 0.5
-"""A pool is tried where the formulas give it this share of the rate, and the relaxed ones all of it."""
-
 
 def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tuple[Candidate, list[Candidate]]:
     """The cheapest plan found that meets the targets, `best` if there is none, and all that were simulated whole.
@@ -102,7 +99,7 @@ def _by_cost(search: Search, model: str, most: float) -> Iterator[tuple[float, d
 
 
 def vectors(columns: Sequence[Column], search: Search, rate: float, most: float) -> list[tuple[float, dict[Key, int]]]:
-    """Counts of up to `LARGEST` instances that may carry `rate` and cost less than `most`, cheapest first."""
+    """Counts of up to `LARGEST` instances that carry `rate` with queueing relaxed and cost less than `most`, sorted."""
     columns = sorted(columns, key=lambda c: c.price)
     corrected = {c.key: c for c in search.gauge.corrected()}
     found: list[tuple[float, dict[Key, int]]] = []
@@ -113,7 +110,7 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
         counts: dict[Key, int] = {}
         for i in chosen:
             counts[columns[i].key] = counts.get(columns[i].key, 0) + 1
-        if chosen and _hopeful(counts, corrected, rate):
+        if chosen and _enough(counts, corrected, rate):
             found.append((search.price(counts), counts))
         if len(chosen) == LARGEST:
             continue
@@ -124,6 +121,5 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
     return sorted(found, key=lambda f: f[0])
 
 
-def _hopeful(counts: Counts, corrected: dict[Key, Column], rate: float) -> bool:
-    relaxed = sum(n * corrected[k].relaxed for k, n in counts.items())
-    return relaxed >= rate and sum(rate_of(corrected[k], n) for k, n in counts.items()) >= HOPE * rate
+def _enough(counts: Counts, corrected: dict[Key, Column], rate: float) -> bool:
+    return sum(n * corrected[k].relaxed for k, n in counts.items()) >= rate

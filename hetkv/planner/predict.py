@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from hetkv.planner.capacity import Demand, prompt_seconds, step_times
 from hetkv.planner.columns import Column
-from hetkv.planner.gauge import Counts, rate_of
+from hetkv.planner.gauge import Counts, part_of
 from hetkv.planner.queueing import COUNTS, LOADS, busy_batch, erlang_c
 from hetkv.planner.result import ClassLatency
 from hetkv.planner.verify import latency_of
@@ -23,9 +23,9 @@ def predict(demand: Demand, columns: Mapping[Any, Column], counts: Counts, rate:
     for role in ("prefill", "decode", "aggregated"):
         mine = {k: n for k, n in counts.items() if k[1] == role}
         if mine:
-            total = sum(rate_of(columns[k], n) for k, n in mine.items())
-            key = max(mine, key=lambda k: rate_of(columns[k], mine[k]))
-            part = rate * rate_of(columns[key], mine[key]) / total
+            total = sum(part_of(columns[k], n) for k, n in mine.items())
+            key = max(mine, key=lambda k: part_of(columns[k], mine[k]))
+            part = rate * part_of(columns[key], mine[key]) / total
             shares[role] = columns[key], mine[key], part / mine[key]
     if "aggregated" in shares:
         ttft, tpot = _aggregated(demand, *shares["aggregated"])

@@ -82,7 +82,7 @@ class _Variables:
 def ranges(column: Column, relaxed: bool) -> list[tuple[int, int, float]]:
     """(first, last, rate) of the pool sizes at which one instance carries `rate`; sizes that carry nothing left out."""
     if relaxed:
-        return [(1, LARGEST, column.relaxed)]
+        return [(1, LARGEST, column.relaxed)] if column.relaxed > 0 else []
     found: list[tuple[int, int, float]] = []
     for i, (count, rate) in enumerate(zip(COUNTS, column.rates.tolist(), strict=True)):
         last = COUNTS[i + 1] - 1 if i + 1 < len(COUNTS) else LARGEST
@@ -221,8 +221,8 @@ class _Programme:
         best: dict[str, float] = defaultdict(float)
         for column in self.columns:
             if column.model == model:
-                top = max(r for _, _, r in ranges(column, self.relaxed))
-                best[column.role] += top * self._most(column, top)
+                top = max((r for _, _, r in ranges(column, self.relaxed)), default=0.0)
+                best[column.role] += top * self._most(column, top) if top else 0.0
         return max(best.values(), default=0.0) + 1.0
 
     def _pairs(self, model: str, kv_bytes: float, most: float) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from hetkv.costmodel import load_catalogue
 from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.gauge import part_of
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
@@ -33,7 +34,7 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     """
     problem = check_problem(problem)
     begin = time.perf_counter()
-    found = build_columns(problem)
+    found = build_columns(problem, every=True)
     columns_seconds = time.perf_counter() - begin
     judges = {m.name: Judge(problem, m) for m in problem.models}
     search = Search(problem, found, judges, seconds).run()
@@ -142,8 +143,8 @@ def _tightest(problem: Problem, search: Search, best: Candidate, simulated: Mapp
         gpus[column.gpu] = gpus.get(column.gpu, 0) + n * column.gpus
         if column.role != "aggregated":
             mine = [k for k in best.counts if k[:2] == key[:2]]
-            share = best.counts[key] * float(column.rates[-1])
-            share /= sum(best.counts[k] * float(search.by_key[k].rates[-1]) for k in mine)
+            share = part_of(column, best.counts[key])
+            share /= sum(part_of(search.by_key[k], best.counts[k]) for k in mine)
             load = best.scale * search.gauge.rate(column.model) * share / n / column.port_rate
             found.append(Tightest("KV port", str(column), load))
     found += [Tightest("GPU cap", g, n / cap) for g, n in gpus.items() if (cap := problem.offer(g).cap)]
