@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "bench": "measure hetkv on this machine, as ratios within one run",
     "probe": "show the reach, lanes and rates that hetkv gets here, or to another host",
     "calibrate": "fit the cost model to measurements; report how well it predicts",
+    "plan": "find what to buy for a traffic and its targets, and how to split it into prefill and decode",
     "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
 }
 

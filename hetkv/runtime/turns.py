@@ -12,7 +12,7 @@ from typing import NamedTuple
 from hetkv.config import TransferConfig
 from hetkv.exchange import Exchange
 from hetkv.pool import KVPool
-from hetkv.runtime.generate import decode, greedy, prefill
+from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 
@@ -111,7 +111,7 @@ class Conversation:
         reception.wait(WAIT_S)
         sending.wait(WAIT_S)
         here.held = there.held = len(text)
-        return greedy(logits)
+        return choose(here.model, logits)
 
     def _back(self, start: int) -> None:
         """Send the KV of the decoder's own tokens, from `start` on, to the prefiller."""
