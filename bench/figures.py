@@ -97,6 +97,25 @@ def overlap_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def resharded_table(file: Path) -> str:
+    """Per destination and pair of parallelisms: the rate, and its ratio to TP 1 to TP 1 with the same bytes."""
+    run = json.loads(file.read_text())
+    target = run["targets"]["ratio_unsharded"]
+    lines = [
+        f"| from nhd 16 to | TP | processes | reach | GB/s | of TP 1 to 1 (target {target}) | rounds | CPU s/GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        tp, rounds = " to ".join(map(str, row["tp"])), row["ratio_unsharded_rounds"]
+        share = "one" if row["tp"] == [1, 1] else f"one a {row['processes']}"
+        spread = "" if row["tp"] == [1, 1] else f"{min(rounds):.2f} to {max(rounds):.2f}"
+        lines.append(
+            f"| {row['destination']} | {tp} | {share} | {row['reach']} | {row['hetkv_gb_s']:.2f} "
+            f"| {row['ratio_unsharded']:.2f} | {spread} | {row['cpu_s_per_gb']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
     device = ", ".join(run.get("gpus", [])) or run["device"]
@@ -107,11 +126,12 @@ def section() -> str:
     """The generated part of the document."""
     remaps = sorted(RESULTS.glob("remap-*.json"))
     transfer = RESULTS / "transfer.json"
-    more = [("transfer-device.json", device_table), ("overlap.json", overlap_table)]
+    more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
+    more.append(("overlap.json", overlap_table))
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]
-    tables = "".join(f"\n\n{table(file)}" for file, table in found)
+    tables = [remap_table(remaps), transfer_table(transfer), *(table(file) for file, table in found)]
     sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *(file for file, _ in found)])
-    return f"\n{remap_table(remaps)}\n\n{transfer_table(transfer)}{tables}\n\nFrom\n\n{sources}\n"
+    return "\n" + "\n\n".join([*tables, "From", sources]) + "\n"
 
 
 def main() -> int:

@@ -298,7 +298,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
     if not connecting:
         write(for_minor(mine, minor))
     try:
-        compat.check(mine, theirs)
+        compat.check(mine, theirs, minor)
     except IncompatibleError as error:
         write(Refusal(error.field, error.mine, error.theirs, error.why))
         raise

@@ -1,4 +1,4 @@
-"""Rank processes end with the demo: at Ctrl-C, when a rank is killed, when the demo itself is killed."""
+"""Rank processes end with the demo: at Ctrl-C and SIGTERM, when a rank is killed, when the demo itself is killed."""
 
 from __future__ import annotations
 
@@ -78,14 +78,24 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith("ucx")}
 
 
-@pytest.mark.parametrize("processes", [2, 1 + RANKS + 1], ids=["while it starts", "while it runs"])
-def test_ctrl_c_ends_every_process(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "processes", "status"),
+    [
+        pytest.param(signal.SIGINT, 2, 130, id="Ctrl-C while it starts"),
+        pytest.param(signal.SIGINT, 2 + RANKS, 130, id="Ctrl-C while it runs"),
+        pytest.param(signal.SIGTERM, 2 + RANKS, 143, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_every_process(number: signal.Signals, processes: int, status: int, tmp_path: Path) -> None:
     before = shared_memory()
     with command(tmp_path) as demo:
         until(lambda: len(session(demo.pid)) >= processes)
         time.sleep(1)
-        os.killpg(demo.pid, signal.SIGINT)  # as the terminal does: to all of them
-        assert demo.wait(60) == 130
+        if number == signal.SIGINT:
+            os.killpg(demo.pid, number)  # as the terminal does: to all of them
+        else:
+            demo.send_signal(number)
+        assert demo.wait(60) == status
         until(lambda: not session(demo.pid), seconds=20)
         assert "Traceback" not in demo.communicate()[1]
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +104,7 @@ def test_ctrl_c_ends_every_process(processes: int, tmp_path: Path) -> None:
 
 def test_ranks_end_when_the_demo_is_killed(tmp_path: Path) -> None:
     with command(tmp_path) as demo:
-        until(lambda: len(session(demo.pid)) >= 1 + RANKS + 1)
+        until(lambda: len(session(demo.pid)) >= 2 + RANKS)
         time.sleep(1)
         demo.kill()
         until(lambda: not session(demo.pid), seconds=10)

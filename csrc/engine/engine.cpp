@@ -125,6 +125,8 @@ void Engine::loop() {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
       sleep(now);
+    } else {
+      std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
   }
 }
@@ -286,6 +288,15 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
     if (plan.segments.empty() || plan.segments.size() > wire::kMaxSegments || plan.heads() < 1) {
       return Status::error(
           Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
+    }
+    const bool scaled = !plan.fills.empty() || plan.scale_encoding != 0 ||
+                        std::any_of(plan.segments.begin(), plan.segments.end(), [](const SegmentPlan& segment) {
+                          return segment.pool_scales.map.base != 0 || segment.wire_scales >= 0;
+                        });
+    if (scaled && device_ != nullptr) {
+      return Status::error(Code::kUnsupported, "layer " + std::to_string(plan.layer) +
+                                                   " has scales per token or head in its blocks; a pool on a device "
+                                                   "has static scales, or none");
     }
     if (const std::uint64_t need = plan.payload_bytes(1); need > config_.slot_bytes) {
       return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) +

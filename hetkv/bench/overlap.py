@@ -69,6 +69,9 @@ class _Prefill:
     def listen(self) -> str:
         return self.node.listen()
 
+    def close(self) -> None:
+        self.node.close()
+
     def run(self, request: str) -> Run:
         """One prefill of the whole batch; its KV is sent where `request` is given."""
         from hetkv.runtime.clock import WorkClock
@@ -127,6 +130,9 @@ class _Decode:
 
     def connect(self, address: str) -> None:
         self.node.connect(address)
+
+    def close(self) -> None:
+        self.node.close()
 
     def receive(self, request: str) -> None:
         self.node.engine.take_trace()

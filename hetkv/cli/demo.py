@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -47,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of a rank")
     parser.add_argument("--json", metavar="FILE", help="write the facts for machines")
-    parser.add_argument("--plot", metavar="FILE", help="draw the layer timeline (.svg, .png, .pdf)")
-    parser.add_argument("--trace", metavar="FILE", help="write the timeline as a trace for Perfetto")
+    parser.add_argument("--plot", metavar="FILE", help="draw the first request's timeline (.svg, .png, .pdf)")
+    parser.add_argument("--trace", metavar="FILE", help="write all timelines as a trace for Perfetto")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     ranks = sum(instance.ranks for instance in instances)
     what = "a prefill and a decode process" if ranks == 2 else f"{len(instances)} instances, {ranks} processes"
-    with Console(stderr=True).status(f"starting {what}"):
-        result, spans = run_demo(options)
+    with Console(stderr=True).status(f"starting {what}"), _ended_in_order():
+        result, timelines = run_demo(options)
     if ranks == 2 and len(result.requests) == 1:
         _show_pair(console, options, result)
     else:
@@ -79,13 +82,28 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     if args.trace:
-        write_perfetto(args.trace, spans)
+        write_perfetto(args.trace, [span for timeline in timelines for span in timeline])
     if args.plot:
-        sides = f"{result.prefill} to {result.decode}"
-        draw(args.plot, spans, f"KV of {result.prompt_tokens} tokens, {sides}, {result.rendezvous}")
+        tokens, sides = result.requests[0].prompt_tokens, f"{result.prefill} to {result.decode}"
+        draw(args.plot, timelines[0], f"KV of {tokens} tokens, {sides}, {result.rendezvous}")
     if not result.identical:
         print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
     return 0 if result.identical else 1
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: with all that it started."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _instances(args: argparse.Namespace) -> list[InstancePlan]:

@@ -111,8 +111,11 @@ class DemoResult(msgspec.Struct, kw_only=True):
     """All requests together."""
 
 
-def run_demo(options: DemoOptions) -> tuple[DemoResult, list[Span]]:
-    """Start all instances, route the requests, compare each with a single process. `InputError` before any start."""
+def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
+    """Start all instances, route the requests, compare each with a single process. `InputError` before any start.
+
+    The second result is each request's timeline.
+    """
     config = read_config(Path(options.model))
     _check(options)
     check_instances(options.instances, config)
@@ -154,8 +157,7 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[Span]]:
     results = [
         _result(request, run, tokens, tokenizer) for request, run, tokens in zip(requests, runs, expected, strict=True)
     ]
-    spans = [span for run in runs for span in run.spans]
-    return _summary(options, results, routes, counters, config.num_layers), spans
+    return _summary(options, results, routes, counters, config.num_layers), [run.spans for run in runs]
 
 
 class _Request(NamedTuple):

@@ -21,7 +21,7 @@ from hetkv.errors import InputError
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.paged import Pages
 from hetkv.runtime.part import Part, even
-from hetkv.runtime.rope import inverse_frequencies, rotate, rotation
+from hetkv.runtime.rope import amplitude, inverse_frequencies, rotate, rotation
 from hetkv.runtime.team import Team
 from hetkv.runtime.weights import load_weights, rank_tensors
 from hetkv.spec import KVSpec, Shard
@@ -87,6 +87,7 @@ class Decoder:
         some = next(iter(weights.values()))
         self.dtype, self.device = some.dtype, some.device
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
+        self._amplitude = amplitude(config.rope)
         self._spec = config.kv_spec()
 
     @classmethod
@@ -109,6 +110,8 @@ class Decoder:
             raise InputError(f"{path}: no such checkpoint directory")
         config, team = read_config(path), team or Team()
         part = Part.of(config, team.tp, team.rank % team.tp, team.pp, team.rank // team.tp, stages)
+        if config.latent is not None:
+            from hetkv.runtime.mla import LatentDecoder as cls  # it is a Decoder, so it cannot be imported above
         return cls(config, load_weights(path, config, dtype, device, part), part, team)
 
     @property
@@ -148,7 +151,7 @@ class Decoder:
             self._check(span)
         ids = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
         positions = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
-        cos, sin = rotation(positions, self._frequencies, self.dtype)
+        cos, sin = rotation(positions, self._frequencies, self.dtype, self._amplitude)
         shape = (len(ids), self.config.hidden_size)
         x = self._embed(ids) if self.part.first else self.team.receive(shape, self.dtype)
         for index, layer in self.layers.items():

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.layout import ScaleLayout, SegmentLayout
+from hetkv.layout import SegmentLayout
 from hetkv.pool import KVPool
+from hetkv.scale import ScaleLayout
 
 
 class PoolFull(HetkvError):
@@ -36,7 +37,14 @@ class BlockAllocator:
 
         Empty for a group that has no layers in this pool (it is another pipeline stage's).
         """
-        wanted = [-(-num_tokens // size) if size else 0 for size in self._block_size]
+        return self.extend([[] for _ in self._block_size], num_tokens)
+
+    def extend(self, block_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """`block_ids`, and behind them what `num_tokens` tokens need more. `PoolFull` if any group is short."""
+        wanted = [
+            max(0, -(-num_tokens // size) - len(ids)) if size else 0
+            for size, ids in zip(self._block_size, block_ids, strict=True)
+        ]
         for group, count in enumerate(wanted):
             if count > len(self._free[group]):
                 raise PoolFull(
@@ -46,7 +54,7 @@ class BlockAllocator:
         taken = [[self._free[group].pop() for _ in range(count)] for group, count in enumerate(wanted)]
         for group, ids in enumerate(taken):
             self._owned[group].update(ids)
-        return taken
+        return [[*ids, *more] for ids, more in zip(block_ids, taken, strict=True)]
 
     def free(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Give back what `allocate` returned (or part of it). `InputError` for a block that is not allocated."""
@@ -95,20 +103,23 @@ class Pages:
                 self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
 
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
+        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence.
+
+        Of a `latent` layer they are the latent and its rotary key: the two segments of a layer's spec, in order.
+        """
         blocks, offsets = self._slots(self.pool.spec.group_of(layer), start, k.shape[0])
-        for name, values in (("k", k), ("v", v)):
+        for (name, _, _), values in zip(self.pool.spec.layers[layer].segments, (k, v), strict=True):
             part, view = self.pool.layers[layer].layout.segments[name], self._views[layer, name]
             view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
 
     def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[stop - start, heads, channels]` of tokens `start` to `stop`. One gather each."""
+        """What `write` stored, `[stop - start, heads, channels]`, of tokens `start` to `stop`. One gather each."""
         memory = self.pool.layers[layer]
         size = memory.layout.block_size
         first = start // size
         blocks = self._tables[self.pool.spec.group_of(layer)][first : -(-stop // size)]
         gathered = []
-        for name in ("k", "v"):
+        for name, _, _ in self.pool.spec.layers[layer].segments:
             part = memory.layout.segments[name]
             rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
             gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))

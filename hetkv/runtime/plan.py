@@ -11,7 +11,7 @@ import torch
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import PRESETS
+from hetkv.presets import PRESETS
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.part import Part
 from hetkv.spec import Shard
@@ -19,7 +19,7 @@ from hetkv.spec import Shard
 GRAMMAR = "[Nx]TPa[PPb[:l+l+...]]"
 MAX_RANKS = 64
 """Rank processes of one demo: a typing error must not fill the machine."""
-LAYOUTS = [name for name in PRESETS if name not in ("latent", "state")]
+LAYOUTS = [name for name in PRESETS if name not in ("latent", "fp8_ds_mla", "state")]
 _SHAPE = re.compile(r"(?:(\d+)x)?tp(\d+)(?:pp(\d+)(?::(\d+(?:\+\d+)*))?)?", re.IGNORECASE)
 
 

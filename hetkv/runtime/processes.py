@@ -19,6 +19,8 @@ from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.worker import WorkerConfig, serve
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that a user or a terminal ends a command with."""
 JOIN_S, ERROR_S = 10.0, 2.0
 """Time that ranks have to close their links and end by themselves, at the end and after an error."""
 
@@ -178,15 +180,16 @@ def _context() -> Any:
 
 @contextmanager
 def _interrupt_later() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # Ctrl-C is not raised here
+    """Hold signals that end the parent back until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # their handlers do not run here
         yield
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    for number in held:
-        signal.raise_signal(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late in held:
+        signal.raise_signal(late)

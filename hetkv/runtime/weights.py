@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hetkv.errors import InputError
+from hetkv.runtime import deepseek
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.part import Part
 from hetkv.spec import Interval
@@ -26,6 +27,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_layers):
         layer = f"model.layers.{index}."
         shapes[layer + "input_layernorm.weight"] = (hidden,)
+        if config.latent is not None:
+            shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+            shapes |= deepseek.attention_tensors(config, layer) | deepseek.mlp_tensors(config, index, layer)
+            continue
         for name, size in rows.items():
             shapes[f"{layer}self_attn.{name}.weight"] = (size, hidden)
             if config.qkv_bias:
@@ -73,6 +78,8 @@ def rank_tensors(config: ModelConfig, part: Part) -> list[str]:
 
 def tensor_cut(config: ModelConfig, part: Part, name: str, shape: tuple[int, ...]) -> tuple[int, Interval]:
     """Axis and interval of a tensor that a rank computes with; the whole tensor where it is not split."""
+    if config.latent is not None and name.startswith("model.layers."):
+        return deepseek.tensor_cut(config, name, shape, part.tp, part.tp_rank)
     dim = config.head_dim
     kind = name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
     cuts = {

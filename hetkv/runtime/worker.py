@@ -120,6 +120,7 @@ class Worker:
         )
         self.sending: dict[str, tuple[Transmission, list[list[int]]]] = {}
         self.kv_ns: dict[str, int] = {}
+        self.trace: list[tuple[int, int, int, int, int, int]] = []
         self.accepted: dict[str, tuple[Reception, list[list[int]], int]] = {}
 
     def close(self) -> None:
@@ -165,13 +166,13 @@ class Worker:
         return PrefillResult(token, clock.start_ns, times[0], stop, spans)
 
     def finish(self, request_id: str) -> list[Span]:
-        """Wait until the receivers have verified the request, and free its blocks. Spans of the transfers since."""
+        """Wait until the receivers have verified the request, and free its blocks. Spans of its transfer."""
         sending, blocks = self.sending.pop(request_id)
         try:
             sending.wait()
         finally:
             self.allocator.free(blocks)
-        return self._transfer_spans()
+        return self._transfer_spans(sending.handle)
 
     def accept(self, request_id: str, source: str, num_tokens: int, max_new_tokens: int) -> None:
         """Make room for a request of instance `source` and give its ticket; returns at once."""
@@ -195,7 +196,7 @@ class Worker:
             self.allocator.free(blocks)
         stop = time.monotonic_ns()
         done = self.kv_ns.pop(request_id, ready)
-        return DecodeResult(tokens, done, ready, stop, self._transfer_spans())
+        return DecodeResult(tokens, done, ready, stop, self._transfer_spans(reception.handle))
 
     def routes(self, source: str, num_tokens: int) -> list[RouteBytes]:
         """What a request of instance `source` moves to this rank."""
@@ -209,8 +210,12 @@ class Worker:
     def _span(self, layer: int, start_ns: int, stop_ns: int) -> Span:
         return Span("compute", layer, start_ns, stop_ns, process=self.config.name)
 
-    def _transfer_spans(self) -> list[Span]:
-        return engine_spans(self.node.engine.take_trace(), self.config.name)
+    def _transfer_spans(self, handle: int) -> list[Span]:
+        """What the engine did for one request; what it did for others is kept until they are asked for."""
+        self.trace += self.node.engine.take_trace()
+        mine = [work for work in self.trace if work[1] == handle]
+        self.trace = [work for work in self.trace if work[1] != handle]
+        return engine_spans(mine, self.config.name)
 
 
 def serve(config: WorkerConfig, pipe: Connection) -> None:
