@@ -1,4 +1,4 @@
-// Runs remaps on a device: one launch a task on side streams of high priority, behind the caller's event, and no wait
+// Runs remaps on a device: one launch a task on side streams, behind the caller's event, and no wait
 // on the host. Any number may be in flight; those whose event has happened run back to back.
 #pragma once
 
