@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -28,6 +29,7 @@ COUNTED = {
 """Counters; summed over workers."""
 
 
+@dataclass
 class HetKVStats(KVConnectorStats):
     """`data`: a list of observations for each histogram, a sum for each counter."""
 

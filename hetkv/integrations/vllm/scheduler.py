@@ -180,10 +180,9 @@ class SchedulerSide:
 
     def _let_go(self, request: Request, remote: Consume) -> None:
         """The producer may have its blocks back: this consumer needs nothing of them."""
-        stop = last_token(request, remote)
-        if stop > 0:
-            empty: Blocks = tuple([] for _ in self._cache_config.transfer_groups)
-            self._next.loads.append(_load(request, remote, stop, stop, empty))
+        stop = max(1, last_token(request, remote))
+        empty: Blocks = tuple([] for _ in self._cache_config.transfer_groups)
+        self._next.loads.append(_load(request, remote, stop, stop, empty))
 
     def _forget_load(self, request: Request) -> None:
         """The request ended before it was scheduled, or while its KV is loaded."""
