@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -59,8 +61,8 @@ class Output(NamedTuple):
     finish_reason: str | None
     params: dict[str, Any] | None
     """`kv_transfer_params` of a producer's answer."""
-    cached: int
-    """Prompt tokens that were not computed here."""
+    computed: int
+    """Tokens that the model ran for here: prompt and output."""
 
 
 class Core:
@@ -92,7 +94,16 @@ class Core:
         )
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**settings, **options}))
         self.outputs: dict[str, Output] = {}
+        self.computed: Counter[str] = Counter()
         self.paused = False
+        schedule = self.scheduler.schedule
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            output = schedule(*arguments, **options)
+            self.computed.update(output.num_scheduled_tokens)
+            return output
+
+        self.scheduler.schedule = counted
 
     @property
     def scheduler(self) -> Any:
@@ -106,12 +117,11 @@ class Core:
         for output in self.engine.step():
             if output.finished:
                 first = output.outputs[0]
+                # vLLM's own request ids are ours with a suffix.
+                computed = sum(n for name, n in self.computed.items() if name.startswith(output.request_id + "-"))
                 self.outputs[output.request_id] = Output(
-                    list(first.token_ids), first.finish_reason, output.kv_transfer_params, output.num_cached_tokens
+                    list(first.token_ids), first.finish_reason, output.kv_transfer_params, computed
                 )
-        # The engine's own bookkeeping of requests, and what an engine loop does where only a connector has work.
-        if not self.engine.has_unfinished_requests() and self.scheduler.has_requests():
-            self.engine.engine_core.get_output()
 
     def add(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> None:
         extra = {"kv_transfer_params": params} if params is not None else None
@@ -132,16 +142,24 @@ class Core:
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def state(self) -> dict[str, Any]:
-        """What must be empty where nothing is under way, and the transport's counters."""
+    def held(self) -> dict[str, Any]:
+        """Sizes of everything that must be empty where nothing is under way."""
         side, worker = self.scheduler.connector._scheduler, get_kv_transfer_group()._worker
+        nodes = [node for node in (worker._sender, worker._receiver) if node is not None]
         return dict(
             scheduler=[len(self.scheduler.requests), len(side._producing), len(side._held), len(side._loading)],
             sending=len(worker._sending._out) if worker._sending else 0,
             loading=len(worker._loading._in) if worker._loading else 0,
-            sender=worker._sender.stats() if worker._sender else {},
-            receiver=worker._receiver.stats() if worker._receiver else {},
+            nodes=[[len(node._pending), len(node._keys)] for node in nodes],
+            transport=[
+                {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")} for node in nodes
+            ],
         )
+
+    def stats(self) -> dict[str, int]:
+        """The transport's counters since the start."""
+        worker = get_kv_transfer_group()._worker
+        return (worker._sender or worker._receiver).stats()
 
 
 def _serve(pipe: Connection, model: str, role: str | None, block_size: int, options: dict[str, Any]) -> None:
@@ -159,6 +177,9 @@ def _serve(pipe: Connection, model: str, role: str | None, block_size: int, opti
                 name, arguments = pipe.recv()
             except EOFError:
                 os._exit(0)
+            if name == "stop":
+                core.engine.engine_core.shutdown()
+                os._exit(0)
             pipe.send(getattr(core, name)(*arguments))
         core.step()
 
@@ -169,7 +190,7 @@ class Engine:
     def __init__(self, model: str, role: str | None, block_size: int = 128, **options: Any) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, model, role, block_size, options), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, model, role, block_size, options))
         self.process.start()
         theirs.close()
         self._count = 0
@@ -204,7 +225,7 @@ class Engine:
         self._pipe.close()
 
     def close(self) -> None:
-        self._pipe.close()
+        self._pipe.send(("stop", ()))
         self.process.join(10)
         self.process.kill()
         self.process.join()
@@ -220,3 +241,54 @@ def until(condition: Callable[[], bool], timeout: float = TIMEOUT_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s"
         time.sleep(0.002)
+
+
+class Pair:
+    """A producer and a consumer, and the test as their router."""
+
+    def __init__(self, producer: Engine, consumer: Engine) -> None:
+        self.producer, self.consumer = producer, consumer
+        assert (producer.error, consumer.error) == (None, None)
+        self.free = producer.call("free_blocks"), consumer.call("free_blocks")
+
+    def prefill_first(self, prompt: list[int], tokens: int = 12) -> Output:
+        """Prefill, then decode with what the producer answered."""
+        first = self.producer.run(prompt, 1, dict(do_remote_decode=True, do_remote_prefill=False))
+        return self.consumer.run(prompt, tokens, first.params)
+
+    def concurrent(self, prompt: list[int], tokens: int = 12) -> Output:
+        """Both at once, under one transfer id."""
+        names = self.begin_concurrent(prompt, tokens)
+        self.producer.wait(names[0])
+        return self.consumer.wait(names[1])
+
+    def begin_concurrent(self, prompt: list[int], tokens: int = 12) -> tuple[str, str]:
+        """Names of the two requests."""
+        transfer = uuid.uuid4().hex
+        known = self.describe()
+        decode = self.consumer.add(prompt, tokens, {**known, "transfer_id": transfer})
+        order = dict(do_remote_decode=True, rendezvous="concurrent", transfer_id=transfer)
+        return self.producer.add(prompt, 1, order), decode
+
+    def describe(self) -> dict[str, Any]:
+        """Who the producer is, as it says itself."""
+        params = self.producer.run([1], 1, dict(do_remote_decode=True, describe=True)).params
+        assert params is not None
+        return {name: params[name] for name in ("do_remote_prefill", "remote_engine_id", "remote_addresses")}
+
+    def settled(self) -> None:
+        """Wait until both sides hold nothing: no request, no block, no slot, no ticket."""
+        for engine, free in zip((self.producer, self.consumer), self.free, strict=True):
+            until(lambda engine=engine, free=free: engine.call("free_blocks") == free)
+            until(lambda engine=engine: not any(flatten(engine.call("held"))))
+
+    def close(self) -> None:
+        self.producer.close()
+        self.consumer.close()
+
+
+def flatten(values: Any) -> list[Any]:
+    """All leaves."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    return [leaf for value in values for leaf in flatten(value)] if isinstance(values, list) else [values]
