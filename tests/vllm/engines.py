@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -95,12 +96,14 @@ class Core:
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**settings, **options}))
         self.outputs: dict[str, Output] = {}
         self.computed: Counter[str] = Counter()
+        self.preempted = 0
         self.paused = False
         schedule = self.scheduler.schedule
 
         def counted(*arguments: Any, **options: Any) -> Any:
             output = schedule(*arguments, **options)
             self.computed.update(output.num_scheduled_tokens)
+            self.preempted += len(output.preempted_req_ids or ())
             return output
 
         self.scheduler.schedule = counted
@@ -135,6 +138,19 @@ class Core:
 
     def abort(self, name: str) -> None:
         self.engine.abort_request([name])
+
+    def step_once(self) -> None:
+        """For an engine that is paused."""
+        self.step()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_requests()
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.kv_cache_manager.reset_prefix_cache()
+
+    def preemptions(self) -> int:
+        return self.preempted
 
     def pause(self, paused: bool) -> None:
         self.paused = paused
@@ -184,6 +200,16 @@ def _serve(pipe: Connection, model: str, role: str | None, block_size: int, opti
         core.step()
 
 
+_live: set[Engine] = set()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """A test that failed leaves its engines; the interpreter would wait for them."""
+    for engine in list(_live):
+        engine.kill()
+
+
 class Engine:
     """One instance. `role` is `kv_producer`, `kv_consumer`, `kv_both`, or `None` for one without a connector."""
 
@@ -193,6 +219,7 @@ class Engine:
         self.process = context.Process(target=_serve, args=(theirs, model, role, block_size, options))
         self.process.start()
         theirs.close()
+        _live.add(self)
         self._count = 0
         self.error: str | None = self._receive("start")
 
@@ -220,15 +247,16 @@ class Engine:
 
     def kill(self) -> None:
         """As a crash would."""
+        _live.discard(self)
         self.process.kill()
         self.process.join()
         self._pipe.close()
 
     def close(self) -> None:
-        self._pipe.send(("stop", ()))
-        self.process.join(10)
-        self.process.kill()
-        self.process.join()
+        if self.error is None:
+            self._pipe.send(("stop", ()))
+            self.process.join(20)
+        self.kill()
 
     def _receive(self, what: str) -> Any:
         assert self._pipe.poll(TIMEOUT_S), f"{what}: no answer within {TIMEOUT_S} s"
@@ -262,10 +290,12 @@ class Pair:
         self.producer.wait(names[0])
         return self.consumer.wait(names[1])
 
-    def begin_concurrent(self, prompt: list[int], tokens: int = 12) -> tuple[str, str]:
-        """Names of the two requests."""
+    def begin_concurrent(
+        self, prompt: list[int], tokens: int = 12, known: dict[str, Any] | None = None
+    ) -> tuple[str, str]:
+        """Names of the two requests. `known`: what the producer said of itself, where it cannot answer now."""
         transfer = uuid.uuid4().hex
-        known = self.describe()
+        known = known or self.describe()
         decode = self.consumer.add(prompt, tokens, {**known, "transfer_id": transfer})
         order = dict(do_remote_decode=True, rendezvous="concurrent", transfer_id=transfer)
         return self.producer.add(prompt, 1, order), decode
