@@ -79,20 +79,20 @@ class Core:
                 kv_load_failure_policy=options.pop("policy", "fail"),
                 kv_connector_extra_config=options.pop("extra", {}),
             )
-        settings = dict(
-            model=model,
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=2048,
-            enforce_eager=True,
-            block_size=block_size,
-            enable_prefix_caching=False,
-            max_num_seqs=8,
-            num_gpu_blocks_override=8192 // block_size,
-            seed=0,
-            kv_transfer_config=transfer,
-            disable_log_stats=True,
-        )
+        settings = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": 2048,
+            "enforce_eager": True,
+            "block_size": block_size,
+            "enable_prefix_caching": False,
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": 8192 // block_size,
+            "seed": 0,
+            "kv_transfer_config": transfer,
+            "disable_log_stats": True,
+        }
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**settings, **options}))
         self.outputs: dict[str, Output] = {}
         self.computed: Counter[str] = Counter()
@@ -128,9 +128,7 @@ class Core:
 
     def add(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> None:
         extra = {"kv_transfer_params": params} if params is not None else None
-        options = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra
-        )
+        options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
         self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, options)
 
     def take(self, name: str) -> Output | None:
@@ -162,15 +160,15 @@ class Core:
         """Sizes of everything that must be empty where nothing is under way."""
         side, worker = self.scheduler.connector._scheduler, get_kv_transfer_group()._worker
         nodes = [node for node in (worker._sender, worker._receiver) if node is not None]
-        return dict(
-            scheduler=[len(self.scheduler.requests), len(side._producing), len(side._held), len(side._loading)],
-            sending=len(worker._sending._out) if worker._sending else 0,
-            loading=len(worker._loading._in) if worker._loading else 0,
-            nodes=[[len(node._pending), len(node._keys)] for node in nodes],
-            transport=[
+        return {
+            "scheduler": [len(self.scheduler.requests), len(side._producing), len(side._held), len(side._loading)],
+            "sending": len(worker._sending._out) if worker._sending else 0,
+            "loading": len(worker._loading._in) if worker._loading else 0,
+            "nodes": [[len(node._pending), len(node._keys)] for node in nodes],
+            "transport": [
                 {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")} for node in nodes
             ],
-        )
+        }
 
     def stats(self) -> dict[str, int]:
         """The transport's counters since the start."""
@@ -281,7 +279,7 @@ class Pair:
 
     def prefill_first(self, prompt: list[int], tokens: int = 12) -> Output:
         """Prefill, then decode with what the producer answered."""
-        first = self.producer.run(prompt, 1, dict(do_remote_decode=True, do_remote_prefill=False))
+        first = self.producer.run(prompt, 1, {"do_remote_decode": True, "do_remote_prefill": False})
         return self.consumer.run(prompt, tokens, first.params)
 
     def concurrent(self, prompt: list[int], tokens: int = 12) -> Output:
@@ -297,12 +295,12 @@ class Pair:
         transfer = uuid.uuid4().hex
         known = known or self.describe()
         decode = self.consumer.add(prompt, tokens, {**known, "transfer_id": transfer})
-        order = dict(do_remote_decode=True, rendezvous="concurrent", transfer_id=transfer)
+        order = {"do_remote_decode": True, "rendezvous": "concurrent", "transfer_id": transfer}
         return self.producer.add(prompt, 1, order), decode
 
     def describe(self) -> dict[str, Any]:
         """Who the producer is, as it says itself."""
-        params = self.producer.run([1], 1, dict(do_remote_decode=True, describe=True)).params
+        params = self.producer.run([1], 1, {"do_remote_decode": True, "describe": True}).params
         assert params is not None
         return {name: params[name] for name in ("do_remote_prefill", "remote_engine_id", "remote_addresses")}
 

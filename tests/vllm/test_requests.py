@@ -13,9 +13,9 @@ import pytest
 from engines import Engine, Pair, checkpoint, until
 
 TOKENS = 8
-PRODUCE = dict(do_remote_decode=True, do_remote_prefill=False)
+PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 CHUNK = 256
-LEASES = dict(transfer=dict(lease_s=6.0, hold_s=3.0))
+LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0}}
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -37,7 +37,7 @@ def model(models: Path) -> str:
 @pytest.fixture(scope="module")
 def chunked(model: str) -> Iterator[Pair]:
     """Chunked prefill and prefix caches on both sides, short leases; what cannot be loaded is computed."""
-    options = dict(max_num_batched_tokens=CHUNK, enable_prefix_caching=True, extra=LEASES, policy="recompute")
+    options = {"max_num_batched_tokens": CHUNK, "enable_prefix_caching": True, "extra": LEASES, "policy": "recompute"}
     pair = pair_of(model, dict(options), dict(options))
     yield pair
     pair.close()
@@ -157,12 +157,12 @@ def test_abort_of_the_producer(chunked: Pair) -> None:
 
 def test_preempted_producer(model: str) -> None:
     """Requests that are preempted in mid-prefill drain, are computed again, and arrive under the same transfer id."""
-    small = dict(
-        num_gpu_blocks_override=70,
-        max_num_batched_tokens=192,
-        long_prefill_token_threshold=64,
-        scheduler_reserve_full_isl=False,
-    )
+    small = {
+        "num_gpu_blocks_override": 70,
+        "max_num_batched_tokens": 192,
+        "long_prefill_token_threshold": 64,
+        "scheduler_reserve_full_isl": False,
+    }
     pair = pair_of(model, small, {})
     prompts = [prompt_of(1200, 80 + i) for i in range(3)]
     alone = [pair.consumer.run(prompt, TOKENS) for prompt in prompts]
@@ -190,12 +190,17 @@ def test_second_use_of_a_transfer(chunked: Pair) -> None:
 @pytest.mark.parametrize(
     "params",
     [
-        dict(do_remote_prefill=True),
-        dict(do_remote_prefill=True, transfer_id=7, remote_engine_id="x", remote_addresses=["127.0.0.1:1"]),
-        dict(do_remote_prefill=True, transfer_id="t", remote_engine_id="x", remote_addresses=["nowhere"]),
-        dict(do_remote_prefill=True, transfer_id="t" * 300, remote_engine_id="x", remote_addresses=["127.0.0.1:1"]),
-        dict(do_remote_decode=True, rendezvous="never"),
-        dict(do_remote_decode=True),  # a consumer is no producer
+        {"do_remote_prefill": True},
+        {"do_remote_prefill": True, "transfer_id": 7, "remote_engine_id": "x", "remote_addresses": ["127.0.0.1:1"]},
+        {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "x", "remote_addresses": ["nowhere"]},
+        {
+            "do_remote_prefill": True,
+            "transfer_id": "t" * 300,
+            "remote_engine_id": "x",
+            "remote_addresses": ["127.0.0.1:1"],
+        },
+        {"do_remote_decode": True, "rendezvous": "never"},
+        {"do_remote_decode": True},  # a consumer is no producer
     ],
 )
 def test_wrong_params_are_computed_locally(chunked: Pair, params: dict[str, Any]) -> None:

@@ -100,9 +100,7 @@ def caches(config: VllmConfig, cache_config: KVCacheConfig, tensors: Mapping[str
     return Caches(pool, shards, rank, index_of, tuple(ratios[group] for group in range(spec.num_groups)))
 
 
-def own_layers(
-    config: VllmConfig, cache_config: KVCacheConfig, tensors: Mapping[str, torch.Tensor]
-) -> list[Layer]:
+def own_layers(config: VllmConfig, cache_config: KVCacheConfig, tensors: Mapping[str, torch.Tensor]) -> list[Layer]:
     """Layers with a cache of their own, in model order. A layer that reads another's cache has none."""
     modules = config.compilation_config.static_forward_context
     found = []
@@ -189,9 +187,7 @@ def _gpu_memory(layer: Layer, tensor: torch.Tensor, backend: str) -> LayerMemory
             (blocks, heads, channels // pack, tokens, pack),
             (tensor.stride(0), channels * tokens, tokens * pack, pack, 1),
         )
-        v = tensor[:, 1].as_strided(
-            (blocks, heads, channels, tokens), (tensor.stride(0), channels * tokens, tokens, 1)
-        )
+        v = tensor[:, 1].as_strided((blocks, heads, channels, tokens), (tensor.stride(0), channels * tokens, tokens, 1))
         axes = {"k": "block head outer token inner", "v": "block head channel token"}
         return _halves(k, v, axes, name, scales(layer))
     raise InputError(f"the cache of attention backend {backend}, {list(tensor.shape)}, is not known to this connector")

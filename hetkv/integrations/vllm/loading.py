@@ -144,7 +144,9 @@ class Loading:
         if incoming.aborted:
             return
         kind = "no KV within lease_s" if isinstance(error, LeaseExpiredError) else type(error).__name__
-        _log.warning("request %s, transfer %s: %s: %s", incoming.load.request_id, incoming.load.transfer_id, kind, error)
+        _log.warning(
+            "request %s, transfer %s: %s: %s", incoming.load.request_id, incoming.load.transfer_id, kind, error
+        )
         self._stats.add("failed_loads")
         results.failed.append(incoming.load)
 

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 _log = logging.getLogger("hetkv.proxy")
 MODES = ("prefill_first", "concurrent")
-PRODUCE = dict(do_remote_decode=True, do_remote_prefill=False)
+PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
                "accept-encoding"}  # fmt: skip
 ONE_TOKEN = ("max_tokens", "max_completion_tokens")
@@ -260,7 +260,7 @@ def application(router: Router) -> FastAPI:
         states = await asyncio.gather(*(alive(server) for server in servers))
         detail = {server.url: state for server, state in zip(servers, states, strict=True)}
         decoding = any(detail[server.url] for server in router.decode)
-        return JSONResponse(dict(mode=router.mode, servers=detail), 200 if decoding else 503)
+        return JSONResponse({"mode": router.mode, "servers": detail}, 200 if decoding else 503)
 
     return app
 

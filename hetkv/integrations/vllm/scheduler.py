@@ -204,14 +204,14 @@ class SchedulerSide:
 
     def _answer(self, transfer_id: str | None, num_tokens: int) -> dict[str, Any]:
         """`kv_transfer_params` of a producer's response, as a consumer takes them."""
-        return dict(
-            do_remote_prefill=True,
-            do_remote_decode=False,
-            transfer_id=transfer_id,
-            remote_engine_id=self._engine_id,
-            remote_addresses=list(self._addresses),
-            remote_num_tokens=num_tokens,
-        )
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": transfer_id,
+            "remote_engine_id": self._engine_id,
+            "remote_addresses": list(self._addresses),
+            "remote_num_tokens": num_tokens,
+        }
 
 
 def last_token(request: Request, remote: Consume) -> int:

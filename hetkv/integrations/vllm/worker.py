@@ -50,13 +50,13 @@ class WorkerSide:
         """Describe the caches and start the transport. Raises `InputError` for what cannot be served."""
         self._caches = caches(self._config, self._cache_config, tensors)
         shards = self._caches.instance_shards
-        options = dict(
-            secret=self._secret,
-            instance=self._role.engine_id,
-            rank=self._caches.rank,
-            instance_shards=shards if len(shards) > 1 else (),
-            config=self._settings.transfer,
-        )
+        options = {
+            "secret": self._secret,
+            "instance": self._role.engine_id,
+            "rank": self._caches.rank,
+            "instance_shards": shards if len(shards) > 1 else (),
+            "config": self._settings.transfer,
+        }
         if self._role.is_kv_producer:
             self._sender = Sender(self._caches.pool, **options)
             self.address = self._sender.listen(self._settings.address(self._caches.rank))
