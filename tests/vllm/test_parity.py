@@ -57,7 +57,7 @@ def test_heads(models: Path, prompts: list[list[int]], kv_heads: int, head_dim: 
 
 @pytest.mark.parametrize(("producer", "consumer"), [(2, 1), (1, 2)])
 def test_tensor_parallel(models: Path, prompts: list[list[int]], producer: int, consumer: int) -> None:
-    """In float32: bfloat16 sums over ranks round differently, and vLLM's own tokens at TP 1 and TP 2 are not the same."""
+    """In float32: in bfloat16 the sums over ranks round, and vLLM itself says other tokens at TP 1 than at TP 2."""
     model = checkpoint(models, kv_heads=4)
     pair = Pair(
         Engine(model, "kv_producer", 64, tensor_parallel_size=producer, dtype="float32"),

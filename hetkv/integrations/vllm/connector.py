@@ -92,7 +92,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self._at_scheduler.num_matched_tokens(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        return self._kv_cache_config.transfer_group_ids
+        return tuple(self._kv_cache_config.transfer_group_ids)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._at_scheduler.after_alloc(request, blocks, num_external_tokens)

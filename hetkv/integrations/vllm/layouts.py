@@ -61,7 +61,7 @@ class Caches(NamedTuple):
     pool: KVPool
     instance_shards: tuple[Shard, ...]
     rank: int
-    index: dict[str, int]
+    index_of: dict[str, int]
     """Global layer index of each layer name."""
     kernel_blocks: tuple[int, ...]
     """Per cache group: blocks of the pool that one of vLLM's blocks is split into."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError
+from hetkv.errors import AbortedError, HetkvError, PeerLostError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -143,12 +143,10 @@ class Loading:
             return
         if incoming.aborted:
             return
-        kind = "no KV within lease_s" if isinstance(error, LeaseExpiredError) else type(error).__name__
-        _log.warning(
-            "request %s, transfer %s: %s: %s", incoming.load.request_id, incoming.load.transfer_id, kind, error
-        )
+        load = incoming.load
+        _log.warning("request %s, transfer %s: %s: %s", load.request_id, load.transfer_id, type(error).__name__, error)
         self._stats.add("failed_loads")
-        results.failed.append(incoming.load)
+        results.failed.append(load)
 
     def _link(self, load: Load) -> Future[None]:
         """Done once every rank of the producer that holds something of this rank is linked."""

@@ -38,7 +38,7 @@ class HetKVStats(KVConnectorStats):
             self.reset()
 
     def reset(self) -> None:
-        self.data = {**{name: [] for name in OBSERVED}, **dict.fromkeys(COUNTED, 0)}
+        self.data: dict[str, Any] = {**{name: [] for name in OBSERVED}, **dict.fromkeys(COUNTED, 0)}
 
     def observe(self, name: str, seconds: float) -> None:
         """One observation of a histogram."""

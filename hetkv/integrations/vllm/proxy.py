@@ -75,8 +75,7 @@ class Router:
 
     async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Answer one client's request."""
-        for name in ("kv_transfer_params",):
-            body.pop(name, None)
+        body.pop("kv_transfer_params", None)
         prefill, decode = self.choose(self.prefill), self.choose(self.decode)
         half = self._after if self.mode == "prefill_first" else self._beside
         return await half(prefill, decode, path, body, headers)
@@ -120,13 +119,13 @@ class Router:
                 if (await decoding).status_code >= 400:  # perhaps of an identity that is gone
                     prefill.identity = None
                 await asyncio.wait((computing,))
-            error = computing.exception()
-            if error is None:
+            failure = computing.exception()
+            if failure is None:
                 return await decoding
-            if not isinstance(error, Refused):
-                raise error
+            if not isinstance(failure, Refused):
+                raise failure
             prefill.identity = None
-            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
+            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
             if not decoding.done():
                 decoding.cancel()
                 await asyncio.wait((decoding,))
@@ -143,10 +142,12 @@ class Router:
     ) -> dict[str, Any]:
         """Where a prefill server's workers listen; it is asked once, and again after each failure."""
         async with prefill.asking:
-            if prefill.identity is None:
+            known = prefill.identity
+            if known is None:
                 order = dict(PRODUCE, describe=True)
-                prefill.identity = _identity(await self._ask(prefill, path, prefill_body(body, order), headers))
-        return prefill.identity
+                known = _identity(await self._ask(prefill, path, prefill_body(body, order), headers))
+                prefill.identity = known
+        return known
 
     async def _ask(self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
         """A whole JSON answer. Raises `Refused`."""
@@ -204,7 +205,7 @@ def prefill_body(body: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _identity(answer: dict[str, Any]) -> dict[str, Any] | None:
+def _identity(answer: dict[str, Any]) -> dict[str, Any]:
     """What of a prefill server's answer tells who it is."""
     params = answer.get("kv_transfer_params") or {}
     names = ("do_remote_prefill", "remote_engine_id", "remote_addresses")
@@ -252,7 +253,8 @@ def application(router: Router) -> FastAPI:
     async def health() -> JSONResponse:
         async def alive(server: Server) -> bool:
             try:
-                return (await router.client.get(server.url + "/health", timeout=2.0)).status_code == 200
+                answer = await router.client.get(server.url + "/health", timeout=2.0)
+                return bool(answer.status_code == 200)
             except httpx.HTTPError:
                 return False
 
@@ -287,8 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     for url in (*options.prefill, *options.decode):
         if not url.startswith(("http://", "https://")):
             parser.error(f"{url!r} is not a URL: write http://host:port")
-    strip = [[url.rstrip("/") for url in urls] for urls in (options.prefill, options.decode)]
-    router = Router(*strip, options.mode, options.timeout)
+    prefill, decode = ([url.rstrip("/") for url in urls] for urls in (options.prefill, options.decode))
+    router = Router(prefill, decode, options.mode, options.timeout)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     uvicorn.run(application(router), host=options.host, port=options.port, log_level="warning")
 

@@ -216,7 +216,7 @@ class SchedulerSide:
 
 def last_token(request: Request, remote: Consume) -> int:
     """Where the load stops: before the prompt's last token, or where the producer's KV ends."""
-    stop = request.num_prompt_tokens - 1
+    stop = int(request.num_prompt_tokens) - 1
     return stop if remote.remote_num_tokens is None else min(stop, remote.remote_num_tokens)
 
 

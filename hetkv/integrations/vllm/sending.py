@@ -83,7 +83,7 @@ class Sending:
 
     def send_layer(self, name: str) -> None:
         """A layer of this step is computed."""
-        layer = self._caches.index.get(name)
+        layer = self._caches.index_of.get(name)
         if layer in self._layers_left:
             self._layers_left.discard(layer)
             self._send(layer)

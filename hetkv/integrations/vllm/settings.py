@@ -24,7 +24,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """`kv_connector_extra_config` of `HetKVConnector`."""
 
     secret_file: str | None = None
-    """File with the shared secret; default: `$HETKV_SECRET_FILE`, and on one host a file of this user (see `secret`)."""
+    """File with the shared secret; default: `$HETKV_SECRET_FILE`; on one host a file of this user."""
     host: str = "127.0.0.1"
     """Producer: address of this host to listen at, as consumers reach it."""
     port: int = 0

@@ -1,4 +1,4 @@
-"""Which vLLM this connector works with. Its connector interface is declared experimental and changes with each minor."""
+"""Which vLLM this connector works with. Its connector interface is experimental and changes with each minor."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ SUPPORTED = ">=0.32,<0.33"
 
 def check_version(version: str | None = None) -> None:
     """Raise `BuildError` unless `version` (default: of the vLLM that is installed) is in `SUPPORTED`."""
-    if version is None:
-        try:
-            from vllm import __version__ as version
-        except ImportError as error:
-            raise BuildError(f"hetkv.integrations.vllm needs vLLM {SUPPORTED}: {error}") from None
+    found = version or _installed()
     try:
-        fits = Version(version) in SpecifierSet(SUPPORTED, prereleases=True)
+        fits = SpecifierSet(SUPPORTED).contains(Version(found), prereleases=True)
     except InvalidVersion:
         fits = False
     if not fits:
-        raise BuildError(f"hetkv's connector supports vLLM {SUPPORTED}, this is vLLM {version}")
+        raise BuildError(f"hetkv's connector supports vLLM {SUPPORTED}, this is vLLM {found}")
+
+
+def _installed() -> str:
+    try:
+        import vllm
+    except ImportError as error:
+        raise BuildError(f"hetkv.integrations.vllm needs vLLM {SUPPORTED}: {error}") from None
+    return str(vllm.__version__)
