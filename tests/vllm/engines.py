@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ os.environ.update(
 
 import torch
 from vllm.config import KVTransferConfig
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -78,6 +78,7 @@ class Core:
                 kv_role=role,
                 kv_load_failure_policy=options.pop("policy", "fail"),
                 kv_connector_extra_config=options.pop("extra", {}),
+                **({"kv_buffer_device": device} if (device := options.pop("kv_buffer_device", None)) else {}),
             )
         settings = {
             "model": model,
@@ -107,6 +108,11 @@ class Core:
             return output
 
         self.scheduler.schedule = counted
+        self.observed: dict[str, list[float]] = defaultdict(list)
+        worker = getattr(get_kv_transfer_group(), "_worker", None) if has_kv_transfer_group() else None
+        if worker is not None:
+            observe = worker._stats.observe
+            worker._stats.observe = lambda name, value: (self.observed[name].append(value), observe(name, value))
 
     @property
     def scheduler(self) -> Any:
@@ -169,6 +175,10 @@ class Core:
                 {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")} for node in nodes
             ],
         }
+
+    def take_observed(self, name: str) -> list[float]:
+        """Observations of one of the connector's histograms since the last call."""
+        return self.observed.pop(name, [])
 
     def resources(self) -> list[int]:
         """Threads and open descriptors of this process."""
