@@ -1,4 +1,4 @@
-"""Two OpenAI servers and the proxy, as a user starts them: both modes, streaming, metrics, a prefill server that dies."""
+"""Two OpenAI servers and the proxy, as a user starts them: both modes, streams, metrics, a prefill server that dies."""
 
 from __future__ import annotations
 

@@ -62,10 +62,9 @@ def test_exposed_time(models: Path, record_property: Any) -> None:
     for mode in ("prefill_first", "concurrent"):
         for prompt in prompts(2):
             if mode == "concurrent":
-                for engine, name in zip(
-                    (pair.producer, pair.consumer), pair.begin_concurrent(prompt, 1, known), strict=True
-                ):
-                    engine.wait(name)
+                prefill, decode = pair.begin_concurrent(prompt, 1, known)
+                pair.producer.wait(prefill)
+                pair.consumer.wait(decode)
             else:
                 pair.prefill_first(prompt, 1)
         pair.settled()
