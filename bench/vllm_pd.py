@@ -5,8 +5,8 @@ Run with the Python of an environment that holds vLLM and hetkv (`make test-vllm
 
     .venv-vllm/bin/python bench/vllm_pd.py --json vllm_pd.json
 
-All servers are up at once and are asked in turn, so that all see the same machine. Every P/D system runs behind the same proxy.
-Tokens are greedy and compared with those of the one instance: a system whose tokens differ has no figures.
+All servers are up at once and are asked in turn, so that all see the same machine. Every P/D system runs behind one
+proxy. Tokens are greedy and compared with those of the one instance: a system whose tokens differ has no figures.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def sums(self, name: str) -> tuple[float, float]:
-        """Sum and count of a histogram of its metrics."""
+    def sum_of(self, name: str) -> float:
+        """Sum of a histogram of its metrics."""
         text = httpx.get(self.url + "/metrics", timeout=30).text
-        found = [re.search(rf"^{name}_{part}\{{.*\}} (\S+)$", text, re.MULTILINE) for part in ("sum", "count")]
-        return tuple(float(match[1]) if match else 0.0 for match in found)  # type: ignore[return-value]
+        found = re.search(rf"^{name}_sum\{{.*\}} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
 
 def free_port() -> int:
@@ -116,8 +116,9 @@ def checkpoint(folder: Path, args: argparse.Namespace) -> str:
 
 def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, Any] | None, extra: list[str]) -> Server:
     """One vLLM server."""
-    arguments = ["vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "bfloat16", "--max-model-len", "2048",
-                 "--skip-tokenizer-init", "--block-size", str(block), "--no-enable-prefix-caching", *extra]  # fmt: skip
+    arguments = ["vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "bfloat16"]
+    arguments += ["--max-model-len", "2048", "--skip-tokenizer-init", "--block-size", str(block)]
+    arguments += ["--no-enable-prefix-caching", *extra]
     if transfer is not None:
         arguments += ["--kv-transfer-config", json.dumps(transfer)]
     return Server(name, folder, arguments, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
@@ -154,7 +155,7 @@ def measure(
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
         ask(url, model, prompts[0][: args.prompt // 2], 2)  # connections
-    before = {name: server.sums("vllm:hetkv_exposed_seconds") for name, server in producers.items()}
+    before = {server: server.sum_of("vllm:hetkv_exposed_seconds") for server in producers.values()}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
     for prompt in prompts:
@@ -162,7 +163,7 @@ def measure(
             answers[name].append(ask(url, model, prompt, args.tokens))
             if name in producers:
                 time.sleep(0.05)  # the producer's metrics come with its next steps
-                after = producers[name].sums("vllm:hetkv_exposed_seconds")
+                after = producers[name].sum_of("vllm:hetkv_exposed_seconds")
                 exposed[name].append(after[0] - before[name][0])
                 before = {
                     other: after if producers[other] is producers[name] else seen for other, seen in before.items()

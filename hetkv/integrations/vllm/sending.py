@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hetkv.errors import HetkvError, LeaseExpiredError
+from hetkv.errors import HetkvError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Metadata, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -31,11 +31,14 @@ class Outgoing:
     """Tokens whose layers were handed to `tx`."""
     held_since: float | None = None
     """The scheduler holds the blocks since then, and waits to hear that they are free."""
+    computed_at: float = 0.0
+    """When its prefill was done."""
+    ended_at: float | None = None
+    """When `tx` ended: nothing reads the request's blocks any more."""
 
-    @property
-    def drained(self) -> bool:
-        """Nothing reads the request's blocks any more."""
-        return self.tx is None or self.tx.packed.done()
+    def end(self, _: object) -> None:
+        """Callback of `tx.future`."""
+        self.ended_at = time.monotonic()
 
 
 class Sending:
@@ -48,13 +51,12 @@ class Sending:
         self._step: list[tuple[Outgoing, tuple[int, int]]] = []
         self._layers_left: set[int] = set()
         self._computed_at = time.monotonic()
-        self._ended: list[tuple[Transmission, float, float]] = []
 
     def preempt(self, meta: Metadata) -> None:
         """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them."""
         for request_id in meta.preempted:
             out = self._out.get(request_id)
-            if out is None or out.tx is None or (out.drained and out.tx.packed.exception() is None):
+            if out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None):
                 continue  # all of it has left: the blocks are not read again
             del self._out[request_id]
             out.tx.abort(PREEMPTED)
@@ -106,14 +108,14 @@ class Sending:
                     self._abort(out, "the request ended")
                     del self._out[request_id]
                 continue
-            if out.drained:
+            if out.tx is None or out.ended_at is not None:
                 free.add(request_id)
                 del self._out[request_id]
+                self._count(out)
             elif now - out.held_since > self._sender.config.hold_s:
                 self._abort(out, "no consumer took the request within hold_s")
                 self._stats.add("expired_sends")
                 out.held_since = now + NO_LIMIT_S  # once
-        self._count()
         return free
 
     @property
@@ -131,7 +133,8 @@ class Sending:
             tx = None
         out = self._out[send.request_id] = Outgoing(tx, [len(ids) for ids in blocks])
         if tx is not None:
-            tx.packed.add_done_callback(lambda _: self._changed())
+            tx.future.add_done_callback(out.end)
+            tx.future.add_done_callback(lambda _: self._changed())
         return out
 
     def _extend(self, out: Outgoing, send: Send) -> None:
@@ -144,7 +147,7 @@ class Sending:
     def _hold(self, send: Send) -> None:
         """The prefill is done. What has not left yet leaves when its ticket comes."""
         out = self._out.get(send.request_id) or self._open(send)
-        out.held_since = time.monotonic()
+        out.held_since, out.computed_at = time.monotonic(), self._computed_at
         tx = out.tx
         if tx is None:
             return
@@ -152,8 +155,6 @@ class Sending:
             for layer in self._caches.pool.layers:
                 tx.send_layer(layer, (out.sent, send.stop))
             out.sent = send.stop
-        computed_at = self._computed_at
-        tx.future.add_done_callback(lambda _: self._ended.append((tx, computed_at, time.monotonic())))
 
     def _send(self, layer: int) -> None:
         for out, tokens in self._step:
@@ -164,16 +165,14 @@ class Sending:
         if out.tx is not None:
             out.tx.abort(why)
 
-    def _count(self) -> None:
-        """Take the transmissions that have ended into the statistics."""
-        while self._ended:
-            tx, computed_at, ended_at = self._ended.pop(0)
-            error = tx.future.exception()
-            if error is None:
-                self._stats.add("sends")
-                self._stats.observe("exposed_seconds", max(0.0, ended_at - computed_at))
-                continue
+    def _count(self, out: Outgoing) -> None:
+        """Take a transmission that has ended into the statistics."""
+        if out.tx is None or out.ended_at is None:
+            return
+        error = out.tx.future.exception()
+        if error is None:
+            self._stats.add("sends")
+            self._stats.observe("exposed_seconds", max(0.0, out.ended_at - out.computed_at))
+        else:
             self._stats.add("failed_sends")
-            if isinstance(error, LeaseExpiredError):
-                self._stats.add("expired_sends")
-            _log.warning("transfer %s: %s", tx.request_id, error)
+            _log.warning("transfer %s: %s", out.tx.request_id, error)
