@@ -153,6 +153,10 @@ class Core:
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.kv_cache_manager.reset_prefix_cache()
 
+    def groups(self) -> list[str]:
+        """Kinds of the cache groups."""
+        return [type(group.kv_cache_spec).__name__ for group in self.scheduler.kv_cache_config.kv_cache_groups]
+
     def preemptions(self) -> int:
         return self.preempted
 
