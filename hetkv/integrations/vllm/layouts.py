@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import (
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import PACK_BYTES, KVLayout, ScaleLayout, SegmentLayout
+from hetkv.layout import KVLayout, ScaleLayout, SegmentLayout
 from hetkv.pool import KVPool, LayerMemory
 from hetkv.spec import KVSpec, LayerSpec, Segment, Shard
 
@@ -40,6 +40,8 @@ ROWS = {"FLASH_ATTN", "FLASH_ATTN_DIFFKV", "FLASHINFER", "FLEX_ATTENTION", "ROCM
 LATENT = {"AITER_TRITON_MLA", "CPU_MLA", "CUTLASS_MLA", "FLASHINFER_MLA", "FLASHMLA", "FLASHMLA_SPARSE",
           "FLASH_ATTN_MLA", "ROCM_AITER_MLA", "TRITON_MLA"}  # fmt: skip
 """MLA backends whose content is the compressed latent and, behind it, the rotary part."""
+ROCM_UNIT_BYTES = 16
+"""Width of the innermost run of K in ROCm paged attention."""
 DS_MLA_BYTES = 656
 """A record of `fp8_ds_mla`: 512 fp8 values, 4 float32 scales of 128 values each, 64 bfloat16 rotary values."""
 
@@ -179,7 +181,7 @@ def _gpu_memory(layer: Layer, tensor: torch.Tensor, backend: str) -> LayerMemory
     if backend == "FLASHINFER" and (slots, content) == (2 * heads, spec.head_size):
         return _halves(tensor[:, :heads], tensor[:, heads:], "block head token channel", name, scales(layer))
     if backend == "ROCM_ATTN" and (slots, content) == (2, heads * spec.head_size):
-        pack = PACK_BYTES // tensor.element_size()
+        pack = ROCM_UNIT_BYTES // tensor.element_size()
         blocks, _, tokens, _ = tensor.shape
         channels = spec.head_size
         # Each half of a block is one contiguous region, [head, channel / x, token, x] and [head, channel, token].
