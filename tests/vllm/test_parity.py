@@ -85,3 +85,15 @@ def test_dtypes(models: Path, prompts: list[list[int]]) -> None:
         assert same >= 0.8 * len(some), f"{same} of {len(some)}"
     pair.settled()
     pair.close()
+
+
+def test_both_roles(models: Path, prompts: list[list[int]]) -> None:
+    """Two instances that each produce and consume, in both directions."""
+    model = checkpoint(models)
+    first, second = Engine(model, "kv_both", 32), Engine(model, "kv_both", 128)
+    some = prompts[::10]
+    alone = [first.run(prompt, TOKENS).tokens for prompt in some]
+    for pair in (Pair(first, second), Pair(second, first)):
+        for mode in MODES:
+            check(pair, mode, some, alone)
+    pair.close()
