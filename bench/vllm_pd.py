@@ -36,6 +36,7 @@ from hetkv.errors import HetkvError
 HETKV = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.integrations.vllm"}
 NIXL = {"kv_connector": "NixlConnector"}
 STOP_S = 20
+CONNECT_TRIES = 3
 
 
 class Answer(NamedTuple):
@@ -135,10 +136,24 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
-            seen += json.loads(line[6:])["choices"][0]["token_ids"]
+            piece = json.loads(line[6:])
+            if "choices" not in piece:
+                raise HetkvError(f"{url}: {str(piece)[:300]}")
+            seen += piece["choices"][0]["token_ids"]
             first = first or time.perf_counter()
     stop = time.perf_counter()
     return Answer(seen, first - start, (stop - first) / max(1, tokens - 1), stop - start)
+
+
+def connect(url: str, model: str, prompt: list[int]) -> None:
+    """A first request, so that the two sides are connected. On a busy machine NIXL's handshake may run out of time."""
+    for left in reversed(range(CONNECT_TRIES)):
+        try:
+            ask(url, model, prompt, 2)
+            return
+        except HetkvError:
+            if not left:
+                raise
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -154,7 +169,7 @@ def measure(
     draw = random.Random(args.seed)
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
-        ask(url, model, prompts[0][: args.prompt // 2], 2)  # connections
+        connect(url, model, prompts[0][: args.prompt // 2])
     before = {server: server.sum_of("vllm:hetkv_exposed_seconds") for server in producers.values()}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
