@@ -37,6 +37,7 @@ HETKV = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.in
 NIXL = {"kv_connector": "NixlConnector"}
 STOP_S = 20
 CONNECT_TRIES = 3
+METRIC_TRIES = 100
 
 
 class Answer(NamedTuple):
@@ -83,11 +84,16 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def sum_of(self, name: str) -> float:
-        """Sum of a histogram of its metrics."""
-        text = httpx.get(self.url + "/metrics", timeout=30).text
-        found = re.search(rf"^{name}_sum\{{.*\}} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+    def observed(self, name: str, after: tuple[float, float] | None = None) -> tuple[float, float]:
+        """Sum and count of a histogram of its metrics; with `after`, once there is one observation more."""
+        for _ in range(METRIC_TRIES):
+            text = httpx.get(self.url + "/metrics", timeout=30).text
+            found = [re.search(rf"^{name}_{part}\{{.*\}} (\S+)$", text, re.MULTILINE) for part in ("sum", "count")]
+            total, count = (float(match[1]) if match else 0.0 for match in found)
+            if after is None or count > after[1]:
+                return total, count
+            time.sleep(0.05)
+        raise HetkvError(f"{self.name}: no further observation of {name}")
 
 
 def free_port() -> int:
@@ -170,19 +176,18 @@ def measure(
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
         connect(url, model, prompts[0][: args.prompt // 2])
-    before = {server: server.sum_of("vllm:hetkv_exposed_seconds") for server in producers.values()}
+    histogram = "vllm:hetkv_exposed_seconds"
+    before = {server: server.observed(histogram) for server in producers.values()}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
     for prompt in prompts:
         for name, url in systems.items():
             answers[name].append(ask(url, model, prompt, args.tokens))
             if name in producers:
-                time.sleep(0.05)  # the producer's metrics come with its next steps
-                after = producers[name].sum_of("vllm:hetkv_exposed_seconds")
-                exposed[name].append(after[0] - before[name][0])
-                before = {
-                    other: after if producers[other] is producers[name] else seen for other, seen in before.items()
-                }
+                server = producers[name]
+                after = server.observed(histogram, before[server])
+                exposed[name].append(after[0] - before[server][0])
+                before[server] = after
     out: dict[str, Any] = {}
     for name, seen in answers.items():
         same = sum(a.tokens == b.tokens for a, b in zip(seen, answers["one instance"], strict=True))
