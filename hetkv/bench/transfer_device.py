@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, tokens: int, block_size: int) -> int:
     from hetkv.bench.environment import environment
 
     console = Console()
-    shape = Shape(args.layers, tokens, ("nhd", block_size), ("hnd", 64), devices(args.device))
+    shape = Shape(args.layers, tokens, ("nhd", block_size), ("hnd", 64), devices=devices(args.device))
     settings = {name: getattr(args, name) for name in ("slot_bytes", "window_bytes", "max_blocks", "staging_slots")}
     settings = {name: value for name, value in settings.items() if value is not None}
     layer_bytes = shape.payload_bytes // shape.layers
