@@ -75,6 +75,17 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
         raise IncompatibleError("slot_bytes", ours, other, "a slot holds one token of a layer")
 
 
+def check_minor(mine: Description, minor: int) -> None:
+    """Raise `IncompatibleError` where a description says what a reader of that minor version does not know."""
+    if minor >= SCALES_SINCE:
+        return
+    for group in mine.layers:
+        for name, part in group.layout.segments.items():
+            if part.groups:
+                field = f"layers[{group.layers[0]}].{name}.scale"
+                raise IncompatibleError(field, scale_text(part), f"version 1.{minor}", "it carries static scales only")
+
+
 def differences(mine: object, theirs: object, path: str) -> Iterator[tuple[str, object, object]]:
     """(path, value, value) of every leaf in which two descriptions of one type differ, in field order."""
     if mine == theirs:
@@ -117,8 +128,11 @@ def _check_layer(sender: Description, receiver: Description, layer: int, heads: 
             why = f"version 1.{minor}, the lower of the two sides', carries static scales only"
             raise IncompatibleError(f"{name}.scale", scale_text(src), scale_text(dst), why)
     routed = [heads]
-    if any(part.shares_scales for part in sides[1].values()):
+    sharing = next((name for name, part in sides[1].items() if part.shares_scales), None)
+    if sharing is not None:
         routed = _routed(sender, receiver, layer) or routed
+        if routed != [receiver.shard.heads[layer]]:
+            _check_alike(sender, receiver, layer, sharing)
     for part in routed:
         found = layer_conversions(sender, receiver, layer, part)
     count = len(found) + sum(how.groups > 0 for how in found.values())
@@ -126,6 +140,17 @@ def _check_layer(sender: Description, receiver: Description, layer: int, heads: 
         mine, theirs = (", ".join(f"{name} {scale_text(part)}" for name, part in side.items()) for side in sides)
         raise IncompatibleError("scale", mine, theirs, f"a frame holds {MAX_PARTS} segments and scales, not {count}")
     return token_bytes(spec, found, heads.size)
+
+
+def _check_alike(sender: Description, receiver: Description, layer: int, name: str) -> None:
+    """Replicas that each send some of the heads which share a scale must hold the same heads, so the same scale."""
+    wanted = receiver.shard.heads[layer]
+    shards = [shard for shard in sender.shards if layer in range(*shard.layers)]
+    held = {shard.heads[layer] for shard in shards if (shard.heads[layer] & wanted).size}
+    if len(held) > 1:
+        sides = (scale_text(side.layout(layer).segments[name]) for side in (sender, receiver))
+        why = "ranks of the sender that hold unlike heads share other scales"
+        raise IncompatibleError(f"{name}.scale", *sides, why)
 
 
 def _routed(sender: Description, receiver: Description, layer: int) -> list[Interval]:

@@ -286,8 +286,16 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
             raise MessageError(f"{peer}: message {type(message).__name__} instead of its {what}")
         return message
 
-    if connecting:
+    def describe() -> None:
+        try:
+            compat.check_minor(mine, minor)
+        except IncompatibleError as error:
+            write(Refusal(error.field, error.mine, error.theirs, error.why))
+            raise
         write(for_minor(mine, minor))
+
+    if connecting:
+        describe()
     try:
         theirs = read(Description, "description")
         if theirs.role != other_role(mine.role):
@@ -296,7 +304,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         write(Refusal("description", "a well-formed description expected", "a malformed one", str(error)))
         raise
     if not connecting:
-        write(for_minor(mine, minor))
+        describe()
     try:
         compat.check(mine, theirs, minor)
     except IncompatibleError as error:

@@ -113,7 +113,7 @@ def segment_conversion(
     else:
         on_wire = [scale * _TWIN_SCALE[dst.dtype] for scale in target]
     pack, unpack = _ratio(source, on_wire), _ratio(on_wire, target)
-    _check_ratios(pack, unpack, source, target)
+    _check_normal((pack or ()) + (unpack or ()), source, target)
     return Conversion(wire, pack, unpack)
 
 
@@ -151,17 +151,18 @@ def _with_scales_in_memory(
     if src.dtype.itemsize > dst.dtype.itemsize:
         factor = _factor(wire, dst.dtype)
         assert factor is not None  # the wire has the receiver's dtype, or its OCP twin
+        _check_normal(source, source, scale_text(dst), "a static scale is not a normal float32")
         return Conversion(
             wire, _multipliers(source), _constant(1 / factor, heads), dst.groups, "quantise", "keep", factor,
             joint=dst.shares_scales,
         )  # fmt: skip
     on_wire = source if wire is src.dtype else [scale * _TWIN_SCALE[src.dtype] for scale in source]
     pack, factor = _ratio(source, on_wire), _factor(wire, dst.dtype)
-    _check_ratios(pack, None, source, source)
+    written = [scale * (factor or 1.0) for scale in on_wire]
+    _check_normal(written, source, scale_text(dst), "a static scale is not a normal float32")
     if factor is None or (dst.shares_scales and len(set(source)) > 1):
         return Conversion(wire, pack, _multipliers(on_wire), unpack_scales="quantise", joint=dst.shares_scales)
-    fill = tuple(scale * factor for scale in on_wire)
-    return Conversion(wire, pack, _constant(1 / factor, heads), unpack_scales="fill", fill=fill)
+    return Conversion(wire, pack, _constant(1 / factor, heads), unpack_scales="fill", fill=tuple(written))
 
 
 def _from_scales(
@@ -175,7 +176,7 @@ def _from_scales(
             )
         target = static_scales(dst, heads, dst_heads)
         unpack = _ratio([1.0] * heads.size, target)
-        _check_ratios(None, unpack, ["in memory"], target)
+        _check_normal(unpack or (), scale_text(src), target)
         return Conversion(wire, None, unpack, src.groups, "keep", "apply")
     factor = _factor(wire, dst.dtype)
     shared_alike = src.shares_scales and src_heads.start <= dst_heads.start and dst_heads.stop <= src_heads.stop
@@ -204,11 +205,11 @@ def _ratio(numerators: list[float], denominators: list[float]) -> tuple[float, .
     return _multipliers([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
-def _check_ratios(
-    pack: tuple[float, ...] | None, unpack: tuple[float, ...] | None, source: Sequence[object], target: Sequence[object]
+def _check_normal(
+    factors: Sequence[float], source: object, target: object, why: str = "their ratio is not a normal float32"
 ) -> None:
-    if not all(_FLOAT32_MIN <= ratio <= _FLOAT32_MAX for ratio in (pack or ()) + (unpack or ())):
-        raise IncompatibleError("scale", source, target, "their ratio is not a normal float32")
+    if not all(_FLOAT32_MIN <= factor <= _FLOAT32_MAX for factor in factors):
+        raise IncompatibleError("scale", source, target, why)
 
 
 def _unlike_dtypes(src: SegmentLayout, dst: SegmentLayout) -> IncompatibleError:

@@ -130,7 +130,10 @@ class KVPool:
                 if name not in layout.segments:
                     raise InputError(f"layer {index}: scales of {name!r}, which is no segment")
                 part = layout.segments[name]
-                groups = tensor.shape[scale_axes.split().index("group")] if "group" in scale_axes.split() else 1
+                shape = dict(zip(scale_axes.split(), tensor.shape, strict=False))
+                groups = shape.get("group", 1)
+                if groups < 1 or part.channels % groups:
+                    raise InputError(f"layer {index}: {groups} scales for {part.channels} channels of {name!r}")
                 placed = ScaleLayout.from_tensor(tensor, scale_axes, part.channels // groups if groups > 1 else 0)
                 scaled = {**layout.segments, name: msgspec.structs.replace(part, scale=placed)}
                 layout = msgspec.structs.replace(layout, segments=scaled)

@@ -109,7 +109,7 @@ def check_scale(where: str, part: SegmentLayout, block_size: int) -> None:
     if part.dtype not in SCALED:
         raise InputError(f"{where}: {part.dtype.value} has no scales in memory, only fp8 and int8 have")
     per = scale.channels_per_scale or part.channels
-    if part.channels % per:
+    if part.channels < 1 or part.channels % per:
         raise InputError(f"{where}: {part.channels} channels with a scale for each {per}")
     if block_size > 1 and scale.token_stride == 0:
         raise InputError(f"{where}: scales in memory are one a token, but their token stride is 0")

@@ -11,8 +11,8 @@ from hetkv import compat
 from hetkv.conversion import Conversion, segment_conversion
 from hetkv.description import Description, encode
 from hetkv.dtypes import DType
-from hetkv.errors import IncompatibleError
-from hetkv.layout import KVLayout
+from hetkv.errors import IncompatibleError, InputError
+from hetkv.layout import KVLayout, SegmentLayout
 from hetkv.scale import ScaleLayout
 from hetkv.spec import Interval, KVSpec, LayerSpec, Segment, Shard
 
@@ -39,6 +39,13 @@ def test_scales_in_memory_need_version_1_1():
         "(version 1.0, the lower of the two sides', carries static scales only)"
     )
     compat.check(describe("sender", SPEC, FN, ScaleLayout((0.5,))), describe("receiver", SPEC), minor=0)
+
+
+def test_a_reader_of_1_0_is_not_sent_scales_in_memory():
+    compat.check_minor(describe("sender", SPEC, FN, ScaleLayout((0.5,))), 0)
+    compat.check_minor(scaled("sender", FN, "token"), 1)
+    with pytest.raises(IncompatibleError, match=r"layers\[0\]\.k\.scale: .*in memory, per token.*version 1\.0"):
+        compat.check_minor(scaled("sender", FN, "token"), 0)
 
 
 def test_static_scales_are_described_as_in_version_1_0():
@@ -89,6 +96,30 @@ def test_shared_scales_need_all_heads_from_one_sender():
     compat.check(scaled("sender", BF16), receiver)
     # Replicas whose heads share scales already send the same ones.
     compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
+
+
+def test_unlike_replicas_do_not_share_a_scale():
+    """Heads [0, 2) come from a rank of 2 heads and one of 4: each has a scale of its own for them."""
+    whole = Shard.whole(SPEC)
+    half = Shard.of(SPEC, 2, 0)
+    receiver = scaled("receiver", FN, "token", shard=half, instance_shards=(half,))
+    unlike = scaled("sender", FN, "token", shard=whole, instance_shards=(whole, half))
+    assert refused(unlike, receiver).field == "layers[0].k.scale"
+    compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FN])
+@pytest.mark.parametrize("value", [1e-300, 1e300])
+def test_static_scales_that_float32_does_not_hold_are_refused(dtype, value):
+    """They would be written, or multiplied with, as 0 or infinity."""
+    error = refused(describe("sender", SPEC, dtype, ScaleLayout((value,))), scaled("receiver", FN, "token_head"))
+    assert error.field == "layers[0].k.scale"
+    assert error.why == "a static scale is not a normal float32"
+
+
+def test_a_segment_without_channels_has_no_scales():
+    with pytest.raises(InputError, match="0 channels"):
+        KVLayout("odd", 16, {"k": SegmentLayout(FN, 1, 0, 0, 16, 1, 0, 1, 1, scale=ScaleLayout(token_stride=4))})
 
 
 def test_a_slot_must_hold_one_token_with_its_scales():

@@ -328,3 +328,25 @@ def test_bad_scales_are_refused_by_name() -> None:
     opaque = _core.RemapSide(_core.SegmentMap.canonical(memory.data_ptr(), 20, 64, DType.UINT8.code))
     with pytest.raises(InputError, match="uint8 has no scales"):
         _core.RemapJob(side(scales, 64), opaque, **good)
+
+
+def test_rows_of_unlike_packs_stay_inside_both() -> None:
+    """Packs of 4 and of 9 channels under a scale for each 12: no run but of one channel fits both."""
+    source = SegmentLayout(DType.INT8, 1, 36, 0, 512, 4, 0, 1, 4, outer_stride=48)
+    target = SegmentLayout(DType.FLOAT32, 1, 36, 0, 4096, 36, 0, 4, 9, outer_stride=256)
+    codes = torch.arange(512).to(torch.int8)
+    scales, out = torch.tensor([[1.0, 2.0, 4.0]]), torch.zeros(1024)
+    paged = source.view(codes, 1, 1)
+    wired = paged.flatten().contiguous()  # the same codes with no packs
+    for memory, layout in ((codes, source), (wired, msgspec.structs.replace(source, pack=36, outer_stride=0))):
+        job = _core.RemapJob(
+            _core.RemapSide(_core.SegmentMap.of(layout, 1, memory.data_ptr()), [0], 0, 0,
+                            _core.SegmentMap.of(SegmentLayout(DType.FLOAT32, 1, 3, 0, 12, 12, 0, 4, 3), 1,
+                                                scales.data_ptr()), 12),
+            _core.RemapSide(_core.SegmentMap.of(target, 1, out.data_ptr()), [0]),
+            tokens=1, heads=1, channels=36,
+        )  # fmt: skip
+        out.zero_()
+        _core.remap([job])
+        expected = wired.float() * scales.repeat_interleave(12)
+        assert torch.equal(target.view(out, 1, 1).flatten(), expected.flatten())

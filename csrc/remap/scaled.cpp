@@ -57,7 +57,8 @@ ScaledRunner::ScaledRunner(const RemapJob& job, const Kernels& kernels, std::uin
   const std::int64_t source = job.src_scales.map.base != 0 ? job.src_scales.channels_per_scale : channels;
   group_ = job.dst_scales.map.base != 0 ? job.dst_scales.channels_per_scale : channels;
   unit_ = divisor(std::gcd(source, group_), kScaledElements);
-  for (const SegmentMap* map : {&job.src.map, &job.dst.map}) {  // a row is a part of a pack, or whole packs
+  // A row is a part of a pack, or whole packs, on both sides: the second's part may cut the first's packs.
+  for (const SegmentMap* map : {&job.src.map, &job.dst.map, &job.src.map}) {
     if (map->pack < channels && unit_ % map->pack != 0) unit_ = std::gcd<std::int64_t>(unit_, map->pack);
   }
   src_dense_ = dense(job.src.map, channels);

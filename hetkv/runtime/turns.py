@@ -70,6 +70,8 @@ class Conversation:
     def turn(self, prompt: Sequence[int], max_new_tokens: int, *, chunk: int | None = None) -> Turn:
         """Answer `prompt`, which continues the conversation, greedily. Raises what transfer and model raise."""
         here, there = self.prefiller, self.decoder
+        for station in (here, there):  # a turn that failed may have left KV of its prompt
+            station.held = min(station.held, len(self.tokens))
         self.turns += 1
         text = [*self.tokens, *prompt]
         computed, lacking = len(text) - here.held, len(text) - there.held
