@@ -31,6 +31,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
+DTYPE = "float32" if torch.cpu._is_amx_tile_supported() else "bfloat16"
+"""What vLLM computes in: its AMX kernels keep bfloat16 in tiles, which the connector refuses."""
 TIMEOUT_S = float(os.environ.get("HETKV_VLLM_TEST_TIMEOUT_S", "120"))
 
 
@@ -83,7 +85,7 @@ class Core:
         settings = {
             "model": model,
             "skip_tokenizer_init": True,
-            "dtype": "bfloat16",
+            "dtype": DTYPE,
             "max_model_len": 2048,
             "enforce_eager": True,
             "block_size": block_size,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Pair, checkpoint, until
+import torch
+from engines import DTYPE, Engine, Pair, checkpoint, until
 
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -67,7 +68,7 @@ def test_only_what_the_consumer_lacks_travels(chunked: Pair) -> None:
     moved = chunked.consumer.call("stats")["payload_bytes"] - before
     alone = chunked.consumer.run(start + tail, TOKENS)
     assert output.tokens == alone.tokens
-    per_token = 2 * 2 * 3 * 64 * 2  # layers, K and V, heads, channels, bytes
+    per_token = 2 * 2 * 3 * 64 * getattr(torch, DTYPE).itemsize  # layers, K and V, heads, channels
     assert moved == (len(start + tail) - 1 - len(start)) * per_token
     chunked.settled()
 
@@ -196,6 +197,18 @@ def test_second_use_of_a_transfer(chunked: Pair) -> None:
         {
             "do_remote_prefill": True,
             "transfer_id": "t" * 300,
+            "remote_engine_id": "x",
+            "remote_addresses": ["127.0.0.1:1"],
+        },
+        {
+            "do_remote_prefill": True,
+            "transfer_id": "t",
+            "remote_engine_id": "x",
+            "remote_addresses": ["x" * 70 + ":1"] * 5,
+        },
+        {
+            "do_remote_prefill": True,
+            "transfer_id": "\ud800",
             "remote_engine_id": "x",
             "remote_addresses": ["127.0.0.1:1"],
         },

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import checkpoint
+from engines import DTYPE, checkpoint
 
 START_S = float(os.environ.get("HETKV_VLLM_SERVER_START_S", "300"))
 TOKENS = 8
@@ -93,7 +93,7 @@ class Process:
 def server(log: Path, model: str, role: str, block_size: int) -> Process:
     """`vllm serve` of one role."""
     transfer = {**CONNECTOR, "kv_role": role, "kv_load_failure_policy": "recompute"}
-    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", "bfloat16",
+    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", DTYPE,
                "--max-model-len", "2048", "--enforce-eager", "--block-size", str(block_size),
                "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]  # fmt: skip
     return Process(log, ["vllm.entrypoints.openai.api_server", *options])
