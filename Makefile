@@ -18,7 +18,7 @@ test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
 
 test-all: $(STAMP)
 	$(PY) -m pytest

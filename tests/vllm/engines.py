@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,10 +240,16 @@ class Engine:
         theirs.close()
         _live.add(self)
         self._count = 0
-        self.error: str | None = self._receive("start")
+
+    @cached_property
+    def error(self) -> str | None:
+        """Why it did not start, or `None`. The first look waits, so that several engines start side by side."""
+        error: str | None = self._receive("start")
+        return error
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run a method of `Core` between two steps."""
+        assert self.error is None, self.error
         self._pipe.send((method, arguments))
         return self._receive(method)
 

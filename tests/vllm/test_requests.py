@@ -60,6 +60,25 @@ def test_chunked_prefill(chunked: Pair, mode: str) -> None:
     chunked.settled()
 
 
+def test_layers_leave_while_the_prefill_goes_on(chunked: Pair) -> None:
+    """Mode `concurrent`: what is computed arrives before the producer's request has ended."""
+    prompt, known = prompt_of(1400, 5), chunked.describe()
+    before = chunked.consumer.call("stats")["payload_bytes"]
+    chunked.producer.call("pause", True)
+    prefill, decode = chunked.begin_concurrent(prompt, TOKENS, known)
+    for _ in range(2):
+        chunked.producer.call("step_once")
+    until(lambda: chunked.consumer.call("stats")["payload_bytes"] > before, LEASES["transfer"]["lease_s"])
+    assert chunked.producer.call("take", prefill) is None
+    chunked.producer.call("pause", False)
+    output = chunked.consumer.wait(decode)
+    assert chunked.producer.wait(prefill).finish_reason == "length"
+    chunked.consumer.call("reset_prefix_cache")
+    assert (output.tokens, output.computed) == (chunked.consumer.run(prompt, TOKENS).tokens, TOKENS)
+    chunked.settled()
+    assert len(chunked.producer.call("take_observed", "exposed_seconds")) > 0
+
+
 def test_only_what_the_consumer_lacks_travels(chunked: Pair) -> None:
     start, tail = prompt_of(512, 11), prompt_of(200, 12)
     chunked.prefill_first(start, TOKENS)
