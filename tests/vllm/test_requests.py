@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from engines import DTYPE, Engine, Pair, checkpoint, until
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 CHUNK = 256
-LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0}}
+LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0, "handshake_timeout_s": 60.0}}
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -123,6 +124,18 @@ def test_lease_of_the_producer(chunked: Pair) -> None:
     late = chunked.consumer.run(prompt, TOKENS, first.params)
     assert late.finish_reason == "length"
     assert late.computed == len(prompt) + TOKENS - 1
+    chunked.settled()
+
+
+def test_a_producer_that_says_nothing(chunked: Pair) -> None:
+    """The lease covers connecting, whatever a handshake may take."""
+    prompt, start = prompt_of(300, 45), time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        params = {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "mute"}
+        output = chunked.consumer.run(prompt, TOKENS, {**params, "remote_addresses": [address]})
+    assert output.computed == len(prompt) + TOKENS - 1
+    assert time.monotonic() - start < LEASES["transfer"]["handshake_timeout_s"] / 2
     chunked.settled()
 
 
