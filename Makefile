@@ -17,8 +17,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
 
+# Ten minutes at most, installing included: `slow` tests (all prompts for all pairs) run where pytest is called by hand.
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
 
 test-all: $(STAMP)
 	$(PY) -m pytest

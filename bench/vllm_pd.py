@@ -215,6 +215,14 @@ def show(results: dict[str, Any]) -> None:
         cells.append(f"{result['tokens_per_s']:.0f}" if "tokens_per_s" in result else "")
         print(f"{name:<24}{cells[0]:>11}{cells[1]:>10}{cells[2]:>10}{cells[3]:>12}{cells[4]:>10}")
 
+    for key, name, other in (
+        ("ttft_s", "hetkv prefill_first", "NixlConnector"),
+        ("exposed_s", "hetkv concurrent", "hetkv prefill_first"),
+    ):
+        if all(key in results.get(system, {}) for system in (name, other)):
+            ratio = results[name][key]["median"] / results[other][key]["median"]
+            print(f"{key.removesuffix('_s')}: {name} is {ratio:.3f} x {other}")
+
 
 def main() -> None:
     """Command line."""

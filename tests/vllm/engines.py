@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
+DTYPE = "float32" if torch.cpu._is_amx_tile_supported() else "bfloat16"
+"""What vLLM computes in: its AMX kernels keep bfloat16 in tiles, which the connector refuses."""
 TIMEOUT_S = float(os.environ.get("HETKV_VLLM_TEST_TIMEOUT_S", "120"))
 
 
@@ -83,7 +86,7 @@ class Core:
         settings = {
             "model": model,
             "skip_tokenizer_init": True,
-            "dtype": "bfloat16",
+            "dtype": DTYPE,
             "max_model_len": 2048,
             "enforce_eager": True,
             "block_size": block_size,
@@ -237,10 +240,16 @@ class Engine:
         theirs.close()
         _live.add(self)
         self._count = 0
-        self.error: str | None = self._receive("start")
+
+    @cached_property
+    def error(self) -> str | None:
+        """Why it did not start, or `None`. The first look waits, so that several engines start side by side."""
+        error: str | None = self._receive("start")
+        return error
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run a method of `Core` between two steps."""
+        assert self.error is None, self.error
         self._pipe.send((method, arguments))
         return self._receive(method)
 

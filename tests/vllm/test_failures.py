@@ -53,7 +53,7 @@ def test_consumer_killed_and_started_again(model: str) -> None:
     pair.consumer.kill()
     pair.producer.call("pause", False)
     assert pair.producer.wait(prefill).finish_reason == "length"
-    until(lambda: pair.producer.call("free_blocks") == pair.free[0], LEASE_S + 5)
+    until(lambda: pair.producer.call("free_blocks") == pair.free[0], LEASE_S - 2)  # not held for a lease
     until(lambda: not pair.producer.call("has_work"), LEASE_S + 5)
 
     again = Pair(pair.producer, consumer_of(model))
@@ -140,8 +140,6 @@ def test_other_secret_is_refused(tmp_path: Path, model: str) -> None:
     ("extra", "said"),
     [
         ({"secret_file": "/nonexistent/secret"}, "/nonexistent/secret"),
-        ({"host": "192.0.2.1"}, "secret_file"),
-        ({"speed": "fast"}, "speed"),
         ({"transfer": {"lease_s": -1}}, "lease_s"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Engine, Pair
+from engines import DTYPE, Engine, Pair
 
 TOKENS = 12
 WINDOW = 128
@@ -72,7 +72,7 @@ def test_only_the_window_travels(pair: Pair) -> None:
     before = pair.consumer.call("stats")["payload_bytes"]
     pair.prefill_first(prompt_of(1000), 1)
     moved = pair.consumer.call("stats")["payload_bytes"] - before
-    per_token = 2 * 2 * 64 * 2  # K and V, heads, channels, bytes
+    per_token = 2 * 2 * 64 * getattr(torch, DTYPE).itemsize  # K and V, heads, channels
     assert moved == 2 * per_token * ((WINDOW - 1) + 999)  # two layers of each kind; the last token is computed
 
 

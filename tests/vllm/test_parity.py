@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import Engine, Output, Pair, checkpoint
+from engines import DTYPE, Engine, Output, Pair, checkpoint, until
 
 TOKENS = 12
 MODES = ("prefill_first", "concurrent")
@@ -30,11 +30,19 @@ def check(pair: Pair, mode: str, prompts: list[list[int]], expected: list[list[i
         pair.settled()
 
 
-@pytest.mark.parametrize(("producer", "consumer"), [(32, 32), (32, 128), (128, 32), (64, 128)])
+FEW, ALL = 4, 1
+
+
+@pytest.mark.parametrize(
+    ("producer", "consumer", "every"),
+    [(32, 128, ALL), (32, 32, FEW), (128, 32, FEW), (64, 128, FEW)]
+    + [pytest.param(*sizes, ALL, marks=pytest.mark.slow) for sizes in ((32, 32), (128, 32), (64, 128))],
+)
 def test_block_sizes(
-    models: Path, prompts: list[list[int]], expected: list[list[int]], producer: int, consumer: int
+    models: Path, prompts: list[list[int]], expected: list[list[int]], producer: int, consumer: int, every: int
 ) -> None:
-    model = checkpoint(models)
+    """All 50 prompts for one unlike pair; every fourth for the others, whose full sets are `slow`."""
+    model, prompts, expected = checkpoint(models), prompts[::every], expected[::every]
     pair = Pair(Engine(model, "kv_producer", producer), Engine(model, "kv_consumer", consumer))
     for mode in MODES:
         check(pair, mode, prompts, expected)
@@ -69,11 +77,15 @@ def test_tensor_parallel(models: Path, prompts: list[list[int]], producer: int, 
         for prompt, tokens in zip(some, alone, strict=True):
             output = getattr(pair, mode)(prompt, TOKENS)
             assert (output.tokens, output.computed) == (tokens, TOKENS)
+    for engine, free in zip((pair.producer, pair.consumer), pair.free, strict=True):
+        until(lambda engine=engine, free=free: engine.call("free_blocks") == free)
     pair.close()
 
 
 def test_dtypes(models: Path, prompts: list[list[int]]) -> None:
     """float32 to bfloat16: the first token, which every loaded entry decides, is that of the consumer alone."""
+    if DTYPE != "bfloat16":
+        pytest.skip("vLLM's AMX kernels keep bfloat16 in tiles, which the connector refuses")
     model = checkpoint(models)
     pair = Pair(Engine(model, "kv_producer", 32, dtype="float32"), Engine(model, "kv_consumer", 128))
     some = prompts[::3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Pair, checkpoint, until
+import torch
+from engines import DTYPE, Engine, Pair, checkpoint, until
 
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 CHUNK = 256
-LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0}}
+LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0, "handshake_timeout_s": 60.0}}
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -59,6 +61,25 @@ def test_chunked_prefill(chunked: Pair, mode: str) -> None:
     chunked.settled()
 
 
+def test_layers_leave_while_the_prefill_goes_on(chunked: Pair) -> None:
+    """Mode `concurrent`: what is computed arrives before the producer's request has ended."""
+    prompt, known = prompt_of(1400, 5), chunked.describe()
+    before = chunked.consumer.call("stats")["payload_bytes"]
+    chunked.producer.call("pause", True)
+    prefill, decode = chunked.begin_concurrent(prompt, TOKENS, known)
+    for _ in range(2):
+        chunked.producer.call("step_once")
+    until(lambda: chunked.consumer.call("stats")["payload_bytes"] > before, LEASES["transfer"]["lease_s"])
+    assert chunked.producer.call("take", prefill) is None
+    chunked.producer.call("pause", False)
+    output = chunked.consumer.wait(decode)
+    assert chunked.producer.wait(prefill).finish_reason == "length"
+    chunked.consumer.call("reset_prefix_cache")
+    assert (output.tokens, output.computed) == (chunked.consumer.run(prompt, TOKENS).tokens, TOKENS)
+    chunked.settled()
+    assert len(chunked.producer.call("take_observed", "exposed_seconds")) > 0
+
+
 def test_only_what_the_consumer_lacks_travels(chunked: Pair) -> None:
     start, tail = prompt_of(512, 11), prompt_of(200, 12)
     chunked.prefill_first(start, TOKENS)
@@ -67,7 +88,7 @@ def test_only_what_the_consumer_lacks_travels(chunked: Pair) -> None:
     moved = chunked.consumer.call("stats")["payload_bytes"] - before
     alone = chunked.consumer.run(start + tail, TOKENS)
     assert output.tokens == alone.tokens
-    per_token = 2 * 2 * 3 * 64 * 2  # layers, K and V, heads, channels, bytes
+    per_token = 2 * 2 * 3 * 64 * getattr(torch, DTYPE).itemsize  # layers, K and V, heads, channels
     assert moved == (len(start + tail) - 1 - len(start)) * per_token
     chunked.settled()
 
@@ -103,6 +124,18 @@ def test_lease_of_the_producer(chunked: Pair) -> None:
     late = chunked.consumer.run(prompt, TOKENS, first.params)
     assert late.finish_reason == "length"
     assert late.computed == len(prompt) + TOKENS - 1
+    chunked.settled()
+
+
+def test_a_producer_that_says_nothing(chunked: Pair) -> None:
+    """The lease covers connecting, whatever a handshake may take."""
+    prompt, start = prompt_of(300, 45), time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        params = {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "mute"}
+        output = chunked.consumer.run(prompt, TOKENS, {**params, "remote_addresses": [address]})
+    assert output.computed == len(prompt) + TOKENS - 1
+    assert time.monotonic() - start < LEASES["transfer"]["handshake_timeout_s"] / 2
     chunked.settled()
 
 
@@ -196,6 +229,18 @@ def test_second_use_of_a_transfer(chunked: Pair) -> None:
         {
             "do_remote_prefill": True,
             "transfer_id": "t" * 300,
+            "remote_engine_id": "x",
+            "remote_addresses": ["127.0.0.1:1"],
+        },
+        {
+            "do_remote_prefill": True,
+            "transfer_id": "t",
+            "remote_engine_id": "x",
+            "remote_addresses": ["x" * 70 + ":1"] * 5,
+        },
+        {
+            "do_remote_prefill": True,
+            "transfer_id": "\ud800",
             "remote_engine_id": "x",
             "remote_addresses": ["127.0.0.1:1"],
         },

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import checkpoint
+from engines import DTYPE, checkpoint
 
+HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The servers are on this host, whatever the environment says of proxies."""
 START_S = float(os.environ.get("HETKV_VLLM_SERVER_START_S", "300"))
 TOKENS = 8
 CONNECTOR = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.integrations.vllm"}
@@ -54,7 +56,7 @@ class Process:
         deadline = time.monotonic() + START_S
         while True:
             try:
-                urllib.request.urlopen(self.url + "/health", timeout=2)
+                HTTP.open(self.url + "/health", timeout=2)
                 return
             except OSError:
                 assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -75,13 +77,13 @@ class Process:
         """One whole answer."""
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + "/v1/completions", data, headers)
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with HTTP.open(request, timeout=120) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric over its label sets that have `labels`."""
-        text = urllib.request.urlopen(self.url + "/metrics", timeout=10).read().decode()
+        text = HTTP.open(self.url + "/metrics", timeout=10).read().decode()
         total = 0.0
         for line in text.splitlines():
             found = re.fullmatch(re.escape(name) + r"\{(.*)\} (\S+)", line)
@@ -93,7 +95,7 @@ class Process:
 def server(log: Path, model: str, role: str, block_size: int) -> Process:
     """`vllm serve` of one role."""
     transfer = {**CONNECTOR, "kv_role": role, "kv_load_failure_policy": "recompute"}
-    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", "bfloat16",
+    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", DTYPE,
                "--max-model-len", "2048", "--enforce-eager", "--block-size", str(block_size),
                "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]  # fmt: skip
     return Process(log, ["vllm.entrypoints.openai.api_server", *options])
@@ -156,7 +158,7 @@ def test_stream(cluster: dict[str, Process], models: Path, prompts: list[list[in
     data = json.dumps(body_of(models, prompt, stream=True)).encode()
     request = urllib.request.Request(cluster[mode].url + "/v1/completions", data, {"Content-Type": "application/json"})
     tokens: list[int] = []
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with HTTP.open(request, timeout=120) as response:
         for line in response:
             if line.startswith(b"data: {"):
                 tokens += json.loads(line[6:])["choices"][0]["token_ids"]

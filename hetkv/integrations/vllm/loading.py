@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hetkv.errors import AbortedError, HetkvError, PeerLostError
+from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -99,6 +99,8 @@ class Loading:
         """Whether the load has ended well. Raises its error."""
         if incoming.link is not None:
             if not incoming.link.done():
+                if time.monotonic() >= incoming.deadline:
+                    raise LeaseExpiredError(f"{incoming.load.source} could not be connected within the lease")
                 return False
             incoming.link.result()
             incoming.link = None
@@ -158,6 +160,7 @@ class Loading:
         under_way = self._links.get(load.source)
         if under_way is not None and not under_way.done():
             return under_way
+        self._links = {source: link for source, link in self._links.items() if not link.done()}
         future = self._links[load.source] = self._pool.submit(self._connect, load, missing)
         future.add_done_callback(lambda _: self._changed())
         return future

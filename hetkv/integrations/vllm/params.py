@@ -32,8 +32,8 @@ class Produce(msgspec.Struct, frozen=True):
     describe: bool = False
 
     def __post_init__(self) -> None:
-        if self.transfer_id is not None and not 0 < len(self.transfer_id) <= MAX_TEXT:
-            raise InputError(f"transfer_id must have 1 to {MAX_TEXT} characters")
+        if self.transfer_id is not None:
+            check_text("transfer_id", self.transfer_id)
 
 
 class Consume(msgspec.Struct, frozen=True):
@@ -46,14 +46,21 @@ class Consume(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         for name in ("transfer_id", "remote_engine_id"):
-            if not 0 < len(getattr(self, name)) <= MAX_TEXT:
-                raise InputError(f"{name} must have 1 to {MAX_TEXT} characters")
+            check_text(name, getattr(self, name))
         if not 0 < len(self.remote_addresses) <= MAX_RANKS:
             raise InputError(f"remote_addresses must have 1 to {MAX_RANKS} entries")
         for address in self.remote_addresses:
             Address.parse(address)
         if self.remote_num_tokens is not None and self.remote_num_tokens < 0:
             raise InputError(f"remote_num_tokens is {self.remote_num_tokens}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `InputError` for what cannot name something on the wire: empty, long, or no UTF-8 (JSON can hold such)."""
+    if not 0 < len(text.encode(errors="replace")) <= MAX_TEXT:
+        raise InputError(f"{name} must have 1 to {MAX_TEXT} bytes")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"{name} is not Unicode text")
 
 
 def produce(params: dict[str, Any] | None) -> Produce | None:

@@ -66,17 +66,23 @@ class Router:
         self.mode = mode
         self._turn = itertools.count()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.client = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=5.0), limits=limits)
+        timeout = httpx.Timeout(timeout_s, connect=5.0)
+        self.client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
-    def choose(self, servers: list[Server]) -> Server:
-        """The one with the fewest requests under way; in turn where several have."""
-        first = next(self._turn) % len(servers)
-        return min(servers[first:] + servers[:first], key=lambda server: server.under_way)
+    def choose(self) -> tuple[Server, Server]:
+        """Of each kind the one with the fewest requests under way; in turn where several have."""
+        turn = next(self._turn)
+
+        def least(servers: list[Server]) -> Server:
+            first = turn % len(servers)
+            return min(servers[first:] + servers[:first], key=lambda server: server.under_way)
+
+        return least(self.prefill), least(self.decode)
 
     async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Answer one client's request."""
         body.pop("kv_transfer_params", None)
-        prefill, decode = self.choose(self.prefill), self.choose(self.decode)
+        prefill, decode = self.choose()
         half = self._after if self.mode == "prefill_first" else self._beside
         return await half(prefill, decode, path, body, headers)
 
@@ -113,6 +119,7 @@ class Router:
 
         computing = asyncio.create_task(compute())
         decoding = asyncio.create_task(self._decode(decode, path, body, {**identity, "transfer_id": transfer}, headers))
+        given: Response | None = None
         try:
             await asyncio.wait((computing, decoding), return_when=asyncio.FIRST_COMPLETED)
             if not computing.done():
@@ -121,7 +128,8 @@ class Router:
                 await asyncio.wait((computing,))
             failure = computing.exception()
             if failure is None:
-                return await decoding
+                given = await decoding
+                return given
             if not isinstance(failure, Refused):
                 raise failure
             prefill.identity = None
@@ -130,12 +138,13 @@ class Router:
                 decoding.cancel()
                 await asyncio.wait((decoding,))
             elif decoding.result().status_code < 400:
-                return decoding.result()
+                given = decoding.result()
+                return given
             return await self._decode(decode, path, body, None, headers)
         finally:
             computing.cancel()
-            if not decoding.done():
-                decoding.cancel()
+            if given is None:
+                await drop(decoding)
 
     async def _identity(
         self, prefill: Server, path: str, body: dict[str, Any], headers: dict[str, str]
@@ -157,7 +166,12 @@ class Router:
             raise Refused(f"{type(error).__name__}: {error}") from None
         if response.status_code >= 400:
             raise Refused(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
-        answer: dict[str, Any] = response.json()
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Refused("its answer is not a JSON object")
         return answer
 
     async def _decode(
@@ -188,12 +202,33 @@ class Router:
             raise
 
         async def rest() -> AsyncIterator[bytes]:
-            async with stack:
-                yield first
-                async for piece in pieces:
-                    yield piece
+            yield first
+            async for piece in pieces:
+                yield piece
 
-        return StreamingResponse(rest(), response.status_code, passed)
+        return Passed(rest(), response.status_code, passed, stack)
+
+
+class Passed(StreamingResponse):
+    """A server's stream. It lets the server go however it ends, also where the client left before it was begun."""
+
+    def __init__(
+        self, pieces: AsyncIterator[bytes], status: int, headers: dict[str, str], held: contextlib.AsyncExitStack
+    ) -> None:
+        super().__init__(pieces, status, headers)
+        self.held = held
+
+    async def __call__(self, *asgi: Any) -> None:
+        async with self.held:
+            await super().__call__(*asgi)
+
+
+async def drop(task: asyncio.Task[Response]) -> None:
+    """End a request whose answer nobody takes."""
+    task.cancel()
+    await asyncio.wait((task,))
+    if not task.cancelled() and task.exception() is None and isinstance(answer := task.result(), Passed):
+        await answer.held.aclose()
 
 
 def prefill_body(body: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +281,10 @@ def application(router: Router) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        answer = await router.client.get(router.decode[0].url + "/v1/models")
+        try:
+            answer = await router.client.get(router.decode[0].url + "/v1/models")
+        except httpx.HTTPError as error:
+            raise HTTPException(502, f"decode {router.decode[0].url}: {type(error).__name__}: {error}") from None
         return Response(answer.content, answer.status_code, media_type="application/json")
 
     @app.get("/health")
@@ -284,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=MODES, default="prefill_first")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a whole request")
+    parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of a server, in seconds")
     options = parser.parse_args(arguments)
     for url in (*options.prefill, *options.decode):
         if not url.startswith(("http://", "https://")):

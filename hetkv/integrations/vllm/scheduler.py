@@ -117,6 +117,8 @@ class SchedulerSide:
             if producing is not None and producing.sent:
                 producing.sent = 0
                 meta.preempted.add(request_id)
+            elif request_id in meta.dropped:  # its blocks were taken away before it ended
+                meta.preempted.add(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             producing = self._producing.get(request_id)
             if producing is None or not producing.concurrent:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hetkv.errors import HetkvError
+from hetkv.errors import HetkvError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Metadata, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -53,19 +53,21 @@ class Sending:
         self._computed_at = time.monotonic()
 
     def preempt(self, meta: Metadata) -> None:
-        """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them."""
+        """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them.
+
+        Their end is awaited, not only their packs': until then the transfer id cannot be sent again.
+        """
         for request_id in meta.preempted:
             out = self._out.get(request_id)
             if out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None):
                 continue  # all of it has left: the blocks are not read again
-            del self._out[request_id]
             out.tx.abort(PREEMPTED)
             try:
-                out.tx.wait_packed(DRAIN_S)
-            except TimeoutError:
+                out.tx.wait(DRAIN_S)
+            except WaitTimeoutError:
                 raise  # to go on would send what another request overwrites
             except HetkvError:
-                pass
+                del self._out[request_id]
 
     def begin_step(self, meta: Metadata) -> None:
         """Prepare the requests whose layers leave during this step, and send those that are done."""
