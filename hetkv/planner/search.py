@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from hetkv.planner.columns import Column, Columns
 from hetkv.planner.gauge import Counts, Gauge, Key
@@ -93,6 +94,13 @@ class Search:
             self._improve(begin)
         return self
 
+    def adopt(self, other: Search) -> None:
+        """Take over what a search of some of these columns simulated and measured, and its plan if it is better."""
+        self.gauge.learn(other.gauge)
+        self.seen += other.seen
+        if other.best is not None and self._better(other.best):
+            self.best, self.solution = other.best, other.solution
+
     def price(self, counts: Counts) -> float:
         """USD/hour, whole nodes where the offer is by node."""
         total = 0.0
@@ -121,7 +129,8 @@ class Search:
         rates = {m.name: self.gauge.rate(m.name) for m in self.problem.models}
         loose = msgspec.structs.replace(self.problem, spare_instances=0)
         begin = time.perf_counter()
-        solution = optimise(loose, self.gauge.corrected(), rates, kv_bytes(self.found, self.problem), relaxed=True)
+        columns = [replace(c, rates=np.full_like(c.rates, c.relaxed)) for c in self.gauge.corrected()]
+        solution = optimise(loose, prune(columns, loose), rates, kv_bytes(self.found, self.problem), relaxed=True)
         self.solve_seconds += time.perf_counter() - begin
         return None if solution is None else solution.bound
 
@@ -178,6 +187,7 @@ class Search:
         """Find the slack of `best`."""
         assert self.best is not None
         self.slack.clear()
+        self.gauge.deadline = time.perf_counter() + self.limit_seconds
         self._measure(self.best)
 
     def _rescale(self, candidate: Candidate, scales: Mapping[str, float]) -> None:
@@ -217,8 +227,7 @@ class Search:
         left = self.limit_seconds - (start - begin)
         for model in self.judges:
             if left > 0:
-                self.best, seen = cheaper(self, model, self.best, left)
-                self.seen += seen
+                self.best = cheaper(self, model, self.best, left)
         self.verify_seconds += time.perf_counter() - start
 
 
