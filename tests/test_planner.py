@@ -108,6 +108,12 @@ def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) ->
         assert {i.gpu for i in option.instances} == {gpu}
 
 
+def test_a_search_that_the_clock_ended_says_so() -> None:
+    plan = solve(small(), beside=False, seconds=0.0)
+    assert plan.meets
+    assert any("limit of 0 s" in note for note in plan.notes)
+
+
 def test_why_a_vendor_has_no_plan_is_said_of_its_own_gpus() -> None:
     (chat,) = small().classes
     plan = solve(msgspec.structs.replace(small(), classes=[msgspec.structs.replace(chat, tpot_ms=9.0)]))

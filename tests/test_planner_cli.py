@@ -194,6 +194,7 @@ def test_pictures_are_pictures(folder):
         (["--window", "5"], "--window belongs to --trace"),
         (["--trace", "azure.csv", "--window", "0"], "--window must be greater than 0"),
         (["--out", "nowhere/p.yaml"], "there is no folder"),
+        (["--out", "."], "a folder"),
         (["--trace", "nowhere.csv"], "nowhere.csv"),
         (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--jobs", "-5"], "--jobs must be 1 or more"),

@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
     )
-    parser.add_argument("--seed", type=int, help="of the simulations; the same seed gives the same plan")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="of the simulations; the same seed gives the same plan, unless a note says that time ran out",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the plan and all that was worked out, for machines")
     parser.add_argument("--out", metavar="FILE", help="write the deployment as plan.yaml for simulate and demo")
     parser.add_argument("--report", metavar="FILE", help="write a self-contained HTML report")

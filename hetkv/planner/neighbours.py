@@ -51,7 +51,10 @@ def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> Cand
         return good
 
     for cost, parts in _by_cost(search, model, best.cost - fixed):
-        if time.perf_counter() > end or fixed + cost >= best.cost - 1e-9:
+        if fixed + cost >= best.cost - 1e-9:
+            break
+        if time.perf_counter() > end:
+            search.hurried = True
             break
         whole = {k: n for part in parts.values() for k, n in part.items()}
         if not search.allowed({**rest, **whole}) or not all(holds(role, part) for role, part in parts.items()):

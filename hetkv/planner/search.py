@@ -54,6 +54,7 @@ class Search:
     solve_seconds: float = 0.0
     verify_seconds: float = 0.0
     iterations: int = 0
+    hurried: bool = False  # ended by the clock, not because nothing better was left to try
     slack: dict[tuple[str, str], float] = field(default_factory=dict)
     slack_of: Candidate | None = None  # the plan that `slack` was measured for
 
@@ -69,7 +70,8 @@ class Search:
         begin = time.perf_counter()
         self.gauge.deadline = begin + self.limit_seconds
         for _ in range(2 * ITERATIONS):
-            late = self.iterations >= ITERATIONS or time.perf_counter() - begin > self.limit_seconds
+            self.hurried = time.perf_counter() - begin > self.limit_seconds
+            late = self.iterations >= ITERATIONS or self.hurried
             if late and (self.best is not None or not self.for_cost or reserve > 1.2):
                 break
             if late:
@@ -226,6 +228,7 @@ class Search:
         start = time.perf_counter()
         left = self.limit_seconds - (start - begin)
         for model in self.judges:
+            self.hurried |= left <= 0
             if left > 0:
                 self.best = cheaper(self, model, self.best, left)
         self.verify_seconds += time.perf_counter() - start

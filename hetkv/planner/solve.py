@@ -48,6 +48,8 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     bound = search.bound()
     slack = _slack(search, best)
     notes = [] if best.meets else ["no plan was found whose targets hold in the simulator: this one comes closest"]
+    if search.hurried:
+        notes.append(f"the search ended at its limit of {seconds:g} s: with more time it may find a better plan")
     notes += _fallbacks(search, best)
     options = [_alternative(name, *part, search, best, spent[name]) for name, part in parts.items()]
     sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
