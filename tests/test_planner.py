@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 from planner_bruteforce import compare
+from planner_cases import small
 
 from hetkv.planner import InfeasibleError, Plan, parse_problem, solve
+from hetkv.planner.search import Search
 from hetkv.planner.verify import Judge
 from hetkv.simulator.deployment import dump_plan, load_plan
 
@@ -79,6 +81,48 @@ def test_a_plan_meets_its_targets_and_is_no_dearer_than_its_alternatives(base: P
     assert low.meets
     assert low.cost_per_hour is not None
     assert low.cost_per_hour <= cost(base)
+
+
+def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) -> None:
+    """A search over all columns that stops at a dear plan gives way to a search over some of them."""
+    dear: list[float] = []
+    run = Search.run
+
+    def hasty(search: Search) -> Search:
+        if dear:
+            return run(search)
+        found = Search(search.problem, search.found, search.judges, 5.0, neighbours=False)
+        some = run(found).best
+        assert some is not None
+        search.best = search._simulate({k: 4 * n for k, n in some.counts.items()}, 1.0)
+        dear.append(search.best.cost)
+        return search
+
+    monkeypatch.setattr(Search, "run", hasty)
+    plan = solve(small())
+    check(plan)
+    assert cost(plan) < dear[0]
+    assert cost(plan) == min(b.cost_per_hour for b in plan.baselines if b.feasible and b.cost_per_hour is not None)
+    for vendor, gpu in (("nvidia only", "H100-SXM"), ("amd only", "MI300X")):
+        (option,) = (b for b in plan.baselines if b.name == vendor)
+        assert {i.gpu for i in option.instances} == {gpu}
+
+
+def test_a_search_that_the_clock_ended_says_so() -> None:
+    plan = solve(small(), beside=False, seconds=0.0)
+    assert plan.meets
+    assert any("limit of 0 s" in note for note in plan.notes)
+
+
+def test_why_a_vendor_has_no_plan_is_said_of_its_own_gpus() -> None:
+    (chat,) = small().classes
+    plan = solve(msgspec.structs.replace(small(), classes=[msgspec.structs.replace(chat, tpot_ms=9.0)]))
+    assert {i.gpu for i in plan.instances} == {"H100-SXM"}
+    (option,) = (b for b in plan.baselines if b.name == "amd only")
+    assert not option.feasible
+    assert "9 ms" in option.why
+    assert "MI300X" in option.why
+    assert "H100" not in option.why
 
 
 def test_json_is_whole_and_the_deployment_is_one_that_the_simulator_reads(base: Plan, tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from planner_cases import plan_of, small, some
+from planner_cases import small
 
 from hetkv.cli import main
 from hetkv.planner.problem import dump_problem
@@ -189,25 +189,24 @@ def test_pictures_are_pictures(folder):
         (["--split", "H100"], "expected PREFILL:DECODE"),
         (["--plot", "p.png", "--rates", "1", "--split", "L4:H100"], "L4 is not among the problem's GPUs"),
         (["--plot", "p.gif"], "must end in"),
+        (["--rates", "1,2"], "--rates belongs to --plot or --report"),
+        (["--split", "L4:H100"], "--split belongs to --plot or --report"),
         (["--window", "5"], "--window belongs to --trace"),
+        (["--trace", "azure.csv", "--window", "0"], "--window must be greater than 0"),
         (["--out", "nowhere/p.yaml"], "there is no folder"),
+        (["--out", "."], "a folder"),
         (["--trace", "nowhere.csv"], "nowhere.csv"),
         (["--jobs", "0"], "--jobs must be 1 or more"),
+        (["--jobs", "-5"], "--jobs must be 1 or more"),
     ],
 )
 def test_bad_options_are_one_line(folder, monkeypatch, capsys, words, part):
     monkeypatch.chdir(folder)
-    problem = small(roles="disaggregated")
-    monkeypatch.setattr(
-        sys.modules["hetkv.planner.solve"],
-        "solve",
-        lambda problem: plan_of(problem, some("prefill", "H100-SXM", 1), some("decode", "MI300X", 1)),
-    )
+    monkeypatch.setattr(sys.modules["hetkv.planner.solve"], "solve", None)  # said before any search
     assert main(["plan", "--problem", "problem.yaml", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert part in error
-    assert problem.roles == "disaggregated"
 
 
 def test_a_trace_needs_one_class(folder, monkeypatch, capsys):

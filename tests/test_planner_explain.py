@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from planner_cases import option, plan_of, small, some
 
@@ -91,9 +92,13 @@ def test_several_vendors_of_one_are_types():
     ]
     problem = parse_problem({**_plain(), "gpus": gpus}, "x")
     assert worth(problem, plan_of(problem, TOGETHER))["mixing"].startswith("Mixing GPU types is worth nothing here")
+    both = some("prefill", "MI300X", 1), msgspec.structs.replace(some("decode", "MI300X", 1), gpu="MI325X")
+    rival = option("amd only", some("aggregated", "MI300X", 3))
+    assert (
+        "the best single-type plan (3 aggregated on MI300X)"
+        in worth(problem, plan_of(problem, *both, beside=(rival,)))["mixing"]
+    )
 
 
 def _plain() -> dict:
-    import msgspec
-
     return msgspec.to_builtins(small())

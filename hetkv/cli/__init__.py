@@ -26,12 +26,14 @@ OUTPUTS = ("json", "plot", "report")
 
 
 def check_outputs(files: Mapping[str, str | Path | None]) -> None:
-    """Raise `InputError` for an output (by option name) whose folder does not exist: before the work, not after it."""
+    """Raise `InputError` for an output (by option name) that cannot be a file: before the work, not after it."""
     from hetkv.errors import InputError
 
     for name, file in files.items():
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise InputError(f"--{name} {file}: there is no folder {Path(file).parent}")
+        if file is not None and Path(file).is_dir():
+            raise InputError(f"--{name} {file}: a folder, where a file is written")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="hetkv", description="Moves and converts the KV cache between unlike GPUs, and simulates deployments."
+        prog="hetkv",
+        description="Moves and converts the KV cache between unlike GPUs, plans and simulates deployments.",
     )
     parser.add_argument("--version", action="version", version=f"hetkv {hetkv.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
     )
-    parser.add_argument("--seed", type=int, help="of the simulations; the same seed gives the same plan")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="of the simulations; the same seed gives the same plan, unless a note says that time ran out",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the plan and all that was worked out, for machines")
     parser.add_argument("--out", metavar="FILE", help="write the deployment as plan.yaml for simulate and demo")
     parser.add_argument("--report", metavar="FILE", help="write a self-contained HTML report")
@@ -91,7 +95,7 @@ def problem_of(args: argparse.Namespace) -> Any:
         problem = load_problem(args.problem)
     else:
         for option in ("gpu", "rate", "ttft", "tpot", "prices_as_of"):
-            if not getattr(args, option):
+            if getattr(args, option) in (None, [], ""):
                 raise InputError(f"missing --{option.replace('_', '-')}")
         traffic = {
             "name": "traffic",
@@ -138,10 +142,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hetkv.planner import show
-    from hetkv.planner.frontier import SCALES, TARGETS, frontier
+    from hetkv.planner.frontier import SCALES, TARGETS, frontier, split_fleet
     from hetkv.planner.report import html
     from hetkv.planner.solve import solve
-    from hetkv.planner.trace import replan
+    from hetkv.planner.trace import replan, rows_of
     from hetkv.simulator.plot import check_format
 
     check_outputs({"out": args.out, "trace-plot": args.trace_plot})
@@ -151,11 +155,18 @@ def run(args: argparse.Namespace) -> int:
     for option, needed in (("window", "trace"), ("trace_plot", "trace")):
         if getattr(args, option) and not args.trace:
             raise InputError(f"--{option.replace('_', '-')} belongs to --{needed}")
-    if args.jobs == 0:
+    for option in ("rates", "targets", "split"):
+        if getattr(args, option) and not (args.plot or args.report):
+            raise InputError(f"--{option} belongs to --plot or --report")
+    if args.jobs < 1 and args.jobs != -1:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
     scales, targets = _numbers(args.rates, "rates", SCALES), _numbers(args.targets, "targets", TARGETS)
     splits = [_pair(text) for text in args.split]
     problem = problem_of(args)
+    for pair in splits:
+        split_fleet(problem, *pair)  # what is wrong with it is said before the search begins
+    if args.trace:
+        rows_of(problem, args.trace, args.window)
     console = Console() if Console().is_terminal else Console(width=140)
     errors = Console(stderr=True)
     with errors.status("planning") if errors.is_terminal else _nothing():

@@ -221,7 +221,8 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
         several = np.sqrt(share * (1 - share / 2))[:, None] / np.sqrt(after.mean())
         slow = step * np.minimum(met, 1.5) + z * several[:, 0] * (mixed - plain)
         good &= slow <= limit
-        good &= _prompts_in_time(sample, demand, use, mixed, step, budget)
+        left = good.any(axis=0)
+        good[:, left] &= _prompts_in_time(sample, demand, use[left], mixed[left], step[left], budget)
     best = good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)
     rates = np.where(good.any(axis=1), batches[best] / (each * step[best]), 0.0)
     held = (step <= _mean_limit(demand)) & (use < 1)

@@ -111,7 +111,7 @@ def worth(problem: Problem, plan: Plan) -> dict[str, str]:
         found["disaggregation"] = f"Only {problem.roles} deployments were asked for."
     else:
         best = _best(plan, lambda o: aggregated(o.instances) == is_split)
-        found["disaggregation"] = _sentence(plan, "Disaggregation", is_split, best, noun, f"a {noun}")
+        found["disaggregation"] = _sentence(plan, "Disaggregation", is_split, best, noun)
     catalogue = load_catalogue(problem.catalogue)
     offered = {catalogue.gpu(o.gpu).vendor for o in problem.gpus}
     bought = vendors(problem, plan.instances)
@@ -123,7 +123,9 @@ def worth(problem: Problem, plan: Plan) -> dict[str, str]:
     mixed = len(bought if what == "vendors" else _types(plan.instances)) > 1
     if mixed:
         best = _best(plan, lambda o: len(names(o.instances)) == 1)
-        found["mixing"] = _sentence(plan, f"Mixing {what}", True, best, "single-vendor", "one vendor's")
+        found["mixing"] = _sentence(
+            plan, f"Mixing {what}", True, best, "single-vendor" if what == "vendors" else "single-type"
+        )
     else:
         (one,) = names(plan.instances)
         text = f"Mixing {what} is worth nothing here: the best plan buys {VENDORS.get(one, one)} alone"
@@ -145,7 +147,7 @@ def _best(plan: Plan, of: Callable[[Option], bool]) -> Option | None:
     return max(fit, key=lambda o: o.rate or 0.0, default=None)
 
 
-def _sentence(plan: Plan, thing: str, used: bool, rival: Option | None, noun: str, article: str) -> str:
+def _sentence(plan: Plan, thing: str, used: bool, rival: Option | None, noun: str) -> str:
     if rival is None:
         if used:
             return f"{thing} makes the plan possible: no {noun} deployment was found that meets the targets."

@@ -23,8 +23,8 @@ VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
 
-def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tuple[Candidate, list[Candidate]]:
-    """The cheapest plan found that meets the targets, `best` if there is none, and all that were simulated whole.
+def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> Candidate:
+    """The cheapest plan found that meets the targets, `best` if there is none.
 
     The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
     of their cost; each pool is simulated once. A pool below one that failed is not tried: fewer instances serve less.
@@ -34,7 +34,6 @@ def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tupl
     fixed = search.price(rest)
     failed: dict[str, list[dict[Key, int]]] = {"prefill": [], "decode": [], "aggregated": []}
     passed: dict[str, set[tuple[tuple[Key, int], ...]]] = {"prefill": set(), "decode": set(), "aggregated": set()}
-    seen: list[Candidate] = []
     strongest = _strongest(search, model)
 
     def holds(role: str, counts: dict[Key, int]) -> bool:
@@ -52,16 +51,18 @@ def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tupl
         return good
 
     for cost, parts in _by_cost(search, model, best.cost - fixed):
-        if time.perf_counter() > end or fixed + cost >= best.cost - 1e-9:
+        if fixed + cost >= best.cost - 1e-9:
+            break
+        if time.perf_counter() > end:
+            search.hurried = True
             break
         whole = {k: n for part in parts.values() for k, n in part.items()}
         if not search.allowed({**rest, **whole}) or not all(holds(role, part) for role, part in parts.items()):
             continue
         candidate = search._simulate({**rest, **whole}, 1.0)
-        seen.append(candidate)
         if candidate.meets:
-            return candidate, seen
-    return best, seen
+            return candidate
+    return best
 
 
 def _strongest(search: Search, model: str) -> dict[Key, int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from hetkv.planner.columns import Column, Columns
 from hetkv.planner.gauge import Counts, Gauge, Key
@@ -53,6 +54,7 @@ class Search:
     solve_seconds: float = 0.0
     verify_seconds: float = 0.0
     iterations: int = 0
+    hurried: bool = False  # ended by the clock, not because nothing better was left to try
     slack: dict[tuple[str, str], float] = field(default_factory=dict)
     slack_of: Candidate | None = None  # the plan that `slack` was measured for
 
@@ -68,7 +70,8 @@ class Search:
         begin = time.perf_counter()
         self.gauge.deadline = begin + self.limit_seconds
         for _ in range(2 * ITERATIONS):
-            late = self.iterations >= ITERATIONS or time.perf_counter() - begin > self.limit_seconds
+            self.hurried = time.perf_counter() - begin > self.limit_seconds
+            late = self.iterations >= ITERATIONS or self.hurried
             if late and (self.best is not None or not self.for_cost or reserve > 1.2):
                 break
             if late:
@@ -92,6 +95,13 @@ class Search:
         if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
             self._improve(begin)
         return self
+
+    def adopt(self, other: Search) -> None:
+        """Take over what a search of some of these columns simulated and measured, and its plan if it is better."""
+        self.gauge.learn(other.gauge)
+        self.seen += other.seen
+        if other.best is not None and self._better(other.best):
+            self.best, self.solution = other.best, other.solution
 
     def price(self, counts: Counts) -> float:
         """USD/hour, whole nodes where the offer is by node."""
@@ -121,7 +131,8 @@ class Search:
         rates = {m.name: self.gauge.rate(m.name) for m in self.problem.models}
         loose = msgspec.structs.replace(self.problem, spare_instances=0)
         begin = time.perf_counter()
-        solution = optimise(loose, self.gauge.corrected(), rates, kv_bytes(self.found, self.problem), relaxed=True)
+        columns = [replace(c, rates=np.full_like(c.rates, c.relaxed)) for c in self.gauge.corrected()]
+        solution = optimise(loose, prune(columns, loose), rates, kv_bytes(self.found, self.problem), relaxed=True)
         self.solve_seconds += time.perf_counter() - begin
         return None if solution is None else solution.bound
 
@@ -178,6 +189,7 @@ class Search:
         """Find the slack of `best`."""
         assert self.best is not None
         self.slack.clear()
+        self.gauge.deadline = time.perf_counter() + self.limit_seconds
         self._measure(self.best)
 
     def _rescale(self, candidate: Candidate, scales: Mapping[str, float]) -> None:
@@ -216,9 +228,9 @@ class Search:
         start = time.perf_counter()
         left = self.limit_seconds - (start - begin)
         for model in self.judges:
+            self.hurried |= left <= 0
             if left > 0:
-                self.best, seen = cheaper(self, model, self.best, left)
-                self.seen += seen
+                self.best = cheaper(self, model, self.best, left)
         self.verify_seconds += time.perf_counter() - start
 
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import msgspec
+
 from hetkv.costmodel import load_catalogue
-from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.gauge import part_of
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.predict import predict
@@ -28,9 +30,9 @@ ALTERNATIVE_SECONDS = 15.0
 def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECONDS) -> Plan:
     """The best plan for `problem` (see `Objective`), verified in the simulator.
 
-    `beside` also plans for each vendor alone, disaggregated only and aggregated only, and at the ends of the cost
-    model's interval. `seconds` bounds the simulation of the plan itself. `InfeasibleError` where there is no plan;
-    `meets` is false where none was found whose targets hold in the simulator.
+    `beside` also plans for each vendor alone, disaggregated only and aggregated only, takes one of these plans where it
+    is better, and plans at the ends of the cost model's interval. `seconds` bounds the simulation of the plan itself.
+    `InfeasibleError` where there is no plan; `meets` is false where none was found whose targets hold in the simulator.
     """
     problem = check_problem(problem)
     begin = time.perf_counter()
@@ -38,17 +40,19 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     columns_seconds = time.perf_counter() - begin
     judges = {m.name: Judge(problem, m) for m in problem.models}
     search = Search(problem, found, judges, seconds).run()
-    best = search.best or _closest(search.seen)
-    if best is None:
+    if not search.seen:
         raise explain(problem, found)
+    parts = _parts(problem, found) if beside else {}
+    spent = {name: _search_part(search, *part) for name, part in parts.items()}
+    best = search.best or _closest(search.seen)
     bound = search.bound()
     slack = _slack(search, best)
     notes = [] if best.meets else ["no plan was found whose targets hold in the simulator: this one comes closest"]
+    if search.hurried:
+        notes.append(f"the search ended at its limit of {seconds:g} s: with more time it may find a better plan")
     notes += _fallbacks(search, best)
-    sensitivity, options = [], []
-    if beside:
-        sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")]
-        options = _alternatives(problem, found, judges, search, best)
+    options = [_alternative(name, *part, search, best, spent[name]) for name, part in parts.items()]
+    sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
     total = sum(c.rate for c in problem.classes)
     simulated = _latency(best)
     return Plan(
@@ -79,9 +83,9 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     )
 
 
-def _closest(seen: Sequence[Candidate]) -> Candidate | None:
+def _closest(seen: Sequence[Candidate]) -> Candidate:
     """Of plans that all miss a target, the one that misses least."""
-    return min(seen, key=lambda c: max(x.used for v in c.verdicts.values() for x in v.latency.values()), default=None)
+    return min(seen, key=lambda c: max(x.used for v in c.verdicts.values() for x in v.latency.values()))
 
 
 def _latency(candidate: Candidate) -> dict[str, ClassLatency]:
@@ -168,45 +172,50 @@ def _option(search: Search, candidate: Candidate, name: str, seconds: float = 0.
     )
 
 
-def _alternatives(
-    problem: Problem, found: Columns, judges: Mapping[str, Judge], search: Search, best: Candidate
-) -> list[Option]:
-    """The plan of each vendor alone, of disaggregated and of aggregated instances alone."""
+def _parts(problem: Problem, found: Columns) -> dict[str, tuple[Problem, Columns]]:
+    """The problem and its columns with each vendor alone, and with disaggregated and aggregated instances alone."""
     catalogue = load_catalogue(problem.catalogue)
     vendors = {o.gpu: catalogue.gpu(o.gpu).vendor for o in problem.gpus}
-    filters = {f"{v} only": {g for g, x in vendors.items() if x == v} for v in dict.fromkeys(vendors.values())}
-    result = []
-    for name, gpus in filters.items():
-        part = [c for c in found.columns if c.gpu in gpus]
-        result.append(_alternative(name, problem, found, part, judges, search, best))
+    parts: dict[str, Problem] = {}
+    for vendor in dict.fromkeys(vendors.values()):
+        own = [o for o in problem.gpus if vendors[o.gpu] == vendor]
+        parts[f"{vendor} only"] = msgspec.structs.replace(problem, gpus=own)
     if problem.roles == "any":
-        for name, both in (("disaggregated only", False), ("aggregated only", True)):
-            part = [c for c in found.columns if (c.role == "aggregated") is both]
-            result.append(_alternative(name, problem, found, part, judges, search, best))
-    return result
+        parts["disaggregated only"] = msgspec.structs.replace(problem, roles="disaggregated")
+        parts["aggregated only"] = msgspec.structs.replace(problem, roles="aggregated")
+    return {name: (part, _columns_of(part, found)) for name, part in parts.items()}
 
 
-def _alternative(
-    name: str,
-    problem: Problem,
-    found: Columns,
-    part: list[Column],
-    judges: Mapping[str, Judge],
-    search: Search,
-    best: Candidate,
-) -> Option:
+def _columns_of(part: Problem, found: Columns) -> Columns:
+    gpus = {o.gpu for o in part.gpus}
+    left = [
+        c
+        for c in found.columns
+        if c.gpu in gpus and (part.roles == "any" or (c.role == "aggregated") is (part.roles == "aggregated"))
+    ]
+    return Columns(left, found.refused, found.demands)
+
+
+def _search_part(search: Search, problem: Problem, part: Columns) -> float:
+    """Search some of the columns alone and let `search` adopt what is found; the seconds that it took."""
     begin = time.perf_counter()
-    if set(best.counts) <= {c.key for c in part}:
-        return _option(search, best, name)  # the best of all is the best of these
-    other = Search(problem, Columns(part, {}, found.demands), judges, ALTERNATIVE_SECONDS)
-    other.gauge.learn(search.gauge)
-    other.run()
-    candidate = other.best or _closest(other.seen)
-    seconds = time.perf_counter() - begin
-    if candidate is None:
-        text = str(explain(problem, Columns(part, found.refused, found.demands)))
+    if search.best is None or not set(search.best.counts) <= {c.key for c in part.columns}:
+        other = Search(problem, part, search.judges, ALTERNATIVE_SECONDS)
+        other.gauge.learn(search.gauge)
+        search.adopt(other.run())
+    return time.perf_counter() - begin  # else the best of all is the best of these
+
+
+def _alternative(name: str, problem: Problem, part: Columns, search: Search, best: Candidate, seconds: float) -> Option:
+    """The best of all plans that were simulated and use these columns only."""
+    keys = {c.key for c in part.columns}
+    seen = [c for c in (best, *search.seen) if set(c.counts) <= keys]
+    if not seen:
+        text = str(explain(problem, part))
         return Option(name, False, why=text.removeprefix("no plan: "), seconds=seconds)
-    return _option(other, candidate, name, seconds)
+    met = [c for c in seen if c.meets]
+    chosen = min(met, key=lambda c: c.cost if search.for_cost else -c.scale) if met else _closest(seen)
+    return _option(search, chosen, name, seconds)
 
 
 def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal["low", "high"]) -> Sensitivity:

@@ -83,6 +83,18 @@ class _Slice:
             yield Request(number, arrival - self.start, prompt, output)
 
 
+def rows_of(problem: Problem, path: str, window_s: float | None = None) -> list[Row]:
+    """The requests of the trace in `path`. `InputError` where they cannot be planned for in windows of `window_s`."""
+    if len(problem.classes) != 1:
+        raise InputError(
+            f"--trace has one kind of request, but the problem has {len(problem.classes)} classes "
+            f"({', '.join(c.name for c in problem.classes)}): keep the one whose targets it should meet"
+        )
+    if window_s is not None and not window_s > 0:
+        raise InputError(f"--window must be greater than 0, got {window_s}")
+    return read_rows(path)
+
+
 def replan(
     problem: Problem,
     path: str,
@@ -96,17 +108,10 @@ def replan(
     The problem's one class gives the targets; rate and lengths are the window's. `InputError` where the trace is broken
     or the problem has several classes.
     """
-    if len(problem.classes) != 1:
-        raise InputError(
-            f"--trace has one kind of request, but the problem has {len(problem.classes)} classes "
-            f"({', '.join(c.name for c in problem.classes)}): keep the one whose targets it should meet"
-        )
-    rows = read_rows(path)
+    rows = rows_of(problem, path, window_s)
     begin, length = rows[0][0], rows[-1][0] - rows[0][0]
     if window_s is None:
         window_s = max(length / WINDOWS, 1.0)
-    if not window_s > 0:
-        raise InputError(f"--window must be greater than 0, got {window_s}")
     count = max(1, ceil(length / window_s - 1e-9))
     tasks = []
     for index in range(count):
