@@ -6,7 +6,7 @@
 
 #if defined(__CUDACC__)
 #define HETKV_INLINE __host__ __device__ __forceinline__
-#define HETKV_CALL __host__ __device__ inline __noinline__
+#define HETKV_CALL inline __host__ __device__ __noinline__
 #else
 #define HETKV_INLINE HETKV_HD inline __attribute__((always_inline))
 #define HETKV_CALL HETKV_HD inline __attribute__((noinline))
