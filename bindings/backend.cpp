@@ -151,11 +151,12 @@ void bind_backend(py::module_& m) {
         }
         return found;
       },
-      py::arg("folder"), "Opens the GPU backends in `folder`: (name, devices, why none) of each. The first call counts.");
+      py::arg("folder"),
+      "Opens the GPU backends in `folder`: (name, devices, why none) of each. The first call counts.");
   m.def("device_info", &device_info, py::arg("backend"), py::arg("device"), "What one device is and can do.");
   m.def("pointer_info", &pointer_info, py::arg("backend"), py::arg("pointer"), "What memory an address belongs to.");
-  py::class_<DeviceRemap>(m, "DeviceRemap",
-                          "Jobs on one device. Their memory is device memory, or pinned; their block tables are copied.")
+  py::class_<DeviceRemap>(
+      m, "DeviceRemap", "Jobs on one device. Their memory is device memory, or pinned; their block tables are copied.")
       .def(py::init<const std::string&, std::int32_t, const std::vector<OwnedJob>&>(), py::arg("backend"),
            py::arg("device"), py::arg("jobs"))
       .def("launch", &DeviceRemap::launch, py::arg("stream") = 0, py::arg("seed") = 0, py::arg("max_blocks") = 0,

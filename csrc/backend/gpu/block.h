@@ -22,10 +22,12 @@ HETKV_INLINE const Job& job_of(const Launch& launch, std::uint32_t& chunk) {
   return launch.jobs[i];
 }
 
-HETKV_INLINE bool has_second_step(const Job& job) { return job.path == Path::kTile; }
+HETKV_INLINE bool has_second_step(const Job& job) {
+  return job.path == Path::kTile;
+}
 
 HETKV_INLINE void run_words(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                               Partial& partial) {
+                            Partial& partial) {
   for (std::uint32_t k = 0; k < kDepth; ++k) {
     move_word(job, seed, (static_cast<std::uint64_t>(chunk) * kDepth + k) * kThreads + thread, partial);
   }
@@ -34,7 +36,7 @@ HETKV_INLINE void run_words(const Job& job, std::uint64_t seed, std::uint32_t ch
 // `chunk` counts from the job's first.
 template <Paths kPaths>
 HETKV_INLINE void first_step(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                                std::uint8_t* shared, Partial& partial) {
+                             std::uint8_t* shared, Partial& partial) {
   const std::uint32_t item = chunk * kThreads + thread;
   if (job.path == Path::kMove16) {
     if (item < job.items) move_rows<4>(job, seed, item, partial);
@@ -61,10 +63,9 @@ HETKV_INLINE void first_step(const Job& job, std::uint64_t seed, std::uint32_t c
 }
 
 HETKV_INLINE void second_step(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                                 std::uint8_t* shared, Partial& partial) {
-  with_size(item_size(job.dst.dtype), [&](auto to) {
-    drain_tile<decltype(to)::value>(job, seed, chunk, thread, shared, partial);
-  });
+                              std::uint8_t* shared, Partial& partial) {
+  with_size(item_size(job.dst.dtype),
+            [&](auto to) { drain_tile<decltype(to)::value>(job, seed, chunk, thread, shared, partial); });
 }
 
 // The smallest set of paths that the launch needs.

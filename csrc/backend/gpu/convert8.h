@@ -48,10 +48,14 @@ HETKV_HD constexpr float last_fitting() {
   }
 }
 
-HETKV_HD constexpr bool is_fnuz(DType type) { return type == DType::kFloat8E4M3FNUZ || type == DType::kFloat8E5M2FNUZ; }
+HETKV_HD constexpr bool is_fnuz(DType type) {
+  return type == DType::kFloat8E4M3FNUZ || type == DType::kFloat8E5M2FNUZ;
+}
 
 // Some byte of `word` is zero.
-HETKV_INLINE bool has_zero_byte(std::uint32_t word) { return ((word - 0x01010101u) & ~word & 0x80808080u) != 0; }
+HETKV_INLINE bool has_zero_byte(std::uint32_t word) {
+  return ((word - 0x01010101u) & ~word & 0x80808080u) != 0;
+}
 
 HETKV_INLINE float half_to_float(std::uint32_t code) {
 #if defined(__CUDA_ARCH__)
@@ -88,7 +92,8 @@ HETKV_INLINE std::uint32_t fp8_pair_to_halves(std::uint32_t pair, float* scale, 
 #endif
 }
 
-// Exact values of 8 elements. Those that the fast way does not read right set `*special`, or come out as infinity or NaN.
+// Exact values of 8 elements. Those that the fast way does not read right set `*special`, or come out as infinity or
+// NaN.
 template <DType kType>
 HETKV_INLINE void decode8(const Elements<kType>& codes, float (&values)[kGroup], bool* special) {
   HETKV_UNROLL
@@ -103,7 +108,7 @@ HETKV_INLINE void decode8(const Elements<kType>& codes, float (&values)[kGroup],
     if constexpr (is_fnuz(kType)) {
       *special |= has_zero_byte(codes.w[0] ^ 0x80808080u) || has_zero_byte(codes.w[1] ^ 0x80808080u);
     }
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (int i = 0; i < static_cast<int>(kGroup); i += 2) {
       float scale;
       const std::uint32_t pair = (codes.w[i / 4] >> (i % 4 * 8)) & 0xFFFFu;
@@ -189,9 +194,9 @@ HETKV_INLINE std::uint32_t encode_quad8(const float* values) {
 template <DType kType>
 HETKV_INLINE Elements<kType> encode8(const float (&values)[kGroup], bool* special) {
   // Above this the doubled value leaves the range in which the OCP codes are the fnuz ones.
-  constexpr float limit = !(HETKV_FP8_HARDWARE && is_fnuz(kType))   ? last_fitting<kType>()
-                          : kType == DType::kFloat8E4M3FNUZ ? 232.0f
-                                                            : 0x1.DFFFFEp14f;
+  constexpr float limit = !(HETKV_FP8_HARDWARE && is_fnuz(kType)) ? last_fitting<kType>()
+                          : kType == DType::kFloat8E4M3FNUZ       ? 232.0f
+                                                                  : 0x1.DFFFFEp14f;
   Elements<kType> codes;
   bool outside = false;
   HETKV_UNROLL

@@ -36,8 +36,7 @@ __device__ inline Partial block_sum(Partial partial) {
 
 // Adds to `scratch`. The last thread block writes what the blocks have found to `result` and clears `scratch` for the
 // next launch. Without a `result` the sums stay for a launch that follows.
-__device__ inline void report(const Partial& partial, std::uint32_t num_blocks, Scratch* scratch,
-                              RemapResult* result) {
+__device__ inline void report(const Partial& partial, std::uint32_t num_blocks, Scratch* scratch, RemapResult* result) {
   if (partial.checksum != 0) add(&scratch->checksum, partial.checksum);
   if (partial.saturated != 0) add(&scratch->saturated, static_cast<std::uint64_t>(partial.saturated));
   if (result == nullptr) return;
@@ -55,7 +54,8 @@ __device__ inline void report(const Partial& partial, std::uint32_t num_blocks, 
 
 template <Paths kPaths>
 __global__ void HETKV_LAUNCH_BOUNDS(kThreads)
-    remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch, RemapResult* result) {
+    remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,
+                 RemapResult* result) {
   extern __shared__ std::uint8_t shared[];
   Partial partial;
   for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {

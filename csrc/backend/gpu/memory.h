@@ -24,7 +24,7 @@ HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
     const uint2 x = __ldcs(reinterpret_cast<const uint2*>(address));
     v.w[0] = x.x, v.w[1] = x.y;
   } else {
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (int i = 0; i < kWords / 4; ++i) {
       const uint4 x = __ldcs(reinterpret_cast<const uint4*>(address) + i);
       v.w[4 * i] = x.x, v.w[4 * i + 1] = x.y, v.w[4 * i + 2] = x.z, v.w[4 * i + 3] = x.w;
@@ -44,7 +44,7 @@ HETKV_INLINE void store(std::uint64_t address, const Vector<kWords>& v) {
   } else if constexpr (kWords == 2) {
     __stcs(reinterpret_cast<uint2*>(address), make_uint2(v.w[0], v.w[1]));
   } else {
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (int i = 0; i < kWords / 4; ++i) {
       __stcs(reinterpret_cast<uint4*>(address) + i,
              make_uint4(v.w[4 * i], v.w[4 * i + 1], v.w[4 * i + 2], v.w[4 * i + 3]));

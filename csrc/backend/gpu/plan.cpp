@@ -16,7 +16,9 @@ std::uint32_t floor_log2(std::uint64_t n) {
   return log;
 }
 
-std::uint32_t ceil_log2(std::uint64_t n) { return n <= 1 ? 0 : floor_log2(n - 1) + 1; }
+std::uint32_t ceil_log2(std::uint64_t n) {
+  return n <= 1 ? 0 : floor_log2(n - 1) + 1;
+}
 
 // All that an address is made of, above one channel's step, is a multiple of `unit` bytes.
 bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
@@ -67,8 +69,9 @@ Side plan_side(const RemapSide& from) {
   return side;
 }
 
-// Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut into
-// packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in memory.
+// Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut
+// into packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in
+// memory.
 bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job) {
   const std::int64_t vectors = from.channels / elements;
   std::int64_t lanes = vectors;

@@ -1,9 +1,11 @@
 // How one remap job runs on a GPU: decided on the host at each launch, read by every thread.
 //
 // A job is cut into chunks, one for a thread block of kThreads threads at a time:
-// - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16 or
+// - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16
+// or
 //   8 bytes (convert: 8 elements) of kDepth tokens, so that a thread has kDepth loads in flight (rows.h).
-// - tile: one side holds the tokens of a block next to each other (transposed V). A chunk is a tile of tokens x channels
+// - tile: one side holds the tokens of a block next to each other (transposed V). A chunk is a tile of tokens x
+// channels
 //   of one head that turns round in shared memory (tile.h).
 // - words: any map at all, one 8-byte word of the canonical order at a time (words.h).
 #pragma once
@@ -17,8 +19,8 @@
 namespace hetkv::gpu {
 
 constexpr std::uint32_t kThreads = 256;
-constexpr std::uint32_t kDepth = 4;          // tokens of one item, words of one thread
-constexpr std::uint32_t kGroup = 8;          // elements that are converted or transposed together
+constexpr std::uint32_t kDepth = 4;  // tokens of one item, words of one thread
+constexpr std::uint32_t kGroup = 8;  // elements that are converted or transposed together
 constexpr std::uint32_t kTileElements = 8192;
 
 enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kTile, kWords };
@@ -43,17 +45,17 @@ struct Job {
   Side src;
   Side dst;
   const float* multipliers = nullptr;
-  std::uint64_t wire_word = 0;      // index of the wire side's first word in the payload
-  std::uint64_t token_key = 0;      // what one token adds to a word's key: words of a token * kChecksumStep
-  std::uint64_t elements = 0;       // words: all of the job's
-  std::uint32_t first_chunk = 0;    // of this job in the launch
-  std::uint32_t items = 0;          // rows: how many there are; words: words of the canonical order, where not `wide`
+  std::uint64_t wire_word = 0;    // index of the wire side's first word in the payload
+  std::uint64_t token_key = 0;    // what one token adds to a word's key: words of a token * kChecksumStep
+  std::uint64_t elements = 0;     // words: all of the job's
+  std::uint32_t first_chunk = 0;  // of this job in the launch
+  std::uint32_t items = 0;        // rows: how many there are; words: words of the canonical order, where not `wide`
   std::uint32_t tokens = 0;
-  FastDiv token_count;   // words
-  FastDiv heads;         // divides the items' outermost axis
-  FastDiv channels;      // words
-  FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token
-  FastDiv row_parts;     // rows: how many of those a row has. tile: parts of the channel axis
+  FastDiv token_count;               // words
+  FastDiv heads;                     // divides the items' outermost axis
+  FastDiv channels;                  // words
+  FastDiv lane_vectors;              // rows: vectors of a row that neighbouring lanes take, before the next token
+  FastDiv row_parts;                 // rows: how many of those a row has. tile: parts of the channel axis
   std::uint8_t log_lane_tokens = 0;  // rows: tokens that neighbouring lanes take
   std::uint8_t log_tile_channels = 0;
   std::uint8_t log_lane_groups = 0;  // tile: groups of tokens that neighbouring lanes take, before the next channel

@@ -41,8 +41,8 @@ HETKV_INLINE ChannelRun channel_run(const Job& job, std::uint32_t item) {
   return {item >> log_groups, (item & ((1u << log_groups) - 1)) * kGroup};
 }
 
-// Item of the side whose tokens lie together: 8 tokens of one channel. Neighbouring lanes take the groups of one channel
-// that lie in a row, then the next channel.
+// Item of the side whose tokens lie together: 8 tokens of one channel. Neighbouring lanes take the groups of one
+// channel that lie in a row, then the next channel.
 struct TokenRun {
   std::uint32_t token;
   std::uint32_t channel;
@@ -68,13 +68,15 @@ struct Inside {
 
 HETKV_INLINE Inside inside(const Job& job, std::int64_t token) {
   const std::int64_t left = static_cast<std::int64_t>(job.tokens) - token;
-  return {token < 0 ? static_cast<std::uint32_t>(-token) : 0u,
-          left < 0 ? 0u : left > static_cast<std::int64_t>(kGroup) ? kGroup : static_cast<std::uint32_t>(left)};
+  return {token < 0 ? static_cast<std::uint32_t>(-token) : 0u, left < 0 ? 0u
+                                                               : left > static_cast<std::int64_t>(kGroup)
+                                                                   ? kGroup
+                                                                   : static_cast<std::uint32_t>(left)};
 }
 
 // Address of 8 tokens of one channel; `token` may lie before the job's first, but in the same block.
 HETKV_INLINE std::uint64_t token_run_address(const Side& side, std::uint32_t head, std::uint32_t channel,
-                                                std::int64_t token) {
+                                             std::int64_t token) {
   std::uint32_t block = static_cast<std::uint32_t>(side.first_token + token);
   const std::uint32_t in_block = side.block_size.split(block);
   return head_channel(side, head, channel) +
@@ -94,8 +96,7 @@ HETKV_INLINE Vector<2 * kTo> turn(const Job& job, const Vector<2 * kFrom>& codes
   result = {};
   HETKV_UNROLL
   for (int i = 0; i < static_cast<int>(kGroup); ++i) {
-    const std::uint64_t one =
-        convert_one(job.src.dtype, job.dst.dtype, element<kFrom>(codes, i), multiplier);
+    const std::uint64_t one = convert_one(job.src.dtype, job.dst.dtype, element<kFrom>(codes, i), multiplier);
     add_element<kTo>(result, i, static_cast<std::uint32_t>(one));
     partial.saturated += static_cast<std::uint32_t>(one >> 32);
   }
@@ -105,12 +106,12 @@ HETKV_INLINE Vector<2 * kTo> turn(const Job& job, const Vector<2 * kFrom>& codes
 // First half: this thread's part of the source goes into shared memory.
 template <int kFrom, int kTo>
 HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                               std::uint8_t* shared, Partial& partial) {
+                            std::uint8_t* shared, Partial& partial) {
   constexpr std::uint32_t count = kTileElements / kGroup / kThreads;
   const Tile tile = tile_of(job, chunk);
   Vector<2 * kFrom> v[count];
   if (!job.tokens_first) {
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t k = 0; k < count; ++k) {
       const ChannelRun at = channel_run(job, thread + k * kThreads);
       const std::int64_t token = tile.token + at.token;
@@ -119,7 +120,7 @@ HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t ch
       v[k] = load<2 * kFrom>(head_channel(job.src, tile.head, channel) +
                              token_offset(job.src, static_cast<std::uint32_t>(token)));
     }
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t k = 0; k < count; ++k) {
       const ChannelRun at = channel_run(job, thread + k * kThreads);
       const std::int64_t token = tile.token + at.token;
@@ -128,8 +129,8 @@ HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t ch
       *shared_vector<2 * kTo>(shared, place(job, at.token, at.channel, kTo)) =
           turn<kFrom, kTo>(job, v[k], tile.head, partial);
       if (job.wire == WireSide::kSource) {
-        partial.checksum += sum(v[k], word_key(job, seed, tile.head, channel) +
-                                          static_cast<std::uint64_t>(token) * job.token_key);
+        partial.checksum +=
+            sum(v[k], word_key(job, seed, tile.head, channel) + static_cast<std::uint64_t>(token) * job.token_key);
       }
     }
     return;
@@ -146,7 +147,7 @@ HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t ch
     if (in.first == 0 && in.last == kGroup) {
       v[k] = load<2 * kFrom>(src);
     } else {
-  HETKV_UNROLL
+      HETKV_UNROLL
       for (std::uint32_t i = 0; i < kGroup; ++i) {
         if (i >= in.first && i < in.last) {
           add_element<kFrom>(v[k], static_cast<int>(i), load_element(src + i * kFrom, kFrom));
@@ -161,7 +162,7 @@ HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t ch
     const Vector<2 * kTo> turned = turn<kFrom, kTo>(job, v[k], tile.head, partial);
     const std::uint32_t first = place(job, at.token, at.channel, kTo);
     const std::uint32_t row = kTo << job.log_tile_channels;
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t i = 0; i < kGroup; ++i) {
       store_shared<kTo>(shared + first + i * row, element<kTo>(turned, static_cast<int>(i)));
     }
@@ -171,20 +172,19 @@ HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t ch
 // Second half, once every thread has done the first: shared memory goes to this thread's part of the destination.
 template <int kTo>
 HETKV_INLINE void drain_tile(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                                std::uint8_t* shared, Partial& partial) {
+                             std::uint8_t* shared, Partial& partial) {
   constexpr std::uint32_t count = kTileElements / kGroup / kThreads;
   const Tile tile = tile_of(job, chunk);
   if (job.tokens_first) {
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t k = 0; k < count; ++k) {
       const ChannelRun at = channel_run(job, thread + k * kThreads);
       const std::int64_t token = tile.token + at.token;
       const std::uint32_t channel = tile.channel + at.channel;
       if (token < 0 || token >= job.tokens || channel >= job.channels.divisor) continue;
       const Vector<2 * kTo> v = *shared_vector<2 * kTo>(shared, place(job, at.token, at.channel, kTo));
-      store<2 * kTo>(head_channel(job.dst, tile.head, channel) +
-                         token_offset(job.dst, static_cast<std::uint32_t>(token)),
-                     v);
+      store<2 * kTo>(
+          head_channel(job.dst, tile.head, channel) + token_offset(job.dst, static_cast<std::uint32_t>(token)), v);
       if (job.wire == WireSide::kDestination) {
         partial.checksum +=
             sum(v, word_key(job, seed, tile.head, channel) + static_cast<std::uint64_t>(token) * job.token_key);
@@ -202,7 +202,7 @@ HETKV_INLINE void drain_tile(const Job& job, std::uint64_t seed, std::uint32_t c
     const std::uint32_t first = place(job, at.token, at.channel, kTo);
     const std::uint32_t row = kTo << job.log_tile_channels;
     Vector<2 * kTo> v{};
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t i = 0; i < kGroup; ++i) {
       add_element<kTo>(v, static_cast<int>(i), load_shared<kTo>(shared + first + i * row));
     }
@@ -211,7 +211,7 @@ HETKV_INLINE void drain_tile(const Job& job, std::uint64_t seed, std::uint32_t c
       store<2 * kTo>(dst, v);
       continue;
     }
-  HETKV_UNROLL
+    HETKV_UNROLL
     for (std::uint32_t i = 0; i < kGroup; ++i) {
       if (i >= in.first && i < in.last) {
         store_element(dst + i * kTo, kTo, element<kTo>(v, static_cast<int>(i)));
