@@ -440,6 +440,9 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
       case Paths::kMoves:
         HETKV_TRY(begin(start<Paths::kMoves>));
         break;
+      case Paths::kTurns:
+        HETKV_TRY(begin(start<Paths::kTurns>));
+        break;
       case Paths::kRows:
         HETKV_TRY(begin(start<Paths::kRows>));
         break;

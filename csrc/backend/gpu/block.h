@@ -11,7 +11,8 @@ namespace hetkv::gpu {
 // Which paths a kernel has: less is faster to start and leaves more registers to the rest.
 enum class Paths : std::uint8_t {
   kMoves,  // move16, move8
-  kRows,   // and convert
+  kTurns,  // and tiles that convert nothing
+  kRows,   // the moves, and convert
   kAll,
 };
 
@@ -46,9 +47,18 @@ HETKV_INLINE void first_step(const Job& job, std::uint64_t seed, std::uint32_t c
     if (item < job.items) move_rows<2>(job, seed, item, partial);
     return;
   }
-  if constexpr (kPaths != Paths::kMoves) {
+  if constexpr (kPaths == Paths::kRows || kPaths == Paths::kAll) {
     if (job.path == Path::kConvert) {
       if (item < job.items) convert_item(job, seed, item, partial);
+      return;
+    }
+  }
+  if constexpr (kPaths == Paths::kTurns || kPaths == Paths::kAll) {
+    if (job.path == Path::kTile && !job.converts) {
+      with_size(item_size(job.src.dtype), [&](auto size) {
+        constexpr int bytes = decltype(size)::value;
+        fill_tile<bytes, bytes, false>(job, seed, chunk, thread, shared, partial);
+      });
       return;
     }
   }
@@ -56,7 +66,7 @@ HETKV_INLINE void first_step(const Job& job, std::uint64_t seed, std::uint32_t c
     if (job.path == Path::kWords) return run_words(job, seed, chunk, thread, partial);
     with_size(item_size(job.src.dtype), [&](auto from) {
       with_size(item_size(job.dst.dtype), [&](auto to) {
-        fill_tile<decltype(from)::value, decltype(to)::value>(job, seed, chunk, thread, shared, partial);
+        fill_tile<decltype(from)::value, decltype(to)::value, true>(job, seed, chunk, thread, shared, partial);
       });
     });
   }
@@ -70,13 +80,15 @@ HETKV_INLINE void second_step(const Job& job, std::uint64_t seed, std::uint32_t 
 
 // The smallest set of paths that the launch needs.
 inline Paths paths_of(const Launch& launch) {
-  Paths paths = Paths::kMoves;
+  bool tiles = false, converts = false;
   for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
-    const Path path = launch.jobs[i].path;
-    if (path == Path::kTile || path == Path::kWords) return Paths::kAll;
-    if (path == Path::kConvert) paths = Paths::kRows;
+    const Job& job = launch.jobs[i];
+    if (job.path == Path::kWords || (job.path == Path::kTile && job.converts)) return Paths::kAll;
+    tiles |= job.path == Path::kTile;
+    converts |= job.path == Path::kConvert;
   }
-  return paths;
+  if (tiles) return converts ? Paths::kAll : Paths::kTurns;
+  return converts ? Paths::kRows : Paths::kMoves;
 }
 
 }  // namespace hetkv::gpu

@@ -16,7 +16,7 @@ struct alignas(kWords >= 4 ? 16 : kWords * 4) Vector {
 
 template <int kWords>
 HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && !defined(HETKV_NOHINT)
   Vector<kWords> v;
   if constexpr (kWords == 1) {
     v.w[0] = __ldcs(reinterpret_cast<const unsigned int*>(address));
@@ -38,7 +38,7 @@ HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
 
 template <int kWords>
 HETKV_INLINE void store(std::uint64_t address, const Vector<kWords>& v) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && !defined(HETKV_NOHINT)
   if constexpr (kWords == 1) {
     __stcs(reinterpret_cast<unsigned int*>(address), v.w[0]);
   } else if constexpr (kWords == 2) {

@@ -19,7 +19,14 @@
 namespace hetkv::gpu {
 
 constexpr std::uint32_t kThreads = 256;
-constexpr std::uint32_t kDepth = 4;  // tokens of one item, words of one thread
+#ifndef HETKV_DEPTH
+#define HETKV_DEPTH 4
+#endif
+constexpr std::uint32_t kDepth = HETKV_DEPTH;  // tokens of one item, words of one thread
+#ifndef HETKV_CONVERT_DEPTH
+#define HETKV_CONVERT_DEPTH 2
+#endif
+constexpr std::uint32_t kConvertDepth = HETKV_CONVERT_DEPTH;  // of those, converted at a time
 constexpr std::uint32_t kGroup = 8;  // elements that are converted or transposed together
 constexpr std::uint32_t kTileElements = 8192;
 

@@ -83,88 +83,111 @@ HETKV_INLINE std::uint64_t token_run_address(const Side& side, std::uint32_t hea
          static_cast<std::uint64_t>(side.blocks[block] * side.block_stride + in_block * side.token_stride);
 }
 
-// 8 elements of kFrom bytes, converted where the job converts, as elements of kTo bytes.
+template <int kTo>
+struct Turned {
+  Vector<2 * kTo> codes{};
+  std::uint32_t saturated = 0;
+};
+
+// 8 elements that convert8 leaves.
 template <int kFrom, int kTo>
-HETKV_INLINE Vector<2 * kTo> turn(const Job& job, const Vector<2 * kFrom>& codes, std::uint32_t head,
-                                  Partial& partial) {
-  if constexpr (kFrom == kTo) {
-    if (!job.converts) return codes;
-  }
-  const float multiplier = job.multipliers != nullptr ? job.multipliers[head] : 1.0f;
-  Vector<2 * kTo> result;
-  if (convert8<kFrom, kTo>(job.src.dtype, job.dst.dtype, codes, multiplier, &result)) return result;
-  result = {};
+HETKV_CALL Turned<kTo> turn_slowly(DType from, DType to, Vector<2 * kFrom> codes, float multiplier) {
+  Turned<kTo> turned;
   HETKV_UNROLL
   for (int i = 0; i < static_cast<int>(kGroup); ++i) {
-    const std::uint64_t one = convert_one(job.src.dtype, job.dst.dtype, element<kFrom>(codes, i), multiplier);
-    add_element<kTo>(result, i, static_cast<std::uint32_t>(one));
-    partial.saturated += static_cast<std::uint32_t>(one >> 32);
+    const std::uint64_t one = convert_one(from, to, element<kFrom>(codes, i), multiplier);
+    add_element<kTo>(turned.codes, i, static_cast<std::uint32_t>(one));
+    turned.saturated += static_cast<std::uint32_t>(one >> 32);
   }
-  return result;
+  return turned;
+}
+
+// 8 elements of kFrom bytes as elements of kTo bytes.
+template <int kFrom, int kTo, bool kConverts>
+HETKV_INLINE Vector<2 * kTo> turn(const Job& job, const Vector<2 * kFrom>& codes, std::uint32_t head,
+                                  Partial& partial) {
+  if constexpr (!kConverts) {
+    return codes;
+  } else {
+    const float multiplier = job.multipliers != nullptr ? job.multipliers[head] : 1.0f;
+    Vector<2 * kTo> result;
+    if (convert8<kFrom, kTo>(job.src.dtype, job.dst.dtype, codes, multiplier, &result)) return result;
+    const Turned<kTo> turned = turn_slowly<kFrom, kTo>(job.src.dtype, job.dst.dtype, codes, multiplier);
+    partial.saturated += turned.saturated;
+    return turned.codes;
+  }
+}
+
+// 8 tokens of one channel; zeros where they lie outside the job.
+template <int kSize>
+HETKV_INLINE Vector<2 * kSize> load_token_run(std::uint64_t src, Inside in) {
+  if (in.first == 0 && in.last == kGroup) return load<2 * kSize>(src);
+  Vector<2 * kSize> v{};
+  HETKV_UNROLL
+  for (std::uint32_t i = 0; i < kGroup; ++i) {
+    if (i >= in.first && i < in.last) {
+      add_element<kSize>(v, static_cast<int>(i), load_element(src + i * kSize, kSize));
+    }
+  }
+  return v;
 }
 
 // First half: this thread's part of the source goes into shared memory.
-template <int kFrom, int kTo>
+template <int kFrom, int kTo, bool kConverts>
 HETKV_INLINE void fill_tile(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
                             std::uint8_t* shared, Partial& partial) {
   constexpr std::uint32_t count = kTileElements / kGroup / kThreads;
+  constexpr std::uint32_t batch = kConverts ? kConvertDepth : count;  // loads in flight
   const Tile tile = tile_of(job, chunk);
-  Vector<2 * kFrom> v[count];
-  if (!job.tokens_first) {
-    HETKV_UNROLL
-    for (std::uint32_t k = 0; k < count; ++k) {
-      const ChannelRun at = channel_run(job, thread + k * kThreads);
-      const std::int64_t token = tile.token + at.token;
-      const std::uint32_t channel = tile.channel + at.channel;
-      if (token < 0 || token >= job.tokens || channel >= job.channels.divisor) continue;
-      v[k] = load<2 * kFrom>(head_channel(job.src, tile.head, channel) +
-                             token_offset(job.src, static_cast<std::uint32_t>(token)));
-    }
-    HETKV_UNROLL
-    for (std::uint32_t k = 0; k < count; ++k) {
-      const ChannelRun at = channel_run(job, thread + k * kThreads);
-      const std::int64_t token = tile.token + at.token;
-      const std::uint32_t channel = tile.channel + at.channel;
-      if (token < 0 || token >= job.tokens || channel >= job.channels.divisor) continue;
-      *shared_vector<2 * kTo>(shared, place(job, at.token, at.channel, kTo)) =
-          turn<kFrom, kTo>(job, v[k], tile.head, partial);
-      if (job.wire == WireSide::kSource) {
-        partial.checksum +=
-            sum(v[k], word_key(job, seed, tile.head, channel) + static_cast<std::uint64_t>(token) * job.token_key);
-      }
-    }
-    return;
-  }
-  HETKV_UNROLL
-  for (std::uint32_t k = 0; k < count; ++k) {
-    const TokenRun at = token_run(job, thread + k * kThreads);
-    const std::int64_t token = tile.token + at.token;
-    const std::uint32_t channel = tile.channel + at.channel;
-    const Inside in = inside(job, token);
-    v[k] = Vector<2 * kFrom>{};
-    if (in.first >= in.last || channel >= job.channels.divisor) continue;
-    const std::uint64_t src = token_run_address(job.src, tile.head, channel, token);
-    if (in.first == 0 && in.last == kGroup) {
-      v[k] = load<2 * kFrom>(src);
-    } else {
+  const std::uint32_t row = kTo << job.log_tile_channels;
+  HETKV_ROLLED
+  for (std::uint32_t base = thread; base < thread + count * kThreads; base += batch * kThreads) {
+    Vector<2 * kFrom> v[batch];
+    if (!job.tokens_first) {
       HETKV_UNROLL
-      for (std::uint32_t i = 0; i < kGroup; ++i) {
-        if (i >= in.first && i < in.last) {
-          add_element<kFrom>(v[k], static_cast<int>(i), load_element(src + i * kFrom, kFrom));
+      for (std::uint32_t k = 0; k < batch; ++k) {
+        const ChannelRun at = channel_run(job, base + k * kThreads);
+        const std::int64_t token = tile.token + at.token;
+        const std::uint32_t channel = tile.channel + at.channel;
+        if (token < 0 || token >= job.tokens || channel >= job.channels.divisor) continue;
+        v[k] = load<2 * kFrom>(head_channel(job.src, tile.head, channel) +
+                               token_offset(job.src, static_cast<std::uint32_t>(token)));
+      }
+      HETKV_UNROLL
+      for (std::uint32_t k = 0; k < batch; ++k) {
+        const ChannelRun at = channel_run(job, base + k * kThreads);
+        const std::int64_t token = tile.token + at.token;
+        const std::uint32_t channel = tile.channel + at.channel;
+        if (token < 0 || token >= job.tokens || channel >= job.channels.divisor) continue;
+        *shared_vector<2 * kTo>(shared, place(job, at.token, at.channel, kTo)) =
+            turn<kFrom, kTo, kConverts>(job, v[k], tile.head, partial);
+        if (job.wire == WireSide::kSource) {
+          partial.checksum +=
+              sum(v[k], word_key(job, seed, tile.head, channel) + static_cast<std::uint64_t>(token) * job.token_key);
         }
       }
+      continue;
     }
-  }
-  HETKV_UNROLL
-  for (std::uint32_t k = 0; k < count; ++k) {
-    const TokenRun at = token_run(job, thread + k * kThreads);
-    if (tile.channel + at.channel >= job.channels.divisor) continue;
-    const Vector<2 * kTo> turned = turn<kFrom, kTo>(job, v[k], tile.head, partial);
-    const std::uint32_t first = place(job, at.token, at.channel, kTo);
-    const std::uint32_t row = kTo << job.log_tile_channels;
     HETKV_UNROLL
-    for (std::uint32_t i = 0; i < kGroup; ++i) {
-      store_shared<kTo>(shared + first + i * row, element<kTo>(turned, static_cast<int>(i)));
+    for (std::uint32_t k = 0; k < batch; ++k) {
+      const TokenRun at = token_run(job, base + k * kThreads);
+      const std::int64_t token = tile.token + at.token;
+      const std::uint32_t channel = tile.channel + at.channel;
+      const Inside in = inside(job, token);
+      if (in.first >= in.last || channel >= job.channels.divisor) continue;
+      v[k] = load_token_run<kFrom>(token_run_address(job.src, tile.head, channel, token), in);
+    }
+    HETKV_UNROLL
+    for (std::uint32_t k = 0; k < batch; ++k) {
+      const TokenRun at = token_run(job, base + k * kThreads);
+      const Inside in = inside(job, tile.token + at.token);
+      if (in.first >= in.last || tile.channel + at.channel >= job.channels.divisor) continue;
+      const Vector<2 * kTo> turned = turn<kFrom, kTo, kConverts>(job, v[k], tile.head, partial);
+      const std::uint32_t first = place(job, at.token, at.channel, kTo);
+      HETKV_UNROLL
+      for (std::uint32_t i = 0; i < kGroup; ++i) {
+        store_shared<kTo>(shared + first + i * row, element<kTo>(turned, static_cast<int>(i)));
+      }
     }
   }
 }

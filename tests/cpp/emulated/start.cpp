@@ -23,7 +23,7 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
       for (std::uint32_t thread = 0; thread < kThreads; ++thread) {
         first_step<kPaths>(job, launch.seed, chunk, thread, shared, partial);
       }
-      if (kPaths == Paths::kAll && has_second_step(job)) {
+      if ((kPaths == Paths::kAll || kPaths == Paths::kTurns) && has_second_step(job)) {
         for (std::uint32_t thread = 0; thread < kThreads; ++thread) {
           second_step(job, launch.seed, chunk, thread, shared, partial);
         }
@@ -40,6 +40,7 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
 }
 
 template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 
