@@ -32,7 +32,7 @@ def cuda() -> object:
 
 every_backend = pytest.mark.parametrize("backend", [pytest.param(emulated_backend(), id="emulated"), cuda()])
 FAST = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

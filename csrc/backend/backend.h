@@ -176,4 +176,4 @@ typedef const HetkvBackend* (*HetkvBackendEntry)();
 
 }  // extern "C"
 
-constexpr std::size_t kHetkvMaxJobs = 16;
+constexpr std::size_t kHetkvMaxJobs = 4;  // of one launch: K and V, with their scales

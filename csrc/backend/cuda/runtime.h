@@ -179,6 +179,27 @@ inline cudaError_t exchange_capture_mode(int relaxed, int* previous) {
 }
 constexpr int kRelaxedCapture = cudaStreamCaptureModeRelaxed;
 
+#if defined(__CUDACC__)
+// Lets the launch begin while a remap before it in the stream ends (kernel.h), on devices that can.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+#endif
+
 inline bool is_pinned(const cudaPointerAttributes& found) {
   return found.type == cudaMemoryTypeHost;
 }

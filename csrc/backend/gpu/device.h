@@ -79,6 +79,17 @@ __device__ inline std::uint64_t add(std::uint64_t* to, std::uint64_t value) {
 __device__ inline std::uint32_t add(std::uint32_t* to, std::uint32_t value) {
   return atomicAdd(to, value);
 }
+// A launch may begin while the one before it in the stream ends: it waits here until that one's writes are visible.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ inline std::uint32_t from_lane_above(std::uint32_t value, std::uint32_t distance) {
   return __shfl_down_sync(0xFFFFFFFFu, value, distance);
 }

@@ -39,10 +39,6 @@ __device__ inline Partial block_sum(Partial partial) {
 __device__ inline void report(const Partial& partial, std::uint32_t num_blocks, Scratch* scratch, RemapResult* result) {
   if (partial.checksum != 0) add(&scratch->checksum, partial.checksum);
   if (partial.saturated != 0) add(&scratch->saturated, static_cast<std::uint64_t>(partial.saturated));
-#ifdef HETKV_NOREPORT
-  if (block_index() == 0) result->checksum = 0;
-  return;
-#endif
   if (result == nullptr) return;
   fence();
   if (add(&scratch->blocks_done, 1u) + 1 != num_blocks) return;
@@ -60,18 +56,14 @@ template <Paths kPaths>
 __global__ void HETKV_LAUNCH_BOUNDS(kThreads)
     remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,
                  RemapResult* result) {
-  extern __shared__ std::uint8_t shared[];
+  wait_for_launch_before();
   Partial partial;
   for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
     std::uint32_t chunk = next;
     const Job& job = job_of(launch, chunk);
-    first_step<kPaths>(job, launch.seed, chunk, thread_index(), shared, partial);
-    if ((kPaths == Paths::kAll || kPaths == Paths::kTurns) && has_second_step(job)) {
-      barrier();
-      second_step(job, launch.seed, chunk, thread_index(), shared, partial);
-      barrier();
-    }
+    run_chunk<kPaths>(job, launch.seed, chunk, thread_index(), partial);
   }
+  let_next_launch_start();
   const Partial total = block_sum(partial);
   if (thread_index() == 0) report(total, num_blocks, scratch, result);
 }

@@ -52,29 +52,26 @@ HETKV_INLINE void move_rows(const Job& job, std::uint64_t seed, std::uint32_t it
 template <int kFrom, int kTo>
 HETKV_INLINE std::uint32_t convert_rows(const Job& job, const RowItem& at, std::uint64_t src, std::uint64_t dst,
                                         std::uint64_t key, float multiplier, Partial& partial) {
+  Vector<2 * kFrom> from[kDepth];
+  HETKV_UNROLL
+  for (std::uint32_t k = 0; k < kDepth; ++k) {
+    const std::uint32_t token = at.token + k * at.step;
+    if (token < job.tokens) from[k] = load<2 * kFrom>(src + token_offset(job.src, token));
+  }
   std::uint32_t special = 0;
-  HETKV_ROLLED
-  for (std::uint32_t first = 0; first < kDepth; first += kConvertDepth) {
-    Vector<2 * kFrom> from[kConvertDepth];
-    HETKV_UNROLL
-    for (std::uint32_t k = 0; k < kConvertDepth; ++k) {
-      const std::uint32_t token = at.token + (first + k) * at.step;
-      if (token < job.tokens) from[k] = load<2 * kFrom>(src + token_offset(job.src, token));
+  HETKV_UNROLL
+  for (std::uint32_t k = 0; k < kDepth; ++k) {
+    const std::uint32_t token = at.token + k * at.step;
+    if (token >= job.tokens) break;
+    Vector<2 * kTo> to;
+    if (!convert8<kFrom, kTo>(job.src.dtype, job.dst.dtype, from[k], multiplier, &to)) {
+      special |= 1u << k;
+      continue;
     }
-    HETKV_UNROLL
-    for (std::uint32_t k = 0; k < kConvertDepth; ++k) {
-      const std::uint32_t token = at.token + (first + k) * at.step;
-      if (token >= job.tokens) return special;
-      Vector<2 * kTo> to;
-      if (!convert8<kFrom, kTo>(job.src.dtype, job.dst.dtype, from[k], multiplier, &to)) {
-        special |= 1u << (first + k);
-        continue;
-      }
-      store<2 * kTo>(dst + token_offset(job.dst, token), to);
-      const std::uint64_t token_key = key + token * job.token_key;
-      if (job.wire == WireSide::kDestination) partial.checksum += sum(to, token_key);
-      if (job.wire == WireSide::kSource) partial.checksum += sum(from[k], token_key);
-    }
+    store<2 * kTo>(dst + token_offset(job.dst, token), to);
+    const std::uint64_t token_key = key + token * job.token_key;
+    if (job.wire == WireSide::kDestination) partial.checksum += sum(to, token_key);
+    if (job.wire == WireSide::kSource) partial.checksum += sum(from[k], token_key);
   }
   return special;
 }

@@ -134,6 +134,12 @@ inline hipError_t exchange_capture_mode(int, int*) {
 }
 constexpr int kRelaxedCapture = 0;
 
+template <typename Kernel, typename... Arguments>
+hipError_t launch(Kernel kernel, unsigned blocks, unsigned threads, hipStream_t stream, const Arguments&... arguments) {
+  kernel<<<blocks, threads, 0, stream>>>(arguments...);
+  return hipGetLastError();
+}
+
 inline bool is_pinned(const hipPointerAttribute_t& found) {
   return found.memoryType == hipMemoryTypeHost;
 }
