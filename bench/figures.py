@@ -51,6 +51,25 @@ def transfer_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def resharded_table(file: Path) -> str:
+    """Per destination and pair of parallelisms: the rate, and its ratio to TP 1 to TP 1 with the same bytes."""
+    run = json.loads(file.read_text())
+    target = run["targets"]["ratio_unsharded"]
+    lines = [
+        f"| from nhd 16 to | TP | processes | reach | GB/s | of TP 1 to 1 (target {target}) | rounds | CPU s/GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        tp, rounds = " to ".join(map(str, row["tp"])), row["ratio_unsharded_rounds"]
+        share = "one" if row["tp"] == [1, 1] else f"one a {row['processes']}"
+        spread = "" if row["tp"] == [1, 1] else f"{min(rounds):.2f} to {max(rounds):.2f}"
+        lines.append(
+            f"| {row['destination']} | {tp} | {share} | {row['reach']} | {row['hetkv_gb_s']:.2f} "
+            f"| {row['ratio_unsharded']:.2f} | {spread} | {row['cpu_s_per_gb']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
     return (
@@ -62,8 +81,10 @@ def section() -> str:
     """The generated part of the document."""
     remaps = sorted(RESULTS.glob("remap-*.json"))
     transfer = RESULTS / "transfer.json"
-    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer])
-    return f"\n{remap_table(remaps)}\n\n{transfer_table(transfer)}\n\nFrom\n\n{sources}\n"
+    resharded = [file for file in (RESULTS / "transfer-resharded.json",) if file.is_file()]
+    tables = [remap_table(remaps), transfer_table(transfer), *map(resharded_table, resharded)]
+    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *resharded])
+    return "\n" + "\n\n".join([*tables, "From", sources]) + "\n"
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 // Binds engine/: Sender, Receiver, their settings and events.
 #include <pybind11/functional.h>
 
+#include <optional>
+
 #include "bind.h"
 #include "engine/receiver.h"
 #include "engine/sender.h"
@@ -140,17 +142,35 @@ void bind_engine(py::module_& m) {
 
   py::class_<SegmentPlan>(m, "SegmentPlan")
       .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
-                       std::vector<float> multipliers) {
-             return SegmentPlan{pool, first_head, channels, static_cast<DType>(wire_dtype), std::move(multipliers)};
+                       std::vector<float> multipliers, const std::optional<SegmentMap>& pool_scales,
+                       std::int32_t channels_per_scale, std::int32_t wire_scales, bool joint, bool carried) {
+             return SegmentPlan{pool,
+                                first_head,
+                                channels,
+                                static_cast<DType>(wire_dtype),
+                                std::move(multipliers),
+                                {pool_scales.value_or(SegmentMap{}), channels_per_scale},
+                                wire_scales,
+                                joint,
+                                carried};
            }),
-           py::arg("pool"), py::arg("first_head"), py::arg("channels"), py::arg("wire_dtype"), py::arg("multipliers"));
+           py::arg("pool"), py::arg("first_head"), py::arg("channels"), py::arg("wire_dtype"), py::arg("multipliers"),
+           py::kw_only(), py::arg("pool_scales") = py::none(), py::arg("channels_per_scale") = 0,
+           py::arg("wire_scales") = -1, py::arg("joint") = false, py::arg("carried") = false);
+
+  py::class_<ScaleFill>(m, "ScaleFill")
+      .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t groups,
+                       std::vector<float> values) { return ScaleFill{pool, first_head, groups, std::move(values)}; }),
+           py::arg("pool"), py::arg("first_head"), py::arg("groups"), py::arg("values"));
 
   py::class_<LayerPlan>(m, "LayerPlan")
       .def(py::init([](std::uint32_t layer, std::uint16_t group, std::uint32_t head_start, std::uint32_t head_stop,
-                       std::vector<SegmentPlan> segments) {
-             return LayerPlan{layer, group, head_start, head_stop, std::move(segments)};
+                       std::vector<SegmentPlan> segments, std::vector<ScaleFill> fills, std::uint8_t scale_encoding) {
+             return LayerPlan{layer,         group, head_start, head_stop, std::move(segments), std::move(fills),
+                              scale_encoding};
            }),
-           py::arg("layer"), py::arg("group"), py::arg("head_start"), py::arg("head_stop"), py::arg("segments"))
+           py::arg("layer"), py::arg("group"), py::arg("head_start"), py::arg("head_stop"), py::arg("segments"),
+           py::arg("fills") = std::vector<ScaleFill>(), py::arg("scale_encoding") = 0)
       .def("payload_bytes", &LayerPlan::payload_bytes, py::arg("tokens"));
 
   py::class_<LinkConfig>(m, "LinkConfig")

@@ -15,12 +15,13 @@ inline void require(bool holds, const std::string& text) {
   if (!holds) raise_input_error(text);
 }
 
-// A side and the block table that it points to.
+// A side, the block table that it points to, and its scales.
 struct OwnedSide {
   SegmentMap map;
   std::vector<std::int32_t> blocks;
   std::int64_t first_token = 0;
   std::int32_t first_head = 0;
+  RemapScales scales;
 };
 
 struct OwnedJob {
@@ -31,6 +32,10 @@ struct OwnedJob {
   std::vector<float> multipliers;
   WireSide wire = WireSide::kNone;
   std::uint64_t wire_offset = 0;
+  bool joint = false;
+  std::uint64_t wire_scale_offset = 0;
+
+  bool scaled() const { return src.scales.map.base != 0 || dst.scales.map.base != 0; }
 
   RemapJob view() const {
     RemapJob job;
@@ -42,6 +47,10 @@ struct OwnedJob {
     job.multipliers = multipliers.empty() ? nullptr : multipliers.data();
     job.wire = wire;
     job.wire_offset = wire_offset;
+    job.src_scales = src.scales;
+    job.dst_scales = dst.scales;
+    job.joint = joint;
+    job.wire_scale_offset = wire_scale_offset;
     return job;
   }
 };

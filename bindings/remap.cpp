@@ -2,6 +2,7 @@
 #include "remap/remap.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,10 +62,28 @@ void check_side(const Side& side, const Job& job, const char* name) {
   require(negative == side.blocks.end(), who + "a block id is negative");
 }
 
+void check_scales(const Job& job) {
+  for (const Side* side : {&job.src, &job.dst}) {
+    require(side->map.dtype != hetkv::DType::kUInt8, "uint8 has no scales and is never converted");
+    const hetkv::RemapScales& scales = side->scales;
+    if (scales.map.base == 0) continue;
+    require(scales.map.dtype == hetkv::DType::kFloat32 && scales.map.block_size == side->map.block_size,
+            "scales are float32, in blocks as large as their side's");
+    require(
+        scales.channels_per_scale > 0 && job.channels % scales.channels_per_scale == 0,
+        std::to_string(job.channels) + " channels with a scale for each " + std::to_string(scales.channels_per_scale));
+  }
+  const std::int32_t a = job.src.scales.channels_per_scale;
+  const std::int32_t b = job.dst.scales.channels_per_scale;
+  require(a == 0 || b == 0 || a % b == 0 || b % a == 0,
+          "groups of " + std::to_string(a) + " and " + std::to_string(b) + " channels do not fit each other");
+}
+
 Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::int32_t channels,
-             std::vector<float> multipliers, const std::string& wire, std::uint64_t wire_offset) {
-  Job job{std::move(src), std::move(dst),         tokens,          heads,
-          channels,       std::move(multipliers), WireSide::kNone, wire_offset};
+             std::vector<float> multipliers, const std::string& wire, std::uint64_t wire_offset, bool joint,
+             std::uint64_t wire_scale_offset) {
+  Job job{std::move(src),         std::move(dst),  tokens,      heads, channels,
+          std::move(multipliers), WireSide::kNone, wire_offset, joint, wire_scale_offset};
   require(tokens >= 0 && heads >= 0 && channels >= 0, "tokens, heads and channels must not be negative");
   require(wire.empty() || wire == "source" || wire == "destination", "wire is 'source', 'destination' or ''");
   if (!wire.empty()) job.wire = wire == "source" ? WireSide::kSource : WireSide::kDestination;
@@ -73,8 +92,9 @@ Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::i
           std::to_string(job.multipliers.size()) + " multipliers for " + std::to_string(heads) + " heads");
   check_side(job.src, job, "source");
   check_side(job.dst, job, "destination");
+  if (job.scaled()) check_scales(job);
   const bool converts = job.src.map.dtype != job.dst.map.dtype || !job.multipliers.empty();
-  require(!converts || (hetkv::is_float(job.src.map.dtype) && hetkv::is_float(job.dst.map.dtype)),
+  require(!converts || job.scaled() || (hetkv::is_float(job.src.map.dtype) && hetkv::is_float(job.dst.map.dtype)),
           "int8 and uint8 are moved, never converted: both sides need the same dtype and no multipliers");
   if (job.wire != WireSide::kNone) {
     const Side& side = job.wire == WireSide::kSource ? job.src : job.dst;
@@ -160,14 +180,20 @@ void bind_remap(py::module_& m) {
           },
           py::arg("base"), py::arg("tokens"), py::arg("channels"), py::arg("dtype"));
   py::class_<Side>(m, "RemapSide",
-                   "One side of a job: a map, the block ids where it is paged (copied), where it starts.")
-      .def(py::init([](const SegmentMap& map, const py::object& blocks, std::int64_t first_token,
-                       std::int32_t first_head) { return Side{map, block_table(blocks), first_token, first_head}; }),
-           py::arg("map"), py::arg("blocks") = py::none(), py::arg("first_token") = 0, py::arg("first_head") = 0);
+                   "One side of a job: a map, the block ids where it is paged (copied), where it starts, its scales.")
+      .def(
+          py::init([](const SegmentMap& map, const py::object& blocks, std::int64_t first_token,
+                      std::int32_t first_head, const std::optional<SegmentMap>& scales,
+                      std::int32_t channels_per_scale) {
+            return Side{
+                map, block_table(blocks), first_token, first_head, {scales.value_or(SegmentMap{}), channels_per_scale}};
+          }),
+          py::arg("map"), py::arg("blocks") = py::none(), py::arg("first_token") = 0, py::arg("first_head") = 0,
+          py::arg("scales") = py::none(), py::arg("channels_per_scale") = 0);
   py::class_<Job>(m, "RemapJob", "tokens x heads x channels elements from one side to the other: csrc/remap/remap.h.")
       .def(py::init(&make_job), py::arg("src"), py::arg("dst"), py::kw_only(), py::arg("tokens"), py::arg("heads"),
            py::arg("channels"), py::arg("multipliers") = std::vector<float>(), py::arg("wire") = "",
-           py::arg("wire_offset") = 0);
+           py::arg("wire_offset") = 0, py::arg("joint") = false, py::arg("wire_scale_offset") = 0);
   m.def("remap", &remap, py::arg("jobs"), py::arg("seed") = 0, py::arg("threads") = 1,
         "Runs the jobs; returns (checksum of the wire sides, elements saturated). Releases the interpreter lock.");
   m.def("checksum", &checksum, py::arg("data"), py::arg("offset") = 0, py::arg("seed") = 0,

@@ -10,6 +10,8 @@
 // copies of these functions have names of their own.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -59,7 +61,7 @@ HETKV_HD constexpr FloatFormat format_of(DType dtype) {
   }
 }
 
-// Only floats convert; int8 and uint8 are moved, so both sides have the same dtype and no multipliers.
+// Without scales only floats convert; int8 and uint8 are moved, so both sides have the same dtype and no multipliers.
 HETKV_HD constexpr bool is_float(DType dtype) {
   return dtype >= DType::kFloat32 && dtype <= DType::kFloat8E5M2FNUZ;
 }
@@ -122,6 +124,45 @@ HETKV_HD inline std::uint32_t encode(FloatFormat format, float value, bool* satu
   }
   const bool negative = (bits >> 31) != 0 && !(format.fnuz && code == 0);
   return code | (negative ? format.sign : 0u);
+}
+
+// Codes with scales (remap/remap.h): the floats above, and int8, whose codes are -127 to 127 times the scale (-128 is
+// read, never written).
+constexpr float kLargestInt8 = 127.0f;
+
+HETKV_HD inline float decode_scaled(DType dtype, std::uint32_t code) {
+  if (dtype == DType::kInt8) return static_cast<float>(static_cast<std::int8_t>(code));
+  return decode(format_of(dtype), code);
+}
+
+// Rounds to nearest even. What int8 cannot hold saturates, and so does NaN, which becomes 0.
+HETKV_HD inline std::uint32_t encode_scaled(DType dtype, float value, bool* saturated) {
+  if (dtype != DType::kInt8) return encode(format_of(dtype), value, saturated);
+  const bool nan = !(value == value);
+  *saturated = nan || value >= 127.5f || value <= -127.5f;
+  if (nan) return 0;
+  const float bounded = value > kLargestInt8 ? kLargestInt8 : value < -kLargestInt8 ? -kLargestInt8 : value;
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(rintf(bounded))) & 0xFFu;
+}
+
+// Largest finite magnitude of a dtype that takes scales.
+HETKV_HD inline float largest_scaled(DType dtype) {
+  return dtype == DType::kInt8 ? kLargestInt8 : decode(format_of(dtype), format_of(dtype).largest);
+}
+
+// Scale of a group whose largest magnitude is `amax`: that becomes the largest code. At least the smallest normal
+// float32, so a group of zeros has a scale too; an infinite `amax` counts as the largest float32.
+HETKV_HD inline float scale_of(float amax, float largest) {
+  constexpr float kMax = 3.40282347e+38f, kMin = 1.17549435e-38f;
+  const float scale = (amax < kMax ? amax : kMax) / largest;
+  return scale > kMin ? scale : kMin;
+}
+
+// What takes a code times `multiplier` to a code times `scale`, which is above 0; bounded, so that a zero stays zero.
+HETKV_HD inline float factor_of(float multiplier, float scale) {
+  constexpr float kMax = 3.40282347e+38f;
+  const float factor = multiplier / scale;
+  return factor > kMax ? kMax : factor;
 }
 
 }  // namespace HETKV_ISA

@@ -16,13 +16,14 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library does 
 
 _HOME = {
     "DType": "dtypes",
+    "Exchange": "exchange",
     "KVLayout": "layout",
     "KVPool": "pool",
     "KVSpec": "spec",
     "LayerSpec": "spec",
     "Receiver": "transfer",
     "Reception": "transfer",
-    "ScaleLayout": "layout",
+    "ScaleLayout": "scale",
     "Sender": "transfer",
     "Shard": "spec",
     "TransferConfig": "config",
@@ -31,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "DType",
+    "Exchange",
     "KVLayout",
     "KVPool",
     "KVSpec",
@@ -47,8 +49,10 @@ __all__ = [
 if TYPE_CHECKING:
     from hetkv.config import TransferConfig
     from hetkv.dtypes import DType
-    from hetkv.layout import KVLayout, ScaleLayout
+    from hetkv.exchange import Exchange
+    from hetkv.layout import KVLayout
     from hetkv.pool import KVPool
+    from hetkv.scale import ScaleLayout
     from hetkv.spec import KVSpec, LayerSpec, Shard
     from hetkv.transfer import Receiver, Reception, Sender, Transmission
 

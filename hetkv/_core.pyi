@@ -30,10 +30,16 @@ class SegmentMap:
     def canonical(base: int, tokens: int, channels: int, dtype: int) -> SegmentMap: ...
 
 class RemapSide:
-    """One side of a job: a map, the block ids where it is paged (copied), where it starts."""
+    """One side of a job: a map, the block ids where it is paged (copied), where it starts, its scales."""
 
     def __init__(
-        self, map: SegmentMap, blocks: Sequence[int] | _Buffer | None = None, first_token: int = 0, first_head: int = 0
+        self,
+        map: SegmentMap,
+        blocks: Sequence[int] | _Buffer | None = None,
+        first_token: int = 0,
+        first_head: int = 0,
+        scales: SegmentMap | None = None,
+        channels_per_scale: int = 0,
     ) -> None: ...
 
 class RemapJob:
@@ -50,6 +56,8 @@ class RemapJob:
         multipliers: Sequence[float] = ...,
         wire: Literal["", "source", "destination"] = "",
         wire_offset: int = 0,
+        joint: bool = False,
+        wire_scale_offset: int = 0,
     ) -> None: ...
 
 def remap(jobs: Sequence[RemapJob], seed: int = 0, threads: int = 1) -> tuple[int, int]:
@@ -119,14 +127,37 @@ class SegmentPlan:
     """One segment of one layer of a route, on this side."""
 
     def __init__(
-        self, pool: SegmentMap, first_head: int, channels: int, wire_dtype: int, multipliers: Sequence[float]
+        self,
+        pool: SegmentMap,
+        first_head: int,
+        channels: int,
+        wire_dtype: int,
+        multipliers: Sequence[float],
+        *,
+        pool_scales: SegmentMap | None = None,
+        channels_per_scale: int = 0,
+        wire_scales: int = -1,
+        joint: bool = False,
+        carried: bool = False,
     ) -> None: ...
+
+class ScaleFill:
+    """Scales of a receiver's pool that are the same for all tokens."""
+
+    def __init__(self, pool: SegmentMap, first_head: int, groups: int, values: Sequence[float]) -> None: ...
 
 class LayerPlan:
     """One layer of one route, on this side."""
 
     def __init__(
-        self, layer: int, group: int, head_start: int, head_stop: int, segments: Sequence[SegmentPlan]
+        self,
+        layer: int,
+        group: int,
+        head_start: int,
+        head_stop: int,
+        segments: Sequence[SegmentPlan],
+        fills: Sequence[ScaleFill] = ...,
+        scale_encoding: int = 0,
     ) -> None: ...
     def payload_bytes(self, tokens: int) -> int: ...
 

@@ -1,108 +1,57 @@
-"""Can two ranks exchange KV, and how is each segment converted? `check`, `wire_dtype`, `segment_conversion`."""
+"""Can two ranks exchange KV, slot by slot and layer by layer? `check`. How segments convert is in `conversion.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
+from hetkv.conversion import Conversion, scale_text, segment_conversion
 from hetkv.description import Description
 from hetkv.dtypes import DType
-from hetkv.errors import IncompatibleError
-from hetkv.layout import KVLayout, SegmentLayout
-from hetkv.reshard import overlap
+from hetkv.errors import IncompatibleError, InputError
+from hetkv.handshake import MINOR
+from hetkv.reshard import overlap, routes
+from hetkv.scale import FLOAT32_BYTES
 from hetkv.spec import Interval, LayerSpec
 
+SCALES_SINCE = 1
+"""Minor version from which scales in memory travel."""
 PART_ALIGNMENT = 8
 """Each segment's part of a payload begins at a multiple of this (`RemapJob.wire_offset`)."""
 
-_OCP = {DType.FLOAT8_E4M3FNUZ: DType.FLOAT8_E4M3FN, DType.FLOAT8_E5M2FNUZ: DType.FLOAT8_E5M2}
-_TWIN_SCALE = {DType.FLOAT8_E4M3FNUZ: 0.5, DType.FLOAT8_E5M2FNUZ: 1.0}
-"""Scale of the OCP twin's codes per scale of the fnuz codes."""
-_EXACT = (DType.INT8, DType.UINT8)
-"""Dtypes that are moved and never converted."""
-_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127
+MAX_PARTS = 4
+"""Segments and scales that one frame can hold (`docs/wire-format.md`)."""
 
 
-class Conversion(NamedTuple):
-    """How one segment travels. Multipliers are one per head of the route, or `None` for 1.0.
-
-    Where the dtypes of a step are equal and its multipliers `None`, that step moves bits.
-    """
-
-    wire: DType
-    pack: tuple[float, ...] | None
-    """Wire value = pool value of the sender x this: its scale over the wire's scale."""
-    unpack: tuple[float, ...] | None
-    """Pool value of the receiver = wire value x this: the wire's scale over its scale."""
-
-
-def wire_dtype(src: DType, dst: DType) -> DType | None:
-    """The narrower of the two dtypes, the sender's on a tie, fp8 in its OCP form; `None` where they do not convert.
-
-    int8 goes to int8 alone and uint8 (opaque bytes) to uint8 alone.
-    """
-    if src in _EXACT or dst in _EXACT:
-        return src if src is dst else None
-    narrow = src if src.itemsize <= dst.itemsize else dst
-    return _OCP.get(narrow, narrow)
+def layer_conversions(sender: Description, receiver: Description, layer: int, heads: Interval) -> dict[str, Conversion]:
+    """How each segment of a layer travels, for the global `heads` of a route. Raises `IncompatibleError`."""
+    held = sender.shard.heads[layer], receiver.shard.heads[layer]
+    found = {}
+    for segment in sender.spec.layers[layer].segments:
+        src, dst = (side.layout(layer).segments[segment.name] for side in (sender, receiver))
+        try:
+            found[segment.name] = segment_conversion(src, dst, heads, *held)
+        except IncompatibleError as error:
+            raise IncompatibleError(f"{segment.name}.{error.field}", error.mine, error.theirs, error.why) from None
+    return found
 
 
-def segment_conversion(
-    src: SegmentLayout, dst: SegmentLayout, heads: Interval, src_heads: Interval, dst_heads: Interval
-) -> Conversion:
-    """Wire dtype and multipliers of one segment for the global `heads` of a route (design: element = code x scale).
-
-    `src_heads` and `dst_heads` are the global heads of the whole layouts. The wire's scale is that of the side whose
-    dtype travels, the sender's where both do, so that side's step moves bits. fnuz dtypes travel as their OCP twins:
-    e4m3fnuz as e4m3fn, whose codes mean twice as much, so at half the pool's scale (that step then maps code to code);
-    e5m2fnuz as e5m2, which has the same largest value, at the pool's scale. Two layouts of one fnuz dtype exchange its
-    codes as they are where all scales are equal, and are requantised to the receiver's scale where not. Raises
-    `IncompatibleError` where the dtypes do not convert, or scales lie in memory.
-    """
-    wire = wire_dtype(src.dtype, dst.dtype)
-    if wire is None:
-        raise IncompatibleError("dtype", src.dtype.value, dst.dtype.value, "int8 and opaque bytes are not converted")
-    if wire is DType.UINT8:
-        return Conversion(wire, None, None)
-    dynamic = [part.scale is not None and not part.scale.values for part in (src, dst)]
-    if any(dynamic):
-        mine, theirs = ("scales in memory" if kept else "no scales in memory" for kept in dynamic)
-        raise IncompatibleError("scale", mine, theirs, "this wire version carries static scales only")
-    source, target = _scales(src, heads, src_heads), _scales(dst, heads, dst_heads)
-    if wire is DType.INT8 and source != target:
-        raise IncompatibleError("scale", source, target, "int8 is not requantised")
-    if src.dtype is dst.dtype and source == target:
-        return Conversion(src.dtype, None, None)
-    if wire is src.dtype:
-        on_wire = source
-    elif wire is dst.dtype:
-        on_wire = target
-    elif src.dtype is not dst.dtype and src.dtype.itemsize <= dst.dtype.itemsize:
-        on_wire = [scale * _TWIN_SCALE[src.dtype] for scale in source]
-    else:
-        on_wire = [scale * _TWIN_SCALE[dst.dtype] for scale in target]
-    pack, unpack = _ratio(source, on_wire), _ratio(on_wire, target)
-    if not all(_FLOAT32_MIN <= ratio <= _FLOAT32_MAX for ratio in (pack or ()) + (unpack or ())):
-        raise IncompatibleError("scale", source, target, "their ratio is not a normal float32")
-    return Conversion(wire, pack, unpack)
-
-
-def token_bytes(layer: LayerSpec, src: KVLayout, dst: KVLayout, num_heads: int) -> int:
+def token_bytes(layer: LayerSpec, conversions: Mapping[str, Conversion], num_heads: int) -> int:
     """Payload bytes of one token of `num_heads` heads of a layer: the least that a slot must hold."""
     total = 0
     for segment in layer.segments:
-        wire = wire_dtype(src.segments[segment.name].dtype, dst.segments[segment.name].dtype)
-        size = num_heads * segment.channels * (wire.itemsize if wire is not None else 0)
-        total += -(-size // PART_ALIGNMENT) * PART_ALIGNMENT
+        how = conversions[segment.name]
+        for size in (segment.channels * how.wire.itemsize, how.groups * FLOAT32_BYTES):
+            total += -(-num_heads * size // PART_ALIGNMENT) * PART_ALIGNMENT
     return total
 
 
-def check(mine: Description, theirs: Description) -> None:
+def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
     """Raise `IncompatibleError` with the first field that keeps two ranks from exchanging KV, and both sides' values.
 
-    Pure, and the same from both sides except that `mine` and `theirs` are exchanged.
+    `minor` is the version that the hellos agreed on. Pure, and the same from both sides except that `mine` and `theirs`
+    are exchanged.
     """
     if mine.role == theirs.role:
         raise IncompatibleError("role", mine.role, theirs.role)
@@ -115,8 +64,11 @@ def check(mine: Description, theirs: Description) -> None:
         raise IncompatibleError("shard", _shard_text(mine), _shard_text(theirs), "no layer and head is on both sides")
     need = 0
     for layer, heads in shared:
-        _check_layer(mine, sender, receiver, layer, heads)
-        need = max(need, token_bytes(mine.spec.layers[layer], sender.layout(layer), receiver.layout(layer), heads.size))
+        try:
+            need = max(need, _check_layer(sender, receiver, layer, heads, minor))
+        except IncompatibleError as error:
+            ours, other = (error.mine, error.theirs) if mine is sender else (error.theirs, error.mine)
+            raise IncompatibleError(f"layers[{layer}].{error.field}", ours, other, error.why) from None
     if receiver.slot_bytes < need:
         values = f"frames of at least {need} bytes", f"slots of {receiver.slot_bytes} bytes"
         ours, other = values if mine is sender else values[::-1]
@@ -152,32 +104,38 @@ def _check_heartbeat(mine: Description, theirs: Description) -> None:
     raise IncompatibleError("heartbeat_ms", ours, other, why)
 
 
-def _check_layer(mine: Description, sender: Description, receiver: Description, layer: int, heads: Interval) -> None:
-    """Every segment of a layer must convert; opaque state must be bytes on both sides."""
-    spec = mine.spec.layers[layer]
-    for segment in spec.segments:
-        src, dst = (side.layout(layer).segments[segment.name] for side in (sender, receiver))
-        name = f"layers[{layer}].{segment.name}"
-        try:
-            if spec.kind == "state" and not (src.dtype is dst.dtype is DType.UINT8):
-                raise IncompatibleError("dtype", src.dtype.value, dst.dtype.value, "state is opaque bytes, uint8")
-            segment_conversion(src, dst, heads, sender.shard.heads[layer], receiver.shard.heads[layer])
-        except IncompatibleError as error:
-            values = (error.mine, error.theirs) if mine is sender else (error.theirs, error.mine)
-            raise IncompatibleError(f"{name}.{error.field}", values[0], values[1], error.why) from None
+def _check_layer(sender: Description, receiver: Description, layer: int, heads: Interval, minor: int) -> int:
+    """Every segment of a layer must convert; opaque state must be bytes on both sides. Returns bytes of one token."""
+    spec = sender.spec.layers[layer]
+    sides = sender.layout(layer).segments, receiver.layout(layer).segments
+    for name, src in sides[0].items():
+        dst = sides[1][name]
+        if spec.kind == "state" and not (src.dtype is dst.dtype is DType.UINT8):
+            why = "state is opaque bytes, uint8"
+            raise IncompatibleError(f"{name}.dtype", src.dtype.value, dst.dtype.value, why)
+        if minor < SCALES_SINCE and (src.groups or dst.groups):
+            why = f"version 1.{minor}, the lower of the two sides', carries static scales only"
+            raise IncompatibleError(f"{name}.scale", scale_text(src), scale_text(dst), why)
+    routed = [heads]
+    if any(part.shares_scales for part in sides[1].values()):
+        routed = _routed(sender, receiver, layer) or routed
+    for part in routed:
+        found = layer_conversions(sender, receiver, layer, part)
+    count = len(found) + sum(how.groups > 0 for how in found.values())
+    if count > MAX_PARTS:
+        mine, theirs = (", ".join(f"{name} {scale_text(part)}" for name, part in side.items()) for side in sides)
+        raise IncompatibleError("scale", mine, theirs, f"a frame holds {MAX_PARTS} segments and scales, not {count}")
+    return token_bytes(spec, found, heads.size)
 
 
-def _scales(part: SegmentLayout, heads: Interval, held: Interval) -> list[float]:
-    """Static scale of each global head; 1.0 where the layout has none."""
-    values = part.scale.values if part.scale is not None else (1.0,)
-    if len(values) == 1:
-        return [values[0]] * heads.size
-    return list(values[heads.start - held.start : heads.stop - held.start])
-
-
-def _ratio(numerators: list[float], denominators: list[float]) -> tuple[float, ...] | None:
-    ratios = tuple(a / b for a, b in zip(numerators, denominators, strict=True))
-    return None if all(ratio == 1.0 for ratio in ratios) else ratios
+def _routed(sender: Description, receiver: Description, layer: int) -> list[Interval]:
+    """Heads of a layer that really travel between these two ranks: replicas of the sender share them."""
+    try:
+        between = routes(sender.spec, sender.shards, receiver.shards)
+    except InputError:
+        return []  # a rank is missing on the sender's side, which the link finds
+    pair = (sender.rank, receiver.rank)
+    return [r.heads for r in between if (r.source, r.destination) == pair and layer in range(*r.layers)]
 
 
 def _shard_text(side: Description) -> str:

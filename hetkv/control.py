@@ -260,7 +260,7 @@ def establish(
             mine = describe()
             if mine.role != role:
                 raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
-            peer = _agree(records, channel.peer, mine, connecting, timeout)
+            peer = _agree(records, channel.peer, mine, connecting, timeout, keys.minor)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:
@@ -272,7 +272,7 @@ def establish(
         raise
 
 
-def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float) -> Description:
+def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Description:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
     def write(message: Message) -> None:
@@ -298,7 +298,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
     if not connecting:
         write(mine)
     try:
-        compat.check(mine, theirs)
+        compat.check(mine, theirs, minor)
     except IncompatibleError as error:
         write(Refusal(error.field, error.mine, error.theirs, error.why))
         raise

@@ -9,7 +9,8 @@ import msgspec
 
 from hetkv.checksum import payload_checksum
 from hetkv.errors import AuthenticationError, ChecksumError, HetkvError, InputError, MalformedError
-from hetkv.wire import FRAME_BYTES, checksum_seed, decode, encode, payload_parts
+from hetkv.payload import payload_parts
+from hetkv.wire import FRAME_BYTES, checksum_seed, decode, encode
 from hetkv.wire_types import Frame, Prelude, Type
 
 FILE_KEY = bytes(16)

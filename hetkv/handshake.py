@@ -19,7 +19,7 @@ from hetkv.errors import AuthenticationError, HandshakeError, InputError, Versio
 Role = Literal["sender", "receiver"]
 
 MAJOR = 1
-MINOR = 0
+MINOR = 1
 MIN_SECRET_BYTES = 16
 MAGIC = b"hetkvctl"
 NONCE_BYTES = 32
@@ -59,6 +59,8 @@ class Keys(NamedTuple):
     data_receive: bytes
     link_id: int
     """64-bit number of this connection, the same on both sides and different for every connection. Not secret."""
+    minor: int
+    """The lower of the two sides' minor versions, for the data plane too."""
 
 
 def hkdf_extract(salt: bytes, secret: bytes) -> bytes:
@@ -90,8 +92,8 @@ class Schedule:
         """What the side of that role sends to show that it has the secret: 32 bytes."""
         return hmac.digest(self.key(f"proof {role}", 32), self.transcript, "sha256")
 
-    def keys(self, role: Role) -> Keys:
-        """The keys as the side of that role uses them."""
+    def keys(self, role: Role, minor: int = MINOR) -> Keys:
+        """The keys as the side of that role uses them, for a connection of that minor version."""
         other = other_role(role)
         return Keys(
             self.key(f"control {role}", 32),
@@ -99,6 +101,7 @@ class Schedule:
             self.key(f"data {role}", 16),
             self.key(f"data {other}", 16),
             int.from_bytes(self.key("link", 8), "little"),
+            minor,
         )
 
 
@@ -133,7 +136,7 @@ def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, 
     _verify(channel, schedule.proof(other_role(role)), timeout)
     if not connecting:
         _prove(channel, schedule.proof(role), timeout)
-    return schedule.keys(role)
+    return schedule.keys(role, min(mine.minor, theirs.minor))
 
 
 def read_hello(channel: Channel, deadline: float) -> tuple[Hello, bytes]:

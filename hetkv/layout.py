@@ -10,39 +10,19 @@ where `block = block_table[token // block_size]`. `csrc/map.h` is the same formu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
+from hetkv.scale import FLOAT32_BYTES, PerScale, check_scale
+from hetkv.scale import ScaleLayout as ScaleLayout
 from hetkv.spec import LayerSpec, Segment
 
 if TYPE_CHECKING:
     import torch
-
-PACK_BYTES = 16
-"""Width of the innermost run of an x-packed K layout: ROCm paged attention reads 16-byte units."""
-
-
-class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Scales of a quantised segment: element = code * scale. Either static `values`, or float32 kept in the block."""
-
-    values: tuple[float, ...] = ()
-    """Static: one value for the segment, or one per local head."""
-    offset: int = 0
-    block_stride: int = 0
-    token_stride: int = 0
-    head_stride: int = 0
-    group_stride: int = 0
-    """Strides in bytes of scales in memory; used where `values` is empty."""
-    channels_per_scale: int = 0
-    """Channels that share a scale in memory; 0: all channels of the head."""
-
-    def __post_init__(self) -> None:
-        if any(not (0.0 < value < float("inf")) for value in self.values):
-            raise InputError(f"scales must be positive and finite, not {self.values}")
 
 
 class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +40,35 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Channels of one inner run; equal to `channels` where the channel axis is not split."""
     outer_stride: int = 0
     scale: ScaleLayout | None = None
+
+    @property
+    def groups(self) -> int:
+        """Scales in memory of one token and head; 0 where there are none."""
+        if self.scale is None or not self.scale.in_memory:
+            return 0
+        return self.channels // (self.scale.channels_per_scale or self.channels)
+
+    @property
+    def scales(self) -> SegmentLayout:
+        """Where the scales in memory lie, as a segment whose channels are groups. Only where there are some."""
+        scale = self.scale
+        assert scale is not None
+        return SegmentLayout(
+            DType.FLOAT32,
+            self.heads,
+            self.groups,
+            scale.offset,
+            scale.block_stride,
+            scale.token_stride,
+            scale.head_stride,
+            inner_stride=scale.group_stride or FLOAT32_BYTES,
+            pack=self.groups,
+        )
+
+    @property
+    def shares_scales(self) -> bool:
+        """Several heads share the scales of a token."""
+        return self.groups > 0 and self.heads > 1 and self.scale is not None and self.scale.head_stride == 0
 
     def block_span(self, block_size: int) -> int:
         """Bytes from `offset` of a block to behind its last element."""
@@ -120,11 +129,21 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise InputError(
                     f"layout {self.name!r}, segment {name!r}: {segment.channels} channels in packs of {segment.pack}"
                 )
+            check_scale(f"layout {self.name!r}, segment {name!r}", segment, self.block_size)
 
     @property
     def dtype(self) -> DType:
         """Dtype of the first segment; layouts of mixed records have others beside it."""
         return next(iter(self.segments.values())).dtype
+
+    def with_scales(self, per: PerScale = "token_head", channels_per_scale: int = 0) -> KVLayout:
+        """The same with dense scales in memory of their own beside every segment (see `ScaleLayout.dense`)."""
+        parts = {}
+        for name, part in self.segments.items():
+            groups = part.channels // (channels_per_scale or part.channels)
+            scale = ScaleLayout.dense(part.heads, groups, self.block_size, per, channels_per_scale)
+            parts[name] = msgspec.structs.replace(part, scale=scale)
+        return msgspec.structs.replace(self, segments=parts)
 
     @classmethod
     def preset(
@@ -134,9 +153,9 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         heads: int,
         block_size: int,
         dtype: DType | str,
-        scale: ScaleLayout | None = None,
+        scale: ScaleLayout | PerScale | None = None,
     ) -> KVLayout:
-        """A known layout, dense, for `heads` local heads of `layer`.
+        """A known layout, dense, for `heads` local heads of `layer`; scales are static, or apart, one a token and head.
 
         | name | memory |
         |---|---|
@@ -146,12 +165,17 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         | `packed_nhd`, `packed_hnd` | one tensor, `[block, token, head, 2d]` or `[block, head, token, 2d]` |
         | `rocm` | K `[block, head, d/x, token, x]` with x = 16 bytes; V `[block, head, d, token]` |
         | `latent` | one tensor `[block, token, latent + rope]` (MLA) |
+        | `fp8_ds_mla` | one tensor, a record a token: fp8 latent, float32 scale for each 128 of it, bf16 rope (vLLM) |
         | `state` | one record a block `[block, head, bytes]` |
         """
+        from hetkv.presets import PRESETS
+
         if name not in PRESETS:
             raise InputError(f"layout {name!r} is not known; known are {', '.join(PRESETS)}")
         dtype = DType.parse(dtype) if isinstance(dtype, str) else dtype
         segments = [segment._replace(heads=min(heads, segment.heads)) for segment in layer.segments]
+        if isinstance(scale, str):
+            return PRESETS[name](name, segments, block_size, dtype, None).with_scales(scale)
         return PRESETS[name](name, segments, block_size, dtype, scale)
 
     @classmethod
@@ -161,7 +185,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         axes: str | Mapping[str, str],
         segments: Sequence[Segment] | None = None,
         name: str = "from_tensor",
-        scale: ScaleLayout | None = None,
+        scale: ScaleLayout | Literal["inline"] | None = None,
     ) -> KVLayout:
         """Layout of existing memory, read from the tensor's own strides.
 
@@ -169,7 +193,8 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         an axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
         channels of all segments one behind the other (packed K and V, MLA). Without `head` the memory has one head.
         K and V in tensors of their own: give mappings from segment name to tensor (and to axes where they differ).
-        `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves.
+        `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves. With
+        `scale="inline"` the last four bytes of each head's channels are its scale (vLLM's `int8_per_token_head`).
         """
         if not isinstance(tensor, Mapping):
             if not isinstance(axes, str):
@@ -193,7 +218,10 @@ AXES = ("segment", "block", "token", "head", "channel", "outer", "inner", "chann
 
 
 def _read_axes(
-    tensor: torch.Tensor, names: list[str], segments: Sequence[Segment] | None, scale: ScaleLayout | None
+    tensor: torch.Tensor,
+    names: list[str],
+    segments: Sequence[Segment] | None,
+    scale: ScaleLayout | Literal["inline"] | None,
 ) -> tuple[int, dict[str, SegmentLayout]]:
     """Block size and segment layouts of one tensor."""
     unknown = [axis for axis in names if axis not in AXES]
@@ -211,8 +239,9 @@ def _read_axes(
     heads = shape.get("head", 1)
     parts = list(segments) if segments is not None else [Segment("k", heads, 0), Segment("v", heads, 0)]
     whole = shape.get("channel", shape.get("channels", shape.get("outer", 1) * shape.get("inner", 1)))
+    tail = FLOAT32_BYTES // dtype.itemsize if scale == "inline" else 0
     if "channels" in shape:
-        widths = [part.channels or whole // len(parts) for part in parts]
+        widths = [part.channels + tail if part.channels else whole // len(parts) for part in parts]
         step = stride["channels"]
         offsets = [sum(widths[:i]) * step for i in range(len(parts))]
         if sum(widths) != whole:
@@ -225,6 +254,16 @@ def _read_axes(
                 f"the segment axis has size {shape.get('segment', 1)}, but there are {len(parts)} segments"
             )
     inner = stride.get("inner", stride.get("channel", stride.get("channels", dtype.itemsize)))
+    if tail and ("inner" in shape or inner != dtype.itemsize or min(widths) <= tail):
+        raise InputError(f"axes {' '.join(names)!r}: inline scales lie behind channels that lie together")
+
+    def scale_of(offset: int, width: int) -> ScaleLayout | None:
+        if not isinstance(scale, str):
+            return scale
+        place = offset + width * dtype.itemsize
+        return ScaleLayout((), place, stride["block"], stride.get("token", 0), stride.get("head", 0))
+
+    widths = [width - tail for width in widths]
     return shape.get("token", 1), {
         part.name: SegmentLayout(
             dtype=dtype,
@@ -237,120 +276,7 @@ def _read_axes(
             inner_stride=inner,
             pack=shape.get("inner", width),
             outer_stride=stride.get("outer", 0),
-            scale=scale,
+            scale=scale_of(offset, width),
         )
         for part, width, offset in zip(parts, widths, offsets, strict=True)
     }
-
-
-_Preset = Callable[[str, Sequence[Segment], int, DType, "ScaleLayout | None"], KVLayout]
-
-
-def _dense(
-    segment: Segment,
-    order: str,
-    block_size: int,
-    dtype: DType,
-    scale: ScaleLayout | None,
-    *,
-    block_bytes: int = 0,
-    offset: int = 0,
-    row: int = 0,
-) -> SegmentLayout:
-    """`token` and `head` in the given order around rows of `row` channels (default the segment's own)."""
-    size = dtype.itemsize
-    step = (row or segment.channels) * size
-    token, head = (segment.heads * step, step) if order == "nhd" else (step, block_size * step)
-    return SegmentLayout(
-        dtype,
-        segment.heads,
-        segment.channels,
-        offset,
-        block_stride=block_bytes or block_size * segment.heads * step,
-        token_stride=token,
-        head_stride=head,
-        inner_stride=size,
-        pack=segment.channels,
-        scale=scale,
-    )
-
-
-def _apart(order: str) -> _Preset:
-    def make(
-        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
-        return KVLayout(name, block_size, {s.name: _dense(s, order, block_size, dtype, scale) for s in segments})
-
-    return make
-
-
-def _interleaved(order: str) -> _Preset:
-    def make(
-        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
-        sizes = [block_size * s.heads * s.channels * dtype.itemsize for s in segments]
-        parts = {
-            s.name: _dense(s, order, block_size, dtype, scale, block_bytes=sum(sizes), offset=sum(sizes[:i]))
-            for i, s in enumerate(segments)
-        }
-        return KVLayout(name, block_size, parts, shared=True)
-
-    return make
-
-
-def _packed(order: str) -> _Preset:
-    def make(
-        name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
-        row = sum(s.channels for s in segments)
-        parts, offset = {}, 0
-        for s in segments:
-            parts[s.name] = _dense(s, order, block_size, dtype, scale, offset=offset, row=row)
-            offset += s.channels * dtype.itemsize
-        return KVLayout(name, block_size, parts, shared=True)
-
-    return make
-
-
-def _rocm(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
-    size = dtype.itemsize
-    pack = PACK_BYTES // size
-    parts = {}
-    for s in segments:
-        head = s.channels * block_size * size
-        if s.name == "k":
-            if s.channels % pack:
-                raise InputError(
-                    f"layout {name!r} packs {pack} channels of {dtype.value}: {s.channels} channels do not divide"
-                )
-            parts[s.name] = SegmentLayout(
-                dtype,
-                s.heads,
-                s.channels,
-                0,
-                s.heads * head,
-                pack * size,
-                head,
-                size,
-                pack,
-                block_size * pack * size,
-                scale,
-            )
-        else:
-            parts[s.name] = SegmentLayout(
-                dtype, s.heads, s.channels, 0, s.heads * head, size, head, block_size * size, s.channels, 0, scale
-            )
-    return KVLayout(name, block_size, parts)
-
-
-PRESETS: dict[str, _Preset] = {
-    "nhd": _apart("nhd"),
-    "hnd": _apart("hnd"),
-    "nhd_interleaved": _interleaved("nhd"),
-    "hnd_interleaved": _interleaved("hnd"),
-    "packed_nhd": _packed("nhd"),
-    "packed_hnd": _packed("hnd"),
-    "rocm": _rocm,
-    "latent": _packed("nhd"),
-    "state": _apart("hnd"),
-}

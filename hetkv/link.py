@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hetkv.compat import segment_conversion
+from hetkv.compat import layer_conversions
 from hetkv.description import Description
+from hetkv.dtypes import DType
 from hetkv.pool import KVPool
 from hetkv.reshard import Route, overlap, routes
 from hetkv.spec import Interval
@@ -28,32 +29,66 @@ def linked_ranks(mine: Description, theirs: Description) -> list[int]:
 
 def link_plans(pool: KVPool, mine: Description, theirs: Description) -> list[_core.LayerPlan]:
     """Plans of this rank's side of a link, in rising layer order."""
+    plans = [
+        (layer, _layer_plan(pool, mine, theirs, layer, route.heads))
+        for route in link_routes(mine, theirs)
+        for layer in range(*route.layers)
+    ]
+    return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
+
+
+def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int, heads: Interval) -> _core.LayerPlan:
+    """The spec's segments, then the scales of those whose scales travel, in the same order."""
     from hetkv.core import core
 
     sends = mine.role == "sender"
-    plans = []
-    for route in link_routes(mine, theirs):
-        for layer in range(*route.layers):
-            spec = mine.spec.layers[layer]
-            segments = []
-            for segment in spec.segments:
-                here, there = mine.layout(layer).segments[segment.name], theirs.layout(layer).segments[segment.name]
-                held = (mine.shard.heads[layer], theirs.shard.heads[layer])
-                if sends:
-                    conversion = segment_conversion(here, there, route.heads, *held)
-                else:
-                    conversion = segment_conversion(there, here, route.heads, *held[::-1])
-                segments.append(
-                    core.SegmentPlan(
-                        pool=core.SegmentMap.of(here, mine.layout(layer).block_size, pool.base(layer, segment.name)),
-                        first_head=route.heads.start - held[0].start,
-                        channels=segment.channels,
-                        wire_dtype=conversion.wire.code,
-                        multipliers=list((conversion.pack if sends else conversion.unpack) or ()),
-                    )
-                )
-            plans.append((layer, core.LayerPlan(layer, spec.group, *route.heads, segments)))
-    return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
+    found = layer_conversions(mine if sends else theirs, theirs if sends else mine, layer, heads)
+    layout = mine.layout(layer)
+    first_head = heads.start - mine.shard.heads[layer].start
+    segments: list[_core.SegmentPlan] = []
+    scales: list[_core.SegmentPlan] = []
+    fills: list[_core.ScaleFill] = []
+    encoding = 0
+    for index, (name, how) in enumerate(found.items()):
+        part, base = layout.segments[name], pool.base(layer, name)
+        step = how.pack_scales if sends else how.unpack_scales
+        place = None
+        if part.groups:
+            place = core.SegmentMap.of(part.scales, layout.block_size, pool.scale_base(layer, name))
+        found_here = step in ("apply", "quantise")
+        segments.append(
+            core.SegmentPlan(
+                pool=core.SegmentMap.of(part, layout.block_size, base),
+                first_head=first_head,
+                channels=part.channels,
+                wire_dtype=how.wire.code,
+                multipliers=list((how.pack if sends else how.unpack) or ()),
+                pool_scales=place if step == "quantise" else None,
+                channels_per_scale=part.channels // max(part.groups, 1),
+                wire_scales=len(found) + len(scales) if found_here and how.groups else -1,
+                joint=how.joint,
+            )
+        )
+        if step == "fill":
+            assert place is not None
+            fills.append(core.ScaleFill(place, first_head, part.groups, list(how.fill)))
+        if not how.groups:
+            continue
+        encoding |= 1 << index
+        factor = [how.factor] * heads.size if not sends and step == "keep" and how.factor != 1.0 else []
+        nowhere = core.SegmentMap.canonical(base, 1, how.groups, DType.FLOAT32.code)
+        scales.append(
+            core.SegmentPlan(
+                pool=place if place is not None and not found_here else nowhere,
+                first_head=first_head,
+                channels=how.groups,
+                wire_dtype=DType.FLOAT32.code,
+                multipliers=factor,
+                carried=found_here,
+            )
+        )
+    group = mine.spec.group_of(layer)
+    return core.LayerPlan(layer, group, *heads, [*segments, *scales], fills, encoding)
 
 
 def wanted(mine: Description, stops: list[int], held: list[int]) -> list[Interval]:

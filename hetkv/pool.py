@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import KVLayout, ScaleLayout
+from hetkv.layout import KVLayout
+from hetkv.scale import PerScale, ScaleLayout
 from hetkv.spec import KVSpec, Shard
 
 if TYPE_CHECKING:
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class LayerMemory(NamedTuple):
-    """Memory of one layer: a layout, its block count, and for each segment the tensor whose first byte is the base."""
+    """Memory of one layer: a layout, its block count, and for each segment the tensor whose first byte is the base.
+
+    Scales that lie apart have a tensor `<segment>.scale` beside it.
+    """
 
     layout: KVLayout
     num_blocks: int
@@ -61,10 +67,14 @@ class KVPool:
         block_size: int | Sequence[int] = 16,
         dtype: DType | str = DType.BFLOAT16,
         shard: Shard | None = None,
-        scale: ScaleLayout | None = None,
+        scale: ScaleLayout | PerScale | None = None,
+        latent_layout: str = "latent",
         device: torch.device | str = "cpu",
     ) -> KVPool:
-        """A zeroed pool of a preset layout. `num_blocks` and `block_size` may be given per cache group."""
+        """A zeroed pool of a preset layout. `num_blocks` and `block_size` may be given per cache group.
+
+        `scale`: static scales, or `"token_head"` or `"token"` for scales in memory of their own.
+        """
         shard = shard or Shard.whole(spec)
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             values = [value] * spec.num_groups if isinstance(value, int) else list(value)
@@ -81,7 +91,8 @@ class KVPool:
             if layer.kind == "state":
                 made = KVLayout.preset("state", layer, heads, 1, DType.UINT8)
             else:
-                made = KVLayout.preset(layout if layer.kind == "kv" else layer.kind, layer, heads, size, dtype, scale)
+                name = layout if layer.kind == "kv" else latent_layout
+                made = KVLayout.preset(name, layer, heads, size, dtype, None if name == "fp8_ds_mla" else scale)
             layers[index] = LayerMemory(made, blocks, allocate(made, blocks, device))
         return cls(spec, shard, layers)
 
@@ -93,9 +104,14 @@ class KVPool:
         axes: str | Mapping[str, str],
         *,
         shard: Shard | None = None,
-        scale: ScaleLayout | None = None,
+        scale: ScaleLayout | Literal["inline"] | None = None,
+        scales: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+        scale_axes: str = "block token head",
     ) -> KVPool:
-        """A pool over an engine's own tensors, one entry per global layer, described by `KVLayout.from_tensor`."""
+        """A pool over an engine's own tensors, one entry per global layer, described by `KVLayout.from_tensor`.
+
+        `scales`: per layer and segment a float32 tensor with the axes `scale_axes` (see `ScaleLayout.from_tensor`).
+        """
         layers = {}
         if not isinstance(tensors, Mapping):
             raise InputError("tensors is a mapping from global layer index to that layer's tensor or tensors")
@@ -109,6 +125,15 @@ class KVPool:
             else:
                 named, order = {part.name: memory for part in parts}, str(axes)
             blocks = next(iter(named.values())).shape[order.split().index("block")]
+            for name, tensor in (scales or {}).get(index, {}).items():
+                if name not in layout.segments:
+                    raise InputError(f"layer {index}: scales of {name!r}, which is no segment")
+                part = layout.segments[name]
+                groups = tensor.shape[scale_axes.split().index("group")] if "group" in scale_axes.split() else 1
+                placed = ScaleLayout.from_tensor(tensor, scale_axes, part.channels // groups if groups > 1 else 0)
+                scaled = {**layout.segments, name: msgspec.structs.replace(part, scale=placed)}
+                layout = msgspec.structs.replace(layout, segments=scaled)
+                named = {**named, f"{name}.scale": tensor}
             layers[index] = LayerMemory(layout, blocks, named)
         return cls(spec, shard or Shard.whole(spec), layers)
 
@@ -118,6 +143,22 @@ class KVPool:
         return memory.layout.segments[segment].view(
             memory.tensors[segment], memory.layout.block_size, memory.num_blocks
         )
+
+    def scale_view(self, layer: int, segment: str) -> torch.Tensor:
+        """Strided float32 view `[num_blocks, block_size, heads, groups]` of a segment's scales in memory."""
+        memory, base = self.layers[layer], self._scale_memory(layer, segment)
+        return memory.layout.segments[segment].scales.view(base, memory.layout.block_size, memory.num_blocks)
+
+    def scale_base(self, layer: int, segment: str) -> int:
+        """Address that the offsets of the segment's scales in memory count from."""
+        return self._scale_memory(layer, segment).data_ptr()
+
+    def _scale_memory(self, layer: int, segment: str) -> torch.Tensor:
+        memory = self.layers[layer]
+        scale = memory.layout.segments[segment].scale
+        if scale is None or not scale.in_memory:
+            raise InputError(f"layer {layer}, segment {segment!r} has no scales in memory")
+        return memory.tensors[f"{segment}.scale" if scale.apart else segment]
 
     def base(self, layer: int, segment: str) -> int:
         """Address that the segment's offsets count from."""
@@ -158,13 +199,19 @@ class KVPool:
                     f"layer {layer}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} "
                     f"channels, the shard {min(heads, segment.heads)} of {segment.channels}"
                 )
-            tensor = memory.tensors[segment.name]
-            room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-            reach = part.extent(memory.layout.block_size, memory.num_blocks)
-            if reach > room:
-                raise InputError(
-                    f"layer {layer}, segment {segment.name!r}: the layout reaches {reach} bytes, the tensor has {room}"
-                )
+            where = f"layer {layer}, segment {segment.name!r}"
+            reaches = {segment.name: part.extent(memory.layout.block_size, memory.num_blocks)}
+            if part.groups and part.scale is not None:
+                name = f"{segment.name}.scale" if part.scale.apart else segment.name
+                reach = part.scales.extent(memory.layout.block_size, memory.num_blocks)
+                reaches[name] = max(reach, reaches.get(name, 0))
+            for name, reach in reaches.items():
+                if name not in memory.tensors:
+                    raise InputError(f"{where}: there is no tensor {name!r}")
+                tensor = memory.tensors[name]
+                room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+                if reach > room:
+                    raise InputError(f"{where}: the layout reaches {reach} bytes, the tensor has {room}")
 
 
 def allocate(layout: KVLayout, num_blocks: int, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -174,5 +221,11 @@ def allocate(layout: KVLayout, num_blocks: int, device: torch.device | str) -> d
     sizes = {name: part.block_stride * num_blocks for name, part in layout.segments.items()}
     if layout.shared:
         one = torch.zeros(max(sizes.values()), dtype=torch.uint8, device=device)
-        return dict.fromkeys(layout.segments, one)
-    return {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
+        tensors = dict.fromkeys(layout.segments, one)
+    else:
+        tensors = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
+    for name, part in layout.segments.items():
+        if part.scale is not None and part.scale.apart:
+            size = part.scales.extent(layout.block_size, num_blocks)
+            tensors[f"{name}.scale"] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return tensors

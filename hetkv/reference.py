@@ -49,6 +49,8 @@ class Paged(NamedTuple):
         block = torch.tensor(list(self.block_ids), dtype=torch.int64)[token // self.block_size]
         view = bits(self.layout.view(self.memory, self.block_size, self.num_blocks))
         head = torch.arange(self.first_head, self.first_head + heads)
+        if self.layout.head_stride == 0:  # scales that the heads share
+            view, head = view[:, :, :1], torch.zeros(heads, dtype=torch.int64)
         return view, (block[:, None], (token % self.block_size)[:, None], head[None, :])
 
 
@@ -106,6 +108,8 @@ def encode(values: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, int]:
     """
     import torch
 
+    if dtype is DType.INT8:
+        return _encode_int8(values)
     largest = torch.finfo(dtype.torch).max
     nan = values.isnan()
     saturated = int((~nan & (values.abs() > _last_fitting(dtype))).sum())
@@ -113,6 +117,63 @@ def encode(values: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, int]:
     codes = bits(values.clamp(-largest, largest).to(dtype.torch))
     canonical = torch.tensor(CANONICAL_NAN[dtype], dtype=torch.int64).to(codes.dtype)
     return torch.where(nan, canonical, codes), saturated
+
+
+def _encode_int8(values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """-127 to 127. NaN becomes 0, and counts as saturated like what is beyond."""
+    import torch
+
+    beyond = values.isnan() | (values.abs() >= 127.5)
+    codes = values.nan_to_num(0.0).clamp(-127, 127).round().to(torch.int8)
+    return codes, int(beyond.sum())
+
+
+class Rescaled(NamedTuple):
+    """What `rescale` returns: codes as integers, scales `[heads, tokens, groups]` where new ones were found."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    saturated: int
+
+
+def rescale(
+    codes: torch.Tensor,
+    src: DType,
+    dst: DType,
+    *,
+    scales: torch.Tensor | None = None,
+    multipliers: Sequence[float] | None = None,
+    groups: int = 0,
+    joint: bool = False,
+) -> Rescaled:
+    """Convert codes `[heads, tokens, channels]` that have scales, or shall have `groups` new ones a token and head.
+
+    `scales` are the codes' own, `[heads, tokens, any groups]`; `multipliers` one per head. Without `groups` the result
+    is the codes' values in `dst`. With `joint` all heads of a token get one scale. A new scale takes the largest
+    magnitude of its group (NaN left out) to the largest code of `dst`, and is at least float32's smallest normal.
+    """
+    import torch
+
+    values = codes.contiguous().view(src.torch).to(torch.float32)
+    heads, tokens, channels = values.shape
+    factor = torch.ones(heads, tokens, channels)
+    if multipliers is not None:
+        factor = factor * torch.tensor(list(multipliers), dtype=torch.float32)[:, None, None]
+    if scales is not None:
+        factor = scales.repeat_interleave(channels // scales.shape[2], dim=2) * factor
+    found = None
+    if groups:
+        biggest, tiny = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
+        largest = 127.0 if dst is DType.INT8 else torch.finfo(dst.torch).max
+        sizes = (values.nan_to_num(0.0, posinf=float("inf"), neginf=float("-inf")).abs() * factor.abs()).nan_to_num(0.0)
+        amax = sizes.reshape(heads, tokens, groups, -1).amax(dim=3)
+        if joint:
+            amax = amax.amax(dim=0, keepdim=True).expand(heads, tokens, groups)
+        found = (amax.clamp(max=biggest) / largest).clamp(min=tiny)
+        factor = factor / found.repeat_interleave(channels // groups, dim=2)
+        factor = torch.where(factor > biggest, torch.tensor(biggest), factor)
+    encoded, saturated = encode(values * factor, dst)
+    return Rescaled(encoded, found, saturated)
 
 
 CANONICAL_NAN: dict[DType, int] = {

@@ -10,11 +10,11 @@ import hmac
 import itertools
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from hetkv.checksum import siphash24
 from hetkv.dtypes import DType
 from hetkv.errors import AuthenticationError, InputError, MalformedError, UnsupportedError, WireError
+from hetkv.payload import ITEM_SIZES, padded_size, payload_parts, scales_of
 from hetkv.wire_types import (
     BODIES,
     MAX_ABORT_CODE,
@@ -37,7 +37,7 @@ from hetkv.wire_types import (
 )
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"
@@ -55,7 +55,7 @@ _ABORT = struct.Struct("<II")
 _HEARTBEAT = struct.Struct("<Q")
 _MAC = struct.Struct("<Q")
 _MIN_BYTES = _PRELUDE.size + _MAC.size
-_ITEM_SIZES = {dtype.code: dtype.itemsize for dtype in DType}
+_SCALED = {dtype.code for dtype in DType if dtype.itemsize == 1 and dtype is not DType.UINT8}
 
 
 # Smallest body of a type, and whether each body of the type has that size.
@@ -78,27 +78,6 @@ def checksum_seed(prelude: Prelude, frame: Frame) -> int:
     """Seed of a frame's checksum: what the frame is, and nothing of where it travels."""
     identity = _pack_prelude(prelude, 0)[24:] + _pack_frame(frame)[:56]
     return siphash24(CHECKSUM_KEY, identity)
-
-
-class Part(NamedTuple):
-    """Where one segment lies in a payload, in bytes; the zeros up to the next multiple of 8 are not counted."""
-
-    segment: int
-    offset: int
-    bytes: int
-
-
-def payload_parts(frame: Frame) -> list[Part]:
-    """Parts of a frame's payload, in order. The payload ends at the multiple of 8 after the last one."""
-    rows = (frame.head_stop - frame.head_start) * (frame.token_stop - frame.token_start)
-    parts = []
-    offset = 0
-    for i in range(MAX_SEGMENTS):
-        if frame.segments >> i & 1:
-            size = rows * frame.channels[i] * _ITEM_SIZES[frame.dtypes[i]]
-            parts.append(Part(i, offset, size))
-            offset += _pad(size)
-    return parts
 
 
 def encode(prelude: Prelude, body: Body, key: bytes) -> bytes:
@@ -137,10 +116,6 @@ def decode(message: bytes, key: bytes) -> tuple[Prelude, Body]:
 def seal(unsealed: bytes, key: bytes) -> bytes:
     """`unsealed` (a message without its MAC) with its MAC behind it; no check at all."""
     return unsealed + _MAC.pack(siphash24(key, unsealed))
-
-
-def _pad(count: int) -> int:
-    return (count + 7) // 8 * 8
 
 
 def _padded(data: bytes) -> bytes:
@@ -264,9 +239,10 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
     _check_interval("head", head_start, head_stop)
     _check_interval("token", token_start, token_stop)
     _must_be_zero("frame: reserved", reserved)
-    for what, code in (("scale_encoding", scale_encoding), ("codec", codec)):
-        if code:
-            raise _unknown(f"frame: {what}", code, minor)
+    if scale_encoding >> MAX_SEGMENTS:
+        raise _unknown("frame: scale_encoding", scale_encoding, minor)
+    if codec:
+        raise _unknown("frame: codec", codec, minor)
     for i in range(MAX_SEGMENTS):
         if not segments >> i & 1:
             for what, value in (("dtypes", dtypes[i]), ("channels", channels[i])):
@@ -275,10 +251,11 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
             continue
         if dtypes[i] == 0:
             raise MalformedError(f"frame: dtypes[{i}] is 0, but the segment is present")
-        if dtypes[i] not in _ITEM_SIZES:
+        if dtypes[i] not in ITEM_SIZES:
             raise _unknown(f"frame: dtypes[{i}]", dtypes[i], minor)
         if channels[i] == 0:
             raise MalformedError(f"frame: channels[{i}] is 0, but the segment is present")
+    _check_scales(segments, scale_encoding, dtypes, channels)
     slot, generation, payload_length, checksum, saturated = fields[18:]
     frame = Frame(
         group, segments, layer, head_start, head_stop, token_start, token_stop, dtypes, channels,
@@ -288,9 +265,25 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
     return frame
 
 
+def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels: Sequence[int]) -> None:
+    """Each segment that the encoding names has scales behind all that is not scales."""
+    if encoding & ~segments:
+        raise MalformedError(f"frame: scale_encoding is {encoding}, which names an absent segment")
+    scales = scales_of(segments, encoding)
+    if any(encoding >> scale & 1 for scale in scales.values()):
+        raise MalformedError(f"frame: scale_encoding is {encoding}, but segments is {segments}: too few for the scales")
+    for i, scale in scales.items():
+        if dtypes[i] not in _SCALED:
+            raise MalformedError(f"frame: dtypes[{i}] is {dtypes[i]}, which takes no scales")
+        if dtypes[scale] != DType.FLOAT32.code:
+            raise MalformedError(f"frame: dtypes[{scale}] is {dtypes[scale]}, but scales are float32 (1)")
+        if channels[i] % channels[scale]:
+            raise MalformedError(f"frame: channels[{i}] is {channels[i]}, which {channels[scale]} scales do not divide")
+
+
 def _check_payload(frame: Frame) -> None:
     parts = payload_parts(frame)
-    total = sum(_pad(part.bytes) for part in parts)
+    total = sum(padded_size(part.bytes) for part in parts)
     if total > MAX_PAYLOAD_BYTES:
         raise MalformedError(
             f"frame: heads, tokens, channels and dtypes ask for a payload over the limit of {MAX_PAYLOAD_BYTES} bytes"
@@ -299,7 +292,7 @@ def _check_payload(frame: Frame) -> None:
         raise MalformedError(
             f"frame: payload_length is {frame.payload_length}, but heads, tokens, channels and dtypes make {total}"
         )
-    elements = sum(part.bytes // _ITEM_SIZES[frame.dtypes[part.segment]] for part in parts)
+    elements = sum(part.bytes // ITEM_SIZES[frame.dtypes[part.segment]] for part in parts)
     if frame.saturated > elements:
         raise MalformedError(f"frame: saturated is {frame.saturated}, but there are {elements} elements")
 
@@ -340,9 +333,9 @@ def _decode_grant(body: bytes, minor: int) -> Grant:
             raise MalformedError(f"{where}: address {address} plus {size} bytes passes the end of memory")
         if rkey_length > len(rest):
             raise MalformedError(f"{where}.rkey_length is {rkey_length}, but {len(rest)} bytes are left")
-        _check_padding(f"{where}: padding", rest[rkey_length : _pad(rkey_length)])
+        _check_padding(f"{where}: padding", rest[rkey_length : padded_size(rkey_length)])
         slots.append(SlotGrant(slot, generation, address, size, rest[:rkey_length]))
-        rest = rest[_pad(rkey_length) :]
+        rest = rest[padded_size(rkey_length) :]
     if rest:
         raise MalformedError(f"grant: {len(rest)} bytes follow the last slot")
     _check_distinct([slot.slot for slot in slots], "grant")
@@ -369,7 +362,7 @@ def _decode_abort(body: bytes, minor: int) -> Abort:
         raise _unknown("abort: code", code, minor)
     if length > MAX_REASON_BYTES:
         raise MalformedError(f"abort: reason_length {length} is over the limit of {MAX_REASON_BYTES}")
-    if len(rest) != _pad(length):
+    if len(rest) != padded_size(length):
         raise MalformedError(f"abort: reason_length is {length}, but {len(rest)} bytes of reason follow")
     _check_padding("abort: padding", rest[length:])
     try:

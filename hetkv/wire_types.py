@@ -63,6 +63,7 @@ class Frame(msgspec.Struct, frozen=True):
     checksum: int = 0
     saturated: int = 0
     scale_encoding: int = 0
+    """Bit i: segment i is scaled by a part of this payload; the last segments are the scales."""
     codec: int = 0
 
 

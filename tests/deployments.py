@@ -6,19 +6,26 @@ import random
 from itertools import pairwise
 from typing import NamedTuple
 
+import msgspec
 import torch
 from hypothesis import strategies as st
 
 from hetkv import reference
-from hetkv.compat import segment_conversion
+from hetkv.conversion import Conversion, segment_conversion
 from hetkv.dtypes import DType
-from hetkv.link import overlap
-from hetkv.pool import KVPool
-from hetkv.spec import KVSpec, LayerSpec, Shard
+from hetkv.layout import KVLayout, ScaleLayout, SegmentLayout
+from hetkv.pool import KVPool, LayerMemory, allocate
+from hetkv.reshard import routes
+from hetkv.scale import SCALED
+from hetkv.spec import Interval, KVSpec, LayerSpec, Shard
 
 LAYOUTS = ["nhd", "hnd", "nhd_interleaved", "hnd_interleaved", "packed_nhd", "packed_hnd", "rocm"]
-DTYPES = [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT8_E4M3FN, DType.FLOAT8_E4M3FNUZ, DType.FLOAT8_E5M2]
+FLOATS = [dtype for dtype in DType if dtype not in (DType.INT8, DType.UINT8)]
+STATIC = ["none", "tensor", "head"]
+IN_MEMORY = ["token_head", "group", "token"]
 BLOCK_SIZES = [1, 3, 16, 64]
+GROUP = 16
+"""Channels of one scale where `Values.scale` is `group`; divides all that are drawn."""
 FILL = 0x5A
 
 
@@ -63,10 +70,46 @@ def specs(draw: st.DrawFn) -> KVSpec:
     return KVSpec(tuple(layers))
 
 
+class Values(NamedTuple):
+    """What a side's pools hold: element type, and kind and values of scales."""
+
+    dtype: DType
+    scale: str
+    seed: int = 0
+
+    def layout(self, name: str, layer: LayerSpec, held: Interval, block_size: int) -> KVLayout:
+        """A layer's layout for the global heads `held`."""
+        made = KVLayout.preset(name, layer, held.size, block_size, self.dtype)
+        if self.scale == "none":
+            return made
+        if self.scale in IN_MEMORY:
+            return made.with_scales("token" if self.scale == "token" else "token_head", GROUP * (self.scale == "group"))
+        rng = random.Random(self.seed)
+        values = [0.25 * 2 ** (4 * rng.random()) for _ in range(8)]
+        parts = {}
+        for part in made.segments:
+            heads = made.segments[part].heads
+            static = values[held.start : held.start + heads] if self.scale == "head" else values[:1]
+            parts[part] = msgspec.structs.replace(made.segments[part], scale=ScaleLayout(tuple(static)))
+        return msgspec.structs.replace(made, segments=parts)
+
+
 @st.composite
-def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, dtype: DType) -> Side:
+def values(draw: st.DrawFn) -> tuple[Values, Values]:
+    """Of both sides, such that one can become the other."""
+    scaled = st.tuples(st.sampled_from(SCALED), st.sampled_from(IN_MEMORY))
+    static = st.tuples(st.sampled_from(FLOATS), st.sampled_from(STATIC))
+    source = Values(*draw(st.one_of(static, scaled)), draw(st.integers(0, 99)))
+    destination = Values(*draw(st.one_of(static, scaled)), draw(st.integers(0, 99)))
+    if destination.dtype is DType.INT8 and source.scale == "none" and draw(st.booleans()):
+        source = source._replace(dtype=DType.INT8)  # a static int8 takes a scale of 1 for each token
+    return source, destination
+
+
+@st.composite
+def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, values: Values, tps: list[int]) -> Side:
     """Random TP, PP with uneven stages, layout and block sizes."""
-    tp = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    tp = draw(st.sampled_from(tps))
     owners = [index for index, layer in enumerate(spec.layers) if layer.shares is None]
     pp = draw(st.integers(1, min(2, len(owners))))
     cut = draw(st.integers(1, len(owners) - 1)) if pp == 2 else 0
@@ -79,17 +122,28 @@ def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, dtype: DType) -> Side:
     state = [any(at.kind == "state" for at in spec.layers if at.group == g) for g in range(spec.num_groups)]
     need = [1 if state[g] else -(-tokens // sizes[g]) for g in range(spec.num_groups)]
     layout = draw(st.sampled_from(LAYOUTS))
-    pools = []
-    for shard in shards:
-        pool = KVPool.allocate(
-            spec, [n + 3 for n in need], layout=layout, block_size=sizes, dtype=dtype, shard=shard
-        )  # fmt: skip
-        for memory in pool.layers.values():
-            for tensor in memory.tensors.values():
-                tensor.fill_(FILL)
-        pools.append(pool)
+    pools = [make_pool(spec, shard, layout, sizes, [n + 3 for n in need], values) for shard in shards]
     rng = random.Random(draw(st.integers(0, 2**16)))
     return Side(shards, pools, [rng.sample(range(n + 3), n) for n in need])
+
+
+def make_pool(spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: list[int], values: Values) -> KVPool:
+    """One rank's pool, every byte of it `FILL`."""
+    layers = {}
+    for index in range(*shard.layers):
+        layer = spec.layers[index]
+        if layer.shares is not None:
+            continue
+        if layer.kind == "state":
+            layout = KVLayout.preset("state", layer, shard.heads[index].size, 1, DType.UINT8)
+        else:
+            kind = name if layer.kind == "kv" else layer.kind
+            layout = values.layout(kind, layer, shard.heads[index], sizes[layer.group])
+        tensors = allocate(layout, blocks[layer.group], "cpu")
+        for tensor in tensors.values():
+            tensor.fill_(FILL)
+        layers[index] = LayerMemory(layout, blocks[layer.group], tensors)
+    return KVPool(spec, shard, layers)
 
 
 @st.composite
@@ -99,22 +153,34 @@ def deployments(draw: st.DrawFn) -> Deployment:
     tokens = draw(st.integers(1, 90))
     held = draw(st.one_of(st.just(0), st.integers(0, tokens)))
     cuts = sorted({0, tokens, *draw(st.lists(st.integers(0, tokens), max_size=3))})
-    dtypes = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    source, destination = draw(values())
+    # Scales that heads share need all of the rank's heads from one sender.
+    alone = destination.scale == "token"
     return Deployment(
         spec,
         tokens,
         held,
         [(a, b) for a, b in pairwise(cuts)],
-        draw(sides(spec, tokens, dtypes[0])),
-        draw(sides(spec, tokens, dtypes[1])),
+        draw(sides(spec, tokens, source, [1] if alone else [1, 1, 2, 3, 4])),
+        draw(sides(spec, tokens, destination, [1, 1, 2, 3, 4])),
         draw(st.integers(0, 2**16)),
     )
 
 
-def codes_of(case: Deployment) -> dict[tuple[int, str], torch.Tensor]:
-    """Per layer and segment: random codes `[tokens, all heads, channels]` in the source's dtype, as integers."""
+class Truth(NamedTuple):
+    """One segment's whole cache: codes `[tokens, all heads, channels]` in the source's dtype, as integers.
+
+    `scales` `[tokens, all heads, groups]` where the source has some in memory.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+def truth_of(case: Deployment) -> dict[tuple[int, str], Truth]:
+    """Random values per layer and segment."""
     generator = torch.Generator().manual_seed(case.seed)
-    codes = {}
+    truth = {}
     for index, layer in enumerate(case.spec.layers):
         if layer.shares is not None:
             continue
@@ -122,39 +188,50 @@ def codes_of(case: Deployment) -> dict[tuple[int, str], torch.Tensor]:
             count = 1 if layer.kind == "state" else case.tokens
             shape = (count, segment.heads, segment.channels)
             if layer.kind == "state":
-                codes[index, segment.name] = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+                codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+                truth[index, segment.name] = Truth(codes)
                 continue
-            dtype = next(pool for pool in case.source.pools if index in pool.layers).layers[index].layout.dtype
-            codes[index, segment.name] = reference.encode(torch.randn(shape, generator=generator) * 4, dtype)[0]
-    return codes
+            pool = next(pool for pool in case.source.pools if index in pool.layers)
+            part = pool.layers[index].layout.segments[segment.name]
+            codes = reference.encode(torch.randn(shape, generator=generator) * 4, part.dtype)[0]
+            scales = None
+            if part.groups:
+                shape = (count, segment.heads, part.groups)
+                scales = torch.exp2(torch.rand(shape, generator=generator) * 8 - 4)
+                if part.scale is not None and part.scale.head_stride == 0:
+                    scales = scales[:, :1].expand(shape).contiguous()
+            truth[index, segment.name] = Truth(codes, scales)
+    return truth
 
 
-def place(pool: KVPool, blocks: list[list[int]], layer: int, segment: str, codes: torch.Tensor, start: int) -> None:
-    """Write `codes` `[tokens, local heads, channels]` of tokens from `start` on into a pool."""
-    memory = pool.layers[layer]
-    size = memory.layout.block_size
-    view = pool.view(layer, segment)
-    view = reference.bits(view) if view.dtype != torch.uint8 else view.view(torch.int8)
-    at = torch.arange(start, start + len(codes))
+def place(
+    pool: KVPool, blocks: list[list[int]], layer: int, view: torch.Tensor, values: torch.Tensor, at: tuple[int, int]
+) -> None:
+    """Write `[tokens, heads, ...]` into a view of the pool, from token and local head `at` on."""
+    size = pool.layers[layer].layout.block_size
+    view = view.view(torch.int8) if view.dtype == torch.uint8 else reference.bits(view)
+    tokens = torch.arange(at[0], at[0] + len(values))
     table = torch.tensor(blocks[pool.spec.group_of(layer)])
-    view[table[at // size], at % size] = codes.reshape(len(codes), *view.shape[2:]).to(view.dtype)
+    for head in range(values.shape[1]):
+        target = view[:, :, at[1] + head]
+        target[table[tokens // size], tokens % size] = reference.bits(values[:, head]).reshape(-1, *view.shape[3:])
 
 
-def local(pool: KVPool, layer: int, codes: torch.Tensor) -> torch.Tensor:
-    """The heads of `[tokens, all heads, channels]` that the pool's rank holds."""
-    heads = pool.shard.heads[layer]
-    return codes[:, heads.start : heads.start + min(heads.size, codes.shape[1])]
-
-
-def fill_source(case: Deployment, codes: dict[tuple[int, str], torch.Tensor]) -> None:
+def fill_source(case: Deployment, truth: dict[tuple[int, str], Truth]) -> None:
     """Write the truth into every source rank's pool."""
     for pool in case.source.pools:
         for layer, memory in pool.layers.items():
-            for segment in memory.layout.segments:
-                place(pool, case.source.blocks, layer, segment, local(pool, layer, codes[layer, segment]), 0)
+            for name, part in memory.layout.segments.items():
+                first = pool.shard.heads[layer].start
+                heads = slice(first, first + part.heads)
+                value = truth[layer, name]
+                place(pool, case.source.blocks, layer, pool.view(layer, name), value.codes[:, heads], (0, 0))
+                if value.scales is not None:
+                    view = pool.scale_view(layer, name)
+                    place(pool, case.source.blocks, layer, view, value.scales[:, heads], (0, 0))
 
 
-def expected(case: Deployment, codes: dict[tuple[int, str], torch.Tensor], rank: int, want: list[range]) -> KVPool:
+def expected(case: Deployment, truth: dict[tuple[int, str], Truth], rank: int, want: list[range]) -> KVPool:
     """What the destination rank's pool must be afterwards, byte for byte, by the oracle's conversions."""
     pool = case.destination.pools[rank]
     layers = {
@@ -163,28 +240,68 @@ def expected(case: Deployment, codes: dict[tuple[int, str], torch.Tensor], rank:
     }
     for layer, memory in layers.items():
         if memory.layout.shared:
-            one = next(iter(memory.tensors.values()))
-            layers[layer] = memory._replace(tensors=dict.fromkeys(memory.tensors, one))
+            one = memory.tensors[next(iter(memory.layout.segments))]
+            shared = {**memory.tensors, **dict.fromkeys(memory.layout.segments, one)}
+            layers[layer] = memory._replace(tensors=shared)
     copy = KVPool(pool.spec, pool.shard, layers)
-    for layer, memory in copy.layers.items():
-        span = want[pool.spec.group_of(layer)]
-        if not span:
+    for route in routes(case.spec, case.source.shards, case.destination.shards):
+        if route.destination != rank:
             continue
-        source = next(p for p in case.source.pools if layer in p.layers)
-        for name, there in memory.layout.segments.items():
-            here = source.layers[layer].layout.segments[name]
-            _, common = next(item for item in overlap(case.spec, source.shard, source.shard) if item[0] == layer)
-            conversion = segment_conversion(here, there, common, common, common)
-            moved = local(pool, layer, codes[layer, name])[span.start : span.stop]
-            moved = convert(moved, here.dtype, conversion.wire, conversion.pack)
-            moved = convert(moved, conversion.wire, there.dtype, conversion.unpack)
-            place(copy, case.destination.blocks, layer, name, moved, span.start)
+        source = case.source.pools[route.source]
+        for layer in range(*route.layers):
+            span = want[pool.spec.group_of(layer)]
+            for name in copy.layers[layer].layout.segments if span else ():
+                write(case, copy, source, layer, name, route.heads, truth[layer, name], span)
     return copy
 
 
-def convert(codes: torch.Tensor, src: DType, dst: DType, multipliers: tuple[float, ...] | None) -> torch.Tensor:
-    """One conversion step of equal multipliers; bits where nothing changes."""
+def write(
+    case: Deployment, pool: KVPool, source: KVPool, layer: int, name: str, heads: Interval, truth: Truth, span: range
+) -> None:
+    """One segment of one route into the pool."""
+    here, there = (side.layers[layer].layout.segments[name] for side in (source, pool))
+    held = pool.shard.heads[layer]
+    how = segment_conversion(here, there, heads, source.shard.heads[layer], held)
+    chosen = slice(span.start, span.stop), slice(heads.start, heads.stop)
+    codes = truth.codes[chosen].transpose(0, 1).contiguous()
+    scales = truth.scales[chosen].transpose(0, 1).contiguous() if truth.scales is not None else None
+    codes, scales = travel(codes, scales, here, there, how)
+    at = (span.start, heads.start - held.start)
+    place(pool, case.destination.blocks, layer, pool.view(layer, name), codes.transpose(0, 1), at)
+    if scales is not None:
+        place(pool, case.destination.blocks, layer, pool.scale_view(layer, name), scales.transpose(0, 1), at)
+
+
+def travel(
+    codes: torch.Tensor, scales: torch.Tensor | None, here: SegmentLayout, there: SegmentLayout, how: Conversion
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Codes and scales `[heads, tokens, ...]` of a source as the destination must hold them."""
+    if how.pack_scales == "quantise":
+        packed = reference.rescale(
+            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.groups, joint=how.joint
+        )
+        codes, scales = packed.codes, packed.scales
+    else:
+        codes = step(codes, here.dtype, how.wire, how.pack)
+    assert (scales is not None) == (how.groups > 0)
+    match how.unpack_scales:
+        case "apply" | "quantise":
+            joint = how.joint and how.unpack_scales == "quantise"
+            made = reference.rescale(
+                codes, how.wire, there.dtype, scales=scales, multipliers=how.unpack, groups=there.groups, joint=joint
+            )
+            return made.codes, made.scales
+        case "fill":
+            shape = (*codes.shape[:2], there.groups)
+            scales = torch.tensor(how.fill)[:, None, None].expand(shape).contiguous()
+        case "keep":
+            assert scales is not None
+            scales = scales * how.factor
+    return step(codes, how.wire, there.dtype, how.unpack), scales
+
+
+def step(codes: torch.Tensor, src: DType, dst: DType, multipliers: tuple[float, ...] | None) -> torch.Tensor:
+    """One conversion without scales; bits where nothing changes."""
     if src is dst and multipliers is None:
         return codes
-    values = codes.contiguous().view(src.torch).float()
-    return reference.encode(values * (multipliers[0] if multipliers else 1.0), dst)[0]
+    return reference.rescale(codes, src, dst, multipliers=multipliers).codes

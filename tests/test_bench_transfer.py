@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,35 @@ def test_small_run_writes_every_field(tmp_path: Path, monkeypatch: pytest.Monkey
     assert report["results"][1]["reach"] == "put"
 
 
+def test_resharded_beside_unsharded(tmp_path: Path) -> None:
+    out = tmp_path / "transfer.json"
+    command = (
+        "bench transfer --layers 2 --layer-mib 0.5 --rounds 2 --reps 1 --to hnd:32 --reach auto --peers none --tp 2:3"
+    )
+    assert main([*command.split(), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["tp"], row["processes"]) for row in rows] == [([1, 1], "rank"), ([2, 3], "rank"), ([2, 3], "side")]
+    for row in rows:
+        assert row["verified_bytes"] == 1 << 20, "the same bytes, whatever the ranks"
+        assert row["ratio_unsharded"] == pytest.approx(row["hetkv_gb_s"] / rows[0]["hetkv_gb_s"], rel=0.05, abs=2e-3)
+        assert len(row["ratio_unsharded_rounds"]) == 2
+        assert row["cpu_s_per_gb"] > 0
+    assert rows[0]["ratio_unsharded"] == 1
+    assert [len(row["idle_cpu_percent"]) for row in rows] == [2, 5, 2], "a process for each rank, or for each side"
+    lines = figures_module().resharded_table(out).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert f"| hnd:32 | 2 to 3 | one a side | shared | {rows[2]['hetkv_gb_s']:.2f} |" in lines[4]
+
+
+def figures_module() -> Any:
+    spec = importlib.util.spec_from_file_location("figures", Path(__file__).parents[1] / "bench" / "figures.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_an_absent_peer_names_the_line_that_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nixl_peer.py").touch()
     monkeypatch.setattr(peers, "SCRIPTS", tmp_path)
@@ -86,15 +117,15 @@ def test_peers_that_are_here_run(name: str) -> None:
 def test_verify_sees_a_pool_that_differs() -> None:
     with Pair(Shape(1, 100, destination=("hnd", 64)), TransferConfig(slot_bytes=1 << 16)) as pair:
         pair.send()
-        assert pair.receiver.ask("verify") == 2 * 100 * 2048
-        pair.receiver.ask("clear")
+        assert pair.receivers[0].ask("verify") == 2 * 100 * 2048
+        pair.receivers[0].ask("clear")
         with pytest.raises(PairError, match="differs from the sender's"):
-            pair.receiver.ask("verify")
+            pair.receivers[0].ask("verify")
 
 
 def test_a_child_that_dies_is_reported() -> None:
     with Pair(Shape(1, 16)) as pair:
-        pair.sender.process.kill()
+        pair.senders[0].process.kill()
         with pytest.raises(PairError, match="the sender ended with exit code -9"):
             pair.send()
 
@@ -116,6 +147,8 @@ def test_perftest_failure_is_one_line() -> None:
         (["--peers", "carrier-pigeon"], "carrier-pigeon"),
         (["--peer-python", "nixl=/no/such/python"], "/no/such/python"),
         (["--slot-bytes", "0"], "slot_bytes"),
+        (["--tp", "2"], "--tp 2"),
+        (["--tp", "9:1"], "--tp 9:1"),
     ],
 )
 def test_bad_input_is_one_line_and_2(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetkv import compat
-from hetkv.compat import Conversion, segment_conversion, wire_dtype
+from hetkv.conversion import Conversion, segment_conversion, wire_dtype
 from hetkv.description import Description, decode, encode
 from hetkv.dtypes import DType
 from hetkv.errors import IncompatibleError, InputError, MessageError
@@ -131,11 +131,6 @@ def test_int8_needs_equal_scales():
     compat.check(describe("sender", SPEC, INT8, two), describe("receiver", SPEC, INT8, two))
     error = refused(describe("sender", SPEC, INT8, one), describe("receiver", SPEC, INT8, two))
     assert error.field == "layers[0].k.scale"
-
-
-def test_scales_in_memory_are_refused():
-    error = refused(describe("sender", SPEC, FN, ScaleLayout(token_stride=4)), describe("receiver", SPEC))
-    assert (error.field, error.mine, error.theirs) == ("layers[0].k.scale", "scales in memory", "no scales in memory")
 
 
 def test_a_ratio_that_float32_cannot_hold_is_refused():

@@ -7,7 +7,7 @@ import random
 from contextlib import ExitStack
 
 import torch
-from deployments import Deployment, codes_of, deployments, expected, fill_source
+from deployments import Deployment, deployments, expected, fill_source, truth_of
 from hypothesis import HealthCheck, given, settings
 
 from hetkv.config import TransferConfig
@@ -21,8 +21,8 @@ SECRET = b"a secret of tests"
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=deployments())
 def test_random_deployments(case: Deployment) -> None:
-    codes = codes_of(case)
-    fill_source(case, codes)
+    values = truth_of(case)
+    fill_source(case, values)
     rng = random.Random(case.seed)
     config = TransferConfig(slot_bytes=1 << 13, window_bytes=rng.choice([1 << 13, 1 << 16]), direct=rng.random() < 0.7)
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def test_random_deployments(case: Deployment) -> None:
             for rank in linked_ranks(receiver.description, senders[0].description):
                 receiver.connect(addresses[rank])
         want = [range(*span) for span in wanted(receivers[0].description, *tokens_and_held(case))]
-        truth = [expected(case, codes, rank, want) for rank in range(len(receivers))]
+        truth = [expected(case, values, rank, want) for rank in range(len(receivers))]
 
         tickets_first = rng.random() < 0.5
         receptions = [

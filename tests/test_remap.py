@@ -16,11 +16,12 @@ from hetkv import reference
 from hetkv.core import core as _core
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import PRESETS, KVLayout, SegmentLayout
+from hetkv.layout import KVLayout, SegmentLayout
+from hetkv.presets import PRESETS
 from hetkv.spec import LayerSpec
 
 FLOATS = [dtype for dtype in DType if dtype not in (DType.INT8, DType.UINT8)]
-KV_PRESETS = [name for name in PRESETS if name not in ("latent", "state")]
+KV_PRESETS = [name for name in PRESETS if name not in ("latent", "fp8_ds_mla", "state")]
 HEAD_DIMS = [64, 80, 96, 128, 192, 576]
 UGLY_DIMS = [1, 7, 24, 40, 100]
 BLOCK_SIZES = [1, 3, 16, 17, 64, 128]

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hetkv import errors, wire
 from hetkv.core import core as _core
 from hetkv.dtypes import DType
+from hetkv.payload import payload_parts, scales_of
+from hetkv.scale import SCALED
 from hetkv.wire_types import (
     BODIES,
     MAX_PAYLOAD_BYTES,
@@ -48,6 +50,10 @@ def intervals(draw: st.DrawFn, bits: int, largest: int) -> tuple[int, int]:
     return start, start + size
 
 
+def replaced(values: tuple[int, ...], items: dict[int, int]) -> tuple[int, ...]:
+    return tuple(items.get(i, value) for i, value in enumerate(values))
+
+
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
     segments = draw(st.integers(1, 15))
@@ -55,8 +61,19 @@ def frames(draw: st.DrawFn) -> Frame:
     heads, tokens = draw(intervals(32, 300)), draw(intervals(64, 5000))
     dtypes = tuple(draw(st.sampled_from(DType)).code if here else 0 for here in present)
     channels = tuple(draw(st.integers(1, 20_000)) if here else 0 for here in present)
-    frame = Frame(draw(u16), segments, draw(u32), *heads, *tokens, dtypes, channels, draw(u32), draw(u32))
-    length = sum((part.bytes + 7) // 8 * 8 for part in wire.payload_parts(frame))
+    encoding = draw(st.integers(0, 15)) & segments
+    scales = scales_of(segments, encoding)
+    if any(encoding >> scale & 1 for scale in scales.values()):
+        encoding, scales = 0, {}
+    for i, scale in scales.items():
+        groups = draw(st.integers(1, 64))
+        width = groups * draw(st.integers(1, 300))
+        dtypes = replaced(dtypes, {i: draw(st.sampled_from(SCALED)).code, scale: DType.FLOAT32.code})
+        channels = replaced(channels, {i: width, scale: groups})
+    frame = Frame(
+        draw(u16), segments, draw(u32), *heads, *tokens, dtypes, channels, draw(u32), draw(u32), scale_encoding=encoding
+    )
+    length = sum((part.bytes + 7) // 8 * 8 for part in payload_parts(frame))
     assume(length <= MAX_PAYLOAD_BYTES)
     return msgspec.structs.replace(
         frame, payload_length=length, checksum=draw(u64), saturated=draw(st.integers(0, length // 32))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hetkv import reference
-from hetkv.compat import segment_conversion
 from hetkv.config import TransferConfig
+from hetkv.conversion import segment_conversion
 from hetkv.link import wanted
 from hetkv.pool import KVPool
 from hetkv.spec import Interval

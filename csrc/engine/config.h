@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "map.h"
+#include "remap/remap.h"
 #include "wire/siphash.h"
 
 namespace hetkv {
@@ -32,6 +33,20 @@ struct SegmentPlan {
   std::int32_t channels = 0;
   DType wire_dtype = DType::kUInt8;
   std::vector<float> multipliers;  // per head of the route, pool -> wire for a sender, wire -> pool for a receiver
+  // Scales that are applied or found while this segment is converted (RemapJob). Scales that move as they are, bit for
+  // bit or times a constant, are a segment of their own instead.
+  RemapScales pool_scales;
+  std::int32_t wire_scales = -1;  // index of the segment that is this one's scales on the wire; -1: none
+  bool joint = false;
+  bool carried = false;  // is the scales of another segment, whose job reads or writes this part of the payload too
+};
+
+// Scales of a receiver's pool that are the same for all tokens, and so are not on the wire.
+struct ScaleFill {
+  SegmentMap pool;
+  std::int32_t first_head = 0;  // local
+  std::int32_t groups = 0;
+  std::vector<float> values;  // per head of the route
 };
 
 // One layer of one route: what a frame of it holds, and where that lies in this side's pool.
@@ -41,6 +56,8 @@ struct LayerPlan {
   std::uint32_t head_start = 0;
   std::uint32_t head_stop = 0;
   std::vector<SegmentPlan> segments;
+  std::vector<ScaleFill> fills;
+  std::uint8_t scale_encoding = 0;  // of its frames
 
   std::int32_t heads() const { return static_cast<std::int32_t>(head_stop - head_start); }
   // Bytes of a payload of `tokens` tokens; every segment's part starts at a multiple of 8.

@@ -118,6 +118,8 @@ void Engine::loop() {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
       sleep(now);
+    } else {
+      std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
   }
 }

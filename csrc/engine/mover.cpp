@@ -3,18 +3,34 @@
 #include <cstring>
 
 #include "engine/events.h"
+#include "wire/message.h"
 
 namespace hetkv {
 namespace {
 
+constexpr float kOne = 1.0f;  // source of a fill, all strides 0
+
 // The bytes behind a part that ends inside a word: the slot may hold an earlier frame there.
-void clear_padding(const RemapJob& job) {
-  const SegmentMap& wire = job.dst.map;
-  const std::int64_t bytes = job.tokens * job.heads * job.channels * item_size(wire.dtype);
+void clear_padding(const SegmentMap& wire, std::int64_t elements) {
+  const std::int64_t bytes = elements * item_size(wire.dtype);
   const std::int64_t tail = bytes % 8;
   if (tail != 0)
     std::memset(reinterpret_cast<void*>(wire.base + static_cast<std::uint64_t>(bytes)), 0,
                 static_cast<std::size_t>(8 - tail));
+}
+
+RemapJob fill_job(const LayerPlan& plan, const ScaleFill& fill, std::int64_t start, std::int64_t tokens,
+                  const std::int32_t* blocks) {
+  RemapJob job;
+  job.src.map.base = reinterpret_cast<std::uintptr_t>(&kOne);
+  job.src.map.pack = fill.groups;
+  job.src.map.dtype = DType::kFloat32;
+  job.dst = {fill.pool, blocks, start, fill.first_head};
+  job.tokens = tokens;
+  job.heads = plan.heads();
+  job.channels = fill.groups;
+  job.multipliers = fill.values.data();
+  return job;
 }
 
 }  // namespace
@@ -22,11 +38,17 @@ void clear_padding(const RemapJob& job) {
 void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
                RemapTask* task) {
   const auto tokens = static_cast<std::int64_t>(stop - start);
-  std::uint64_t offset = 0;
-  task->jobs.reserve(plan.segments.size());
-  for (const auto& segment : plan.segments) {
-    RemapSide pool{segment.pool, task->blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
-    RemapSide wire{canonical_map(payload + offset, tokens, segment.channels, segment.wire_dtype), nullptr, 0, 0};
+  std::uint64_t offsets[wire::kMaxSegments + 1] = {};
+  for (std::size_t i = 0; i < plan.segments.size(); ++i) {
+    offsets[i + 1] = plan.part_end(offsets[i], plan.segments[i], stop - start);
+  }
+  task->jobs.reserve(plan.segments.size() + plan.fills.size());
+  for (std::size_t i = 0; i < plan.segments.size(); ++i) {
+    const SegmentPlan& segment = plan.segments[i];
+    if (segment.carried) continue;
+    const RemapSide pool{segment.pool, task->blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
+    const RemapSide wire{canonical_map(payload + offsets[i], tokens, segment.channels, segment.wire_dtype), nullptr, 0,
+                         0};
     RemapJob job;
     job.src = pack ? pool : wire;
     job.dst = pack ? wire : pool;
@@ -35,16 +57,32 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
     job.channels = segment.channels;
     job.multipliers = segment.multipliers.empty() ? nullptr : segment.multipliers.data();
     job.wire = pack ? WireSide::kDestination : WireSide::kSource;
-    job.wire_offset = offset;
+    job.wire_offset = offsets[i];
+    (pack ? job.src_scales : job.dst_scales) = segment.pool_scales;
+    job.joint = segment.joint;
+    if (segment.wire_scales >= 0) {
+      const auto at = static_cast<std::size_t>(segment.wire_scales);
+      const std::int32_t groups = plan.segments[at].channels;
+      RemapScales& scales = pack ? job.dst_scales : job.src_scales;
+      scales.map = canonical_map(payload + offsets[at], tokens, groups, DType::kFloat32);
+      scales.channels_per_scale = segment.channels / groups;
+      job.wire_scale_offset = offsets[at];
+    }
     task->jobs.push_back(job);
-    offset = plan.part_end(offset, segment, stop - start);
+  }
+  for (const ScaleFill& fill : plan.fills) {
+    task->jobs.push_back(fill_job(plan, fill, static_cast<std::int64_t>(start), tokens, task->blocks->data()));
   }
 }
 
 void CpuMover::submit(RemapTask* task) {
   task->start_ns = now_ns();
   for (const RemapJob& job : task->jobs) {
-    if (job.wire == WireSide::kDestination) clear_padding(job);
+    if (job.wire != WireSide::kDestination) continue;
+    const std::int64_t rows = job.tokens * job.heads;
+    clear_padding(job.dst.map, rows * job.channels);
+    const RemapScales& scales = job.dst_scales;
+    if (scales.map.base != 0) clear_padding(scales.map, rows * (job.channels / scales.channels_per_scale));
   }
   task->result = remap_cpu(task->jobs.data(), task->jobs.size(), task->seed, threads_);
   task->stop_ns = now_ns();

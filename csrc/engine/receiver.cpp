@@ -151,7 +151,9 @@ Status Receiver::admit(Request& request, Part& part, const wire::Frame& frame, c
   const LayerPlan& wanted = **plan;
   if (frame.group != wanted.group) return wrong("names cache group " + std::to_string(frame.group));
   if (frame.segments != (1u << wanted.segments.size()) - 1u) return wrong("has other segments than the route");
-  if (frame.scale_encoding != 0 || frame.codec != 0) return wrong("has a scale encoding or codec that was not agreed");
+  if (frame.scale_encoding != wanted.scale_encoding || frame.codec != 0) {
+    return wrong("has a scale encoding or codec that was not agreed");
+  }
   for (std::size_t i = 0; i < wanted.segments.size(); ++i) {
     if (frame.dtypes[i] != static_cast<std::uint8_t>(wanted.segments[i].wire_dtype) ||
         frame.channels[i] != static_cast<std::uint32_t>(wanted.segments[i].channels)) {

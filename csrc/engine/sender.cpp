@@ -230,6 +230,7 @@ void Sender::next_frame(Lane& lane, wire::TokenRange tokens, std::size_t slot_by
     frame.dtypes[i] = static_cast<std::uint8_t>(plan.segments[i].wire_dtype);
     frame.channels[i] = static_cast<std::uint32_t>(plan.segments[i].channels);
   }
+  frame.scale_encoding = plan.scale_encoding;
   frame.payload_length = plan.payload_bytes(stop - tokens.start);
   transfer->lane = &lane;
   transfer->plan = &plan;

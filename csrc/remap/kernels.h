@@ -10,7 +10,7 @@
 namespace hetkv {
 
 using Bytes = unsigned char;
-constexpr int kNumFloats = 7;  // DType codes 1 to 7
+constexpr int kNumValues = 8;  // DType codes 1 to 8: the floats, and int8 where it has scales
 
 // Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What lies `dst_ahead` and `src_ahead`
 // bytes further is what the caller will move next: kernels prefetch it line by line as they go (0: nothing to
@@ -40,8 +40,14 @@ struct Kernels {
   // dst + c * dst_step + r * size, for `cols` columns.
   void (*transpose[5])(const Rows& rows, std::int64_t cols);
 
-  // Rows of `count` elements, from DType code s + 1 to d + 1, times `multiplier`. Returns how many saturated.
-  std::uint64_t (*convert_rows[kNumFloats][kNumFloats])(const Rows& rows, std::int64_t count, float multiplier);
+  // Rows of `count` elements, from DType code s + 1 to d + 1. Row r is multiplied by multipliers[r * step]; `step` is 0
+  // where one multiplier serves all rows, or 1. Returns how many saturated.
+  std::uint64_t (*convert_rows[kNumValues][kNumValues])(const Rows& rows, std::int64_t count, const float* multipliers,
+                                                        std::int64_t step);
+
+  // amax[r] becomes at least the largest magnitude in row r of the source, NaN not counted; DType code s + 1. Nothing
+  // is written to `rows.dst`.
+  void (*amax_rows[kNumValues])(const Rows& rows, std::int64_t count, float* amax);
 
   // Sum of checksum_mix over `bytes` bytes whose first word has index `index`; the last word is padded with zeros.
   std::uint64_t (*checksum)(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed);

@@ -29,6 +29,7 @@ struct V {
   static F load_half(const Bytes* at) { return _mm256_cvtph_ps(load128(at)); }
   static I load_u16(const Bytes* at) { return _mm256_cvtepu16_epi32(load128(at)); }
   static I load_u8(const Bytes* at) { return _mm256_cvtepu8_epi32(load64(at)); }
+  static F load_i8(const Bytes* at) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load64(at))); }
   static F load_e5m2(const Bytes* at) { return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(load64(at)), 8)); }
   static F load_e4m3_as_half(const Bytes* at) {
     const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(load64(at)), 7);
@@ -44,6 +45,8 @@ struct V {
     return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
+  static I round(F value) { return _mm256_cvtps_epi32(value); }  // to nearest even
+
   static F set_float(float value) { return _mm256_set1_ps(value); }
   static I set(std::int32_t value) { return _mm256_set1_epi32(value); }
   static F as_float(I bits) { return _mm256_castsi256_ps(bits); }
@@ -52,6 +55,7 @@ struct V {
   static F add_float(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub_float(F a, F b) { return _mm256_sub_ps(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
   static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
   template <int kBits>

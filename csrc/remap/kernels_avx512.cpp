@@ -22,6 +22,7 @@ struct V {
   static F load_half(const Bytes* at) { return _mm512_cvtph_ps(load256(at)); }
   static I load_u16(const Bytes* at) { return _mm512_cvtepu16_epi32(load256(at)); }
   static I load_u8(const Bytes* at) { return _mm512_cvtepu8_epi32(load128(at)); }
+  static F load_i8(const Bytes* at) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(at))); }
   static F load_e5m2(const Bytes* at) {
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load128(at)), 8));
   }
@@ -40,6 +41,8 @@ struct V {
     return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
+  static I round(F value) { return _mm512_cvtps_epi32(value); }  // to nearest even
+
   static F set_float(float value) { return _mm512_set1_ps(value); }
   static I set(std::int32_t value) { return _mm512_set1_epi32(value); }
   static F as_float(I bits) { return _mm512_castsi512_ps(bits); }
@@ -48,6 +51,7 @@ struct V {
   static F add_float(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub_float(F a, F b) { return _mm512_sub_ps(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
   static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   template <int kBits>

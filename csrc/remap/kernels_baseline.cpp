@@ -48,21 +48,30 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
   return sum;
 }
 
+template <std::size_t kType>
+float read_value(std::uint32_t code) {
+  constexpr DType dtype = dtype_at(kType);
+  constexpr FloatFormat format = format_of(dtype);
+  return dtype == DType::kInt8 ? decode_scaled(dtype, code) : decode(format, code);
+}
+
 template <std::size_t kSrc, std::size_t kDst>
-std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplier) {
-  constexpr FloatFormat from = format_of(dtype_at(kSrc));
-  constexpr FloatFormat to = format_of(dtype_at(kDst));
+std::uint64_t convert_rows(const Rows& rows, std::int64_t count, const float* multipliers, std::int64_t step) {
+  constexpr DType to = dtype_at(kDst);
+  constexpr FloatFormat format = format_of(to);
   constexpr int from_size = item_size(dtype_at(kSrc));
-  constexpr int to_size = item_size(dtype_at(kDst));
+  constexpr int to_size = item_size(to);
   std::uint64_t saturated = 0;
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const Bytes* in = rows.src + r * rows.src_step;
     Bytes* out = rows.dst + r * rows.dst_step;
+    const float multiplier = multipliers[r * step];
     for (std::int64_t i = 0; i < count; ++i) {
       std::uint32_t code = 0;  // little-endian
       std::memcpy(&code, in + i * from_size, from_size);
       bool clamped;
-      code = encode(to, decode(from, code) * multiplier, &clamped);
+      const float value = read_value<kSrc>(code) * multiplier;
+      code = to == DType::kInt8 ? encode_scaled(to, value, &clamped) : encode(format, value, &clamped);
       std::memcpy(out + i * to_size, &code, to_size);
       saturated += clamped;
     }
@@ -70,18 +79,33 @@ std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplie
   return saturated;
 }
 
+template <std::size_t kSrc>
+void amax_rows(const Rows& rows, std::int64_t count, float* amax) {
+  constexpr int size = item_size(dtype_at(kSrc));
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    for (std::int64_t i = 0; i < count; ++i) {
+      std::uint32_t code = 0;
+      std::memcpy(&code, in + i * size, size);
+      const float value = float_from_bits(bits_of(read_value<kSrc>(code)) & 0x7FFFFFFFu);
+      if (value > amax[r]) amax[r] = value;  // false for NaN
+    }
+  }
+}
+
 template <std::size_t... kPair>
 constexpr Kernels make_kernels(std::index_sequence<kPair...>) {
   Kernels set{
       "baseline", copy_rows, copy_rows_sum, {transpose<1>, transpose<2>, transpose<4>, transpose<8>, transpose<16>},
-      {},         checksum};
-  ((set.convert_rows[kPair / kNumFloats][kPair % kNumFloats] = convert_rows<kPair / kNumFloats, kPair % kNumFloats>),
+      {},         {},        checksum};
+  ((set.convert_rows[kPair / kNumValues][kPair % kNumValues] = convert_rows<kPair / kNumValues, kPair % kNumValues>),
    ...);
+  ((set.amax_rows[kPair / kNumValues] = amax_rows<kPair / kNumValues>), ...);
   return set;
 }
 
 }  // namespace
 
-const Kernels kBaselineKernels = make_kernels(std::make_index_sequence<kNumFloats * kNumFloats>());
+const Kernels kBaselineKernels = make_kernels(std::make_index_sequence<kNumValues * kNumValues>());
 
 }  // namespace hetkv

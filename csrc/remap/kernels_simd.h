@@ -21,6 +21,7 @@ using M = V::M;
 
 template <DType kFrom>
 inline F decode(const Bytes* at) {
+  if constexpr (kFrom == DType::kInt8) return V::load_i8(at);
   if constexpr (kFrom == DType::kFloat32) return V::load_f32(at);
   if constexpr (kFrom == DType::kFloat16) return V::load_half(at);
   if constexpr (kFrom == DType::kBFloat16) return V::as_float(V::shift_left<16>(V::load_u16(at)));
@@ -56,11 +57,13 @@ constexpr std::int32_t last_fitting() {
   if constexpr (kTo == DType::kFloat8E4M3FN) return 0x43E80000;    // 464 rounds to the even 448
   if constexpr (kTo == DType::kFloat8E4M3FNUZ) return 0x4377FFFF;  // below 248
   if constexpr (kTo == DType::kFloat8E5M2 || kTo == DType::kFloat8E5M2FNUZ) return 0x476FFFFF;  // below 61440
+  if constexpr (kTo == DType::kInt8) return 0x42FEFFFF;                                         // below 127.5
   return 0x7F7FFFFF;
 }
 
 template <DType kTo>
 constexpr std::int32_t largest_bits() {
+  if constexpr (kTo == DType::kInt8) return 0x42FE0000;  // 127
   constexpr FloatFormat format = format_of(kTo);
   return static_cast<std::int32_t>((format.largest << (23 - format.mantissa_bits)) +
                                    (static_cast<std::uint32_t>(127 - format.bias) << 23));
@@ -73,6 +76,8 @@ inline I round_to(I magnitude, I sign) {
   constexpr int drop = 23 - format.mantissa_bits;
   if constexpr (kTo == DType::kFloat32) {
     return V::bit_or(magnitude, sign);
+  } else if constexpr (kTo == DType::kInt8) {
+    return V::bit_and(V::round(V::as_float(V::bit_or(magnitude, sign))), V::set(0xFF));
   } else if constexpr (kTo == DType::kFloat16) {
     return V::half_codes(V::as_float(V::bit_or(magnitude, sign)));
   } else {
@@ -102,8 +107,10 @@ inline I encode(F value, std::int64_t& saturated) {
   const M special = V::greater(magnitude, V::set(last_fitting<kTo>()));
   if (__builtin_expect(!V::any(special), 1)) return round_to<kTo>(magnitude, sign);
   const M nan = V::greater(magnitude, V::set(0x7F800000));
-  saturated += V::count(special) - V::count(nan);
+  saturated += V::count(special);
   magnitude = V::select(special, magnitude, V::set(largest_bits<kTo>()));
+  if constexpr (kTo == DType::kInt8) return V::select(nan, round_to<kTo>(magnitude, sign), V::set(0));
+  saturated -= V::count(nan);
   return V::select(nan, round_to<kTo>(magnitude, sign), V::set(static_cast<std::int32_t>(format_of(kTo).nan)));
 }
 
@@ -117,14 +124,14 @@ inline void convert_vector(Bytes* dst, const Bytes* src, F multiplier, std::int6
 }
 
 template <DType kFrom, DType kTo>
-std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplier) {
+std::uint64_t convert_rows(const Rows& rows, std::int64_t count, const float* multipliers, std::int64_t step_of_row) {
   constexpr int from = item_size(kFrom);
   constexpr int to = item_size(kTo);
   constexpr int lanes = V::kLanes;
   constexpr int step = 64 / (from < to ? from : to);  // elements of a line of the narrower side
-  const F factor = V::set_float(multiplier);
   std::int64_t saturated = 0;
   for (std::int64_t r = 0; r < rows.count; ++r) {
+    const F factor = V::set_float(multipliers[r * step_of_row]);
     const Bytes* in = rows.src + r * rows.src_step;
     Bytes* out = rows.dst + r * rows.dst_step;
     std::int64_t left = count;
@@ -145,9 +152,53 @@ std::uint64_t convert_rows(const Rows& rows, std::int64_t count, float multiplie
       std::memcpy(from_tail, in, static_cast<std::size_t>(left * from));
       convert_vector<kFrom, kTo>(to_tail, from_tail, factor, saturated);
       std::memcpy(out, to_tail, static_cast<std::size_t>(left * to));
+      if constexpr (kTo == DType::kInt8) {
+        // Lanes behind the row hold 0. A multiplier that is not finite makes them NaN, which counts in int8.
+        const bool counted = !(0.0f * multipliers[r * step_of_row] == 0.0f);
+        if (counted) saturated -= lanes - left;
+      }
     }
   }
   return static_cast<std::uint64_t>(saturated);
+}
+
+// Bits of the magnitudes, whose order as integers is that of the magnitudes; 0 for NaN.
+template <DType kFrom>
+inline I magnitude_of(const Bytes* at) {
+  const I magnitude = V::bit_and(V::as_int(decode<kFrom>(at)), V::set(0x7FFFFFFF));
+  return V::select(V::greater(magnitude, V::set(0x7F800000)), magnitude, V::set(0));
+}
+
+template <DType kFrom>
+void amax_rows(const Rows& rows, std::int64_t count, float* amax) {
+  constexpr int size = item_size(kFrom);
+  constexpr int lanes = V::kLanes;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const Bytes* in = rows.src + r * rows.src_step;
+    I even = V::as_int(V::set_float(amax[r]));
+    I odd = even;
+    std::int64_t left = count;
+    for (; left >= 2 * lanes; left -= 2 * lanes, in += 2 * lanes * size) {
+      __builtin_prefetch(in + rows.src_ahead);
+      even = V::max(even, magnitude_of<kFrom>(in));
+      odd = V::max(odd, magnitude_of<kFrom>(in + lanes * size));
+    }
+    if (left >= lanes) {
+      even = V::max(even, magnitude_of<kFrom>(in));
+      left -= lanes;
+      in += lanes * size;
+    }
+    if (left > 0) {
+      Bytes tail[lanes * size] = {};
+      std::memcpy(tail, in, static_cast<std::size_t>(left * size));
+      odd = V::max(odd, magnitude_of<kFrom>(tail));
+    }
+    std::int32_t found[lanes];
+    V::store_u32(reinterpret_cast<Bytes*>(found), V::max(even, odd));
+    std::int32_t most = found[0];
+    for (int i = 1; i < lanes; ++i) most = found[i] > most ? found[i] : most;
+    std::memcpy(amax + r, &most, 4);
+  }
 }
 
 template <DType kFrom>
@@ -160,11 +211,13 @@ constexpr void fill_row(Kernels& set) {
   row[4] = convert_rows<kFrom, DType::kFloat8E4M3FNUZ>;
   row[5] = convert_rows<kFrom, DType::kFloat8E5M2>;
   row[6] = convert_rows<kFrom, DType::kFloat8E5M2FNUZ>;
+  row[7] = convert_rows<kFrom, DType::kInt8>;
+  set.amax_rows[static_cast<int>(kFrom) - 1] = amax_rows<kFrom>;
 }
 
 constexpr Kernels make_kernels(const char* name) {
   Kernels set{name, copy_rows, copy_rows_sum, {transpose<1>, transpose<2>, transpose<4>, transpose<8>, transpose<16>},
-              {},   checksum};
+              {},   {},        checksum};
   fill_row<DType::kFloat32>(set);
   fill_row<DType::kFloat16>(set);
   fill_row<DType::kBFloat16>(set);
@@ -172,6 +225,7 @@ constexpr Kernels make_kernels(const char* name) {
   fill_row<DType::kFloat8E4M3FNUZ>(set);
   fill_row<DType::kFloat8E5M2>(set);
   fill_row<DType::kFloat8E5M2FNUZ>(set);
+  fill_row<DType::kInt8>(set);
   return set;
 }
 

@@ -26,7 +26,7 @@ void fill(Lookup& table, float multiplier) {
   alignas(64) Bytes codes[256];
   alignas(64) Bytes results[256 * item_size(kTo)];
   for (int i = 0; i < 256; ++i) codes[i] = static_cast<Bytes>(i);
-  convert_rows<kFrom, kTo>(Rows{results, codes, 1, 0, 0, 0, 0}, 256, multiplier);
+  convert_rows<kFrom, kTo>(Rows{results, codes, 1, 0, 0, 0, 0}, 256, &multiplier, 0);
   table.clamps = false;
   for (int i = 0; i < 256; i += 16) {
     const F value = V::mul_float(decode<kFrom>(codes + i), V::set_float(multiplier));
@@ -59,9 +59,10 @@ struct Plane {
 };
 
 template <DType kFrom, DType kTo>
-std::uint64_t lookup_rows(const Rows& rows, std::int64_t count, float multiplier) {
+std::uint64_t lookup_rows(const Rows& rows, std::int64_t count, const float* multipliers, std::int64_t step) {
   constexpr int size = item_size(kTo);
-  if (rows.count * count < 256) return convert_rows<kFrom, kTo>(rows, count, multiplier);
+  if (step != 0 || rows.count * count < 256) return convert_rows<kFrom, kTo>(rows, count, multipliers, step);
+  const float multiplier = *multipliers;
   std::uint32_t key;
   std::memcpy(&key, &multiplier, 4);
   Lookup& table = t_lookup;

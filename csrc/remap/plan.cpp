@@ -131,7 +131,7 @@ std::uint64_t ConvertPlan::run(const Kernels& kernels, const Move& move, float m
   std::uint64_t saturated = 0;
   const auto convert = kernels.convert_rows[from_][to_];
   for_each(outer_, num_outer_, move.dst, move.src, [&](Bytes* out, const Bytes* in) {
-    saturated += convert({out, in, a_.count, a_.dst, a_.src, move.dst_ahead, move.src_ahead}, count_, multiplier);
+    saturated += convert({out, in, a_.count, a_.dst, a_.src, move.dst_ahead, move.src_ahead}, count_, &multiplier, 0);
   });
   return saturated;
 }

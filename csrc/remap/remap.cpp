@@ -7,6 +7,7 @@
 
 #include "remap/isa.h"
 #include "remap/job.h"
+#include "remap/scaled.h"
 #include "remap/threads.h"
 
 namespace hetkv {
@@ -87,7 +88,7 @@ class Work {
     while (count < kMaxGroup && first + count < num_jobs_) {
       const RemapJob& a = jobs_[first];
       const RemapJob& b = jobs_[first + count];
-      if (a.tokens != b.tokens || a.heads != b.heads) break;
+      if (a.tokens != b.tokens || a.heads != b.heads || a.scaled() || b.scaled()) break;
       if (!shares_blocks(a.src, b.src) && !shares_blocks(a.dst, b.dst)) break;
       ++count;
     }
@@ -99,11 +100,17 @@ class Work {
                  RemapResult& result) const {
     const std::int64_t tokens = jobs_[first].tokens;
     const std::int64_t heads = jobs_[first].heads;
-    const bool by_head = tokens < 64 * parts_ && heads >= parts_;
+    const bool by_head = tokens < 64 * parts_ && heads >= parts_ && !jobs_[first].joint;
     const std::int64_t whole = by_head ? heads : tokens;
     const std::int64_t grain = by_head ? 1 : std::clamp<std::int64_t>(tokens / (4 * parts_), 1, 64);
     const std::int64_t start = cut(from, size, whole, grain);
     const std::int64_t stop = cut(to, size, whole, grain);
+    if (jobs_[first].scaled()) {
+      const ScaledRunner runner(jobs_[first], kernels_, seed_);
+      if (by_head) runner.run(0, tokens, start, stop, result);
+      if (!by_head) runner.run(start, stop, 0, heads, result);
+      return;
+    }
     std::optional<JobRunner> runners[kMaxGroup];
     for (std::size_t i = 0; i < count; ++i) {
       runners[i].emplace(jobs_[first + i], kernels_, seed_);
@@ -127,8 +134,9 @@ class Work {
     return static_cast<std::int64_t>(share * static_cast<double>(whole)) / grain * grain;
   }
 
-  // Payload parts whose tokens are not whole words are summed once all of the job has been moved.
+  // Payload parts whose tokens are not whole words, and scales, are summed once all of the job has been moved.
   std::uint64_t sum_whole(const RemapJob& job) const {
+    if (job.scaled()) return ScaledRunner(job, kernels_, seed_).sum_rest();
     if (job.wire == WireSide::kNone || JobRunner(job, kernels_, seed_).sums_in_parts()) return 0;
     const SegmentMap& wire = job.wire == WireSide::kSource ? job.src.map : job.dst.map;
     const auto* data = reinterpret_cast<const Bytes*>(static_cast<std::uintptr_t>(wire.base));

@@ -19,10 +19,25 @@ struct RemapSide {
 
 enum class WireSide : std::uint8_t { kNone = 0, kSource = 1, kDestination = 2 };
 
+// The scales of one side, float32: element = code * scale. A map of their own, whose channels are the groups of
+// `channels_per_scale` channels each; block table, first token and first head are the side's. With head_stride 0 all
+// heads of the pool share them.
+struct RemapScales {
+  SegmentMap map;  // base 0: this side has no scales, or they move in a job of their own
+  std::int32_t channels_per_scale = 0;
+};
+
 // Moves `tokens x heads x channels` elements of one segment. dst = convert(src * multiplier[head]), computed in
 // float32, rounded to nearest even, saturating to the target's largest finite value (NaN stays NaN); convert.h has the
 // rules. Equal dtypes with no multipliers are moved bit for bit; int8 and uint8 are only moved. Source and destination
 // memory do not overlap.
+//
+// With scales on either side, for each token, head and group of channels, in float32 (convert.h has the functions):
+//   multiplier = source's scale * multipliers[head], each 1.0 where there is none
+//   only the source has scales:     dst = convert(src * multiplier)
+//   the destination has scales:     scale = scale_of(largest |src| * multiplier over the destination's group, ...)
+//                                   dst = convert(src * factor_of(multiplier, scale)), and the scale is written
+// int8 converts here; both dtypes are floats or int8. The channels of a group of one side divide those of the other.
 struct RemapJob {
   RemapSide src;
   RemapSide dst;
@@ -34,6 +49,11 @@ struct RemapJob {
   // A wire side is always a canonical map whose base is the first byte of the job's part of the payload.
   WireSide wire = WireSide::kNone;
   std::uint64_t wire_offset = 0;  // of that part from the start of the payload, in bytes; a multiple of 8
+  RemapScales src_scales, dst_scales;
+  bool joint = false;                   // the destination's scales are one for all heads of the job, not one a head
+  std::uint64_t wire_scale_offset = 0;  // as wire_offset, of the scales of the wire side, which are canonical too
+
+  bool scaled() const { return src_scales.map.base != 0 || dst_scales.map.base != 0; }
 };
 
 struct RemapResult {

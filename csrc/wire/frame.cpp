@@ -46,6 +46,34 @@ Status check_segment(const FrameBytes& raw, std::size_t i, std::uint8_t minor) {
   return {};
 }
 
+Status check_scales(const FrameBytes& raw) {
+  const std::string encoding = "frame: scale_encoding is " + to_string(raw.scale_encoding);
+  if ((raw.scale_encoding & ~raw.segments) != 0) return malformed(encoding + ", which names an absent segment");
+  const std::array<int, kMaxSegments> scales = scales_of(raw.segments, raw.scale_encoding);
+  for (const int scale : scales) {
+    if (scale >= 0 && (raw.scale_encoding >> scale & 1) != 0) {
+      return malformed(encoding + ", but segments is " + to_string(raw.segments) + ": too few for the scales");
+    }
+  }
+  for (std::size_t i = 0; i < kMaxSegments; ++i) {
+    if (scales[i] < 0) continue;
+    const auto at_scale = static_cast<std::size_t>(scales[i]);
+    if (raw.dtypes[i] < static_cast<std::uint8_t>(DType::kFloat8E4M3FN) ||
+        raw.dtypes[i] > static_cast<std::uint8_t>(DType::kInt8)) {
+      return malformed(at("dtypes", i) + " is " + to_string(raw.dtypes[i]) + ", which takes no scales");
+    }
+    if (raw.dtypes[at_scale] != static_cast<std::uint8_t>(DType::kFloat32)) {
+      return malformed(at("dtypes", at_scale) + " is " + to_string(raw.dtypes[at_scale]) +
+                       ", but scales are float32 (1)");
+    }
+    if (raw.channels[i] % raw.channels[at_scale] != 0) {
+      return malformed(at("channels", i) + " is " + to_string(raw.channels[i]) + ", which " +
+                       to_string(raw.channels[at_scale]) + " scales do not divide");
+    }
+  }
+  return {};
+}
+
 Status check_payload(const Frame& frame) {
   const PayloadLayout layout = payload_layout(frame);
   if (layout.total > kMaxPayloadBytes) {
@@ -68,6 +96,21 @@ Status check_payload(const Frame& frame) {
 }
 
 }  // namespace
+
+std::array<int, kMaxSegments> scales_of(std::uint16_t segments, std::uint8_t scale_encoding) {
+  std::array<int, kMaxSegments> scales;
+  scales.fill(-1);
+  int scale = static_cast<int>(kMaxSegments);
+  for (int i = static_cast<int>(kMaxSegments) - 1; i >= 0; --i) {  // the last of both, then the one before
+    if ((scale_encoding >> i & 1) == 0) continue;
+    do {
+      --scale;
+    } while (scale >= 0 && (segments >> scale & 1) == 0);
+    if (scale < 0) break;
+    scales[static_cast<std::size_t>(i)] = scale;
+  }
+  return scales;
+}
 
 PayloadLayout payload_layout(const Frame& frame) {
   PayloadLayout layout;
@@ -97,11 +140,13 @@ Status decode(const std::uint8_t* data, std::size_t size, Frame* body) {
   if (Status status = check_interval("head", raw.head_start, raw.head_stop); !status.ok()) return status;
   if (Status status = check_interval("token", raw.token_start, raw.token_stop); !status.ok()) return status;
   if (raw.reserved != 0) return malformed("frame: reserved is " + to_string(raw.reserved) + ", not 0");
-  if (raw.scale_encoding != 0) return unknown_code("frame: scale_encoding", raw.scale_encoding, found.minor);
+  if (raw.scale_encoding >> kMaxSegments != 0)
+    return unknown_code("frame: scale_encoding", raw.scale_encoding, found.minor);
   if (raw.codec != 0) return unknown_code("frame: codec", raw.codec, found.minor);
   for (std::size_t i = 0; i < kMaxSegments; ++i) {
     if (Status status = check_segment(raw, i, found.minor); !status.ok()) return status;
   }
+  if (Status status = check_scales(raw); !status.ok()) return status;
 
   Frame frame;
   frame.group = raw.group;

@@ -15,7 +15,7 @@
 namespace hetkv::wire {
 
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 0;
+constexpr std::uint8_t kMinor = 1;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
 constexpr std::size_t kMaxReasonBytes = 512;
@@ -56,9 +56,9 @@ struct Frame {
   std::uint32_t head_stop = 0;
   std::uint64_t token_start = 0;  // of the sequence, half-open
   std::uint64_t token_stop = 0;
-  std::array<std::uint8_t, kMaxSegments> dtypes{};     // DType per segment; 0 where absent
-  std::uint8_t scale_encoding = 0;                     // 0: none, or static and agreed at the handshake
-  std::uint8_t codec = 0;                              // 0: plain
+  std::array<std::uint8_t, kMaxSegments> dtypes{};  // DType per segment; 0 where absent
+  std::uint8_t scale_encoding = 0;  // bit i: segment i is scaled by a part of this payload (see scales_of)
+  std::uint8_t codec = 0;           // 0: plain
   std::array<std::uint32_t, kMaxSegments> channels{};  // per segment; 0 where absent
   std::uint32_t slot = 0;
   std::uint32_t generation = 0;
@@ -76,6 +76,11 @@ struct PayloadLayout {
 };
 // From segments, heads, tokens, channels and dtypes of `frame`, whose intervals are not reversed.
 PayloadLayout payload_layout(const Frame& frame);
+
+// Which segments hold the scales of a frame's scaled segments: item i is the segment that scales segment i, or -1. The
+// last n present segments are scales where scale_encoding has n bits, in the order of the segments that they scale.
+// Meaningful for a frame that decode() has accepted.
+std::array<int, kMaxSegments> scales_of(std::uint16_t segments, std::uint8_t scale_encoding);
 
 struct TokenRange {
   std::uint64_t start = 0;

@@ -1,4 +1,4 @@
-"""Two processes, a sender and a receiver with unlike pools, for `hetkv bench transfer` and `hetkv probe`."""
+"""Processes of a sender and a receiver with unlike pools, for `hetkv bench transfer` and `hetkv probe`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.config import TransferConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hetkv.pool import KVPool
+    from hetkv.spec import KVSpec, Shard
 
 HEADS, HEAD_DIM = 8, 128
 TOKEN_BYTES = HEADS * HEAD_DIM * 2
@@ -35,13 +37,26 @@ class PairError(HetkvError):
 
 
 class Shape(NamedTuple):
-    """What one request moves, and the two layouts."""
+    """What one request moves, the two layouts, and over how many ranks each side splits its heads."""
 
     layers: int
     tokens: int
     source: tuple[str, int] = ("nhd", 16)
     """Preset and block size of the sender's pool."""
     destination: tuple[str, int] = ("hnd", 64)
+    tp: tuple[int, int] = (1, 1)
+
+    @property
+    def spec(self) -> KVSpec:
+        from hetkv.spec import KVSpec
+
+        return KVSpec.uniform(self.layers, HEADS, HEAD_DIM)
+
+    def shards(self, side: int) -> list[Shard]:
+        """Of all ranks of the sender (0) or the receiver (1)."""
+        from hetkv.spec import Shard
+
+        return [Shard.of(self.spec, self.tp[side], rank) for rank in range(self.tp[side])]
 
     @property
     def payload_bytes(self) -> int:
@@ -50,11 +65,17 @@ class Shape(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """One request. Times in seconds."""
+    """One request of one process. Times in seconds of the host's monotonic clock."""
 
-    seconds: float
-    """From the first `send_layer` until the sender knows that the receiver has verified every layer."""
+    began: float
+    """Before the first `send_layer`."""
+    ended: float
+    """When the sender knows that the receiver has verified every layer."""
     send_layer_s: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
 
 
 def values(tokens: int) -> torch.Tensor:
@@ -69,98 +90,139 @@ def part(base: torch.Tensor, layer: int, segment: str) -> torch.Tensor:
     return base.roll(2 * layer + (segment == "v"), dims=0)
 
 
-def make_pool(shape: Shape, side: tuple[str, int], seed: int) -> tuple[KVPool, list[int]]:
-    """A pool that holds one request exactly, and the request's block ids in shuffled order."""
+def make_pool(shape: Shape, side: tuple[str, int], seed: int, shard: Shard | None = None) -> tuple[KVPool, list[int]]:
+    """A rank's pool that holds one request exactly, and the request's block ids in shuffled order."""
     import torch
 
     from hetkv.pool import KVPool
-    from hetkv.spec import KVSpec
 
     layout, block_size = side
     blocks = -(-shape.tokens // block_size)
-    pool = KVPool.allocate(
-        KVSpec.uniform(shape.layers, HEADS, HEAD_DIM), blocks, layout=layout, block_size=block_size, dtype="bf16"
-    )
+    pool = KVPool.allocate(shape.spec, blocks, layout=layout, block_size=block_size, dtype="bf16", shard=shard)
     return pool, torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class _SenderSide:
-    def __init__(self, shape: Shape, config: TransferConfig, secret: bytes) -> None:
-        from hetkv.transfer import Sender
+class _Side:
+    """Some ranks of one side, in this process."""
 
-        self.shape = shape
-        self.pool, self.blocks = make_pool(shape, shape.source, 1)
-        base = values(shape.tokens)
-        block_size = shape.source[1]
-        for layer in range(shape.layers):
-            for segment in "kv":
-                view = self.pool.view(layer, segment)
-                rows = part(base, layer, segment)
-                for start in range(0, shape.tokens, block_size):
-                    chunk = rows[start : start + block_size]
-                    target = view[self.blocks[start // block_size]][: len(chunk)]
-                    target.copy_(chunk.reshape(target.shape))
-        self.node = Sender(self.pool, secret=secret, instance="bench-sender", config=config)
-
-    def listen(self) -> str:
-        return self.node.listen()
-
-    def run(self, request: str) -> Sent:
-        transmission = self.node.send(request, self.blocks, self.shape.tokens)
-        time.sleep(TICKET_S)
-        calls = []
-        began = time.perf_counter()
-        for layer in range(self.shape.layers):
-            before = time.perf_counter()
-            transmission.send_layer(layer)
-            calls.append(time.perf_counter() - before)
-        transmission.wait(REPLY_S / 2)
-        seconds = time.perf_counter() - began
-        return Sent(seconds, calls)
+    def __init__(
+        self, kind: type[Any], index: int, shape: Shape, config: TransferConfig, secret: bytes, ranks: Sequence[int]
+    ) -> None:
+        self.shape, self.ranks = shape, ranks
+        shards = shape.shards(index)
+        made = [make_pool(shape, (shape.source, shape.destination)[index], 1 + index, shards[r]) for r in ranks]
+        self.pools, self.blocks = [pool for pool, _ in made], made[0][1]
+        self.nodes = [
+            kind(
+                pool,
+                secret=secret,
+                instance=f"bench-{kind.role}",
+                rank=rank,
+                instance_shards=shards if len(shards) > 1 else (),
+                config=config,
+            )
+            for rank, pool in zip(ranks, self.pools, strict=True)
+        ]
 
     def stats(self) -> dict[str, int]:
-        return dict(self.node.stats())
+        """Counters, added over the ranks."""
+        counters: Counter[str] = Counter()
+        for node in self.nodes:
+            counters.update(node.stats())
+        return dict(counters)
+
+    def trace(self) -> list[Any]:
+        return [span for node in self.nodes for span in node.engine.take_trace()]
+
+    def cpu(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
 
 
-class _ReceiverSide:
-    def __init__(self, shape: Shape, config: TransferConfig, secret: bytes) -> None:
+class _SenderSide(_Side):
+    def __init__(self, *arguments: Any) -> None:
+        from hetkv.transfer import Sender
+
+        super().__init__(Sender, 0, *arguments)
+        shape = self.shape
+        base = values(shape.tokens)
+        block_size = shape.source[1]
+        for pool in self.pools:
+            for layer in range(shape.layers):
+                heads = slice(*pool.shard.heads[layer])
+                for segment in "kv":
+                    view = pool.view(layer, segment)
+                    rows = part(base, layer, segment)[:, heads]
+                    for start in range(0, shape.tokens, block_size):
+                        chunk = rows[start : start + block_size]
+                        target = view[self.blocks[start // block_size]][: len(chunk)]
+                        target.copy_(chunk.reshape(target.shape))
+
+    def listen(self) -> list[str]:
+        return [node.listen() for node in self.nodes]
+
+    def run(self, request: str) -> Sent:
+        transmissions = [node.send(request, self.blocks, self.shape.tokens) for node in self.nodes]
+        time.sleep(TICKET_S)
+        calls = []
+        began = time.monotonic()
+        for layer in range(self.shape.layers):
+            for transmission in transmissions:
+                before = time.perf_counter()
+                transmission.send_layer(layer)
+                calls.append(time.perf_counter() - before)
+        for transmission in transmissions:
+            transmission.wait(REPLY_S / 2)
+        return Sent(began, time.monotonic(), calls)
+
+
+class _ReceiverSide(_Side):
+    def __init__(self, *arguments: Any) -> None:
         from hetkv.transfer import Receiver
 
-        self.shape = shape
-        self.pool, self.blocks = make_pool(shape, shape.destination, 2)
-        self.node = Receiver(self.pool, secret=secret, instance="bench-receiver", config=config)
-        self.reception: Any = None
+        super().__init__(Receiver, 1, *arguments)
+        self.receptions: list[Any] = []
 
-    def connect(self, address: str) -> None:
-        self.node.connect(address)
+    def connect(self, addresses: list[str]) -> None:
+        """To every rank of the sender that holds heads of a rank here."""
+        from hetkv.reshard import overlap
+
+        for node in self.nodes:
+            for address, shard in zip(addresses, self.shape.shards(0), strict=True):
+                if any(overlap(self.shape.spec, shard, node.pool.shard)):
+                    node.connect(address)
 
     def receive(self, request: str) -> None:
-        self.reception = self.node.receive(request, self.blocks, self.shape.tokens)
+        self.receptions = [node.receive(request, self.blocks, self.shape.tokens) for node in self.nodes]
 
     def wait(self) -> None:
-        self.reception.wait(REPLY_S / 2)
+        for reception in self.receptions:
+            reception.wait(REPLY_S / 2)
 
     def verify(self) -> int:
-        """Compare every value of the pool with what the sender's pool holds; returns the bytes compared."""
+        """Compare every value of the pools with what the sender's pools hold; returns the bytes compared."""
         import torch
 
         base, compared = values(self.shape.tokens), 0
-        for layer in range(self.shape.layers):
-            for segment in "kv":
-                found = self.pool.view(layer, segment)[self.blocks].flatten(3).flatten(0, 1)[: self.shape.tokens]
-                if not torch.equal(found, part(base, layer, segment)):
-                    raise PairError(f"layer {layer}, {segment}: the receiver's pool differs from the sender's")
-                compared += found.numel() * found.element_size()
+        for pool in self.pools:
+            for layer in range(self.shape.layers):
+                heads = slice(*pool.shard.heads[layer])
+                for segment in "kv":
+                    found = pool.view(layer, segment)[self.blocks].flatten(3).flatten(0, 1)[: self.shape.tokens]
+                    if not torch.equal(found, part(base, layer, segment)[:, heads]):
+                        raise PairError(f"layer {layer}, {segment}: the receiver's pool differs from the sender's")
+                    compared += found.numel() * found.element_size()
         return compared
 
     def clear(self) -> None:
-        """Zero the pool, so that `verify` sees only what comes afterwards."""
-        for layer in range(self.shape.layers):
-            for segment in "kv":
-                self.pool.view(layer, segment).zero_()
-
-    def stats(self) -> dict[str, int]:
-        return dict(self.node.stats())
+        """Zero the pools, so that `verify` sees only what comes afterwards."""
+        for pool in self.pools:
+            for layer in range(self.shape.layers):
+                for segment in "kv":
+                    pool.view(layer, segment).zero_()
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -178,17 +240,12 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
             if method == "close":
                 break
             try:
-                answer = time.process_time() if method == "cpu" else None
-                if method == "trace":
-                    answer = side.node.engine.take_trace()
-                elif method != "cpu":
-                    answer = getattr(side, method)(*rest)
-                connection.send((True, answer))
+                connection.send((True, getattr(side, method)(*rest)))
             except Exception as error:
                 connection.send((False, f"{type(error).__name__}: {error}"))
     except EOFError:
         pass
-    side.node.close()
+    side.close()
 
 
 class _Child:
@@ -228,56 +285,68 @@ class _Child:
 
 
 class Pair:
-    """A connected sender and receiver in two processes of their own. Close it, or use it with `with`."""
+    """A connected sender and receiver, a process a rank, or (`together`) a process a side. Close it, or use `with`."""
 
-    def __init__(self, shape: Shape, config: TransferConfig | None = None) -> None:
+    def __init__(self, shape: Shape, config: TransferConfig | None = None, *, together: bool = False) -> None:
         if shape.layers < 1 or shape.tokens < 1:
             raise InputError(f"{shape.layers} layers of {shape.tokens} tokens: at least one of each")
         self.shape = shape
         self.requests = 0
         arguments = (shape, config or TransferConfig(), os.urandom(32))
-        self.sender = _Child("sender", _SenderSide, arguments)
-        self.receiver = _Child("receiver", _ReceiverSide, arguments)
+
+        def children(name: str, make: Callable[..., Any], tp: int) -> list[_Child]:
+            ranks = [list(range(tp))] if together else [[rank] for rank in range(tp)]
+            return [_Child(name, make, (*arguments, held)) for held in ranks]
+
+        self.senders = children("sender", _SenderSide, shape.tp[0])
+        self.receivers = children("receiver", _ReceiverSide, shape.tp[1])
         try:
-            self.sender.answer()
-            self.receiver.answer()
-            self.receiver.ask("connect", self.sender.ask("listen"))
+            for child in self.senders + self.receivers:
+                child.answer()
+            addresses = [address for sender in self.senders for address in sender.ask("listen")]
+            ask_all(self.receivers, "connect", addresses)
         except BaseException:
             self.close()
             raise
 
     def send(self) -> Sent:
-        """Move one whole request, pool to pool; its ticket is there before the clock starts."""
+        """Move one whole request, pool to pool; its ticket is there before the clock starts.
+
+        It begins with the first rank that sends and ends with the last that knows its part verified.
+        """
         self.requests += 1
         request = f"bench-{self.requests}"
-        self.receiver.ask("receive", request)
-        sent: Sent = self.sender.ask("run", request)
-        self.receiver.ask("wait")
-        return sent
+        ask_all(self.receivers, "receive", request)
+        sent: list[Sent] = ask_all(self.senders, "run", request)
+        ask_all(self.receivers, "wait")
+        calls = [call for one in sent for call in one.send_layer_s]
+        return Sent(min(one.began for one in sent), max(one.ended for one in sent), calls)
 
     def verify(self) -> int:
-        """Send once more into a zeroed pool and compare every byte of it; returns the bytes compared."""
-        self.receiver.ask("clear")
+        """Send once more into zeroed pools and compare every byte of them; returns the bytes compared."""
+        ask_all(self.receivers, "clear")
         self.send()
-        compared: int = self.receiver.ask("verify")
-        return compared
+        return sum(ask_all(self.receivers, "verify"))
 
     def reach(self) -> str:
-        """How payloads got there, by the sender's own count: `shared`, `put`, or `mixed`."""
-        stats = self.sender.ask("stats")
-        direct, frames = stats["direct_frames"], stats["frames"]
+        """How payloads got there, by the senders' own count: `shared`, `put`, or `mixed`."""
+        stats = ask_all(self.senders, "stats")
+        direct, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "frames"))
         return "shared" if direct == frames else "put" if direct == 0 else "mixed"
 
     def idle_cpu(self, seconds: float) -> list[float]:
-        """Share of a core that each process uses while nothing is sent: sender, receiver."""
-        before = [child.ask("cpu") for child in (self.sender, self.receiver)]
+        """Share of a core that each process uses while nothing is sent: senders, receivers."""
+        before = self.cpu()
         time.sleep(seconds)
-        after = [child.ask("cpu") for child in (self.sender, self.receiver)]
-        return [(b - a) / seconds for a, b in zip(before, after, strict=True)]
+        return [(b - a) / seconds for a, b in zip(before, self.cpu(), strict=True)]
+
+    def cpu(self) -> list[float]:
+        """Processor seconds that each process has used: senders, receivers."""
+        return ask_all(self.senders + self.receivers, "cpu")
 
     def close(self) -> None:
-        """End both processes."""
-        for child in (self.receiver, self.sender):
+        """End all processes."""
+        for child in self.receivers + self.senders:
             child.close()
 
     def __enter__(self) -> Self:
@@ -285,6 +354,13 @@ class Pair:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def ask_all(children: Sequence[_Child], *message: Any) -> list[Any]:
+    """The same question to several processes at once; their answers in order."""
+    for child in children:
+        child.pipe.send(message)
+    return [child.answer() for child in children]
 
 
 def gb_s(payload_bytes: int, seconds: list[float]) -> float:

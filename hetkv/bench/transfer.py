@@ -14,36 +14,57 @@ import json
 import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetkv.bench import peers as others
 from hetkv.bench import ucx
-from hetkv.bench.pair import TOKEN_BYTES, Pair, Sent, Shape
+from hetkv.bench.pair import HEADS, TOKEN_BYTES, Pair, Sent, Shape
 from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError
 
 MIB, KIB = 1 << 20, 1 << 10
-TARGETS = {"ratio_ucx": 0.45, "ratio_nixl": 2.5}
+TARGETS = {"ratio_ucx": 0.45, "ratio_nixl": 2.5, "ratio_unsharded": 0.75}
 """Least ratios at layers of 16 MiB and blocks of 32 KiB."""
+UNSHARDED = (1, 1)
 PEER_LAYERS = 4
 """Layers that a peer moves at most in one repetition: several are slow."""
 
 
-class Subject:
-    """One reach and layout of hetkv: a pair of processes that lives through all rounds, and what it measured."""
+class Case(NamedTuple):
+    """One way to move the request."""
 
-    def __init__(self, shape: Shape, config: TransferConfig) -> None:
-        self.pair = Pair(shape, config)
+    reach: str
+    """`auto` or `put`."""
+    to: tuple[str, int]
+    """Layout and block size of the receiver."""
+    tp: tuple[int, int] = UNSHARDED
+    together: bool = False
+    """All ranks of a side in one process."""
+
+
+class Subject:
+    """One case of hetkv: processes that live through all rounds, and what they measured."""
+
+    def __init__(self, shape: Shape, config: TransferConfig, together: bool = False) -> None:
+        self.pair = Pair(shape, config, together=together)
         self.rounds: list[list[Sent]] = []
+        self.cpu_s: list[float] = []
+        """Processor seconds a request of each round, all processes together."""
 
     def run(self, reps: int) -> None:
         self.pair.send()  # the first after a rest finds cold caches
+        before = sum(self.pair.cpu())
         self.rounds.append([self.pair.send() for _ in range(reps)])
+        self.cpu_s.append((sum(self.pair.cpu()) - before) / reps)
 
     def gb_s(self) -> list[float]:
         """Of each round, at its median time."""
         total = self.pair.shape.payload_bytes / 1e9
         return [total / statistics.median(sent.seconds for sent in sents) for sents in self.rounds]
+
+    def cpu_s_per_gb(self) -> float:
+        """Of the median round; spinning counts."""
+        return statistics.median(self.cpu_s) / (self.pair.shape.payload_bytes / 1e9)
 
     def send_layer_us(self) -> float:
         """Median time of a `send_layer` call."""
@@ -62,6 +83,14 @@ def parse_layout(text: str) -> tuple[str, int]:
     return name, int(size)
 
 
+def parse_tp(text: str) -> tuple[int, int]:
+    """`SENDER:RECEIVER`, the ranks over which each splits its 8 heads."""
+    sender, _, receiver = text.partition(":")
+    if not (sender.isdigit() and receiver.isdigit() and 1 <= int(sender) <= HEADS and 1 <= int(receiver) <= HEADS):
+        raise InputError(f"--tp {text}: give SENDER:RECEIVER, each from 1 to {HEADS}, for example 2:1")
+    return int(sender), int(receiver)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv bench transfer`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -77,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LAYOUT:BLOCK_SIZE",
         help="the receiver's pool; repeatable (default hnd:64 and rocm:64)",
+    )
+    parser.add_argument(
+        "--tp",
+        action="append",
+        default=[],
+        metavar="SENDER:RECEIVER",
+        help="also the same bytes between so many ranks, each a process and all of a side in one; repeatable",
     )
     parser.add_argument(
         "--reach", choices=("auto", "put", "both"), default="both", help="auto: straight into the window if it can"
@@ -121,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = check(args)
     targets = [parse_layout(text) for text in args.to or ["hnd:64", "rocm:64"]]
+    sharded = [tp for tp in map(parse_tp, args.tp) if tp != UNSHARDED]
     names, pythons = others.parse_peers(args.peers), others.parse_pythons(args.peer_python)
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     configs = {
@@ -130,12 +167,17 @@ def run(args: argparse.Namespace) -> int:
     block_size = args.block_kib * KIB // TOKEN_BYTES
     console, load = Console(), os.getloadavg()[0]
     with contextlib.ExitStack() as stack, console.status("starting") as status:
-        subjects: dict[tuple[str, tuple[str, int]], Subject] = {}
+        subjects: dict[Case, Subject] = {}
         for to in targets:
             for reach, config in configs.items():
-                subject = Subject(Shape(args.layers, tokens, ("nhd", block_size), to), config)
-                stack.callback(subject.pair.close)
-                subjects[reach, to] = subject
+                cases = [
+                    Case(reach, to),
+                    *(Case(reach, to, tp, together) for tp in sharded for together in (False, True)),
+                ]
+                for case in cases:
+                    shape = Shape(args.layers, tokens, ("nhd", block_size), to, case.tp)
+                    subjects[case] = Subject(shape, config, case.together)
+                    stack.callback(subjects[case].pair.close)
         ucx_rounds, ucx_error, peer_rounds = measure(args, subjects, names, pythons, status.update)
         status.update("checking what arrived")
         verified = {key: subject.pair.verify() for key, subject in subjects.items()}
@@ -144,20 +186,24 @@ def run(args: argparse.Namespace) -> int:
     found = {name: peer_result(rounds) for name, rounds in peer_rounds.items()}
     results = []
     for key, subject in subjects.items():
-        rounds = subject.gb_s()
+        rounds, unsharded = subject.gb_s(), subjects[Case(key.reach, key.to)].gb_s()
         gb_s, ucx_gb_s = statistics.median(rounds), statistics.median(ucx_rounds) if ucx_rounds else None
         row: dict[str, Any] = {
             "block_kib": args.block_kib,
             "layer_mib": args.layer_mib,
             "layers": args.layers,
             "source": f"nhd:{block_size}",
-            "destination": ":".join(map(str, key[1])),
+            "destination": ":".join(map(str, key.to)),
+            "tp": list(key.tp),
+            "processes": "side" if key.together else "rank",
             "reach": reaches[key],
-            "direct": key[0] == "auto",
+            "direct": key.reach == "auto",
             "hetkv_gb_s": round(gb_s, 3),
             "hetkv_gb_s_rounds": rounded(rounds),
             "ucx_gb_s": None if ucx_gb_s is None else round(ucx_gb_s, 3),
             "ucx_gb_s_rounds": rounded(ucx_rounds),
+            "ratio_unsharded": round(gb_s / statistics.median(unsharded), 3),
+            "ratio_unsharded_rounds": rounded([a / b for a, b in zip(rounds, unsharded, strict=True)]),
             "ratio_ucx": None if ucx_gb_s is None else round(gb_s / ucx_gb_s, 3),
             "ratio_ucx_rounds": rounded([a / b for a, b in zip(rounds, ucx_rounds, strict=False)]),
             "peers": found,
@@ -165,6 +211,7 @@ def run(args: argparse.Namespace) -> int:
                 f"ratio_{name}": round(gb_s / peer["gb_s"], 3) if "gb_s" in peer else None
                 for name, peer in found.items()
             },
+            "cpu_s_per_gb": round(subject.cpu_s_per_gb(), 3),
             "send_layer_us": round(subject.send_layer_us(), 2),
             "idle_cpu_percent": rounded([100 * share for share in idle[key]]),
             "verified_bytes": verified[key],
@@ -197,7 +244,7 @@ SETTINGS = ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots",
 
 
 def measure(
-    args: argparse.Namespace, subjects: dict[Any, Subject], names: list[str], pythons: dict[str, str], tell: Any
+    args: argparse.Namespace, subjects: dict[Case, Subject], names: list[str], pythons: dict[str, str], tell: Any
 ) -> tuple[list[float], str | None, dict[str, list[dict[str, Any]]]]:
     """All rounds: GB/s of UCX, why it has none, and what each peer said each time."""
     ucx_rounds: list[float] = []
@@ -207,8 +254,8 @@ def measure(
         if why := others.absent(name, pythons[name]):
             peer_rounds[name].append({"error": why})
     for turn in range(args.rounds):
-        for (reach, to), subject in subjects.items():
-            tell(f"round {turn + 1} of {args.rounds}: hetkv, {reach}, to {to[0]}")
+        for case, subject in subjects.items():
+            tell(f"round {turn + 1} of {args.rounds}: hetkv, {case.reach}, to {case.to[0]}, {ranks(case)}")
             subject.run(args.reps)
         if ucx_error is None:
             tell(f"round {turn + 1} of {args.rounds}: ucx_perftest")
@@ -232,6 +279,11 @@ def measure(
                 )
             )
     return ucx_rounds, ucx_error, peer_rounds
+
+
+def ranks(case: Case) -> str:
+    """`TP 2 to 1`, and whose ranks share a process."""
+    return f"TP {case.tp[0]} to {case.tp[1]}" + (", one process a side" if case.together else "")
 
 
 def peer_result(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -270,22 +322,40 @@ def show(
     from rich.table import Table
 
     table = Table(box=None)
-    heads = ("to", "reach", "GB/s", "rounds", "of UCX", *(f"x {name}" for name in found), "call", "rest")
+    heads = (
+        "to",
+        "TP",
+        "reach",
+        "GB/s",
+        "rounds",
+        "of 1:1",
+        "of UCX",
+        *(f"x {name}" for name in found),
+        "call",
+        "rest",
+    )
     for head in heads:
         table.add_column(head, no_wrap=True)
     for row in results:
         table.add_row(
             row["destination"],
+            ":".join(map(str, row["tp"])) + (" *" if row["processes"] == "side" else ""),
             row["reach"],
             f"{row['hetkv_gb_s']:.2f}",
             spread(row["hetkv_gb_s_rounds"]),
+            f"{row['ratio_unsharded']:.2f}",
             "" if row["ratio_ucx"] is None else f"{row['ratio_ucx']:.2f}",
             *("" if row[f"ratio_{name}"] is None else f"{row[f'ratio_{name}']:.2f}" for name in found),
+            f"{row['cpu_s_per_gb']:.2f}",
             f"{row['send_layer_us']:.1f} us",
             f"{max(row['idle_cpu_percent']):.2f} %",
         )
     console.print(table)
-    console.print("call: median time of send_layer; rest: share of a core that a process uses when nothing is sent")
+    if any(row["processes"] == "side" for row in results):
+        console.print("*: all ranks of a side in one process; else one process a rank")
+    console.print(
+        "CPU: all processes; call: median time of send_layer; rest: a process's share of a core while nothing is sent"
+    )
     beside = Table("beside it", "GB/s", "rounds", "how", box=None)
     first = results[0]
     if first["ucx_gb_s"] is not None:

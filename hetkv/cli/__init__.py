@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "bench": "measure hetkv on this machine, as ratios within one run",
     "probe": "show the reach, lanes and rates that hetkv gets here, or to another host",
     "calibrate": "fit the cost model to measurements; report how well it predicts",
+    "plan": "find what to buy for a traffic and its targets, and how to split it into prefill and decode",
     "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
 }
 
@@ -44,16 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"hetkv {hetkv.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if argv and argv[0] == name:
-            import_module(f"hetkv.cli.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
     try:
+        for name, summary in COMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary)
+            if argv and argv[0] == name:
+                import_module(f"hetkv.cli.{name}").add_arguments(command)
+        args = parser.parse_args(argv)
         check_outputs({name: getattr(args, name, None) for name in OUTPUTS})
         return int(import_module(f"hetkv.cli.{args.command}").run(args))
     except (HetkvError, OSError) as error:
-        print(f"hetkv {args.command}: {error}", file=sys.stderr)
+        print(f"hetkv {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,9 +1,12 @@
-"""`hetkv demo`: a prefill and a decode process with unlike KV pools generate the text that one process generates."""
+"""`hetkv demo`: prefill and decode instances with unlike KV pools generate the text that one process generates."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hetkv.cli import check_outputs
-from hetkv.layout import PRESETS
-from hetkv.runtime.demo import DemoOptions, DemoResult, SideOptions, run_demo
+from hetkv.errors import InputError
+from hetkv.runtime.config import ModelConfig, read_config
+from hetkv.runtime.demo import DECODE_POOL, PREFILL_POOL, DemoOptions, DemoResult, run_demo
+from hetkv.runtime.plan import GRAMMAR, LAYOUTS, InstancePlan, SideOptions, parse_side, read_plan
+from hetkv.spec import Interval
 from hetkv.trace import draw, write_perfetto
-
-_LAYOUTS = [name for name in PRESETS if name not in ("latent", "state")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,75 +28,170 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=defaults.model, metavar="DIR", help="a Hugging Face Llama-family directory")
     parser.add_argument("--prompt", default=defaults.prompt, metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="tokens to generate")
-    for name, side in (("prefill", defaults.prefill), ("decode", defaults.decode)):
-        parser.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
-        parser.add_argument(f"--{name}-layout", choices=_LAYOUTS, default=side.layout)
-        parser.add_argument(f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help="of the KV pool")
+    which = parser.add_argument_group("which instances (default: one of one rank on either side)")
+    for name in ("prefill", "decode"):
+        which.add_argument(
+            f"--{name}", metavar="SHAPE", help=f"{GRAMMAR}: N instances of TP a, PP b; stages of l layers (2xTP2)"
+        )
+    which.add_argument(
+        "--plan", metavar="FILE", help="instances of a plan.yaml: roles, counts, TP, PP, blocks, layouts"
+    )
+    which.add_argument("--requests", type=int, metavar="N", help="default: one for each pair of instances")
+    pools = parser.add_argument_group("their pools (a plan's own choices win)")
+    for name, side in (("prefill", PREFILL_POOL), ("decode", DECODE_POOL)):
+        pools.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
+        pools.add_argument(f"--{name}-layout", choices=LAYOUTS, default=side.layout)
+        pools.add_argument(f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help="of the KV pool")
     parser.add_argument("--compute-dtype", default=defaults.compute_dtype, metavar="DTYPE")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
-    parser.add_argument(
-        "--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of each worker"
-    )
+    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of a rank")
     parser.add_argument("--json", metavar="FILE", help="write the facts for machines")
-    parser.add_argument("--plot", metavar="FILE", help="draw the layer timeline (.svg, .png, .pdf)")
-    parser.add_argument("--trace", metavar="FILE", help="write the timeline as a trace for Perfetto")
+    parser.add_argument("--plot", metavar="FILE", help="draw the first request's timeline (.svg, .png, .pdf)")
+    parser.add_argument("--trace", metavar="FILE", help="write all timelines as a trace for Perfetto")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 where the two texts are identical, 1 where not."""
+    """Run the demo; 0 where all texts are identical to a single process's, 1 where not."""
     check_outputs({"trace": args.trace})
+    instances = _instances(args)
     options = DemoOptions(
         model=args.model,
         prompt=args.prompt,
         max_new_tokens=args.tokens,
-        prefill=SideOptions(block_size=args.prefill_block, layout=args.prefill_layout, dtype=args.prefill_dtype),
-        decode=SideOptions(block_size=args.decode_block, layout=args.decode_layout, dtype=args.decode_dtype),
+        instances=tuple(instances),
+        requests=args.requests,
         compute_dtype=args.compute_dtype,
         chunk=args.chunk,
         rendezvous=args.rendezvous,
         threads=args.threads,
     )
     console = Console(highlight=False)
-    with Console(stderr=True).status("starting a prefill and a decode process"):
-        result, spans = run_demo(options)
-    _show(console, options, result)
+    ranks = sum(instance.ranks for instance in instances)
+    what = "a prefill and a decode process" if ranks == 2 else f"{len(instances)} instances, {ranks} processes"
+    with Console(stderr=True).status(f"starting {what}"), _ended_in_order():
+        result, timelines = run_demo(options)
+    if ranks == 2 and len(result.requests) == 1:
+        _show_pair(console, options, result)
+    else:
+        _show_deployment(console, result, read_config(Path(options.model)))
+    _show_figures(console, result)
     if args.json:
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     if args.trace:
-        write_perfetto(args.trace, spans)
+        write_perfetto(args.trace, [span for timeline in timelines for span in timeline])
     if args.plot:
-        sides = f"{_side(options.prefill)} to {_side(options.decode)}"
-        draw(args.plot, spans, f"KV of {result.prompt_tokens} tokens, {sides}, {result.rendezvous}")
+        tokens, sides = result.requests[0].prompt_tokens, f"{result.prefill} to {result.decode}"
+        draw(args.plot, timelines[0], f"KV of {tokens} tokens, {sides}, {result.rendezvous}")
     if not result.identical:
-        print("hetkv demo: the two texts differ", file=sys.stderr)
+        print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
     return 0 if result.identical else 1
 
 
-def _side(side: SideOptions) -> str:
-    return f"{side.dtype} block {side.block_size} {side.layout}"
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: with all that it started."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _show(console: Console, options: DemoOptions, result: DemoResult) -> None:
+def _instances(args: argparse.Namespace) -> list[InstancePlan]:
+    pools = {
+        role: SideOptions(
+            block_size=getattr(args, f"{role}_block"),
+            layout=getattr(args, f"{role}_layout"),
+            dtype=getattr(args, f"{role}_dtype"),
+        )
+        for role in ("prefill", "decode")
+    }
+    if args.plan is not None:
+        if args.prefill is not None or args.decode is not None:
+            raise InputError("--plan says which instances there are: leave out --prefill and --decode")
+        return read_plan(args.plan, pools["prefill"], pools["decode"])
+    return [
+        instance for role, pool in pools.items() for instance in parse_side(getattr(args, role) or "TP1", role, pool)
+    ]
+
+
+def _show_pair(console: Console, options: DemoOptions, result: DemoResult) -> None:
     console.print(f"[bold]prompt[/]          {options.prompt}")
     console.print(f"[bold]two processes[/]   {result.text.strip()}")
     console.print(f"[bold]one process[/]     {result.single_process_text.strip()}")
-    verdict = "[green]identical[/]" if result.identical else "[red]different[/]"
-    console.print(f"[bold]{result.generated_tokens} tokens[/]       {verdict}\n")
+    console.print(f"[bold]{result.generated_tokens} tokens[/]       {_verdict(result.identical)}\n")
+
+
+def _show_deployment(console: Console, result: DemoResult, config: ModelConfig) -> None:
+    instances = _table("instance", "", "rank", "layers", "KV heads", "pool")
+    for instance in result.instances:
+        for rank, shard in enumerate(instance.shards(config)):
+            first = (instance.name, str(instance)) if rank == 0 else ("", "")
+            instances.add_row(
+                *first, str(rank), _span(shard.layers), _span(shard.heads[shard.layers.start]),
+                str(instance.pool) if rank == 0 else "",
+            )  # fmt: skip
+    console.print(instances, "")
+    requests = _table("request", "prefill", "decode", "prompt", "new", "as one process")
+    for index, request in enumerate(result.requests):
+        requests.add_row(
+            str(index),
+            request.prefill,
+            request.decode,
+            str(request.prompt_tokens),
+            str(request.generated_tokens),
+            _verdict(request.identical),
+        )
+    console.print(requests, "")
+    routes = _table("from rank", "to rank", "layers", "KV heads", "bytes")
+    routes.columns[-1].justify = "right"
+    for route in result.routes:
+        routes.add_row(route.source, route.destination, _span(route.layers), _span(route.heads), f"{route.bytes:,}")
+    routes.add_section()
+    routes.add_row("all", "", "", "", f"{sum(route.bytes for route in result.routes):,}")
+    routes.add_row("counted", "", "", "", f"{result.payload_bytes:,}")
+    console.print(routes, "")
+
+
+def _show_figures(console: Console, result: DemoResult) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("prefill pool", _side(result.prefill))
-    table.add_row("decode pool", _side(result.decode))
+    if len(result.instances) == 2:
+        table.add_row("prefill pool", str(result.prefill))
+        table.add_row("decode pool", str(result.decode))
     table.add_row(
         "moved",
         f"{result.payload_bytes / 1024:.0f} KiB of {result.layers} layers in {result.frames} frames, "
         f"{result.direct_frames} straight into the window",
     )
-    table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms")
+    mean = "" if len(result.requests) == 1 else f" (means of {len(result.requests)} requests)"
+    table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{mean}")
     table.add_row(
         "transfer",
         f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms",
     )
     table.add_row("TPOT", f"{result.tpot_ms:.2f} ms")
     console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _span(interval: Interval) -> str:
+    """The last one included, as people count."""
+    return str(interval.start) if interval.size == 1 else f"{interval.start}-{interval.stop - 1}"
+
+
+def _verdict(identical: bool) -> str:
+    return "[green]identical[/]" if identical else "[red]different[/]"

@@ -274,11 +274,17 @@ def known_models() -> list[str]:
 @lru_cache(maxsize=256)
 def model_shape(name: str) -> ModelShape:
     """A model by shipped name, Hugging Face id (`org/name`), or path of a `config.json` or of its directory."""
+    config, found, origin = model_config(name)
+    return shape_from_config(config, found, origin)
+
+
+def model_config(name: str) -> tuple[dict[str, Any], str, str]:
+    """The `config.json` of a model as `model_shape` finds it, the model's name, and where it is from, for errors."""
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return shape_from_config(_load(path.read_text(encoding="utf-8"), str(path)), name, str(path))
+        return _load(path.read_text(encoding="utf-8"), str(path)), name, str(path)
     if path.suffix == ".json":
         raise InputError(f"model file {name}: no such file")
     last = name.rsplit("/", 1)[-1].lower()
@@ -288,7 +294,7 @@ def model_shape(name: str) -> ModelShape:
     if found is None:
         raise InputError(f"unknown model {name!r}: give a config.json or one of {', '.join(known_models())}")
     entry = resources.files("hetkv.costmodel") / "data" / "models" / f"{found}.json"
-    return shape_from_config(_load(entry.read_text(encoding="utf-8"), found), found, f"model {found}")
+    return _load(entry.read_text(encoding="utf-8"), found), found, f"model {found}"
 
 
 def _load(text: str, origin: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@
 """
 
 from hetkv.runtime.config import ModelConfig, read_config
-from hetkv.runtime.generate import decode, generate, greedy, prefill
+from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
 from hetkv.runtime.model import Decoder, Span
 from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
+from hetkv.runtime.part import Part
+from hetkv.runtime.team import Team
 from hetkv.runtime.tokenizer import TextTokenizer
 
 __all__ = [
@@ -14,9 +16,12 @@ __all__ = [
     "Decoder",
     "ModelConfig",
     "Pages",
+    "Part",
     "PoolFull",
     "Span",
+    "Team",
     "TextTokenizer",
+    "choose",
     "decode",
     "generate",
     "greedy",

@@ -8,22 +8,37 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.runtime import deepseek
 from hetkv.spec import KVSpec, LayerSpec
 
 _T = TypeVar("_T")
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "DeepseekV2ForCausalLM",
+)
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """Rotary embedding. `llama3` stretches low frequencies by `factor` (Llama 3.1), `linear` all of them."""
+    """Rotary embedding. `llama3` and `yarn` stretch low frequencies by `factor`, `linear` all of them."""
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """YaRN: turns over the original context above which a frequency is kept, and below which it is stretched."""
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    """YaRN: its temperature on rotated and on all channels; 0: not given."""
+    attention_factor: float | None = None
+    truncate: bool = True
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
@@ -50,9 +65,14 @@ class ModelConfig(msgspec.Struct, frozen=True):
     """Per layer: the sliding window in tokens, or None for full attention."""
     eos_ids: tuple[int, ...]
     """Token ids that end a text."""
+    latent: deepseek.Latent | None = None
+    """Multi-head latent attention; `num_kv_heads` then counts the heads that a latent becomes."""
+    experts: deepseek.Experts | None = None
 
     def kv_spec(self) -> KVSpec:
         """KV geometry. Where full and sliding layers are mixed they are two cache groups, full first."""
+        if self.latent is not None:
+            return KVSpec((LayerSpec.latent(self.latent.rank, self.latent.rope_dim),) * self.num_layers)
         mixed = len(set(self.windows)) > 1
         return KVSpec(
             tuple(
@@ -111,8 +131,11 @@ def read_config(directory: Path) -> ModelConfig:
         raise InputError(f"{path}: quantised weights (quant_method {method!r}) are not supported")
     if raw.partial_rotary_factor != 1.0:
         raise InputError(f"{path}: partial_rotary_factor {raw.partial_rotary_factor} is not supported; supported is 1")
+    latent, experts = deepseek.read(path) if architecture == "DeepseekV2ForCausalLM" else (None, None)
     kv_heads = raw.num_key_value_heads or raw.num_attention_heads
     head_dim = raw.head_dim or raw.hidden_size // max(raw.num_attention_heads, 1)
+    if latent is not None:
+        head_dim = latent.rope_dim
     positive = {
         "vocab_size": raw.vocab_size,
         "hidden_size": raw.hidden_size,
@@ -151,6 +174,8 @@ def read_config(directory: Path) -> ModelConfig:
         rope=_rope(path, raw),
         windows=_windows(path, raw, architecture),
         eos_ids=_eos_ids(directory, raw),
+        latent=latent,
+        experts=experts,
     )
 
 
@@ -170,6 +195,7 @@ def _rope(path: Path, raw: _RawConfig) -> Rope:
     fields = raw.rope_parameters or raw.rope_scaling or {}
     kind = fields.get("rope_type", fields.get("type", "default"))
     theta = fields.get("rope_theta", raw.rope_theta if raw.rope_theta is not None else 10000.0)
+    optional: dict[str, Any] = {}
     if kind == "default":
         names: dict[str, str] = {}
     elif kind == "linear":
@@ -181,14 +207,20 @@ def _rope(path: Path, raw: _RawConfig) -> Rope:
             "high_freq_factor": "high_freq_factor",
             "original_context": "original_max_position_embeddings",
         }
+    elif kind == "yarn":
+        names = {"factor": "factor"}
+        choices = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+        optional = {name: fields[name] for name in choices if fields.get(name) is not None}
+        optional["original_context"] = fields.get("original_max_position_embeddings", raw.max_position_embeddings)
     else:
-        raise InputError(f"{path}: rope type {kind!r} is not supported; supported are 'default', 'linear', 'llama3'")
+        known = "'default', 'linear', 'llama3', 'yarn'"
+        raise InputError(f"{path}: rope type {kind!r} is not supported; supported are {known}")
     missing = [name for name in names.values() if name not in fields]
     if missing:
         raise InputError(f"{path}: rope type {kind!r} needs {missing[0]!r}")
     try:
         return msgspec.convert(
-            {"theta": theta, "kind": kind, **{own: fields[name] for own, name in names.items()}}, Rope
+            {"theta": theta, "kind": kind, **optional, **{own: fields[name] for own, name in names.items()}}, Rope
         )
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: rope parameters: {error}") from None

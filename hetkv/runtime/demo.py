@@ -1,19 +1,29 @@
-"""`hetkv demo` without its command line: two workers with unlike pools, and one process to compare."""
+"""`hetkv demo` without its command line: prefill and decode instances with unlike pools, and one process to compare."""
 
 from __future__ import annotations
 
-import secrets
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from math import gcd, lcm
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
+import torch
 
 from hetkv.config import TransferConfig
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
 from hetkv.pool import KVPool
+from hetkv.runtime.config import read_config
+from hetkv.runtime.generate import generate
+from hetkv.runtime.model import Decoder
+from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
+from hetkv.runtime.processes import Instance, link, running
+from hetkv.runtime.routes import RouteBytes
 from hetkv.runtime.tokenizer import TextTokenizer
-from hetkv.runtime.worker import DecodeResult, PrefillResult, WorkerConfig, WorkerHandle
+from hetkv.runtime.worker import DecodeResult, PrefillResult
 from hetkv.trace import Span
 
 Rendezvous = Literal["concurrent", "prefill_first"]
@@ -25,14 +35,12 @@ And forty days were fulfilled for him; for so are fulfilled the days of those wh
 mourned for him threescore and ten days.
 And when the days of his"""
 """From a chapter that the demo checkpoint has not seen (Genesis 50); it ends inside a block of either pool."""
-
-
-class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """One side's pool."""
-
-    block_size: int
-    layout: str
-    dtype: str = "bfloat16"
+PREFILL_POOL = SideOptions(block_size=16, layout="nhd")
+DECODE_POOL = SideOptions(block_size=64, layout="rocm")
+PAIR = (
+    InstancePlan(name="prefill-0", role="prefill", pool=PREFILL_POOL),
+    InstancePlan(name="decode-0", role="decode", pool=DECODE_POOL),
+)
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,19 +49,42 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     model: str = str(MODEL)
     prompt: str = PROMPT
     max_new_tokens: int = 96
-    prefill: SideOptions = SideOptions(block_size=16, layout="nhd")
-    decode: SideOptions = SideOptions(block_size=64, layout="rocm")
+    instances: tuple[InstancePlan, ...] = PAIR
+    requests: int | None = None
+    """Default: one for each pair of a prefill and a decode instance."""
     compute_dtype: str = "float32"
     chunk: int | None = None
     rendezvous: Rendezvous = "concurrent"
     threads: int = 1
 
 
+class RequestResult(msgspec.Struct, kw_only=True):
+    """One request. Times are milliseconds on one clock."""
+
+    prefill: str
+    """Instances that it was routed to."""
+    decode: str
+    identical: bool
+    """The tokens equal those of a single process with the prefill instance's kind of pool."""
+    prompt_tokens: int
+    generated_tokens: int
+    text: str
+    single_process_text: str
+    ttft_ms: float
+    """From the start of the prefill until there is the first token and all KV is in the decode pools."""
+    prefill_ms: float
+    transfer_ms: float
+    """From the first layer handed over until the last layer is verified in the last decode pool."""
+    exposed_transfer_ms: float
+    """The part of it behind the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
+    tpot_ms: float
+
+
 class DemoResult(msgspec.Struct, kw_only=True):
-    """What `hetkv demo --json` writes. Times are milliseconds on one clock."""
+    """What `hetkv demo --json` writes. Texts are those of the first request, times the means of all."""
 
     identical: bool
-    """The tokens of the two workers equal those of a single process with the prefill side's pool."""
+    """Every request's tokens equal those of a single process."""
     generated_tokens: int
     text: str
     single_process_text: str
@@ -61,134 +92,225 @@ class DemoResult(msgspec.Struct, kw_only=True):
     layers: int
     frames: int
     payload_bytes: int
+    """Counted by the senders; the routes' bytes add up to it."""
     direct_frames: int
     """Frames that were stored straight into the receiver's window; the others were staged and put."""
     ttft_ms: float
-    """From the start of the prefill until the decode worker has the first token and all KV."""
     prefill_ms: float
     transfer_ms: float
-    """From the first layer handed over until the last layer is verified in the decode pool."""
     exposed_transfer_ms: float
-    """The part of it behind the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
     tpot_ms: float
     rendezvous: str
     prefill: SideOptions
+    """Pools of the first instance of each side."""
     decode: SideOptions
     model: str
+    instances: list[InstancePlan]
+    requests: list[RequestResult]
+    routes: list[RouteBytes]
+    """All requests together."""
 
 
-def run_demo(options: DemoOptions) -> tuple[DemoResult, list[Span]]:
-    """Start the two workers, move one request between them twice (the first run warms up), and compare."""
+def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
+    """Start all instances, route the requests, compare each with a single process. `InputError` before any start.
+
+    The second result is each request's timeline.
+    """
+    config = read_config(Path(options.model))
     _check(options)
-    prompt, single, tokenizer = _single_process(options)
-    transfer = TransferConfig(trace=True)
-    secret = secrets.token_bytes(32)
-
-    def worker(role: str, side: SideOptions) -> WorkerHandle:
-        return WorkerHandle(
-            WorkerConfig(
-                role=role,
-                instance=f"{role}-0",
-                model=options.model,
-                layout=side.layout,
-                block_size=side.block_size,
-                kv_dtype=side.dtype,
-                compute_dtype=options.compute_dtype,
-                max_tokens=len(prompt) + options.max_new_tokens,
-                chunk=options.chunk,
-                threads=options.threads,
-                secret=secret,
-                transfer=transfer,
-            )
+    check_instances(options.instances, config)
+    sources = [instance for instance in options.instances if instance.role == "prefill"]
+    destinations = [instance for instance in options.instances if instance.role == "decode"]
+    tokenizer = TextTokenizer.load(options.model)
+    pairs = list(_round_robin(len(sources), len(destinations), options.requests))
+    prompts = [tokenizer.encode(text) for text in _texts(options.prompt, len(pairs))]
+    longest = max(map(len, prompts))
+    if longest + options.max_new_tokens > config.max_context:
+        raise InputError(
+            f"{longest} tokens of prompt and {options.max_new_tokens} new tokens: the model's context has "
+            f"{config.max_context}"
         )
-
-    handles = [worker("prefill", options.prefill), worker("decode", options.decode)]
-    prefiller, decoder = handles
-    try:
-        for handle in handles:
-            handle.result()
-        decoder.call("connect", prefiller.call("listen"))
-        before = _route(options, prefiller, decoder, prompt, "warm-up", 1)
-        run = _route(options, prefiller, decoder, prompt, "request", options.max_new_tokens)
-    finally:
-        for handle in handles:
-            handle.close()
-    result = DemoResult(
-        identical=run.decoded.tokens == single,
-        generated_tokens=len(run.decoded.tokens),
-        text=tokenizer.decode(run.decoded.tokens),
-        single_process_text=tokenizer.decode(single),
-        prompt_tokens=len(prompt),
-        layers=max(span.layer for span in run.prefilled.spans) + 1,
-        frames=run.sender_stats["frames"] - before.sender_stats["frames"],
-        payload_bytes=run.sender_stats["payload_bytes"] - before.sender_stats["payload_bytes"],
-        direct_frames=run.sender_stats["direct_frames"] - before.sender_stats["direct_frames"],
-        ttft_ms=(run.decoded.first_token_ns - run.prefilled.start_ns) / 1e6,
-        prefill_ms=(run.prefilled.stop_ns - run.prefilled.start_ns) / 1e6,
-        transfer_ms=(run.decoded.kv_ns - run.prefilled.first_send_ns) / 1e6,
-        exposed_transfer_ms=max(0, run.decoded.kv_ns - run.prefilled.stop_ns) / 1e6,
-        tpot_ms=(run.decoded.stop_ns - run.decoded.first_token_ns) / 1e6 / max(len(run.decoded.tokens) - 1, 1),
-        rendezvous=options.rendezvous,
-        prefill=options.prefill,
-        decode=options.decode,
+    with running(
+        options.instances,
         model=options.model,
-    )
-    return result, [*run.prefilled.spans, *run.wire_spans, *run.decoded.spans]
+        max_tokens=longest + options.max_new_tokens,
+        max_requests=len(sources) + len(destinations),
+        chunk=options.chunk,
+        compute_dtype=options.compute_dtype,
+        threads=options.threads,
+        transfer=TransferConfig(trace=True),
+    ) as instances:
+        expected = _single_process(options, prompts, [sources[prefill].pool for prefill, _ in pairs])
+        link(instances)
+        prefillers = [instance for instance in instances if instance.plan.role == "prefill"]
+        decoders = [instance for instance in instances if instance.plan.role == "decode"]
+        requests = [
+            _Request(f"request-{index}", prompt, prefillers[prefill], decoders[decode])
+            for index, ((prefill, decode), prompt) in enumerate(zip(pairs, prompts, strict=True))
+        ]
+        for request in requests[: len(sources) * len(destinations)]:
+            _route(request._replace(name=f"warm-up of {request.name}"), 1, options.rendezvous)
+        before = _counted(prefillers)
+        runs = _route_all(requests, options)
+        counters = {name: count - before[name] for name, count in _counted(prefillers).items()}
+        routes = _routes(requests)
+    results = [
+        _result(request, run, tokens, tokenizer) for request, run, tokens in zip(requests, runs, expected, strict=True)
+    ]
+    return _summary(options, results, routes, counters, config.num_layers), [run.spans for run in runs]
+
+
+class _Request(NamedTuple):
+    """One request and the instances it is routed to."""
+
+    name: str
+    prompt: list[int]
+    prefiller: Instance
+    decoder: Instance
 
 
 class _Run(NamedTuple):
-    """One request through both workers."""
+    """What the ranks of a request's instances told."""
 
-    prefilled: PrefillResult
-    decoded: DecodeResult
-    wire_spans: list[Span]
-    sender_stats: dict[str, int]
+    prefilled: list[PrefillResult]
+    decoded: list[DecodeResult]
+    spans: list[Span]
 
 
 def _check(options: DemoOptions) -> None:
-    """Everything that would otherwise fail somewhere inside a worker."""
-    for name, side in (("prefill", options.prefill), ("decode", options.decode)):
-        if side.block_size < 1:
-            raise InputError(f"{name}: block size {side.block_size} must be at least 1")
-        if DType.parse(side.dtype) in (DType.INT8, DType.UINT8):
-            raise InputError(f"{name}: the runtime does not compute with {side.dtype} KV")
     if DType.parse(options.compute_dtype) not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
         raise InputError(f"compute dtype {options.compute_dtype}: must be float32, float16 or bfloat16")
-    if options.threads < 1:
-        raise InputError(f"{options.threads} threads: must be at least 1")
+    for name, value in (("threads", options.threads), ("requests", options.requests), ("chunk", options.chunk)):
+        if value is not None and value < 1:
+            raise InputError(f"{value} {name}: must be at least 1")
+    if options.max_new_tokens < 1 or not options.prompt.strip():
+        raise InputError(
+            f"a prompt of {len(options.prompt.split())} words, {options.max_new_tokens} new tokens: both must be at "
+            "least 1"
+        )
 
 
-def _route(
-    options: DemoOptions, prefiller: WorkerHandle, decoder: WorkerHandle, prompt: list[int], request: str, tokens: int
-) -> _Run:
-    """Route one request, in the order of the rendezvous mode."""
-    if options.rendezvous == "concurrent":
-        decoder.call("accept", request, len(prompt), tokens)
-        prefilled = prefiller.call("prefill", request, prompt)
+def _round_robin(prefills: int, decodes: int, requests: int | None) -> Iterator[tuple[int, int]]:
+    """Each side in turn; the decode side is shifted by one where pairs would come again before all have come."""
+    for index in range(requests or prefills * decodes):
+        shift = index // lcm(prefills, decodes) % gcd(prefills, decodes)
+        yield index % prefills, (index + shift) % decodes
+
+
+def _texts(prompt: str, count: int) -> Iterator[str]:
+    """Each request leaves out one more word at the beginning, so that no two are alike and a mix-up is seen."""
+    words = [match.start() for match in re.finditer(r"\S+", prompt)]
+    for index in range(count):
+        yield prompt[words[index % len(words)] :] if index else prompt
+
+
+def _route(request: _Request, tokens: int, rendezvous: Rendezvous) -> _Run:
+    """Take one request through its instances, in the order of the rendezvous mode."""
+    name, prompt, prefiller, decoder = request
+    accept = ("accept", name, prefiller.plan.name, len(prompt), tokens)
+    if rendezvous == "concurrent":
+        decoder.call(*accept)
+        prefilled = prefiller.call("prefill", name, prompt)
     else:
-        prefilled = prefiller.call("prefill", request, prompt)
-        decoder.call("accept", request, len(prompt), tokens)
-    decoded = decoder.call("decode", request, prefilled.first_token, tokens)
-    return _Run(prefilled, decoded, *prefiller.call("finish", request))
+        prefilled = prefiller.call("prefill", name, prompt)
+        decoder.call(*accept)
+    decoded = decoder.call("decode", name, prefilled[0].first_token, tokens)
+    spans = [span for told in (*prefilled, *decoded) for span in told.spans]
+    spans += [span for told in prefiller.call("finish", name) for span in told]
+    return _Run(prefilled, decoded, spans)
 
 
-def _single_process(options: DemoOptions) -> tuple[list[int], list[int], TextTokenizer]:
-    """Prompt ids, what one process with the prefill side's pool generates, and the tokenizer."""
-    import torch
+def _route_all(requests: Sequence[_Request], options: DemoOptions) -> list[_Run]:
+    """All requests at once, each instance serving one at a time; the first error ends the wait."""
+    width = len(options.instances)  # no more requests under way than the pools have room for
+    workers = ThreadPoolExecutor(width)
+    try:
+        futures = [workers.submit(_route, request, options.max_new_tokens, options.rendezvous) for request in requests]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        # After an error the threads end as soon as the processes that they wait for have ended.
+        workers.shutdown(wait=False, cancel_futures=True)
 
-    from hetkv.runtime.generate import generate
-    from hetkv.runtime.model import Decoder
 
-    torch.set_num_threads(options.threads)
-    tokenizer = TextTokenizer.load(options.model)
-    prompt = tokenizer.encode(options.prompt)
-    model = Decoder.load(options.model, DType.parse(options.compute_dtype).torch)
-    side = options.prefill
-    pool = KVPool.allocate(
-        model.kv_spec,
-        -(-(len(prompt) + options.max_new_tokens) // side.block_size),
-        layout=side.layout,
-        block_size=side.block_size,
-        dtype=side.dtype,
+def _counted(instances: Sequence[Instance]) -> dict[str, int]:
+    """Counters of all ranks together."""
+    ranks = [stats for instance in instances for stats in instance.call("stats")]
+    return {name: sum(stats[name] for stats in ranks) for name in ("frames", "payload_bytes", "direct_frames")}
+
+
+def _routes(requests: Sequence[_Request]) -> list[RouteBytes]:
+    """Bytes of every route, over all requests."""
+    totals: dict[RouteBytes, int] = {}
+    for request in requests:
+        for rank in request.decoder.call("routes", request.prefiller.plan.name, len(request.prompt)):
+            for route in rank:
+                key = msgspec.structs.replace(route, bytes=0)
+                totals[key] = totals.get(key, 0) + route.bytes
+    return [msgspec.structs.replace(route, bytes=size) for route, size in sorted(totals.items(), key=_route_order)]
+
+
+def _route_order(item: tuple[RouteBytes, int]) -> tuple[object, ...]:
+    route = item[0]
+    return route.source.split("/")[0], route.destination.split("/")[0], *route.layers, *route.heads
+
+
+def _result(request: _Request, run: _Run, expected: list[int], tokenizer: TextTokenizer) -> RequestResult:
+    """An instance begins with its first rank and is done with its last."""
+    tokens = run.decoded[0].tokens
+    start, stop = min(rank.start_ns for rank in run.prefilled), max(rank.stop_ns for rank in run.prefilled)
+    first_send, kv = min(rank.first_send_ns for rank in run.prefilled), max(rank.kv_ns for rank in run.decoded)
+    first, end = max(rank.first_token_ns for rank in run.decoded), max(rank.stop_ns for rank in run.decoded)
+    return RequestResult(
+        prefill=request.prefiller.plan.name,
+        decode=request.decoder.plan.name,
+        identical=all(rank.tokens == expected for rank in run.decoded),
+        prompt_tokens=len(request.prompt),
+        generated_tokens=len(tokens),
+        text=tokenizer.decode(tokens),
+        single_process_text=tokenizer.decode(expected),
+        ttft_ms=(max(stop, kv) - start) / 1e6,
+        prefill_ms=(stop - start) / 1e6,
+        transfer_ms=(kv - first_send) / 1e6,
+        exposed_transfer_ms=max(0, kv - stop) / 1e6,
+        tpot_ms=(end - first) / 1e6 / max(len(tokens) - 1, 1),
     )
-    return prompt, generate(model, prompt, options.max_new_tokens, pool, chunk=options.chunk), tokenizer
+
+
+def _summary(
+    options: DemoOptions, requests: list[RequestResult], routes: list[RouteBytes], counters: dict[str, int], layers: int
+) -> DemoResult:
+    sides = {instance.role: instance.pool for instance in reversed(options.instances)}
+    times = ("ttft_ms", "prefill_ms", "transfer_ms", "exposed_transfer_ms", "tpot_ms")
+    return DemoResult(
+        identical=all(request.identical for request in requests),
+        generated_tokens=sum(request.generated_tokens for request in requests),
+        text=requests[0].text,
+        single_process_text=requests[0].single_process_text,
+        prompt_tokens=sum(request.prompt_tokens for request in requests),
+        layers=layers,
+        **counters,
+        **{name: sum(getattr(request, name) for request in requests) / len(requests) for name in times},
+        rendezvous=options.rendezvous,
+        prefill=sides["prefill"],
+        decode=sides["decode"],
+        model=options.model,
+        instances=list(options.instances),
+        requests=requests,
+        routes=routes,
+    )
+
+
+def _single_process(
+    options: DemoOptions, prompts: Sequence[list[int]], pools: Sequence[SideOptions]
+) -> list[list[int]]:
+    """What one process generates from each prompt with a pool of the given kind."""
+    torch.set_num_threads(options.threads)
+    model = Decoder.load(options.model, DType.parse(options.compute_dtype).torch)
+    expected = []
+    for prompt, side in zip(prompts, pools, strict=True):
+        blocks = -(-(len(prompt) + options.max_new_tokens) // side.block_size)
+        pool = KVPool.allocate(model.kv_spec, blocks, layout=side.layout, block_size=side.block_size, dtype=side.dtype)
+        expected.append(generate(model, prompt, options.max_new_tokens, pool, chunk=options.chunk))
+    return expected

@@ -1,4 +1,7 @@
-"""Prefill whole or in chunks, and greedy decoding: for one process, and as the halves that two workers run."""
+"""Prefill whole or in chunks, and greedy decoding: for one process, and as the halves that two instances run.
+
+Of a model that is split over ranks, every rank makes the same calls.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,18 @@ def greedy(logits: torch.Tensor) -> int:
     return int(logits.argmax())
 
 
+def choose(model: Decoder, logits: torch.Tensor | None) -> int:
+    """`greedy`, told to every rank of the model's team; `logits` are `None` on a rank that has none."""
+    return model.team.agree(None if logits is None else greedy(logits))
+
+
 def prefill(
     model: Decoder, tokens: Sequence[int], pages: Pages, *, start: int = 0, chunk: int | None = None,
     on_layer: OnChunkLayer | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor | None:  # fmt: skip
     """Run a prompt, `chunk` tokens a pass (default: one pass); logits `[vocab]` behind its last token.
+
+    `None` on a rank of a pipeline stage that has no logits; `choose` then tells the token.
 
     `tokens[start:]` are computed; the KV of `tokens[:start]` must be in `pages` already (a cached prefix).
     """
@@ -33,7 +43,7 @@ def prefill(
     if chunk is not None and chunk < 1:
         raise InputError(f"a prefill chunk of {chunk} tokens")
     step = chunk or len(tokens)
-    logits = torch.empty(0)
+    logits = None
     for begin in range(start, len(tokens), step):
         end = min(begin + step, len(tokens))
         logits = model.prefill(tokens[begin:end], begin, pages, _bind(on_layer, begin, end))
@@ -58,7 +68,7 @@ def decode(
         yield token
         if token in stops or index == max_new_tokens - 1:
             return
-        token = greedy(model.decode_step(token, position + index, pages))
+        token = choose(model, model.decode_step(token, position + index, pages))
 
 
 def generate(
@@ -81,7 +91,7 @@ def generate(
     blocks = allocator.allocate(len(prompt_ids) + max_new_tokens - 1)
     try:
         pages = Pages(pool, blocks)
-        first = greedy(prefill(model, prompt_ids, pages, chunk=chunk))
+        first = choose(model, prefill(model, prompt_ids, pages, chunk=chunk))
         return list(decode(model, first, len(prompt_ids), pages, max_new_tokens, eos_ids))
     finally:
         allocator.free(blocks)

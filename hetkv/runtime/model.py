@@ -2,13 +2,17 @@
 
 One forward pass takes any number of `Span`s (a prompt, a chunk of one, or one token to decode from) and runs the dense
 products over all their tokens at once; attention is per sequence, over keys and values gathered from its pages.
+
+A model may be split over the ranks of a `Team`: each has its `Part`, makes the same calls with the same arguments, and
+keeps its part's keys and values. Products into heads and channels are split by output; those out of them by input, and
+the parts are summed (Megatron-LM, arXiv:1909.08053). Hidden states pass from pipeline stage to pipeline stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +20,11 @@ import torch.nn.functional as F
 from hetkv.errors import InputError
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.paged import Pages
-from hetkv.runtime.rope import inverse_frequencies, rotate, rotation
-from hetkv.runtime.weights import expected_tensors, load_weights
-from hetkv.spec import KVSpec
+from hetkv.runtime.part import Part, even
+from hetkv.runtime.rope import amplitude, inverse_frequencies, rotate, rotation
+from hetkv.runtime.team import Team
+from hetkv.runtime.weights import load_weights, rank_tensors
+from hetkv.spec import KVSpec, Shard
 
 OnLayer = Callable[[int], None]
 """Called with layer `i` once its keys and values of this pass are in the pool, before its attention is computed."""
@@ -60,59 +66,95 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """A loaded model. Stateless between calls: all sequence state is in `Pages`."""
+    """A loaded model, or a rank's part of one. Stateless between calls: all sequence state is in `Pages`."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
-        missing = [name for name in expected_tensors(config) if name not in weights]
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        part: Part | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self.part, self.team = part or Part.of(config), team or Team()
+        missing = [name for name in rank_tensors(config, self.part) if name not in weights]
         if missing:
             raise InputError(f"tensor {missing[0]!r} is missing from the weights")
         self.config = config
-        self.embedding = weights["model.embed_tokens.weight"]
-        self.head = self.embedding if config.tied_embeddings else weights["lm_head.weight"]
-        self.norm = weights["model.norm.weight"]
-        self.layers = [_layer(weights, f"model.layers.{index}.") for index in range(config.num_layers)]
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.embedding = weights.get("model.embed_tokens.weight")
+        self.head = self.embedding if config.tied_embeddings else weights.get("lm_head.weight")
+        self.norm = weights.get("model.norm.weight")
+        self.layers = {index: self._layer(weights, index) for index in range(*self.part.shard.layers)}
+        some = next(iter(weights.values()))
+        self.dtype, self.device = some.dtype, some.device
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
+        self._amplitude = amplitude(config.rope)
         self._spec = config.kv_spec()
 
     @classmethod
     def load(
-        cls, directory: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        directory: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        team: Team | None = None,
+        stages: Sequence[int] | None = None,
     ) -> Decoder:
-        """Read a Hugging Face directory (config.json, safetensors). `InputError` names what is missing or wrong."""
+        """Read a Hugging Face directory (config.json, safetensors). `InputError` names what is missing or wrong.
+
+        In a `team`: this rank's part, of which it reads only its slices; `stages` are the layers of each pipeline
+        stage (default: as even as can be).
+        """
         path = Path(directory)
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint directory")
-        config = read_config(path)
-        return cls(config, load_weights(path, config, dtype, device))
+        config, team = read_config(path), team or Team()
+        part = Part.of(config, team.tp, team.rank % team.tp, team.pp, team.rank // team.tp, stages)
+        if config.latent is not None:
+            from hetkv.runtime.mla import LatentDecoder as cls  # it is a Decoder, so it cannot be imported above
+        return cls(config, load_weights(path, config, dtype, device, part), part, team)
 
     @property
     def kv_spec(self) -> KVSpec:
         """KV geometry, for `KVPool.allocate` and for the handshake."""
         return self._spec
 
-    def prefill(self, tokens: Sequence[int], start: int, pages: Pages, on_layer: OnLayer | None = None) -> torch.Tensor:
-        """Run `tokens` (a prompt or a chunk of one) from position `start`; logits `[vocab]` behind the last of them."""
-        return self.forward([Span(pages, start, tokens)], on_layer)[0]
+    @property
+    def shard(self) -> Shard:
+        """The part of the KV that this rank computes: its pool must hold exactly that."""
+        return self.part.shard
 
-    def decode_step(self, token: int, position: int, pages: Pages, on_layer: OnLayer | None = None) -> torch.Tensor:
+    def prefill(
+        self, tokens: Sequence[int], start: int, pages: Pages, on_layer: OnLayer | None = None
+    ) -> torch.Tensor | None:
+        """Run `tokens` (a prompt or a chunk of one) from position `start`; logits `[vocab]` behind the last of them."""
+        logits = self.forward([Span(pages, start, tokens)], on_layer)
+        return None if logits is None else logits[0]
+
+    def decode_step(
+        self, token: int, position: int, pages: Pages, on_layer: OnLayer | None = None
+    ) -> torch.Tensor | None:
         """Run one token at `position`; logits `[vocab]` for the token behind it."""
-        return self.forward([Span(pages, position, (token,))], on_layer)[0]
+        logits = self.forward([Span(pages, position, (token,))], on_layer)
+        return None if logits is None else logits[0]
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span], on_layer: OnLayer | None = None) -> torch.Tensor:
+    def forward(self, spans: Sequence[Span], on_layer: OnLayer | None = None) -> torch.Tensor | None:
         """One pass over a ragged batch; logits `[spans, vocab]` behind the last token of each span.
+
+        Every rank of the last stage has all logits; a rank of another stage has `None`.
 
         `InputError`, with nothing written: a token id outside the vocabulary, a span that is empty, starts below 0,
         ends beyond the model's context or its pages, or pages of a pool with another spec.
         """
         for span in spans:
             self._check(span)
-        ids = [token for span in spans for token in span.tokens]
+        ids = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
         positions = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
-        cos, sin = rotation(positions, self._frequencies, self.dtype)
-        x = F.embedding(torch.tensor(ids, device=self.device), self.embedding)
-        for index, layer in enumerate(self.layers):
+        cos, sin = rotation(positions, self._frequencies, self.dtype, self._amplitude)
+        shape = (len(ids), self.config.hidden_size)
+        x = self._embed(ids) if self.part.first else self.team.receive(shape, self.dtype)
+        for index, layer in self.layers.items():
             q, k, v = self._project(layer, x, cos, sin)
             first = 0
             for span in spans:
@@ -121,18 +163,40 @@ class Decoder:
                 first = last
             if on_layer is not None:
                 on_layer(index)
-            x = x + layer.output(self._attend(index, spans, q))
-            gate, up = layer.gate_up(_rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + self.team.sum(layer.output(self._attend(index, spans, q)))
+            x = x + self.team.sum(self._mlp(layer, _rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)))
+        if not self.part.last:
+            self.team.send(x)
+            return None
         ends = torch.tensor([len(span.tokens) for span in spans], device=self.device).cumsum(0) - 1
-        return F.linear(_rms_norm(x[ends], self.norm, self.config.rms_norm_eps), self.head)
+        return self._logits(x[ends])
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]`: each rank looks up the ids that it has rows of."""
+        assert self.embedding is not None
+        start, stop = self.part.vocab
+        mine = (ids >= start) & (ids < stop)
+        rows = F.embedding(torch.where(mine, ids - start, 0), self.embedding)
+        return self.team.sum(rows.masked_fill_(~mine[:, None], 0))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows, vocab]` of hidden states `[rows, hidden]`: each rank makes those of its part of the vocabulary."""
+        assert self.norm is not None
+        assert self.head is not None
+        mine = F.linear(_rms_norm(x, self.norm, self.config.rms_norm_eps), self.head)
+        tp = self.part.tp
+        return self.team.concat(mine, [even(self.config.vocab_size, tp, rank).size for rank in range(tp)])
+
+    def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Any:
+        """Weights of a layer, as `_project`, `_attend` and `_mlp` use them."""
+        return _layer(weights, f"model.layers.{index}.")
 
     def _project(
-        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values, each `[tokens, heads, head_dim]`."""
-        config = self.config
-        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        """Rotated queries and keys, and values, each `[tokens, heads, head_dim]` with this rank's heads."""
+        config, part = self.config, self.part
+        heads = [part.heads.size, part.kv_heads.size, part.kv_heads.size]
         qkv = layer.qkv(_rms_norm(x, layer.attention_norm, config.rms_norm_eps))
         q, k, v = torch.split_with_sizes(qkv.view(len(x), sum(heads), config.head_dim), heads, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -140,7 +204,7 @@ class Decoder:
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _attend(self, index: int, spans: Sequence[Span], q: torch.Tensor) -> torch.Tensor:
-        """Attention of every span over its own pages; `[tokens, heads * head_dim]`."""
+        """Attention of every span over its own pages; `[tokens, heads * head_dim]` with this rank's heads."""
         out = torch.empty_like(q)
         window = self.config.windows[index]
         first = 0
@@ -160,6 +224,11 @@ class Decoder:
             first = last
         return out.flatten(1)
 
+    def _mlp(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """What follows attention, of normed `[tokens, hidden]`: this rank's part of the sum."""
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        return cast(torch.Tensor, layer.down(F.silu(gate) * up))
+
     def _check(self, span: Span) -> None:
         if not span.tokens or span.start < 0:
             raise InputError(f"a span of {len(span.tokens)} tokens from position {span.start}")
@@ -173,6 +242,8 @@ class Decoder:
             )
         if span.pages.pool.spec != self._spec:
             raise InputError("the pool was made for another model: its KV spec differs from the checkpoint's")
+        if span.pages.pool.shard != self.part.shard:
+            raise InputError("the pool was made for another rank: its layers and heads are not those computed here")
         for token in span.tokens:
             if not 0 <= token < self.config.vocab_size:
                 raise InputError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")

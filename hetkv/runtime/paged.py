@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.layout import ScaleLayout, SegmentLayout
+from hetkv.layout import SegmentLayout
 from hetkv.pool import KVPool
-from hetkv.spec import Shard
+from hetkv.scale import ScaleLayout
 
 
 class PoolFull(HetkvError):
@@ -24,8 +24,8 @@ class BlockAllocator:
 
     def __init__(self, pool: KVPool) -> None:
         groups = range(pool.spec.num_groups)
-        self._paging = [pool.groups.get(group, (1, 0)) for group in groups]
-        self._free = [list(range(num_blocks))[::-1] for _, num_blocks in self._paging]
+        self._block_size = [pool.groups[group][0] if group in pool.groups else None for group in groups]
+        self._free = [list(range(pool.groups[group][1]))[::-1] if group in pool.groups else [] for group in groups]
         self._owned: list[set[int]] = [set() for _ in groups]
 
     def free_blocks(self, group: int = 0) -> int:
@@ -33,18 +33,28 @@ class BlockAllocator:
         return len(self._free[group])
 
     def allocate(self, num_tokens: int) -> list[list[int]]:
-        """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short."""
-        wanted = [-(-num_tokens // block_size) for block_size, _ in self._paging]
+        """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short.
+
+        Empty for a group that has no layers in this pool (it is another pipeline stage's).
+        """
+        return self.extend([[] for _ in self._block_size], num_tokens)
+
+    def extend(self, block_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """`block_ids`, and behind them what `num_tokens` tokens need more. `PoolFull` if any group is short."""
+        wanted = [
+            max(0, -(-num_tokens // size) - len(ids)) if size else 0
+            for size, ids in zip(self._block_size, block_ids, strict=True)
+        ]
         for group, count in enumerate(wanted):
             if count > len(self._free[group]):
                 raise PoolFull(
-                    f"{num_tokens} tokens need {count} blocks of {self._paging[group][0]} in cache group {group}, "
+                    f"{num_tokens} tokens need {count} blocks of {self._block_size[group]} in cache group {group}, "
                     f"{len(self._free[group])} are free"
                 )
         taken = [[self._free[group].pop() for _ in range(count)] for group, count in enumerate(wanted)]
         for group, ids in enumerate(taken):
             self._owned[group].update(ids)
-        return taken
+        return [[*ids, *more] for ids, more in zip(block_ids, taken, strict=True)]
 
     def free(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Give back what `allocate` returned (or part of it). `InputError` for a block that is not allocated."""
@@ -67,8 +77,6 @@ class Pages:
     """
 
     def __init__(self, pool: KVPool, block_ids: Sequence[Sequence[int]]) -> None:
-        if pool.shard != Shard.whole(pool.spec):
-            raise InputError("the runtime runs whole models: the pool must hold all layers and all heads")
         if len(block_ids) != pool.spec.num_groups:
             raise InputError(f"the model has {pool.spec.num_groups} cache groups, got block ids for {len(block_ids)}")
         self.pool = pool
@@ -76,10 +84,10 @@ class Pages:
         self._tables = [torch.tensor(ids, dtype=torch.long, device=pool.device) for ids in self.block_ids]
         self._views: dict[tuple[int, str], torch.Tensor] = {}
         self._last: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.capacity = min(len(ids) * pool.groups[group][0] for group, ids in enumerate(self.block_ids))
-        """Tokens that the blocks hold, in the cache group that holds fewest."""
-        for group, ids in enumerate(self.block_ids):
-            pool.check_blocks(group, ids, 0, len(ids) * pool.groups[group][0])
+        self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in pool.groups.items())
+        """Tokens that the blocks hold, in the cache group of this pool that holds fewest."""
+        for group, (size, _) in pool.groups.items():
+            pool.check_blocks(group, self.block_ids[group], 0, len(self.block_ids[group]) * size)
         for layer, memory in pool.layers.items():
             for name, part in memory.layout.segments.items():
                 if not part.dtype.torch.is_floating_point:
@@ -95,20 +103,23 @@ class Pages:
                 self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
 
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
+        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence.
+
+        Of a `latent` layer they are the latent and its rotary key: the two segments of a layer's spec, in order.
+        """
         blocks, offsets = self._slots(self.pool.spec.group_of(layer), start, k.shape[0])
-        for name, values in (("k", k), ("v", v)):
+        for (name, _, _), values in zip(self.pool.spec.layers[layer].segments, (k, v), strict=True):
             part, view = self.pool.layers[layer].layout.segments[name], self._views[layer, name]
             view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
 
     def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[stop - start, heads, channels]` of tokens `start` to `stop`. One gather each."""
+        """What `write` stored, `[stop - start, heads, channels]`, of tokens `start` to `stop`. One gather each."""
         memory = self.pool.layers[layer]
         size = memory.layout.block_size
         first = start // size
         blocks = self._tables[self.pool.spec.group_of(layer)][first : -(-stop // size)]
         gathered = []
-        for name in ("k", "v"):
+        for name, _, _ in self.pool.spec.layers[layer].segments:
             part = memory.layout.segments[name]
             rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
             gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))

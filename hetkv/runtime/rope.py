@@ -14,6 +14,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
     `llama3` (Llama 3.1 model card): wavelengths above `context / low` are stretched by `factor`, those below
     `context / high` are kept, and between them the two are mixed linearly in `context / wavelength`.
+    `yarn` (arXiv:2309.00071, section 3.2) mixes linearly in the channel's index, between the channels that turn
+    `beta_fast` and `beta_slow` times over the original context.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / rope.theta**exponents
@@ -24,19 +26,55 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return (1 - keep) * frequencies / rope.factor + keep * frequencies
+    if rope.kind == "yarn":
+
+        def channel(turns: float) -> float:
+            return head_dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        first, last = channel(rope.beta_fast), channel(rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        last = last if last != first else last + 0.001
+        stretch = ((torch.arange(head_dim // 2).float() - first) / (last - first)).clamp(0.0, 1.0)
+        return stretch * frequencies / rope.factor + (1 - stretch) * frequencies
     return frequencies
 
 
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature: `0.1 * mscale * ln(factor) + 1`."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def amplitude(rope: Rope) -> float:
+    """Factor on cosines and sines: 1 but for YaRN, which scales queries and keys by it."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
+    return yarn_scale(rope.factor)
+
+
 def rotation(
-    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine `[tokens, 1, head_dim]` for int64 positions `[tokens]`; computed in fp32, returned as `dtype`."""
+    """Cosine and sine `[tokens, 1, head_dim]` for int64 positions `[tokens]`, times `scale`; computed in fp32."""
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `[tokens, heads, head_dim]`: channel `i` pairs with channel `i + head_dim / 2` (Hugging Face's order)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `[tokens, heads, head_dim]`: channel `2i` pairs with channel `2i + 1` (DeepSeek's order)."""
+    half = x.shape[-1] // 2
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

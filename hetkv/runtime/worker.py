@@ -1,48 +1,66 @@
-"""One rank of a deployment as a process of its own: a prefill worker sends KV, a decode worker receives it.
+"""One rank of an instance as a process of its own: a prefill rank sends KV, a decode rank receives it.
 
-The parent (the router) talks to a worker through a pipe: it sends `(operation, arguments)` and reads one answer.
-KV never passes through the parent.
+The parent (the router) talks to a rank through a pipe: it sends `(operation, arguments)` and reads one answer. It gives
+every rank of an instance the same operations in the same order. KV never passes through the parent.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
+import torch
 
 from hetkv.config import TransferConfig
-from hetkv.errors import HetkvError, InputError
+from hetkv.dtypes import DType
+from hetkv.errors import HetkvError
 from hetkv.pool import KVPool
+from hetkv.reshard import overlap
+from hetkv.runtime.generate import choose, decode, prefill
+from hetkv.runtime.model import Decoder
+from hetkv.runtime.paged import BlockAllocator, Pages
+from hetkv.runtime.plan import InstancePlan
+from hetkv.runtime.routes import RouteBytes, route_bytes
+from hetkv.runtime.team import Team
 from hetkv.trace import Span, engine_spans
-from hetkv.transfer import Reception, Sender, Transmission
+from hetkv.transfer import Receiver, Reception, Sender, Transmission
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker process is started with."""
+    """What a rank's process is started with."""
 
-    role: str
-    """`prefill` or `decode`."""
-    instance: str
+    plan: InstancePlan
+    rank: int
+    meeting: str
+    """Where the ranks of the instance meet: see `Team.join`."""
     model: str
     """Checkpoint directory."""
-    layout: str
-    block_size: int
-    kv_dtype: str
     compute_dtype: str = "float32"
     max_tokens: int
     """Tokens that the pool must hold for one request."""
+    max_requests: int = 2
+    """Requests that the pool must hold at once."""
     chunk: int | None = None
     """Prefill chunk in tokens; `None`: the whole prompt in one pass."""
     threads: int = 1
     secret: bytes
     transfer: TransferConfig = msgspec.field(default_factory=TransferConfig)
 
+    @property
+    def name(self) -> str:
+        """`instance/rank`, as in the transport's messages."""
+        return f"{self.plan.name}/{self.rank}"
+
 
 class PrefillResult(msgspec.Struct, frozen=True):
-    """What a prefill tells: its first token and its times (CLOCK_MONOTONIC, ns)."""
+    """What a rank tells of a prefill: the first token and its times (CLOCK_MONOTONIC, ns)."""
 
     first_token: int
     start_ns: int
@@ -52,7 +70,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
 
 
 class DecodeResult(msgspec.Struct, frozen=True):
-    """What a decode tells. `kv_ns`: when the last layer was verified and in the pool."""
+    """What a rank tells of a decode. `kv_ns`: when its last layer was verified and in the pool."""
 
     tokens: list[int]
     kv_ns: int
@@ -62,47 +80,59 @@ class DecodeResult(msgspec.Struct, frozen=True):
 
 
 class Worker:
-    """The state of a worker process."""
+    """The state of a rank's process."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        import torch
-
-        from hetkv.dtypes import DType
-        from hetkv.runtime.model import Decoder
-        from hetkv.runtime.paged import BlockAllocator
-        from hetkv.transfer import Receiver
-
         torch.set_num_threads(config.threads)
-        self.config = config
-        self.model = Decoder.load(config.model, DType.parse(config.compute_dtype).torch)
-        if config.block_size < 1:
-            raise InputError(f"block size {config.block_size}: must be at least 1")
-        # A few blocks more than one request needs, so that its block ids are not simply 0, 1, 2, ...
-        num_blocks = 2 * -(-config.max_tokens // config.block_size) + 2
+        self.config, plan = config, config.plan
+        self._stack = ExitStack()
+        team = Team.join(config.meeting, plan.tp, plan.pp, config.rank)
+        self._stack.callback(team.leave)
+        self.model = Decoder.load(config.model, DType.parse(config.compute_dtype).torch, team=team, stages=plan.stages)
+        # A few blocks more than the requests need, so that their block ids are not simply 0, 1, 2, ...
+        num_blocks = config.max_requests * -(-config.max_tokens // plan.pool.block_size) + 2
         self.pool = KVPool.allocate(
-            self.model.kv_spec, num_blocks, layout=config.layout, block_size=config.block_size, dtype=config.kv_dtype
+            self.model.kv_spec,
+            num_blocks,
+            layout=plan.pool.layout,
+            block_size=plan.pool.block_size,
+            dtype=plan.pool.dtype,
+            shard=self.model.shard,
         )
         self.allocator = BlockAllocator(self.pool)
-        make = Sender if config.role == "prefill" else Receiver
-        self.node: Any = make(self.pool, secret=config.secret, instance=config.instance, config=config.transfer)
+        make = Sender if plan.role == "prefill" else Receiver
+        self.node: Any = self._stack.enter_context(
+            make(
+                self.pool,
+                secret=config.secret,
+                instance=plan.name,
+                rank=config.rank,
+                instance_shards=plan.shards(self.model.config),
+                config=config.transfer,
+            )
+        )
         self.sending: dict[str, tuple[Transmission, list[list[int]]]] = {}
         self.kv_ns: dict[str, int] = {}
+        self.trace: list[tuple[int, int, int, int, int, int]] = []
         self.accepted: dict[str, tuple[Reception, list[list[int]], int]] = {}
 
+    def close(self) -> None:
+        """End the node's links, then leave the team."""
+        self._stack.close()
+
     def listen(self) -> str:
-        """Address at which the node takes peers."""
+        """Address at which this rank takes peers."""
         address: str = self.node.listen()
         return address
 
-    def connect(self, address: str) -> None:
-        """Link to a listening peer."""
-        self.node.connect(address)
+    def connect(self, source: InstancePlan, addresses: list[str]) -> None:
+        """Link to those ranks of a listening instance that hold something this rank holds too."""
+        for shard, address in zip(source.shards(self.model.config), addresses, strict=True):
+            if any(overlap(self.pool.spec, self.pool.shard, shard)):
+                self.node.connect(address)
 
     def prefill(self, request_id: str, prompt: list[int]) -> PrefillResult:
         """Compute a prompt; its KV leaves layer by layer. Returns when the compute is done: see `finish`."""
-        from hetkv.runtime.generate import greedy, prefill
-        from hetkv.runtime.paged import Pages
-
         blocks = self.allocator.allocate(len(prompt))
         start = time.monotonic_ns()
         try:
@@ -119,28 +149,29 @@ class Worker:
 
         try:
             logits = prefill(self.model, prompt, Pages(self.pool, blocks), chunk=self.config.chunk, on_layer=on_layer)
+            token = choose(self.model, logits)
         except BaseException:
             sending.abort("the prefill failed")
             raise
         stop = time.monotonic_ns()
         edges = [start, *(at for _, at in times[:-1]), stop]
-        spans = [Span("compute", layer, edges[i], edges[i + 1]) for i, (layer, _) in enumerate(times)]
-        return PrefillResult(greedy(logits), start, times[0][1], stop, spans)
+        spans = [self._span(layer, edges[i], edges[i + 1]) for i, (layer, _) in enumerate(times)]
+        return PrefillResult(token, start, times[0][1], stop, spans)
 
-    def finish(self, request_id: str) -> tuple[list[Span], dict[str, int]]:
-        """Wait until the receiver has verified the request, and free its blocks. Spans and counters of the transfer."""
+    def finish(self, request_id: str) -> list[Span]:
+        """Wait until the receivers have verified the request, and free its blocks. Spans of its transfer."""
         sending, blocks = self.sending.pop(request_id)
         try:
             sending.wait()
         finally:
             self.allocator.free(blocks)
-        return engine_spans(self.node.engine.take_trace()), self.node.stats()
+        return self._transfer_spans(sending.handle)
 
-    def accept(self, request_id: str, num_tokens: int, max_new_tokens: int) -> None:
-        """Make room for a request and give its ticket; returns at once."""
+    def accept(self, request_id: str, source: str, num_tokens: int, max_new_tokens: int) -> None:
+        """Make room for a request of instance `source` and give its ticket; returns at once."""
         blocks = self.allocator.allocate(num_tokens + max_new_tokens - 1)
         try:
-            reception = self.node.receive(request_id, blocks, num_tokens)
+            reception = self.node.receive(request_id, blocks, num_tokens, source=source)
         except BaseException:
             self.allocator.free(blocks)
             raise
@@ -149,9 +180,6 @@ class Worker:
 
     def decode(self, request_id: str, first_token: int, max_new_tokens: int) -> DecodeResult:
         """Continue an accepted request behind its first token, once its KV is there."""
-        from hetkv.runtime.generate import decode
-        from hetkv.runtime.paged import Pages
-
         reception, blocks, num_tokens = self.accepted.pop(request_id)
         try:
             reception.wait()
@@ -160,72 +188,59 @@ class Worker:
         finally:
             self.allocator.free(blocks)
         stop = time.monotonic_ns()
-        spans = engine_spans(self.node.engine.take_trace())
         done = self.kv_ns.pop(request_id, ready)
-        return DecodeResult(tokens, done, ready, stop, spans)
+        return DecodeResult(tokens, done, ready, stop, self._transfer_spans(reception.handle))
+
+    def routes(self, source: str, num_tokens: int) -> list[RouteBytes]:
+        """What a request of instance `source` moves to this rank."""
+        return route_bytes(self.node, source, num_tokens)
+
+    def stats(self) -> dict[str, int]:
+        """Counters of the node since its start."""
+        counters: dict[str, int] = self.node.stats()
+        return counters
+
+    def _span(self, layer: int, start_ns: int, stop_ns: int) -> Span:
+        return Span("compute", layer, start_ns, stop_ns, process=self.config.name)
+
+    def _transfer_spans(self, handle: int) -> list[Span]:
+        """What the engine did for one request; what it did for others is kept until they are asked for."""
+        self.trace += self.node.engine.take_trace()
+        mine = [work for work in self.trace if work[1] == handle]
+        self.trace = [work for work in self.trace if work[1] != handle]
+        return engine_spans(mine, self.config.name)
 
 
 def serve(config: WorkerConfig, pipe: Connection) -> None:
-    """Body of a worker process: answer `("ok", result)` or `("error", kind, text)` to each call until the pipe ends."""
+    """Body of a rank's process: answer `("ok", result)` or `("error", kind, text)` to each call until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and nobody else should reach them
+    with suppress(EOFError, OSError):  # the parent has hung up
+        _serve(config, pipe)
+
+
+def _serve(config: WorkerConfig, pipe: Connection) -> None:
     try:
         worker = Worker(config)
     except HetkvError as error:
         pipe.send(("error", type(error).__name__, str(error)))
         return
-    pipe.send(("ok", None))
-    with worker.node:
+    with closing(worker):
+        pipe.send(("ok", None))
         while True:
+            operation, arguments = pipe.recv()
+            answer: tuple[Any, ...]
             try:
-                operation, arguments = pipe.recv()
-            except (EOFError, KeyboardInterrupt):
-                return
-            try:
-                pipe.send(("ok", getattr(worker, operation)(*arguments)))
+                answer = ("ok", getattr(worker, operation)(*arguments))
             except HetkvError as error:
-                pipe.send(("error", type(error).__name__, str(error)))
+                answer = ("error", type(error).__name__, str(error))
+            pipe.send(answer)
 
 
-class WorkerHandle:
-    """The parent's end of a worker process. `call` raises what the worker raised, as a `HetkvError`."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        import multiprocessing
-
-        context = multiprocessing.get_context("spawn")
-        self.config = config
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(config, theirs), name=config.instance, daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def call(self, operation: str, *arguments: Any) -> Any:
-        """Run one operation of `Worker` and wait for its result."""
-        self.start(operation, *arguments)
-        return self.result()
-
-    def start(self, operation: str, *arguments: Any) -> None:
-        """Begin an operation; `result` must be called before the next."""
-        self._pipe.send((operation, arguments))
-
-    def result(self) -> Any:
-        """Answer of the operation that was started (or, the first time, of the start of the process)."""
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join(1)
-            raise HetkvError(f"worker {self.config.instance} ended with status {self._process.exitcode}") from None
-        if answer[0] == "ok":
-            return answer[1]
-        raise _error(answer[1])(f"{self.config.instance}: {answer[2]}")
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-def _error(name: str) -> Callable[[str], HetkvError]:
-    return InputError if name == "InputError" else HetkvError
+def _end_with_parent() -> None:
+    """A rank must not outlive a parent that was killed, whatever it waits for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

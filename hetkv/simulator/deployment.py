@@ -35,7 +35,10 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`count` equal instances. `engine` overrides fields of the plan's; `kv_tokens` overrides the KV capacity."""
+    """`count` equal instances. `engine` overrides fields of the plan's; `kv_tokens` overrides the KV capacity.
+
+    `stages` (layers of each pipeline stage) and `layout` (of the KV blocks) are read by `hetkv demo` alone.
+    """
 
     role: Role
     gpu: str
@@ -46,6 +49,8 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     count: int = 1
     engine: dict[str, Any] = {}
     kv_tokens: int | None = None
+    stages: list[int] | None = None
+    layout: str | None = None
 
     @property
     def gpus(self) -> int:

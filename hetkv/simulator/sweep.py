@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from hetkv.simulator.sources import Traffic
 
 TRAFFIC_FIELDS = tuple(f.name for f in msgspec.structs.fields(Traffic))
 MAX_POINTS = 100_000
+Found = TypeVar("Found")
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
@@ -109,20 +110,33 @@ def sweep(
     All points use the same seed, so they see the same arrivals. `on_done(n)` is called, in
     any thread, as they end. Every point's plan and options are checked before the first one runs.
     """
-    from joblib import Parallel, delayed
-
     tasks = [(*apply(point, plan, traffic, origin), seed, slo or Slo(), origin) for point in points]
     for changed_plan, changed_traffic, *_ in tasks:
         build_pools(changed_plan, origin)
         if changed_traffic.trace is None:
             changed_traffic.build()
+    return run_all(one, tasks, jobs, backend, on_done)
+
+
+def run_all(
+    function: Callable[..., Found],
+    tasks: Sequence[tuple[Any, ...]],
+    jobs: int = -1,
+    backend: str = "loky",
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[Found]:
+    """`function(*task)` of every task, in order, on `jobs` processes (-1: one per core) or on a Ray cluster.
+
+    `on_done(n)` is called, in any thread, as they end. What a task raises is raised here.
+    """
+    from joblib import Parallel, delayed
 
     class Watched(Parallel):  # type: ignore[misc]
         def print_progress(self) -> None:
             on_done(self.n_completed_tasks)
 
     with _backend(backend, jobs):
-        found: list[dict[str, Any]] = Watched(n_jobs=jobs)(delayed(one)(*task) for task in tasks)
+        found: list[Found] = Watched(n_jobs=jobs)(delayed(function)(*task) for task in tasks)
     return found
 
 

@@ -19,7 +19,8 @@ import msgspec
 
 from hetkv.dtypes import DType
 from hetkv.framefile import FrameWriter
-from hetkv.wire import encode, payload_parts, seal
+from hetkv.payload import payload_parts
+from hetkv.wire import encode, seal
 from hetkv.wire_types import (
     Abort,
     Body,
@@ -80,6 +81,23 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
     "frame-mixed": (
         "MLA record: fp8 values, fp32 scales, bf16 rotary part; parts padded to 8 bytes",
         frame([DType.FLOAT8_E4M3FN, DType.FLOAT32, DType.BFLOAT16], [511, 3, 63], heads=1, tokens=3, group=2),
+        Type.FRAME,
+    ),
+    "frame-scales": (
+        "K and V in int8, each with a scale for each token and head",
+        frame([DType.INT8, DType.INT8, DType.FLOAT32, DType.FLOAT32], [128, 128, 1, 1], scale_encoding=3),
+        Type.FRAME,
+    ),
+    "frame-scales-mla": (
+        "MLA record: an fp8 latent with a scale for each 128 channels, a bf16 rotary part",
+        frame([DType.FLOAT8_E4M3FN, DType.BFLOAT16, DType.FLOAT32], [512, 64, 4], heads=1, tokens=3, scale_encoding=1),
+        Type.FRAME,
+    ),
+    "frame-scales-second": (
+        "fp8 K with a static scale, V with scales of 16 channels each; its scales are segment 3",
+        frame(
+            [DType.FLOAT8_E5M2, DType.FLOAT8_E4M3FN, None, DType.FLOAT32], [64, 96, 0, 6], scale_encoding=2, saturated=9
+        ),
         Type.FRAME,
     ),
     "frame-value-only": ("segment 1 alone", frame([None, DType.FLOAT16], [0, 64]), Type.FRAME),
@@ -148,7 +166,8 @@ def bad_vectors() -> dict[str, Bad]:
     ticket, grant, release = message(TICKET, Type.TICKET), message(GRANT, Type.GRANT), message(RELEASE, Type.RELEASE)
     abort, done = message(ABORT, Type.ABORT), message(Done(1, 2), Type.DONE)
     latin = resize(patch(abort, 52, "I", 1), b"\xe9" + bytes(7), cut=len(abort) - 64)
-    newer = patch(kv, 5, "B", 1)
+    newer = patch(kv, 5, "B", 2)
+    scaled, mla = (message(GOOD[name][1], Type.FRAME) for name in ("frame-scales", "frame-scales-mla"))
     one = frame([DType.UINT8], [1], heads=1, tokens=1)
     huge = patch(patch(message(one, Type.FRAME), 72, "Q", 2**64 - 1), 88, "I", 2**32 - 1)
     return {
@@ -161,12 +180,12 @@ def bad_vectors() -> dict[str, Bad]:
         "major": Bad("a new major version", patch(kv, 4, "B", 2), u, "major version is 2; this side reads 1"),
         "major-zero": Bad("major version 0", patch(kv, 4, "B", 0), u, "major version is 0"),
         "reserved": Bad("reserved field used", patch(kv, 12, "I", 1), m, "reserved field at byte 12 is 1, not 0"),
-        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.0 (message is 1.0)"),
+        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.1 (message is 1.1)"),
         "type-newer": Bad(
             "a type of version 1.3",
             patch(patch(bye, 6, "H", 11), 5, "B", 3),
             u,
-            "type 11 is not known to version 1.0 (message is 1.3)",
+            "type 11 is not known to version 1.1 (message is 1.3)",
         ),
         "length-oversized": Bad(
             "length over the limit", patch(kv, 8, "I", 65544), m, "length 65544 is over the limit of 65536"
@@ -197,19 +216,46 @@ def bad_vectors() -> dict[str, Bad]:
         "tokens-reversed": Bad("tokens reversed", patch(kv, 72, "Q", 31), m, "token interval [32, 31) is empty or"),
         "frame-reserved": Bad("reserved field used", patch(kv, 86, "H", 256), m, "frame: reserved is 256, not 0"),
         "scale-newer": Bad(
-            "a scale encoding of 1.1",
-            patch(newer, 84, "B", 1),
+            "a scale encoding of 1.2",
+            patch(newer, 84, "B", 16),
             u,
-            "frame: scale_encoding 1 is not known to version 1.0 (message is 1.1)",
+            "frame: scale_encoding 16 is not known to version 1.1 (message is 1.2)",
+        ),
+        "scale-absent": Bad(
+            "scales of no segment", patch(kv, 84, "B", 4), m, "scale_encoding is 4, which names an absent segment"
+        ),
+        "scale-of-scales": Bad(
+            "K and its scales scaled", patch(scaled, 84, "B", 7), m, "but segments is 15: too few for the scales"
+        ),
+        "scale-alone": Bad(
+            "a segment that scales itself",
+            patch(message(GOOD["frame-int8"][1], Type.FRAME), 84, "B", 1),
+            m,
+            "but segments is 1: too few for the scales",
+        ),
+        "scale-bfloat16": Bad(
+            "scales of bfloat16 values", patch(mla, 80, "B", 3), m, "dtypes[0] is 3, which takes no scales"
+        ),
+        "scale-uint8": Bad(
+            "scales of opaque bytes", patch(mla, 80, "B", 9), m, "dtypes[0] is 9, which takes no scales"
+        ),
+        "scale-dtype": Bad(
+            "scales in float16", patch(mla, 82, "B", 2), m, "dtypes[2] is 2, but scales are float32 (1)"
+        ),
+        "scale-groups": Bad(
+            "5 scales for 512 channels", patch(mla, 96, "I", 5), m, "channels[0] is 512, which 5 scales do not divide"
+        ),
+        "scale-groups-many": Bad(
+            "more scales than channels", patch(mla, 96, "I", 1024), m, "which 1024 scales do not divide"
         ),
         "codec-newer": Bad(
-            "a codec of 1.1", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.0 (message is 1.1)"
+            "a codec of 1.2", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.1 (message is 1.2)"
         ),
         "dtype-newer": Bad(
-            "a dtype of 1.1",
+            "a dtype of 1.2",
             patch(newer, 81, "B", 10),
             u,
-            "frame: dtypes[1] 10 is not known to version 1.0 (message is 1.1)",
+            "frame: dtypes[1] 10 is not known to version 1.1 (message is 1.2)",
         ),
         "dtype-missing": Bad("no dtype", patch(kv, 80, "B", 0), m, "dtypes[0] is 0, but the segment is present"),
         "dtype-extra": Bad(
@@ -275,7 +321,7 @@ def bad_vectors() -> dict[str, Bad]:
             "a code of 1.2",
             patch(patch(abort, 48, "I", 12), 5, "B", 2),
             u,
-            "abort: code 12 is not known to version 1.0 (message is 1.2)",
+            "abort: code 12 is not known to version 1.1 (message is 1.2)",
         ),
         "abort-reason-long": Bad(
             "a reason of 513 bytes",

@@ -97,9 +97,9 @@ std::int32_t device_count(std::int32_t* count) {
     forget();
     return kHetkvOk;
   }
-  HETKV_TRY(error);
-  *count = found;
-  return kHetkvOk;
+  const std::int32_t status = report(error, "looking for devices");
+  if (status == kHetkvOk) *count = found;
+  return status;
 }
 
 std::int32_t device_info(std::int32_t device, HetkvDeviceInfo* info) {
@@ -423,6 +423,9 @@ int multiprocessors_of(int device) {
 std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
                    const HetkvRemapSlot* slot, std::int32_t max_blocks) {
   HETKV_ON(slot->device);
+  if (std::any_of(jobs, jobs + num_jobs, [](const RemapJob& job) { return job.scaled(); })) {
+    return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
+  }
   const int multiprocessors = multiprocessors_of(slot->device);
   Scratch* scratch = static_cast<Scratch*>(slot->scratch);
   std::size_t first = 0;

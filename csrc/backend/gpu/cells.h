@@ -1,5 +1,5 @@
-// The path of layouts that turn the axes round: a thread takes a cell of 8 tokens x 8 channels, reads it in runs along the
-// source's axis, turns it in registers, and writes runs along the destination's.
+// The path of layouts that turn the axes round: a thread takes a cell of 8 tokens x 8 channels, reads it in runs along
+// the source's axis, turns it in registers, and writes runs along the destination's.
 #pragma once
 
 #include "backend/gpu/address.h"
@@ -34,8 +34,12 @@ HETKV_INLINE std::uint64_t token_run(const Side& side, const Cell& cell) {
 }
 
 // Two words of halves: the low ones, the high ones.
-HETKV_INLINE std::uint32_t low_halves(std::uint32_t a, std::uint32_t b) { return (a & 0xFFFFu) | b << 16; }
-HETKV_INLINE std::uint32_t high_halves(std::uint32_t a, std::uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
+HETKV_INLINE std::uint32_t low_halves(std::uint32_t a, std::uint32_t b) {
+  return (a & 0xFFFFu) | b << 16;
+}
+HETKV_INLINE std::uint32_t high_halves(std::uint32_t a, std::uint32_t b) {
+  return a >> 16 | (b & 0xFFFF0000u);
+}
 
 // Bytes 0 and 1 of two words, or bytes 2 and 3, in turn.
 HETKV_INLINE std::uint32_t low_bytes(std::uint32_t a, std::uint32_t b) {
@@ -87,7 +91,8 @@ HETKV_INLINE void transpose(const Vector<2 * kSize> (&in)[kGroup], Vector<2 * kS
   }
 }
 
-// Moves a cell whose 8 tokens all belong to the job. False, with nothing done, where a conversion meets something special.
+// Moves a cell whose 8 tokens all belong to the job. False, with nothing done, where a conversion meets something
+// special.
 template <int kFrom, int kTo, bool kConverts>
 HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell, Partial& partial) {
   const std::uint32_t token = static_cast<std::uint32_t>(cell.token);
@@ -179,9 +184,8 @@ HETKV_INLINE void turn_cell(const Job& job, std::uint64_t seed, std::uint32_t it
           done = move_cell<bytes, bytes, false>(job, seed, cell, partial);
           return;
         }
-        with_size(item_size(job.dst.dtype), [&](auto to) {
-          done = move_cell<bytes, decltype(to)::value, true>(job, seed, cell, partial);
-        });
+        with_size(item_size(job.dst.dtype),
+                  [&](auto to) { done = move_cell<bytes, decltype(to)::value, true>(job, seed, cell, partial); });
       });
     } else {
       done = size == 2 ? move_cell<2, 2, false>(job, seed, cell, partial)

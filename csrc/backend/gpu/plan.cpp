@@ -93,8 +93,8 @@ bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job)
   return true;
 }
 
-// Cells begin at whole groups of the side whose tokens lie together. Neighbouring lanes take as many along the tokens as
-// make 64 bytes there, and channels for the rest.
+// Cells begin at whole groups of the side whose tokens lie together. Neighbouring lanes take as many along the tokens
+// as make 64 bytes there, and channels for the rest.
 bool plan_cells(const RemapJob& from, bool tokens_first, Job* job) {
   const RemapSide& turned = tokens_first ? from.src : from.dst;
   const std::int64_t lead = turned.first_token % kGroup;

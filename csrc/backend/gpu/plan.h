@@ -48,7 +48,7 @@ struct Job {
   std::uint64_t token_key = 0;    // what one token adds to a word's key: words of a token * kChecksumStep
   std::uint64_t elements = 0;     // words: all of the job's
   std::uint32_t first_chunk = 0;  // of this job in the launch
-  std::uint32_t items = 0;          // rows, cells
+  std::uint32_t items = 0;        // rows, cells
   std::uint32_t tokens = 0;
   FastDiv token_count;   // words
   FastDiv heads;         // rows, cells

@@ -1,0 +1,86 @@
+"""What every method chooses from: one instance of a model on one of the offered GPUs, and what a set of them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf
+from typing import NamedTuple
+
+from hetkv.costmodel import RooflineStepModel, load_catalogue, load_efficiencies, model_shape, step_model
+from hetkv.errors import InputError
+from hetkv.planner.columns import sizes
+from hetkv.planner.problem import GpuOffer, ModelSpec, Problem
+from hetkv.planner.result import Instances
+
+
+class Candidate(NamedTuple):
+    """One instance. `budget` is the engine's `max_num_batched_tokens`; `price` its USD/hour, or GPUs without prices."""
+
+    model: str
+    offer: GpuOffer
+    tp: int
+    pp: int
+    budget: int
+    steps: RooflineStepModel
+    price: float
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp
+
+    def instances(self, role: str, count: int) -> Instances:
+        """`count` of them in `role`."""
+        usd = None if self.offer.usd_per_gpu_hour is None else self.offer.usd_per_gpu_hour * self.gpus
+        return Instances(role, self.offer.gpu, self.tp, self.pp, count, self.model, self.budget, None, usd)  # type: ignore[arg-type]
+
+
+def candidates(problem: Problem, model: ModelSpec) -> list[Candidate]:
+    """Every TP and PP of `model` on every offered GPU that its weights leave room on."""
+    catalogue, efficiencies = load_catalogue(problem.catalogue), load_efficiencies(problem.calibration)
+    shape, engine = model_shape(model.name), problem.engine_for(model)
+    found = []
+    for offer in problem.gpus:
+        for tp, pp in sizes(model, offer, shape) if offer.cap != 0 else ():
+            try:
+                steps = step_model(
+                    catalogue.gpu(offer.gpu),
+                    shape,
+                    tp,
+                    pp,
+                    engine=engine.name,
+                    engine_version=engine.version,
+                    weight_dtype=engine.weight_dtype,
+                    kv_dtype=engine.kv_dtype,
+                    max_batched_tokens=engine.max_num_batched_tokens,
+                    memory_share=engine.memory_share,
+                    catalogue=catalogue,
+                    efficiencies=efficiencies,
+                )
+            except InputError:
+                continue  # it does not fit
+            price = 1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour
+            found.append(Candidate(model.name, offer, tp, pp, engine.max_num_batched_tokens, steps, price * tp * pp))
+    return found
+
+
+def hired(problem: Problem, instances: Iterable[Instances]) -> dict[str, int]:
+    """GPUs of each type that the instances take: instances never share a GPU, and some offers sell whole nodes only."""
+    used: dict[str, int] = {}
+    for one in instances:
+        used[one.gpu] = used.get(one.gpu, 0) + one.count * one.gpus
+    for gpu in used:
+        offer = problem.offer(gpu)
+        if offer.rent == "node" and offer.gpus_per_node:
+            used[gpu] = -(-used[gpu] // offer.gpus_per_node) * offer.gpus_per_node
+    return used
+
+
+def hourly(problem: Problem, instances: Iterable[Instances]) -> float:
+    """USD/hour of the instances; GPUs where the problem has no prices; infinite where a cap is exceeded."""
+    total = 0.0
+    for gpu, count in hired(problem, instances).items():
+        offer = problem.offer(gpu)
+        if offer.cap is not None and count > offer.cap:
+            return inf
+        total += count * (1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour)
+    return total

@@ -1,0 +1,116 @@
+"""Why no plan exists: the constraint that stands nearest in the way, in one line."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hetkv.errors import InputError
+from hetkv.planner.capacity import prompt_seconds
+from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.problem import Problem
+from hetkv.planner.programme import optimise
+from hetkv.planner.result import Tightest
+
+FREE = 1e12
+"""A target, in ms, that never binds."""
+
+
+class InfeasibleError(InputError):
+    """No deployment of the offered GPUs meets the targets. The text names the tightest constraint."""
+
+    def __init__(self, text: str, tightest: Tightest) -> None:
+        self.tightest = tightest
+        super().__init__(text)
+
+
+def explain(problem: Problem, found: Columns) -> InfeasibleError:
+    """The error to raise for a problem whose programme has no solution."""
+    for model in problem.models:
+        mine = [c for c in found.columns if c.model == model.name and c.rates.max() > 0]
+        roles = {c.role for c in mine}
+        if not ({"prefill", "decode"} <= roles or "aggregated" in roles):
+            return _no_columns(problem, model.name)
+    return _shared(problem, found)
+
+
+def _no_columns(problem: Problem, model: str) -> InfeasibleError:
+    """No size of any GPU serves this model: memory, or a target below what the fastest one needs."""
+    free = [msgspec.structs.replace(c, ttft_ms=FREE, tpot_ms=FREE) for c in problem.classes]
+    loose = build_columns(msgspec.structs.replace(problem, classes=free, roles="disaggregated"))
+    mine = [c for c in loose.columns if c.model == model]
+    if not mine:
+        reasons = [why for where, why in loose.refused.items() if where.startswith(f"{model} on ")]
+        reason = reasons[-1].removeprefix("memory: ") if reasons else "every offered GPU has the cap 0"
+        return _error("memory", f"model {model}", float("inf"), f"{model} fits on none of the offered GPUs: {reason}")
+    worst: tuple[float, str, str, str] | None = None
+    for i, sample in enumerate(loose.demands[model].samples):
+        spec = problem.classes_of(model)[i]
+        times = [
+            (float(np.quantile(_service(c, loose, i), spec.ttft_percentile / 100)), c)
+            for c in mine
+            if c.role == "prefill"
+        ]
+        first, column = min(times, key=lambda t: t[0])
+        context = float(np.mean(sample.prompts + sample.others / 2))
+        steps = [(c.steps.step_seconds(1, context), c) for c in mine if c.role == "decode"]
+        step, other = min(steps, key=lambda t: t[0])
+        for name, need, limit, percentile, where in (
+            ("TTFT", first, spec.ttft_ms / 1e3, spec.ttft_percentile, column),
+            ("TPOT", step, spec.tpot_ms / 1e3, spec.tpot_percentile, other),
+        ):
+            text = (
+                f"{name} of class {spec.name}: {limit * 1e3:g} ms at p{percentile:g} is asked, and the fastest "
+                f"instance, {where}, takes {need * 1e3:.3g} ms for a request alone"
+            )
+            if worst is None or need / limit > worst[0]:
+                worst = need / limit, f"{name}", f"class {spec.name}", text
+    assert worst is not None
+    used, constraint, where_text, text = worst
+    return _error(constraint, where_text, used, text)
+
+
+def _service(column: Column, found: Columns, index: int) -> NDArray[np.float64]:
+    prompts = [s.prompts for s in found.demands[column.model].samples]
+    return prompt_seconds(column.steps, prompts, column.budget)[index]
+
+
+def _shared(problem: Problem, found: Columns) -> InfeasibleError:
+    """Every model could be served alone: caps, the fabric, pair limits or the budget are in the way. Lift each."""
+    from hetkv.planner.search import kv_bytes
+
+    rates = {m.name: sum(c.rate for c in problem.classes_of(m.name)) for m in problem.models}
+    sent = kv_bytes(found, problem)
+    lifted = {
+        "pair limits": msgspec.structs.replace(problem, pair_limits=[]),
+        "KV fabric": msgspec.structs.replace(problem, link=msgspec.structs.replace(problem.link, fabric_gb_s=None)),
+        "GPU caps": msgspec.structs.replace(
+            problem, gpus=[msgspec.structs.replace(o, cap=None if o.cap else o.cap) for o in problem.gpus]
+        ),
+    }
+    for name, other in lifted.items():
+        solution = optimise(other, found.columns, rates, sent)
+        if solution is None:
+            continue
+        if name == "GPU caps":
+            by_key = {c.key: c for c in found.columns}
+            need: dict[str, int] = {}
+            for key, n in solution.counts.items():
+                need[by_key[key].gpu] = need.get(by_key[key].gpu, 0) + n * by_key[key].gpus
+            over = {g: n for g, n in need.items() if (problem.offer(g).cap or n) < n}
+            gpu, n = max(over.items(), key=lambda item: item[1] / (problem.offer(item[0]).cap or 1))
+            cap = problem.offer(gpu).cap or 0
+            text = f"GPU caps: without them the plan takes {n} x {gpu}, {cap} are offered"
+            return _error("GPU cap", gpu, n / cap if cap else float("inf"), text)
+        if name == "KV fabric":
+            rate = sum(rates[m] * sent[m] for m in rates) / 1e9
+            limit = problem.link.fabric_gb_s or 0.0
+            text = f"KV fabric: prompts send about {rate:.3g} GB/s, `fabric_gb_s` is {limit:g}"
+            return _error("KV fabric", "link", rate / limit, text)
+        return _error("pair limits", "pair_limits", float("inf"), "pair limits: without them a plan exists")
+    return _error("several", "problem", float("inf"), "caps, fabric and pair limits together leave no plan")
+
+
+def _error(constraint: str, where: str, used: float, text: str) -> InfeasibleError:
+    return InfeasibleError(f"no plan: the tightest constraint is {text}", Tightest(constraint, where, used))

@@ -1,0 +1,125 @@
+"""Small plans: cheaper counts in the order of their cost, until the simulator accepts one.
+
+Queueing formulas are roughest for one to six instances, and there are few enough plans to ask the simulator.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hetkv.planner.columns import Column
+from hetkv.planner.gauge import Counts, Key, rate_of
+
+if TYPE_CHECKING:
+    from hetkv.planner.search import Candidate, Search
+
+LARGEST = 8
+"""Instances of a role, at most: beyond that the programme's plan stands."""
+
+VECTORS = 20_000
+"""Count vectors of a role that are listed, cheapest first."""
+
+
+def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> tuple[Candidate, list[Candidate]]:
+    """The cheapest plan found that meets the targets, `best` if there is none, and all that were simulated whole.
+
+    The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
+    of their cost; each pool is simulated once. A pool below one that failed is not tried: fewer instances serve less.
+    """
+    end = time.perf_counter() + seconds
+    rest = {k: n for k, n in best.counts.items() if k[0] != model}
+    fixed = search.price(rest)
+    failed: dict[str, list[dict[Key, int]]] = {"prefill": [], "decode": [], "aggregated": []}
+    passed: dict[str, set[tuple[tuple[Key, int], ...]]] = {"prefill": set(), "decode": set(), "aggregated": set()}
+    seen: list[Candidate] = []
+    strongest = _strongest(search, model)
+
+    def holds(role: str, counts: dict[Key, int]) -> bool:
+        name = tuple(sorted(counts.items()))
+        if name in passed[role]:
+            return True
+        if any(all(n <= bad.get(k, 0) for k, n in counts.items()) for bad in failed[role]):
+            return False
+        plan = {**strongest, **counts} if role == "decode" else counts
+        good = search.gauge.role(model, plan, role, 1.0).used(role) <= 1
+        if good:
+            passed[role].add(name)
+        else:
+            failed[role].append(counts)
+        return good
+
+    for cost, parts in _by_cost(search, model, best.cost - fixed):
+        if time.perf_counter() > end or fixed + cost >= best.cost - 1e-9:
+            break
+        whole = {k: n for part in parts.values() for k, n in part.items()}
+        if not search.allowed({**rest, **whole}) or not all(holds(role, part) for role, part in parts.items()):
+            continue
+        candidate = search._simulate({**rest, **whole}, 1.0)
+        seen.append(candidate)
+        if candidate.meets:
+            return candidate, seen
+    return best, seen
+
+
+def _strongest(search: Search, model: str) -> dict[Key, int]:
+    """A prefill pool that is never the bottleneck: twice the rate, of the column that carries most."""
+    mine = [c for c in search.found.columns if (c.model, c.role) == (model, "prefill")]
+    if not mine:
+        return {}
+    column = max(mine, key=lambda c: float(c.rates[0]))
+    count = 1
+    while rate_of(column, count) < 2 * search.gauge.rate(model) and count < 2 * LARGEST:
+        count += 1
+    return {column.key: count}
+
+
+def _by_cost(search: Search, model: str, most: float) -> Iterator[tuple[float, dict[str, dict[Key, int]]]]:
+    """(USD/hour, role to counts) of the plans for a model that cost less than `most`, cheapest first."""
+    lists = {}
+    for role in ("prefill", "decode", "aggregated"):
+        columns = [c for c in search.found.columns if (c.model, c.role) == (model, role)]
+        lists[role] = vectors(columns, search, search.gauge.rate(model), most)
+    both = [(cost, {"aggregated": counts}) for cost, counts in lists["aggregated"] if len(counts) == 1]
+    first, later = lists["prefill"], lists["decode"]
+    heap = [(first[i][0] + later[0][0], i, 0) for i in range(len(first))] if later else []
+    heapq.heapify(heap)
+    at = 0
+    while heap or at < len(both):
+        if not heap or (at < len(both) and both[at][0] <= heap[0][0]):
+            yield both[at]
+            at += 1
+            continue
+        cost, i, j = heapq.heappop(heap)
+        if j + 1 < len(later):
+            heapq.heappush(heap, (first[i][0] + later[j + 1][0], i, j + 1))
+        yield cost, {"prefill": first[i][1], "decode": later[j][1]}
+
+
+def vectors(columns: Sequence[Column], search: Search, rate: float, most: float) -> list[tuple[float, dict[Key, int]]]:
+    """Counts of up to `LARGEST` instances that carry `rate` with queueing relaxed and cost less than `most`, sorted."""
+    columns = sorted(columns, key=lambda c: c.price)
+    corrected = {c.key: c for c in search.gauge.corrected()}
+    found: list[tuple[float, dict[Key, int]]] = []
+    todo: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
+    serial = 0
+    while todo and len(found) < VECTORS and serial < 20 * VECTORS:
+        cost, _, chosen = heapq.heappop(todo)
+        counts: dict[Key, int] = {}
+        for i in chosen:
+            counts[columns[i].key] = counts.get(columns[i].key, 0) + 1
+        if chosen and _enough(counts, corrected, rate):
+            found.append((search.price(counts), counts))
+        if len(chosen) == LARGEST:
+            continue
+        for i in range(chosen[-1] if chosen else 0, len(columns)):
+            serial += 1
+            if cost + columns[i].price < most:
+                heapq.heappush(todo, (cost + columns[i].price, serial, (*chosen, i)))
+    return sorted(found, key=lambda f: f[0])
+
+
+def _enough(counts: Counts, corrected: dict[Key, Column], rate: float) -> bool:
+    return sum(n * corrected[k].relaxed for k, n in counts.items()) >= rate

@@ -1,0 +1,131 @@
+"""The answer: what to buy, how far it is from the best, what the simulator says, and what the alternatives cost."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any, Literal
+
+import msgspec
+
+from hetkv.simulator.deployment import Plan as Deployment
+
+
+class Instances(msgspec.Struct, frozen=True):
+    """`count` equal instances of `tp * pp` GPUs each. `kv_tokens`: KV room of one, cut to balance routing; None: all.
+
+    `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one, None where the
+    problem has no prices.
+    """
+
+    role: Literal["prefill", "decode", "aggregated"]
+    gpu: str
+    tp: int
+    pp: int
+    count: int
+    model: str
+    budget: int
+    kv_tokens: int | None = None
+    usd_per_hour: float | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one instance."""
+        return self.tp * self.pp
+
+
+class ClassLatency(msgspec.Struct, frozen=True):
+    """TTFT and TPOT in ms at the class's own percentiles, against its targets. None: no request has the figure."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    ttft_limit_ms: float
+    tpot_limit_ms: float
+    ttft_percentile: float
+    tpot_percentile: float
+
+    @property
+    def used(self) -> float:
+        """The largest share of a target that is used up; above 1 a target is missed."""
+        return max((self.ttft_ms or 0.0) / self.ttft_limit_ms, (self.tpot_ms or 0.0) / self.tpot_limit_ms)
+
+
+class Option(msgspec.Struct, frozen=True):
+    """Another plan beside the winner: a baseline or a runner-up. Where `feasible` is false, `why` says what is missed.
+
+    `rate` is the requests/s of all classes together that it serves; `simulated` by class name, None if not simulated.
+    """
+
+    name: str
+    feasible: bool
+    cost_per_hour: float | None = None
+    rate: float | None = None
+    instances: list[Instances] = []
+    simulated: dict[str, ClassLatency] | None = None
+    why: str = ""
+    seconds: float = 0.0
+
+
+class Tightest(msgspec.Struct, frozen=True):
+    """The constraint nearest to its limit: its name, where it is, and the share of it that is used."""
+
+    constraint: str
+    where: str
+    used: float
+
+
+class Sensitivity(msgspec.Struct, frozen=True):
+    """The same plan with all step times at one end of the cost model's 90 % interval, and what it would cost then.
+
+    `cost_per_hour` and `rate` are those of the plan that would be made if that end were true; None where there is none.
+    """
+
+    end: Literal["low", "high"]
+    simulated: dict[str, ClassLatency]
+    meets: bool
+    cost_per_hour: float | None
+    rate: float | None
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A plan. `gap`: the solver's relative gap. `lower_bound`: of the full model under relaxed queueing, USD/hour for
+    the goal `cost`, requests/s (an upper bound) for the others. `simulated_slack`: the share of the traffic by which
+    the rates could still grow in the simulator before a target is missed (0.1: ten per cent).
+
+    `rate` is the requests/s of all classes together and `scale` its multiple of the problem's rates.
+    `deployments` holds a plan for the simulator for each model.
+    """
+
+    goal: str
+    instances: list[Instances]
+    cost_per_hour: float | None
+    rate: float
+    scale: float
+    gap: float
+    lower_bound: float
+    simulated_slack: float | None
+    predicted: dict[str, ClassLatency]
+    simulated: dict[str, ClassLatency]
+    meets: bool
+    tightest: Tightest
+    baselines: list[Option]
+    runners_up: list[Option]
+    sensitivity: list[Sensitivity]
+    columns_seconds: float
+    solve_seconds: float
+    verify_seconds: float
+    iterations: int
+    deployments: dict[str, Deployment]
+    notes: list[str] = []
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dictionaries, ready for `json.dump`. A latency that never ends is null there."""
+        found: dict[str, Any] = _finite(msgspec.to_builtins(self))
+        return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
