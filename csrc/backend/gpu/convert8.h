@@ -267,17 +267,19 @@ HETKV_INLINE void with_float(DType type, const Body& body) {
   }
 }
 
-// Calls body(SizeOf<bytes>) for an element of `bytes` bytes.
+// Calls body(SizeOf<bytes>) for an element of `bytes` bytes; with kNarrow those are 1 or 2.
 template <int kBytes>
 struct SizeOf {
   static constexpr int value = kBytes;
 };
 
-template <typename Body>
+template <bool kNarrow = false, typename Body>
 HETKV_INLINE void with_size(int bytes, const Body& body) {
   if (bytes == 1) return body(SizeOf<1>{});
-  if (bytes == 2) return body(SizeOf<2>{});
-  return body(SizeOf<4>{});
+  if constexpr (!kNarrow) {
+    if (bytes == 4) return body(SizeOf<4>{});
+  }
+  body(SizeOf<2>{});
 }
 
 // `*result` = convert(codes * multiplier), 8 elements of kFrom bytes to kTo bytes. False where the fast way cannot.

@@ -11,15 +11,12 @@
 #endif
 
 // Parameters of a kernel stay where they are, even where their address is taken.
-#ifndef HETKV_MIN_BLOCKS
-#define HETKV_MIN_BLOCKS 2
-#endif
 #if defined(__CUDACC__)
 #define HETKV_GRID_CONSTANT __grid_constant__
-#define HETKV_LAUNCH_BOUNDS(threads) __launch_bounds__(threads, HETKV_MIN_BLOCKS)
+#define HETKV_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #else
 #define HETKV_GRID_CONSTANT
-#define HETKV_LAUNCH_BOUNDS(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#define HETKV_LAUNCH_BOUNDS(threads, blocks) __attribute__((amdgpu_flat_work_group_size(1, threads)))
 #endif
 
 namespace hetkv::gpu {

@@ -52,8 +52,14 @@ __device__ inline void report(const Partial& partial, std::uint32_t num_blocks, 
   sums->blocks_done = 0;
 }
 
+// Thread blocks that a multiprocessor has to hold. Conversions wait for arithmetic, so for them a third block is worth
+// some registers; the kernel with everything in it would spill.
+constexpr int blocks_wanted(Paths paths) {
+  return paths == Paths::kRows ? 3 : 2;
+}
+
 template <Paths kPaths>
-__global__ void HETKV_LAUNCH_BOUNDS(kThreads)
+__global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
     remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,
                  RemapResult* result) {
   wait_for_launch_before();

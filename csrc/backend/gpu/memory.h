@@ -16,22 +16,7 @@ struct alignas(kWords >= 4 ? 16 : kWords * 4) Vector {
 
 template <int kWords>
 HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
-#if defined(__CUDA_ARCH__) && defined(HETKV_NOALLOC)
-  Vector<kWords> v;
-  if constexpr (kWords == 2) {
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(address));
-  } else {
-    HETKV_UNROLL
-    for (int i = 0; i < kWords; i += 4) {
-      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v.w[i]), "=r"(v.w[i + 1]), "=r"(v.w[i + 2]), "=r"(v.w[i + 3])
-                   : "l"(address + 4 * i));
-    }
-  }
-  return v;
-#else
   return *reinterpret_cast<const Vector<kWords>*>(static_cast<std::uintptr_t>(address));
-#endif
 }
 
 template <int kWords>

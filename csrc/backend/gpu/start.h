@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 
 #include "backend/gpu/kernel.h"
 #include "backend/gpu/launch.h"
@@ -27,7 +26,6 @@ template <Paths kPaths>
 gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
                  gpuStream_t stream) {
   std::uint32_t blocks = static_cast<std::uint32_t>(multiprocessors * blocks_at_once<kPaths>());
-  if (const char* x = std::getenv("HETKV_X_GRID")) blocks = blocks * static_cast<std::uint32_t>(std::atoi(x)) / 4;
   if (max_blocks > 0) blocks = std::min(blocks, static_cast<std::uint32_t>(max_blocks));
   blocks = std::max(1u, std::min(blocks, launch.num_chunks));
   return vendor::launch(remap_kernel<kPaths>, blocks, kThreads, stream, launch, blocks, scratch, result);
