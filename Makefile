@@ -5,12 +5,20 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc bindings -type f 2>/dev/null) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint format types build dev clean
+# The tests of the vLLM connector need an environment of their own: vLLM pins what it imports.
+VLLM_VENV ?= .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: demo test test-vllm test-all lint format types build dev clean
 demo: $(STAMP)
 	$(PY) -m hetkv demo
 
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm
 
 test-all: $(STAMP)
 	$(PY) -m pytest
@@ -35,6 +43,12 @@ $(STAMP): $(SOURCES)
 	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(PIP_ARGS)
 	touch $@
 
+$(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
+	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.
 dev:
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(shell command -v $(PY))
@@ -42,4 +56,4 @@ dev:
 	cmake --install build/dev --prefix .
 
 clean:
-	rm -rf build $(VENV) hetkv/*.so
+	rm -rf build $(VENV) $(VLLM_VENV) hetkv/*.so

@@ -51,6 +51,52 @@ def transfer_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def device_table(file: Path) -> str:
+    """Pool to pool between two GPUs, and what was measured beside it in the same run."""
+    run = json.loads(file.read_text())
+    shape = run["shape"]
+    lines = [
+        f"| between two GPUs, {shape['layers']} layers of {shape['layer_mib']:g} MiB, {shape['source']} to "
+        f"{shape['destination']} | reach | GB/s |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| hetkv, {way} | {row['reach']} | {row['gb_s']:.1f} |" for way, row in run["hetkv"].items() if "gb_s" in row
+    ]
+    if run["ucx_contiguous_gb_s"]:
+        lines.append(f"| UCX put, one contiguous layer | | {run['ucx_contiguous_gb_s']:.1f} |")
+    if "gb_s" in run["pinned_copy"]:
+        lines.append(f"| pinned device-to-host copy | | {run['pinned_copy']['gb_s']:.1f} |")
+    lines += [f"| NIXL, blocks of {name} | | {row['gb_s']:.2f} |" for name, row in run["nixl"].items() if "gb_s" in row]
+    names = {
+        "ratio_nixl": "x NIXL's best at 32 KiB", "ratio_nixl_5mib": "x NIXL at 5 MiB",
+        "ratio_pinned_copy": "host-staged, of the pinned copy",
+    }  # fmt: skip
+    reached = [
+        f"{text} {run[name]:.2f} (target {run['targets'][name]:g})" for name, text in names.items() if name in run
+    ]
+    return "\n".join(lines) + f"\n\nRatios: {'; '.join(reached)}."
+
+
+def overlap_table(file: Path) -> str:
+    """What sending costs a prefill, by batch size and thread blocks of a pack."""
+    run = json.loads(file.read_text())
+    at_most = run["targets"]
+    lines = [
+        f"| {run['shape']}, prompt {run['prompt']}: batch | way | prefill ms | slowed (at most "
+        f"{100 * at_most['slowdown']:g} %) | a layer's transfer us | exposed, in layers (at most "
+        f"{at_most['exposed_layers']}) | behind its KV, in layers | TTFT ratio (at most {at_most['ttft_ratio']}) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        lines.append(
+            f"| {row['batch']} | {row['way']} | {row['prefill_ms']:.1f} | "
+            f"{100 * row['slowdown']:.2f} % | {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | "
+            f"{row['behind_kv_layers']:.2f} | {row['ttft_ratio']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def resharded_table(file: Path) -> str:
     """Per destination and pair of parallelisms: the rate, and its ratio to TP 1 to TP 1 with the same bytes."""
     run = json.loads(file.read_text())
@@ -72,18 +118,19 @@ def resharded_table(file: Path) -> str:
 
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
-    return (
-        f"`bench/results/{file.name}`: {run['device']}, {run['cpus']} CPUs, commit {run['commit']}, {run['time'][:10]}."
-    )
+    device = ", ".join(run.get("gpus", [])) or run["device"]
+    return f"`bench/results/{file.name}`: {device}, {run['cpus']} CPUs, commit {run['commit']}, {run['time'][:10]}."
 
 
 def section() -> str:
     """The generated part of the document."""
     remaps = sorted(RESULTS.glob("remap-*.json"))
     transfer = RESULTS / "transfer.json"
-    resharded = [file for file in (RESULTS / "transfer-resharded.json",) if file.is_file()]
-    tables = [remap_table(remaps), transfer_table(transfer), *map(resharded_table, resharded)]
-    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *resharded])
+    more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
+    more.append(("overlap.json", overlap_table))
+    found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]
+    tables = [remap_table(remaps), transfer_table(transfer), *(table(file) for file, table in found)]
+    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *(file for file, _ in found)])
     return "\n" + "\n\n".join([*tables, "From", sources]) + "\n"
 
 

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bind.h"
+#include "engine/device_mover.h"
 #include "engine/receiver.h"
 #include "engine/sender.h"
 
@@ -51,6 +52,17 @@ std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_
 py::tuple to_tuple(const Event& event) {
   return py::make_tuple(static_cast<int>(event.kind), event.handle, event.link, event.layer,
                         static_cast<int>(event.status.code), event.status.detail);
+}
+
+template <typename E>
+std::unique_ptr<E> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
+  std::unique_ptr<Mover> mover;
+  if (device != nullptr) {
+    check(DeviceMover::create(device, config, &mover));
+  } else {
+    mover = std::make_unique<CpuMover>(config.threads);
+  }
+  return std::make_unique<E>(config, std::move(mover), std::move(device));
 }
 
 template <typename E>
@@ -109,6 +121,7 @@ void bind_common(py::class_<E>& type) {
              out["payload_bytes"] = at.payload_bytes.load();
              out["saturated"] = at.saturated.load();
              out["direct_frames"] = at.direct_frames.load();
+             out["peer_frames"] = at.peer_frames.load();
              out["stale_frames"] = at.stale_frames.load();
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
@@ -134,9 +147,12 @@ void bind_engine(py::module_& m) {
       .def_readwrite("staging_slots", &EngineConfig::staging_slots)
       .def_readwrite("max_slots_per_link", &EngineConfig::max_slots_per_link)
       .def_readwrite("threads", &EngineConfig::threads)
+      .def_readwrite("max_blocks", &EngineConfig::max_blocks)
       .def_readwrite("spin_us", &EngineConfig::spin_us)
       .def_readwrite("heartbeat_ms", &EngineConfig::heartbeat_ms)
       .def_readwrite("peer_timeout_ms", &EngineConfig::peer_timeout_ms)
+      .def_readwrite("copy_engine", &EngineConfig::copy_engine)
+      .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("trace", &EngineConfig::trace);
 
@@ -176,7 +192,8 @@ void bind_engine(py::module_& m) {
   py::class_<LinkConfig>(m, "LinkConfig")
       .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
-                       std::uint32_t instance_links, std::vector<LayerPlan> plans) {
+                       std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
+                       bool rdma_windows) {
              return LinkConfig{to_vector(address),
                                number,
                                to_array<16>(send_key, "send_key"),
@@ -184,16 +201,17 @@ void bind_engine(py::module_& m) {
                                std::move(name),
                                std::move(instance),
                                instance_links,
+                               device_windows,
+                               rdma_windows,
                                std::move(plans)};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"),
-           py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"));
+           py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
+           py::arg("device_windows") = false, py::arg("rdma_windows") = false);
 
   py::class_<Sender> sender(m, "Sender");
-  sender.def(py::init([](const EngineConfig& config) {
-               return std::make_unique<Sender>(config, std::make_unique<CpuMover>(config.threads));
-             }),
-             py::arg("config"));
+  sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr,
+             py::call_guard<py::gil_scoped_release>());
   bind_common(sender);
   sender
       .def(
@@ -210,14 +228,23 @@ void bind_engine(py::module_& m) {
             self.extend(handle, group, to_blocks(blocks));
           },
           py::arg("handle"), py::arg("group"), py::arg("blocks"))
-      .def("send_layer", &Sender::send_layer, py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"))
+      .def(
+          "send_layer",
+          [](Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
+             std::optional<std::uint64_t> stream) {
+            if (!stream) return self.send_layer(handle, layer, start, stop);
+            check(self.send_layer(handle, layer, start, stop, reinterpret_cast<void*>(*stream)));
+          },
+          py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
+          "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
+      .def(
+          "reach", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.reach(link)); }, py::arg("link"),
+          py::call_guard<py::gil_scoped_release>(), "Code of `Reach` in csrc/engine/windows.h.")
       .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"));
 
   py::class_<Receiver> receiver(m, "Receiver");
-  receiver.def(py::init([](const EngineConfig& config) {
-                 return std::make_unique<Receiver>(config, std::make_unique<CpuMover>(config.threads));
-               }),
-               py::arg("config"));
+  receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr,
+               py::call_guard<py::gil_scoped_release>());
   bind_common(receiver);
   receiver
       .def(
@@ -232,6 +259,13 @@ void bind_engine(py::module_& m) {
       .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
       .def("epoch", &Receiver::epoch, py::arg("handle"), py::call_guard<py::gil_scoped_release>(),
            "For tests: the epoch of a request's ticket; 0 where it has ended.")
+      .def(
+          "wait_stream",
+          [](Receiver& self, std::uint64_t handle, std::int32_t layer, std::uint64_t stream) {
+            check(self.wait_stream(handle, layer, reinterpret_cast<void*>(stream)));
+          },
+          py::arg("handle"), py::arg("layer"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Makes a stream wait for a layer, or with -1 for the whole request.")
       .def("retire_link", &Receiver::retire_link, py::arg("link"));
 }
 

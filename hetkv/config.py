@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -13,22 +13,37 @@ if TYPE_CHECKING:
     from hetkv import _core
 
 MIB = 1 << 20
+DEVICE_SLOT, DEVICE_SLOTS = 16 * MIB, 16
 MAX_SECONDS = 1e6
 
 
 class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How KV is moved. The defaults suit one host; nothing here changes what arrives."""
 
-    slot_bytes: int = MIB
-    """Bytes of one window slot and of one staging buffer: the largest payload of a frame."""
+    slot_bytes: int | None = None
+    """Bytes of one window slot and of one staging buffer: the largest payload of a frame. Default: 1 MiB, and 16 MiB
+    where the pool lies on a device, so that a layer is one frame."""
     window_bytes: int | None = None
-    """Receiver: memory of all its slots together, whatever the number of senders. Default: see `default_window`."""
-    staging_slots: int = 4
-    """Sender: staging buffers, used where a peer's window cannot be stored into."""
+    """Receiver: memory of all its slots together, whatever the number of senders. Default: see `default_window`, and
+    16 slots where the pool lies on a device."""
+    window: Literal["auto", "host", "device"] = "auto"
+    """Receiver with a pool on a device: where slots lie. `auto`: in the device's memory for peers that can store into
+    it (same host, same vendor), in pinned host memory for all others."""
+    staging_slots: int | None = None
+    """Sender: staging buffers, used where a peer's window cannot be stored into, and for what the copy engine takes
+    across. Default: 4, and 6 where the pool lies on a device."""
     max_slots_per_link: int = 8
     """Receiver: most slots that one sender holds at a time."""
     threads: int = 1
     """CPU threads of one pack or unpack."""
+    max_blocks: int = 0
+    """Thread blocks of one pack or unpack on a device, so that multiprocessors are left to others; 0: all that fit."""
+    copy_engine: bool = True
+    """Sender on a device, reach `peer`: pack beside the pool and let the copy engine take it across; otherwise the pack
+    stores across itself, and holds multiprocessors for as long as that takes."""
+    high_priority: bool | None = None
+    """Packs and unpacks on a device go before other work of the process. Default: a receiver's do, as they are short
+    and awaited; a sender's do not, as they run beside its compute."""
     spin_us: int = 1000
     """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5
@@ -46,26 +61,39 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     def __post_init__(self) -> None:
         for name in ("slot_bytes", "staging_slots", "max_slots_per_link", "threads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
         for name in ("heartbeat_s", "peer_timeout_s", "lease_s", "hold_s", "handshake_timeout_s"):
             if not 0.001 <= getattr(self, name) <= MAX_SECONDS:
                 raise InputError(f"{name} must be between 0.001 and {MAX_SECONDS:g} seconds, not {getattr(self, name)}")
-        if self.spin_us < 0:
-            raise InputError(f"spin_us must not be negative, but is {self.spin_us}")
-        if self.window_bytes is not None and self.window_bytes < self.slot_bytes:
-            raise InputError(f"window_bytes {self.window_bytes} holds no slot of {self.slot_bytes} bytes")
+        for name in ("spin_us", "max_blocks"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.window not in ("auto", "host", "device"):
+            raise InputError(f"window {self.window!r}: auto, host or device")
+        if self.window_bytes is not None and self.window_bytes < (self.slot_bytes or MIB):
+            raise InputError(f"window_bytes {self.window_bytes} holds no slot of {self.slot_bytes or MIB} bytes")
 
-    def engine(self) -> _core.EngineConfig:
-        """The same for the extension."""
+    def slot(self, on_device: bool = False) -> int:
+        """`slot_bytes`, or its default for such a pool, which a smaller window bounds."""
+        if self.slot_bytes is not None:
+            return self.slot_bytes
+        return min(DEVICE_SLOT, self.window_bytes or DEVICE_SLOT) if on_device else MIB
+
+    def engine(self, on_device: bool = False, role: str = "receiver") -> _core.EngineConfig:
+        """The same for the extension, for a pool in host memory or on a device."""
         from hetkv.core import core
 
         engine = core.EngineConfig()
-        engine.slot_bytes = self.slot_bytes
-        engine.window_bytes = self.window_bytes or max(self.slot_bytes, default_window())
-        engine.staging_slots = self.staging_slots
+        engine.slot_bytes = slot = self.slot(on_device)
+        engine.window_bytes = self.window_bytes or (DEVICE_SLOTS * slot if on_device else max(slot, default_window()))
+        engine.staging_slots = self.staging_slots or (6 if on_device else 4)
         engine.max_slots_per_link = self.max_slots_per_link
         engine.threads = self.threads
+        engine.max_blocks = self.max_blocks
+        engine.copy_engine = self.copy_engine
+        engine.high_priority = role == "receiver" if self.high_priority is None else self.high_priority
         engine.spin_us = self.spin_us
         engine.heartbeat_ms = max(1, round(self.heartbeat_s * 1000))
         engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from hetkv import compat
 from hetkv.channel import Channel, Records
-from hetkv.description import Accept, Bye, Description, Message, Ready, Refusal, decode, encode
+from hetkv.description import Accept, Bye, Description, Message, Ready, Refusal, decode, encode, for_minor
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
@@ -287,7 +287,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         return message
 
     if connecting:
-        write(mine)
+        write(for_minor(mine, minor))
     try:
         theirs = read(Description, "description")
         if theirs.role != other_role(mine.role):
@@ -296,7 +296,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         write(Refusal("description", "a well-formed description expected", "a malformed one", str(error)))
         raise
     if not connecting:
-        write(mine)
+        write(for_minor(mine, minor))
     try:
         compat.check(mine, theirs, minor)
     except IncompatibleError as error:

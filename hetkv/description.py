@@ -50,7 +50,9 @@ def group_layers(layers: Mapping[int, _Memory]) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(tuple(members), blocks, layout) for layout, blocks, members in groups)
 
 
-class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="description", kw_only=True):
+class Description(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="description", kw_only=True
+):
     """One rank, as its peer needs to know it. Checked when made and when received: `InputError` names the field."""
 
     role: Role
@@ -75,12 +77,16 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     """Index of this rank in `instance_shards`."""
     instance_shards: tuple[Shard, ...] = ()
     """Shards of all ranks of the instance, so that one peer can compute all routes; empty: this rank is alone."""
+    device: str = "cpu"
+    """Where the pool lies: `cpu`, or the backend of its GPU. From minor 1 on."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:
             raise InputError(f"instance and host are names of 1 to {MAX_TEXT} characters")
         if len(self.worker_address) > MAX_WORKER_ADDRESS_BYTES:
             raise InputError(f"worker_address has {len(self.worker_address)} bytes, over {MAX_WORKER_ADDRESS_BYTES}")
+        if not 0 < len(self.device) <= MAX_TEXT:
+            raise InputError(f"device is a name of 1 to {MAX_TEXT} characters")
         for field in ("heartbeat_interval_ms", "heartbeat_timeout_ms", "lease_ms"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, must be at least 1")
@@ -162,6 +168,11 @@ Message = Description | Accept | Refusal | Ready | Bye
 
 _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
+
+
+def for_minor(description: Description, minor: int) -> Description:
+    """The description without what a reader of an older minor version would refuse."""
+    return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")
 
 
 def encode(message: Message) -> bytes:

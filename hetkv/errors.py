@@ -89,6 +89,10 @@ class TransportError(TransferError):
     """UCX reported an error."""
 
 
+class DeviceError(TransferError):
+    """A GPU, its driver or its backend refused: out of memory, a launch that failed, a device that is not there."""
+
+
 class ClosedError(TransferError):
     """The sender or receiver was closed."""
 
@@ -109,6 +113,7 @@ _BY_CODE: dict[int, type[HetkvError]] = {
     9: AbortedError,
     10: TransportError,
     11: ClosedError,
+    12: DeviceError,
 }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from hetkv.config import TransferConfig
 from hetkv.control import ControlConnection, connect
 from hetkv.description import Description, Ready, group_layers, host_id
+from hetkv.device import device_of
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.handshake import Role, check_secret
 from hetkv.link import link_plans, linked_ranks
@@ -84,13 +85,16 @@ class Node(ABC, Generic[P]):
         """`instance_shards`: the shards of all ranks of this instance where it has several; `rank` is this one's index.
 
         `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel. Raises
-        `InputError`, and `TransportError` where UCX does not start.
+        `InputError`, `TransportError` where UCX does not start, and for a pool on a device what `device_of` raises and
+        `DeviceError` where the device has no memory left for windows.
         """
         check_secret(secret)
-        if pool.device is not None and pool.device.type != "cpu":
-            raise InputError(f"a pool on {pool.device} needs a GPU backend, which this build does not have")
         self.pool = pool
+        self.device = device_of(pool)
+        """The device that the pool lies on; `None` in host memory."""
         self.config = config or TransferConfig()
+        if self.device is None and self.config.window == "device":
+            raise InputError("window='device' needs a pool on a device")
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._peers: dict[int, Peer] = {}
@@ -98,7 +102,10 @@ class Node(ABC, Generic[P]):
         self._keys: set[bytes] = set()
         self._listeners: list[Listener] = []
         self._closed = False
-        self.engine: Any = self._make_engine(self.config.engine())
+        on_device = self.device is not None
+        self.engine: Any = self._make_engine(
+            self.config.engine(on_device, self.role), self.device.core if self.device is not None else None
+        )
         self.engine.start()
         try:
             self.description = Description(
@@ -110,12 +117,13 @@ class Node(ABC, Generic[P]):
                 shard=pool.shard,
                 layers=group_layers(pool.layers),
                 worker_address=self.engine.address,
-                slot_bytes=self.config.slot_bytes if self.role == "receiver" else 0,
+                slot_bytes=self.config.slot(on_device) if self.role == "receiver" else 0,
                 heartbeat_interval_ms=max(1, round(self.config.heartbeat_s * 1000)),
                 heartbeat_timeout_ms=max(1, round(self.config.peer_timeout_s * 1000)),
                 lease_ms=round((self.config.lease_s if self.role == "receiver" else self.config.hold_s) * 1000),
                 rank=rank,
                 instance_shards=tuple(instance_shards),
+                device=self.device.backend if self.device else "cpu",
             )
         except BaseException:
             self.engine.stop()
@@ -125,7 +133,7 @@ class Node(ABC, Generic[P]):
         _open_nodes.add(self)
 
     @abstractmethod
-    def _make_engine(self, config: _core.EngineConfig) -> Any:
+    def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         """The engine of this role."""
 
     def listen(self, address: str = "127.0.0.1:0") -> str:
@@ -228,6 +236,8 @@ class Node(ABC, Generic[P]):
                     instance=theirs.instance,
                     instance_links=len(linked_ranks(self.description, theirs)),
                     plans=link_plans(self.pool, self.description, theirs),
+                    device_windows=self._device_windows(theirs),
+                    rdma_windows=self._device_windows(theirs) and theirs.host != self.description.host,
                 )
             )
             peer = Peer(connection, link)
@@ -248,6 +258,13 @@ class Node(ABC, Generic[P]):
         peer.ready = True  # what is posted from now on comes after the activation
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
         return peer
+
+    def _device_windows(self, theirs: Description) -> bool:
+        """Whether this side lends that peer slots in device memory: where its device can store into them."""
+        if self.device is None or self.role == "sender" or self.config.window == "host":
+            return False
+        near = theirs.host == self.description.host and theirs.device == self.device.backend
+        return near or self.config.window == "device"
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
         """The peer's process ended or closed, so nothing of it touches this side's memory any more."""
@@ -272,6 +289,7 @@ class Node(ABC, Generic[P]):
                 raise ClosedError(f"the {self.role} is closed")
             if key in self._keys:
                 raise InputError(f"request {key.hex()} is under way already")
+            self.pool.check_alive()
             pending = make()
             if not pending.handle:
                 raise ClosedError(f"the {self.role}'s progress thread has ended")

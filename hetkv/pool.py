@@ -46,6 +46,7 @@ class KVPool:
         if len(devices) > 1:
             raise InputError(f"a pool lies on one device, not on {', '.join(sorted(map(str, devices)))}")
         self.device = devices.pop() if devices else None
+        self._memory = [(at, at.data_ptr(), at.untyped_storage().nbytes()) for at in self._tensors()]
         self.groups: dict[int, tuple[int, int]] = {}
         """Block size and block count of each cache group that has layers here."""
         for layer, memory in self.layers.items():
@@ -163,6 +164,17 @@ class KVPool:
     def base(self, layer: int, segment: str) -> int:
         """Address that the segment's offsets count from."""
         return self.layers[layer].tensors[segment].data_ptr()
+
+    def check_alive(self) -> None:
+        """Raise `InputError` where a tensor's memory was freed, resized or replaced since the pool was made."""
+        for tensor, address, size in self._memory:
+            if tensor.data_ptr() != address or tensor.untyped_storage().nbytes() != size:
+                raise InputError("the pool's memory was freed or replaced while it was in use")
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Every tensor once."""
+        every = [tensor for memory in self.layers.values() for tensor in memory.tensors.values()]
+        return list({id(tensor): tensor for tensor in every}.values())
 
     def check_blocks(self, group: int, block_ids: Sequence[int], start: int, stop: int) -> None:
         """Raise `InputError` unless `block_ids` hold tokens `[start, stop)` of a cache group in distinct blocks.

@@ -5,22 +5,28 @@ Nothing is inferred that can be tried: two processes move a small request in eac
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hetkv.bench import ucx
 from hetkv.bench.pair import Pair, Shape, make_pool
 from hetkv.config import TransferConfig
+from hetkv.device import BACKENDS
 from hetkv.errors import HetkvError
 
 MIB = 1 << 20
+CAPABILITIES = (
+    "ipc", "host-register", "host-same-pointer", "rdma", "rdma-ordered", "rdma-flush", "stream-device",
+    "relaxed-capture", "hardware-conversion", "host-atomic-stores", "stream-wait-value",
+)  # fmt: skip
+"""Names of the bits of `HetkvCapability` (`csrc/backend/backend.h`), from bit 0."""
 LAYERS = 4
 REPEATS = 5
 FAST_NETWORKS = re.compile(r"rc|dc|ud|gga|srd|gdaki")
@@ -32,6 +38,10 @@ def probe(mib: float = 64) -> dict[str, Any]:
     from hetkv.bench.environment import environment
 
     found: dict[str, Any] = {**environment(), "cpu": cpu(), "gpu": gpus(), "ucx": ucx_facts(), "limits": limits()}
+    found["devices"] = {
+        f"{source} to {destination}": attempt(partial(local, mib, True, (source, destination)))
+        for source, destination in device_pairs(found["gpu"])
+    }
     found["local"] = {"auto": attempt(lambda: local(mib, True)), "put": attempt(lambda: local(mib, False))}
     found["warnings"] = warnings(found)
     return found
@@ -49,16 +59,29 @@ def cpu() -> dict[str, Any]:
 
 
 def gpus() -> dict[str, dict[str, Any]]:
-    """By vendor runtime: whether its driver and library are here. This build moves KV of CPU pools only."""
-    found = {}
-    for name, device, library in (("cuda", "/dev/nvidiactl", "libcuda.so.1"), ("hip", "/dev/kfd", "libamdhip64.so")):
-        missing = [] if Path(device).exists() else [f"no {device}"]
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            missing.append(f"no {library}")
-        found[name] = {"present": not missing, "why_not": ", ".join(missing)}
+    """By vendor: its devices as hetkv's backend sees them, or why there are none."""
+    from hetkv.core import core
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, count, why in core.load_backends(str(BACKENDS)):
+        devices = [core.device_info(name, index) for index in range(count)]
+        for device in devices:
+            bits = device["capabilities"]
+            device["capabilities"] = [text for bit, text in enumerate(CAPABILITIES) if bits >> bit & 1]
+        found[name] = {"present": count > 0, "why_not": why, "devices": devices}
+    for name, node in (("cuda", "/dev/nvidiactl"), ("hip", "/dev/kfd")):
+        found.setdefault(name, {"present": False, "why_not": "no backend was built", "devices": []})
+        if not Path(node).exists() and not found[name]["present"]:
+            found[name]["why_not"] = f"no {node}"
     return found
+
+
+def device_pairs(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of places to try on this host: PyTorch calls the devices of either vendor `cuda`."""
+    count = max((len(gpu["devices"]) for gpu in found.values()), default=0)
+    if count == 0:
+        return []
+    return [("cuda:0", f"cuda:{min(1, count - 1)}"), ("cuda:0", "cpu"), ("cpu", "cuda:0")]
 
 
 def ucx_facts() -> dict[str, Any]:
@@ -108,9 +131,9 @@ def shape(mib: float) -> Shape:
     return Shape(LAYERS, max(1, round(mib * MIB / Shape(LAYERS, 1).payload_bytes)))
 
 
-def local(mib: float, direct: bool) -> dict[str, Any]:
+def local(mib: float, direct: bool, devices: tuple[str, str] = ("cpu", "cpu")) -> dict[str, Any]:
     """Two processes of this host, NHD 16 to HND 64: how payloads travel, how fast, and whether they arrive whole."""
-    with Pair(shape(mib), TransferConfig(direct=direct)) as pair:
+    with Pair(shape(mib)._replace(devices=devices), TransferConfig(direct=direct)) as pair:
         pair.send()
         seconds = [pair.send().seconds for _ in range(REPEATS)]
         verified = pair.verify()
@@ -208,6 +231,13 @@ def warnings(found: dict[str, Any]) -> list[str]:
             said.append(f"two processes of this host, {reach}: {result['error']}")
     if found["local"]["auto"].get("reach", "shared") != "shared":
         said.append("two processes of this host do not reach each other's memory: payloads are staged and put by UCX")
+    for pair, result in found.get("devices", {}).items():
+        if "error" in result:
+            said.append(f"{pair}: {result['error']}")
+        elif "cpu" not in pair and result["reach"] != "peer":
+            said.append(f"{pair}: the two GPUs do not reach each other's memory: payloads pass through the host")
+        elif result["reach"] == "put":
+            said.append(f"{pair}: payloads are staged and put, as the GPU does not map the other side's memory")
     window, shared, locked = found["cpu"]["default_window_bytes"], bounds["dev_shm"], bounds["memlock_bytes"]
     if shared is not None and shared["free_bytes"] < 2 * window:
         said.append(

@@ -64,6 +64,23 @@ def write_perfetto(path: Path | str, spans: Sequence[Span]) -> None:
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
+def read_perfetto(path: Path | str) -> list[Span]:
+    """The spans of a trace that `write_perfetto` wrote, to draw them elsewhere. Raises `InputError`."""
+    try:
+        events = json.loads(Path(path).read_text())["traceEvents"]
+        names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+        return [
+            Span(
+                event["cat"], event["args"]["layer"], round(event["ts"] * 1000),
+                round((event["ts"] + event["dur"]) * 1000), event["args"]["bytes"], names[event["pid"]],
+            )
+            for event in events
+            if event["ph"] == "X"
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a trace of hetkv: {error}") from None
+
+
 def draw(path: Path | str, spans: Sequence[Span], title: str) -> None:
     """The layer timeline as a picture (`.svg`, `.png` or `.pdf`): a row a kind of work, a colour a layer."""
     import matplotlib

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from operator import index
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from hetkv.config import MAX_SECONDS
 from hetkv.errors import HetkvError, InputError, PeerLostError
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from hetkv import _core
 
 MAX_TOKENS = 1 << 31
+Reach = Literal["put", "shared", "peer"]
+"""`peer`: packed straight into memory of the peer's device. `shared`: packed straight into host memory that both sides
+map. `put`: packed into staging, and put by UCX."""
+_REACHES: tuple[Reach | None, ...] = (None, "put", "shared", "peer")
 BlockIds = Sequence[int] | Sequence[Sequence[int]]
 """Block ids of one sequence in token order: one list, or one list per cache group."""
 
@@ -44,15 +48,19 @@ class Transmission(Pending):
         super().__init__(request_id, sender.engine, handle)
         self.packed = running()
         """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
-        self._pool = sender.pool
+        self._pool, self._device = sender.pool, sender.device
         self._tokens, self._blocks = tokens, blocks
         self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
 
-    def send_layer(self, layer: int, tokens: tuple[int, int] | None = None) -> None:
+    def send_layer(self, layer: int, tokens: tuple[int, int] | None = None, *, stream: Any = None) -> None:
         """The KV of a global layer is in the pool, for `tokens` `[start, stop)` or the whole request; returns at once.
 
         Legal before any ticket. Those tokens of the layer must not change until `packed`. Tokens of one layer are sent
         once; chunks may come in any order. A `state` layer is one record: leave `tokens` out.
+
+        Where the pool lies on a device, the layer will be in it once the work that `stream` holds now has run: an
+        integer (`cudaStream_t`, `hipStream_t`), a `torch.cuda.Stream`, or PyTorch's current stream by default. Raises
+        `InputError` for a stream of another device, or one that captures a graph.
         """
         group = self._group_of.get(layer)
         if group is None:
@@ -66,13 +74,16 @@ class Transmission(Pending):
             raise InputError(
                 f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
             )
+        if self._device is None and stream is not None:
+            raise InputError("the pool lies in host memory: no stream has to be waited for")
         if stop > start:
-            self._engine.send_layer(self.handle, layer, start, stop)
+            behind = self._device.stream(stream) if self._device else None
+            self._engine.send_layer(self.handle, layer, start, stop, behind)
 
-    def send_layers(self) -> None:
+    def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
         for layer in self._group_of:
-            self.send_layer(layer)
+            self.send_layer(layer, stream=stream)
 
     def extend(self, block_ids: Sequence[int], group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
@@ -102,10 +113,10 @@ class Sender(Node[Transmission]):
 
     role = "sender"
 
-    def _make_engine(self, config: _core.EngineConfig) -> Any:
+    def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         from hetkv.core import core
 
-        return core.Sender(config)
+        return core.Sender(config, device)
 
     def send(
         self,
@@ -137,6 +148,11 @@ class Sender(Node[Transmission]):
 
         return self._submit(key, make)
 
+    def reach(self, peer: Peer) -> Reach | None:
+        """How payloads get to a peer, once it has lent a slot: see `Reach`."""
+        code: int = self.engine.reach(peer.link)
+        return _REACHES[code]
+
     def _retire(self, peer: Peer) -> None:
         pass  # what a receiver that ended leaves behind is its own
 
@@ -144,8 +160,9 @@ class Sender(Node[Transmission]):
 class Reception(Pending):
     """A request that this side receives. Complete when every layer is verified and in the pool."""
 
-    def __init__(self, request_id: RequestId, engine: Any, handle: int, layers: Sequence[int]) -> None:
-        super().__init__(request_id, engine, handle)
+    def __init__(self, request_id: RequestId, receiver: Receiver, handle: int, layers: Sequence[int]) -> None:
+        super().__init__(request_id, receiver.engine, handle)
+        self._device = receiver.device
         self.layers: dict[int, Future[None]] = {layer: running() for layer in layers}
         """By global layer: done when that layer is verified and in the pool."""
 
@@ -154,6 +171,23 @@ class Reception(Pending):
         if layer not in self.layers:
             raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
         wait_for(self.layers[layer], timeout)
+
+    def wait_stream(self, stream: Any = None, layer: int | None = None) -> None:
+        """Make a stream wait until one layer, or the whole request, is in the pool; the host does not wait.
+
+        What is put into the stream later runs behind it. It also runs once the request has failed, over undefined
+        blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`. Raises
+        `InputError` where the pool lies in host memory or the stream on another device, `UnsupportedError` where the
+        device cannot do that (`hetkv probe` says so).
+        """
+        if layer is not None and layer not in self.layers:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
+        if self._device is None:
+            raise InputError("the pool lies in host memory: wait on the host")
+        number = self._device.stream(stream)
+        if number is None:
+            raise InputError("name the stream that waits")
+        self._engine.wait_stream(self.handle, -1 if layer is None else layer, number)
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
         if kind == LAYER:
@@ -169,10 +203,10 @@ class Receiver(Node[Reception]):
 
     role = "receiver"
 
-    def _make_engine(self, config: _core.EngineConfig) -> Any:
+    def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         from hetkv.core import core
 
-        return core.Receiver(config)
+        return core.Receiver(config, device)
 
     def receive(
         self,
@@ -208,7 +242,7 @@ class Receiver(Node[Reception]):
 
         def make() -> Reception:
             handle = self.engine.receive(key, want, blocks, links, lease_ms)
-            return Reception(request_id, self.engine, handle, list(self.pool.layers))
+            return Reception(request_id, self, handle, list(self.pool.layers))
 
         return self._submit(key, make)
 

@@ -31,6 +31,8 @@ class Shape:
         self.blocks = int(layer_mib * (1 << 20)) // self.block_bytes
         self.layer_bytes = self.blocks * self.block_bytes
         self.total = layers * self.layer_bytes
+        self.device = False
+        self.threads = 0
 
 
 class Memory:
@@ -69,6 +71,44 @@ class Memory:
             (base + order * self.shape.block_bytes).tolist()
             for base, order in zip(self.bases(), self.orders, strict=True)
         ]
+
+
+class DeviceMemory(Memory):
+    """The same on a GPU."""
+
+    def __init__(self, shape: Shape, seed: int, filled: bool, device: int) -> None:
+        import torch
+
+        torch.cuda.set_device(device)
+        self.shape, self.torch, self.device = shape, torch, device
+        generator = np.random.default_rng(seed)
+        size = (shape.blocks, shape.block_bytes // 8)
+        self.layers = [torch.zeros(size, dtype=torch.int64, device=f"cuda:{device}") for _ in range(shape.layers)]
+        self.orders = [generator.permutation(shape.blocks) for _ in range(shape.layers)]
+        if filled:
+            self.fill()
+
+    def _wanted(self, index):
+        numbers = self.torch.arange(self.shape.blocks, device=f"cuda:{self.device}")
+        return (index * self.shape.blocks + numbers + 1)[:, None]
+
+    def fill(self) -> None:
+        for index, (layer, order) in enumerate(zip(self.layers, self.orders, strict=True)):
+            layer[self.torch.from_numpy(order).to(layer.device)] = self._wanted(index)
+        self.torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        for layer in self.layers:
+            layer.zero_()
+        self.torch.cuda.synchronize()
+
+    def check(self) -> None:
+        for index, (layer, order) in enumerate(zip(self.layers, self.orders, strict=True)):
+            if not (layer[self.torch.from_numpy(order).to(layer.device)] == self._wanted(index)).all():
+                raise RuntimeError(f"layer {index} arrived wrong")
+
+    def bases(self) -> list[int]:
+        return [layer.data_ptr() for layer in self.layers]
 
 
 def receive(pipe):
@@ -111,8 +151,11 @@ def main(initiator, target) -> None:
     parser.add_argument("--layer-mib", type=float, default=16)
     parser.add_argument("--block-kib", type=float, default=32)
     parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--device", action="store_true", help="from GPU 0 to GPU 1, where the peer can")
+    parser.add_argument("--threads", type=int, default=0, help="of the peer, where it takes a number")
     options = parser.parse_args()
     shape = Shape(options.layers, options.layer_mib, options.block_kib)
+    shape.device, shape.threads = options.device, options.threads
     # What the peer's own libraries print must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import version
 
-from common import Memory, best, main, receive
+from common import DeviceMemory, Memory, best, main, receive
 
 
 def load():
@@ -19,20 +19,26 @@ def load():
     raise ImportError("nixl")
 
 
-def descriptors(addresses, size):
-    return [(address, size, 0) for address in addresses]
+def descriptors(addresses, size, device):
+    return [(address, size, device) for address in addresses]
 
 
-def make_agent(api, name, memory):
-    agent = api.nixl_agent(name, api.nixl_agent_config())
-    agent.register_memory([(base, memory.shape.layer_bytes, 0, "") for base in memory.bases()], "DRAM")
+def make_memory(shape, seed, filled, device):
+    return DeviceMemory(shape, seed, filled, device) if shape.device else Memory(shape, seed, filled)
+
+
+def make_agent(api, name, memory, device):
+    kind = "VRAM" if memory.shape.device else "DRAM"
+    agent = api.nixl_agent(name, api.nixl_agent_config(num_threads=memory.shape.threads))
+    agent.register_memory([(base, memory.shape.layer_bytes, device, "") for base in memory.bases()], kind)
     return agent
 
 
 def target(pipe, shape):
     api, _ = load()
-    memory = Memory(shape, 2, filled=False)
-    agent = make_agent(api, "target", memory)
+    here = int(shape.device)
+    memory = make_memory(shape, 2, False, here)
+    agent = make_agent(api, "target", memory, here)
     pipe.send((agent.get_agent_metadata(), memory.addresses()))
     agent.add_remote_agent(receive(pipe))
     pipe.send("ready")
@@ -43,8 +49,9 @@ def target(pipe, shape):
 
 def initiator(pipe, shape, reps):
     api, wheel = load()
-    memory = Memory(shape, 1, filled=True)
-    agent = make_agent(api, "initiator", memory)
+    kind, there = ("VRAM", 1) if shape.device else ("DRAM", 0)
+    memory = make_memory(shape, 1, True, 0)
+    agent = make_agent(api, "initiator", memory, 0)
     metadata, remote_addresses = receive(pipe)
     peer = agent.add_remote_agent(metadata)
     pipe.send(agent.get_agent_metadata())
@@ -53,8 +60,8 @@ def initiator(pipe, shape, reps):
     kept = []
     indices = list(range(shape.blocks))
     for mine, theirs in zip(memory.addresses(), remote_addresses, strict=True):
-        local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", descriptors(mine, shape.block_bytes), "DRAM")
-        remote = agent.prep_xfer_dlist(peer, descriptors(theirs, shape.block_bytes), "DRAM")
+        local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", descriptors(mine, shape.block_bytes, 0), kind)
+        remote = agent.prep_xfer_dlist(peer, descriptors(theirs, shape.block_bytes, there), kind)
         kept.append((local, remote))
         for operation, made in handles.items():
             made.append(agent.make_prepped_xfer(operation, local, indices, remote, indices))
@@ -90,8 +97,8 @@ def initiator(pipe, shape, reps):
     return {
         **best(variants, shape, reps),
         "version": version(wheel),
-        "how": f"UCX backend, defaults; a descriptor per {shape.block_bytes // 1024} KiB block, prepared once; "
-        f"same layout on both sides, blocks shuffled; {shape.layers} layers, fastest of READ and WRITE",
+        "how": f"UCX backend, {shape.threads} more threads; a descriptor per {shape.block_bytes // 1024} KiB block, "
+        f"prepared once; same layout on both sides, blocks shuffled; {shape.layers} layers, fastest of READ and WRITE",
     }
 
 

@@ -19,10 +19,14 @@ struct EngineConfig {
   int staging_slots = 4;                // sender: staging buffers, used where the window cannot be stored into
   int max_slots_per_link = 8;           // receiver: most slots that one sender may hold
   int threads = 1;                      // per remap on the CPU
+  int max_blocks = 0;                   // thread blocks of a remap on a device; 0: as many as fit
   std::uint32_t spin_us = 1000;         // how long the progress thread spins while there is work, before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
-  bool direct = true;                    // store into the peer's window where it can be mapped (reach `shared`, `peer`)
+  bool copy_engine = true;    // into a window on another device: pack beside the pool, then copy, so that few
+                              // multiprocessors are taken; otherwise the pack stores over the link itself
+  bool high_priority = true;  // of remaps on a device, over other work of the process
+  bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
   bool trace = false;
 };
 
@@ -91,6 +95,8 @@ struct LinkConfig {
   std::string name;                  // of the peer, `instance/rank`
   std::string instance;              // of the peer
   std::uint32_t instance_links = 1;  // links to that instance that have plans
+  bool device_windows = false;       // receiver: lend this peer slots in the pool's device's memory,
+  bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
 };
 

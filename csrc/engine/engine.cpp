@@ -1,7 +1,9 @@
 #include "engine/engine.h"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,7 +23,8 @@ std::string silence(std::uint64_t ns) {
 
 }  // namespace
 
-Engine::Engine(const EngineConfig& config) : config_(config), trace_(config.trace) {}
+Engine::Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
+    : config_(config), device_(std::move(device)), mover_(std::move(mover)), trace_(config.trace) {}
 
 Engine::~Engine() {
   if (wake_fd_ >= 0) close(wake_fd_);
@@ -89,6 +92,8 @@ void Engine::wake() {
 void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
+    static_cast<void>(prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0));  // naps of microseconds, not of 50 more
+    mover_->enter();
     loop();
   } catch (
       const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
@@ -103,6 +108,8 @@ void Engine::run() noexcept {
     close_all(status);
   } catch (const std::exception&) {  // as above, while stopping; what is left is freed with the engine
   }
+  on_ended();
+  mover_.reset();
 }
 
 void Engine::loop() {
@@ -227,6 +234,12 @@ void Engine::sleep(std::uint64_t now) {
         wait_ms = std::min(wait_ms, 1);
       }
     }
+    if (watching() && wait_ms > 0) {
+      const timespec nap{0, static_cast<long>(mover_->nap_us()) * 1000};
+      pollfd any{poll_fd_, POLLIN, 0};
+      static_cast<void>(ppoll(&any, 1, &nap, nullptr));
+      wait_ms = 0;
+    }
     epoll_event events[2];
     const int ready = epoll_wait(poll_fd_, events, 2, wait_ms);
     for (int i = 0; i < ready; ++i) {
@@ -275,6 +288,15 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
     if (plan.segments.empty() || plan.segments.size() > wire::kMaxSegments || plan.heads() < 1) {
       return Status::error(
           Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
+    }
+    const bool scaled = !plan.fills.empty() || plan.scale_encoding != 0 ||
+                        std::any_of(plan.segments.begin(), plan.segments.end(), [](const SegmentPlan& segment) {
+                          return segment.pool_scales.map.base != 0 || segment.wire_scales >= 0;
+                        });
+    if (scaled && device_ != nullptr) {
+      return Status::error(Code::kUnsupported, "layer " + std::to_string(plan.layer) +
+                                                   " has scales per token or head in its blocks; a pool on a device "
+                                                   "has static scales, or none");
     }
     if (const std::uint64_t need = plan.payload_bytes(1); need > config_.slot_bytes) {
       return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) +
@@ -350,6 +372,7 @@ void Engine::close_all(const Status& status) {
     check_links(now);
     if (!moved) std::this_thread::yield();
   }
+  mover_->drain();  // no kernel runs on memory that goes back now
   step(now_ns());
   for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
   worker_->close();  // it does now, while all that the operations refer to still exists

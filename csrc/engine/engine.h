@@ -16,6 +16,7 @@
 #include "engine/config.h"
 #include "engine/events.h"
 #include "engine/link.h"
+#include "engine/mover.h"
 
 namespace hetkv {
 
@@ -23,7 +24,8 @@ struct EngineStats {
   std::atomic<std::uint64_t> frames{0};
   std::atomic<std::uint64_t> payload_bytes{0};
   std::atomic<std::uint64_t> saturated{0};
-  std::atomic<std::uint64_t> direct_frames{0};  // stored straight into the peer's window
+  std::atomic<std::uint64_t> direct_frames{0};  // stored straight into the peer's window,
+  std::atomic<std::uint64_t> peer_frames{0};    // of these into the memory of a device
   std::atomic<std::uint64_t> stale_frames{0};   // of requests that had ended
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
@@ -35,18 +37,20 @@ struct EngineStats {
 
 class Engine {
  public:
-  explicit Engine(const EngineConfig& config);
+  // `device`: the pool's; null where it lies in host memory.
+  Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device);
   virtual ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
   // Starts UCX and the progress thread. Call once.
-  Status start();
+  virtual Status start();
   // Ends all links, fails all requests with kClosed, joins the thread. Derived destructors call it first. Idempotent.
   void stop();
 
   const std::vector<std::uint8_t>& address() const { return worker_->address(); }
   const EngineConfig& config() const { return config_; }
+  const Device* device() const { return device_.get(); }
   EngineStats& stats() { return stats_; }
   EventQueue& events() { return events_; }
   Trace& trace() { return trace_; }
@@ -69,6 +73,7 @@ class Engine {
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
   virtual bool step(std::uint64_t now) = 0;    // true: something moved
   virtual bool busy() const = 0;               // work of this side is in flight
+  virtual bool watching() const = 0;           // some of it is a device's, which wakes nobody when it ends
   virtual bool expecting() const = 0;          // the peer's next message lets work go on: spin before sleeping
   virtual std::uint64_t deadline() const = 0;  // the next time at which step() has something to do; 0: none
   virtual void on_link_up(Link& link) = 0;
@@ -77,6 +82,7 @@ class Engine {
   virtual bool link_idle(const Link& link) const = 0;     // nothing of this side refers to an operation of the link
   virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended; it goes away now
   virtual void on_stop(const Status& status) = 0;         // fails all requests
+  virtual void on_ended() = 0;                            // all has drained: gives memory back
 
   bool post(std::function<void()> command);  // false: the engine is closed, the command is dropped
   void call(std::function<void()> command);  // post and wait
@@ -93,6 +99,8 @@ class Engine {
   void send(Link& link, wire::Prelude prelude);
 
   const EngineConfig config_;
+  const std::shared_ptr<Device> device_;
+  std::unique_ptr<Mover> mover_;
   EngineStats stats_;
   EventQueue events_;
   Trace trace_;

@@ -13,6 +13,11 @@
 
 namespace hetkv {
 
+// The code that a peer is told: what a device says is this side's own affair.
+inline Code wire_code(Code code) {
+  return code == Code::kDevice ? Code::kTransport : code;
+}
+
 enum class LinkState : std::uint8_t {
   kOpening,   // the peer may not know the link yet: it receives, but does not send until the peer has sent
   kUp,        // in use

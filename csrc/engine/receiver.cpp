@@ -7,10 +7,11 @@
 #include "engine/ranges.h"
 
 namespace hetkv {
-Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover)
-    : Engine(config),
-      mover_(std::move(mover)),
-      slots_(config.slot_bytes, config.window_bytes),
+
+Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
+    : Engine(config, std::move(mover), device),
+      slots_(config.slot_bytes, config.window_bytes, device),
+      gates_(device ? std::make_unique<StreamGates>(device) : nullptr),
       // Epochs rise over restarts too, so that frames for an earlier life of this receiver are stale.
       next_epoch_(static_cast<std::uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())) {}
 
@@ -18,10 +19,19 @@ Receiver::~Receiver() {
   stop();
 }
 
+Status Receiver::start() {
+  if (auto status = Engine::start(); !status.ok() || device_ == nullptr) return status;
+  Status status;
+  call([&] { status = slots_.reserve(*worker_, Where::kDevice); });
+  if (!status.ok()) stop();
+  return status;
+}
+
 std::uint64_t Receiver::receive(Intake intake) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
+  if (gates_) gates_->open(handle);
   const bool posted = post([this, handle, intake = std::move(intake)]() mutable {
-    const auto refuse = [&](Status status) { events_.push({EventKind::kFailed, handle, 0, -1, std::move(status)}); };
+    const auto refuse = [&](Status status) { tell(EventKind::kFailed, handle, -1, std::move(status)); };
     if (handles_.count(intake.id) != 0) {
       return refuse(Status::error(Code::kInvalid, "a request with this id is in progress already"));
     }
@@ -61,13 +71,33 @@ std::uint64_t Receiver::receive(Intake intake) {
       send(*part.link, prelude, wire::Ticket{intake.lease_ms, request.want});
     }
     for (const auto& [layer, missing] : request.layers) {
-      if (missing == 0) events_.push({EventKind::kLayer, handle, 0, static_cast<std::int32_t>(layer), {}});
+      if (missing == 0) tell(EventKind::kLayer, handle, static_cast<std::int32_t>(layer));
     }
     slots_moved_ = true;
     grant();
     complete(request);  // where nothing is wanted
   });
+  if (!posted && gates_) gates_->close(handle);
   return posted ? handle : 0;
+}
+
+Status Receiver::wait_stream(std::uint64_t handle, std::int32_t layer, void* stream) {
+  if (!gates_) return Status::error(Code::kInvalid, "the pool lies in host memory: no stream has to wait for it");
+  return gates_->wait(handle, layer, stream);
+}
+
+// What an RDMA device has put into a GPU's memory is visible to kernels only after a flush, on devices that say so.
+void Receiver::flush_rdma() {
+  if (device_->can(kHetkvCapRdmaFlush) && !device_->can(kHetkvCapRdmaOrdered)) {
+    static_cast<void>(device_->backend().flush_rdma_writes(device_->index()));
+  }
+}
+
+// Tells Python, and the streams that wait.
+void Receiver::tell(EventKind kind, std::uint64_t handle, std::int32_t layer, Status status) {
+  if (gates_ && kind == EventKind::kLayer) gates_->arrived(handle, layer);
+  if (gates_ && kind != EventKind::kLayer) gates_->close(handle);
+  events_.push({kind, handle, 0, layer, std::move(status)});
 }
 
 void Receiver::abort(std::uint64_t handle, std::string reason) {
@@ -130,9 +160,10 @@ void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Fr
   RemapTask& task = unpack->task;
   task.blocks = request->blocks[unpack->plan->group];
   task.seed = wire::checksum_seed(prelude, frame);
-  plan_jobs(*unpack->plan, frame.token_start, frame.token_stop, slot->memory->address(), false, &task);
+  plan_jobs(*unpack->plan, frame.token_start, frame.token_stop, slot->memory->local(), false, &task);
   ++request->unpacking;
   std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
+  if (link.config.rdma_windows) flush_rdma();
   mover_->submit(&task);
   unpacks_.push_back(std::move(unpack));
   if (finish(*unpacks_.back())) unpacks_.pop_back();
@@ -185,6 +216,10 @@ bool Receiver::finish(Unpack& unpack) {
   trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns,
               frame.payload_length});
   if (!request.failure.ok()) return true;
+  if (!unpack.task.status.ok()) {
+    fail(request, unpack.task.status);
+    return true;
+  }
   if (unpack.task.result.checksum != frame.checksum) {
     fail(request,
          Status::error(Code::kChecksum,
@@ -202,7 +237,7 @@ bool Receiver::finish(Unpack& unpack) {
   if (unpack.part->remaining == 0) close_part(*unpack.part);
   std::uint64_t& missing = request.layers[frame.layer];
   missing -= tokens;
-  if (missing == 0) events_.push({EventKind::kLayer, request.handle, 0, static_cast<std::int32_t>(frame.layer), {}});
+  if (missing == 0) tell(EventKind::kLayer, request.handle, static_cast<std::int32_t>(frame.layer));
   complete(request);
   return true;
 }
@@ -224,7 +259,7 @@ void Receiver::complete(Request& request) {
     }
   }
   if (!all) return;
-  events_.push({EventKind::kComplete, request.handle, 0, -1, {}});
+  tell(EventKind::kComplete, request.handle, -1);
   erase(request);
 }
 

@@ -13,6 +13,7 @@
 #include "engine/engine.h"
 #include "engine/mover.h"
 #include "engine/slots.h"
+#include "engine/stream_gates.h"
 
 namespace hetkv {
 
@@ -27,14 +28,18 @@ struct Intake {
 
 class Receiver final : public Engine {
  public:
-  Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover);
+  Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
   ~Receiver() override;
+  Status start() override;
 
   // Both return at once. A handle is never reused; abort of one that has ended does nothing.
   std::uint64_t receive(Intake intake);
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
+  // Makes a stream of the pool's device wait for a layer (StreamGates::kAll: for the whole request) to be verified and
+  // in the pool, or for the request's end. Returns at once.
+  Status wait_stream(std::uint64_t handle, std::int32_t layer, void* stream);
   // For tests: the epoch of a request's ticket; 0 where it has ended.
   std::uint64_t epoch(std::uint64_t handle);
 
@@ -79,6 +84,7 @@ class Receiver final : public Engine {
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !unpacks_.empty(); }
+  bool watching() const override { return device_ != nullptr && busy(); }
   bool expecting() const override { return !requests_.empty(); }
   std::uint64_t deadline() const override { return deadlines_.empty() ? 0 : deadlines_.begin()->first; }
   void on_link_up(Link& link) override;
@@ -87,6 +93,7 @@ class Receiver final : public Engine {
   bool link_idle(const Link&) const override { return true; }
   void on_link_closed(Link& link) override;
   void on_stop(const Status& status) override;
+  void on_ended() override;
 
   void on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame);
   void on_release(Link& link, const wire::Release& release);
@@ -102,8 +109,12 @@ class Receiver final : public Engine {
   bool sweep(std::uint64_t now);
   Request* find(const wire::RequestId& id, std::uint64_t epoch);
 
-  std::unique_ptr<Mover> mover_;
+  void flush_rdma();
+  void tell(EventKind kind, std::uint64_t handle, std::int32_t layer, Status status = {});
+  Where where(const Link& link) const { return link.config.device_windows ? Where::kDevice : Where::kHost; }
+
   SlotPool slots_;
+  std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device
   std::atomic<std::uint64_t> next_handle_{1};
   std::uint64_t next_epoch_;
   std::map<std::uint64_t, Request> requests_;

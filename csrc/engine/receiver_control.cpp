@@ -7,8 +7,9 @@
 namespace hetkv {
 namespace {
 
-constexpr std::size_t kMostInGrant =
-    16;  // slots: a message stays within one fragment of any transport, so that none overtakes
+// Bytes of slots in a grant: a message stays within one fragment of any transport, so that none overtakes.
+constexpr std::size_t kMostInGrant = 3072;
+constexpr std::size_t kSlotGrantBytes = 32;  // and the key
 
 }  // namespace
 
@@ -102,7 +103,7 @@ bool Receiver::grant() {
   const std::size_t share = std::max<std::size_t>((slots_.size() - slots_.quarantined()) / hungry.size(), 1);
   const std::size_t most = std::min<std::size_t>(share, static_cast<std::size_t>(config_.max_slots_per_link));
   const auto order = [&](const Link* at) { return std::make_pair(slots_.held_by(at->id), demands_[at->id].served); };
-  std::map<Link*, wire::Grant> grants;
+  std::map<Link*, std::pair<wire::Grant, std::size_t>> grants;  // and its bytes
   wire::Prelude prelude;
   prelude.type = wire::Type::kGrant;
   Status status;
@@ -111,22 +112,25 @@ bool Receiver::grant() {
     Link* at = *std::min_element(hungry.begin(), hungry.end(), [&](Link* a, Link* b) { return order(a) < order(b); });
     if (slots_.held_by(at->id) >= most) break;
     std::uint32_t id = 0;
-    const Slot* slot = slots_.lend(*worker_, at->id, &id, &status);
+    const Slot* slot = slots_.lend(*worker_, at->id, where(*at), &id, &status);
     if (slot == nullptr) break;
     lent = true;
     Demand& demand = demands_[at->id];
     demand.served = ++grants_;
     wire::SlotGrant given{id, slot->generation, slot->memory->address(), slot->memory->bytes(), {}};
     const auto [known, fresh] = demand.keys.emplace(id, slot->generation);
-    if (fresh || known->second != slot->generation) given.rkey = slot->memory->rkey();
+    if (fresh || known->second != slot->generation) given.rkey = slot->memory->key();
     known->second = slot->generation;
-    wire::Grant& grant = grants[at];
+    auto& [grant, bytes] = grants[at];
+    const std::size_t more = kSlotGrantBytes + given.rkey.size();
+    if (bytes > 0 && bytes + more > kMostInGrant) {
+      send(*at, prelude, std::exchange(grant, {}));
+      bytes = 0;
+    }
     grant.slots.push_back(std::move(given));
-    if (grant.slots.size() == kMostInGrant) send(*at, prelude, std::exchange(grant, {}));
+    bytes += more;
   }
-  for (auto& [at, grant] : grants) {
-    if (!grant.slots.empty()) send(*at, prelude, grant);
-  }
+  for (auto& [at, grant] : grants) send(*at, prelude, grant.first);
   const bool starved = std::any_of(hungry.begin(), hungry.end(), [&](Link* at) { return slots_.held_by(at->id) == 0; });
   if (starved && !status.ok() && slots_.in_use() == 0) {
     for (Link* at : hungry) lose(*at, status);  // no slot can be made, and none will come back
@@ -167,7 +171,7 @@ void Receiver::fail(Request& request, Status status, const Link* told_by) {
   for (auto& part : request.parts) {
     if (part.remaining > 0) close_part(part);
     if (part.link.get() != told_by && part.link->up() && !part.done) {
-      send(*part.link, prelude, wire::Abort{request.failure.code, request.failure.detail});
+      send(*part.link, prelude, wire::Abort{wire_code(request.failure.code), request.failure.detail});
     }
   }
 }
@@ -187,7 +191,7 @@ bool Receiver::sweep(std::uint64_t now) {
       draining.push_back(handle);
       continue;
     }
-    events_.push({EventKind::kFailed, handle, 0, -1, request.failure});
+    tell(EventKind::kFailed, handle, -1, request.failure);
     erase(request);
     moved = true;
   }
@@ -219,6 +223,11 @@ void Receiver::on_link_closed(Link& link) {
 
 void Receiver::on_stop(const Status& status) {
   for (auto& [handle, request] : requests_) fail(request, status);
+}
+
+void Receiver::on_ended() {
+  slots_.release();
+  if (gates_) gates_->close_all();
 }
 
 }  // namespace hetkv

@@ -11,10 +11,14 @@ namespace {
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::uint64_t kTokenAlignment =
     64;  // frames start at multiples of it where they can: whole blocks, full vectors
+// Frames that may wait in a stream for the caller's work, so that they start without the host. They hold slots, so
+// there are few; further ones start when the host has seen that work end.
+constexpr int kMostAhead = 4;
 
 }  // namespace
 
-Sender::Sender(const EngineConfig& config, std::unique_ptr<Mover> mover) : Engine(config), mover_(std::move(mover)) {}
+Sender::Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
+    : Engine(config, std::move(mover), std::move(device)) {}
 
 Sender::~Sender() {
   stop();
@@ -59,17 +63,39 @@ void Sender::extend(std::uint64_t handle, std::size_t group, std::vector<std::in
   });
 }
 
-void Sender::send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop) {
-  post([this, handle, layer, start, stop] {
+Status Sender::send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
+                          void* stream) {
+  if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool lies in host memory: it has no streams");
+  After after;
+  if (auto status = device_->record_caller(stream, &after); !status.ok()) return status;
+  post_layer(handle, {layer, start, stop, std::move(after)});
+  return {};
+}
+
+Reach Sender::reach(std::uint32_t link) {
+  Reach reach = Reach::kNone;
+  call([&] {
+    const auto found = windows_.find(link);
+    if (found == windows_.end()) return;
+    for (const auto& [slot, window] : found->second.slots) {
+      if (window.memory != nullptr) reach = window.memory->reach();
+    }
+  });
+  return reach;
+}
+
+void Sender::post_layer(std::uint64_t handle, Ready ready) {
+  post([this, handle, ready = std::move(ready)] {
     const auto found = requests_.find(handle);
     if (found == requests_.end() || !found->second.failure.ok()) return;
     Request& request = found->second;
-    if (!add_range(request.sent[layer], {start, stop})) {
-      fail(request, Status::error(Code::kInvalid, "tokens " + range_text(start, stop) + " of layer " +
-                                                      std::to_string(layer) + " overlap tokens that were sent before"));
+    if (!add_range(request.sent[ready.layer], {ready.start, ready.stop})) {
+      fail(request,
+           Status::error(Code::kInvalid, "tokens " + range_text(ready.start, ready.stop) + " of layer " +
+                                             std::to_string(ready.layer) + " overlap tokens that were sent before"));
       return;
     }
-    request.ready.push_back({layer, start, stop});
+    request.ready.push_back(ready);
     for (auto& lane : request.lanes) queue(lane);
   });
 }
@@ -91,6 +117,7 @@ bool Sender::step(std::uint64_t now) {
       ++at;
     }
   }
+  unready_ = false;
   for (auto& [id, owned] : links_) {
     if (owned->up()) moved |= feed(*owned);
   }
@@ -122,12 +149,20 @@ bool Sender::expecting() const {
 bool Sender::feed(Link& link) {
   LinkWindows& windows = windows_[link.id];
   bool moved = false;
-  while (!windows.queue.empty() && link.up()) {
+  std::size_t unready = 0;  // lanes in a row whose next layer is still being computed
+  while (unready < windows.queue.size() && link.up()) {
     Lane& lane = *windows.queue.front();
     wire::TokenRange tokens;
     if (!find_ready(lane, &tokens)) {
       lane.queued = false;
       windows.queue.pop_front();
+      continue;
+    }
+    auto transfer = std::make_unique<Transfer>();
+    if (!may_start(lane, &transfer->ahead)) {
+      windows.queue.pop_front();
+      windows.queue.push_back(&lane);
+      ++unready;
       continue;
     }
     if (windows.free.empty()) {
@@ -139,16 +174,33 @@ bool Sender::feed(Link& link) {
       }
       break;
     }
-    auto transfer = std::make_unique<Transfer>();
-    const bool direct = config_.direct && windows.slots[windows.free.back()].memory->local != 0;
-    if (!direct && !take_staging(transfer.get())) break;
+    const PeerWindow& window = *windows.slots[windows.free.back()].memory;
+    transfer->direct = window.local() != 0;
+    if (!transfer->direct || (config_.copy_engine && window.reach() == Reach::kPeer)) {
+      const Status status = take_staging(window.where(), transfer.get());
+      if (!status.ok() && !transfer->direct) {  // where it is direct, the pack can store across without staging
+        lose(link, status);
+        return true;
+      }
+      if (status.ok() && transfer->staging == nullptr) break;
+    }
     windows.queue.pop_front();
     windows.queue.push_back(&lane);
     launch(link, lane, tokens, std::move(transfer));
+    unready = 0;
     moved = true;
   }
   if (windows.recalled && windows.queue.empty() && !windows.free.empty() && link.up()) release(link);
   return moved;
+}
+
+// Whether the lane's next layer is computed, or its pack may wait for that in a stream.
+bool Sender::may_start(Lane& lane, bool* ahead) {
+  After& after = lane.request->ready[lane.ready].after;
+  if (after != nullptr && after->happened()) after.reset();
+  *ahead = after != nullptr;
+  if (*ahead) unready_ = true;
+  return !*ahead || ahead_ < std::min(kMostAhead, config_.staging_slots - 1);  // a buffer is left to those that run
 }
 
 // Takes a slot, and packs into it or into the transfer's staging buffer. The lane may be gone when this returns.
@@ -157,8 +209,8 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
   const std::uint32_t slot = windows.free.back();
   windows.free.pop_back();
   const Window& window = windows.slots[slot];
-  const bool staged = transfer->staging >= 0;
-  next_frame(lane, tokens, staged ? std::min(window.memory->bytes, config_.slot_bytes) : window.memory->bytes,
+  const bool staged = transfer->staging != nullptr;
+  next_frame(lane, tokens, staged ? std::min(window.memory->bytes(), config_.slot_bytes) : window.memory->bytes(),
              transfer.get());
   transfer->slot = slot;
   transfer->frame.slot = slot;
@@ -168,9 +220,16 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
   prelude.epoch = lane.epoch;
   RemapTask& task = transfer->task;
   task.blocks = lane.request->blocks[transfer->plan->group];
+  task.after = lane.request->ready[lane.ready].after;
   task.seed = wire::checksum_seed(prelude, transfer->frame);
   plan_jobs(*transfer->plan, transfer->frame.token_start, transfer->frame.token_stop,
-            staged ? staging_[transfer->staging]->address() : window.memory->local, true, &task);
+            staged ? transfer->staging->local() : window.memory->local(), true, &task);
+  if (staged && transfer->direct) {
+    task.copy_to = window.memory->local();
+    task.copy_from = transfer->staging->local();
+    task.copy_bytes = transfer->frame.payload_length;
+  }
+  if (transfer->ahead) ++ahead_;
   ++lane.in_flight;
   ++lane.request->packing;
   transfers_.push_back(std::move(transfer));
@@ -178,19 +237,22 @@ void Sender::launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique
   if (advance(*transfers_.back())) transfers_.pop_back();
 }
 
-bool Sender::take_staging(Transfer* transfer) {
-  if (staging_.empty()) {
-    for (int i = 0; i < config_.staging_slots; ++i) {
-      std::unique_ptr<ucx::Memory> memory;
-      if (!ucx::Memory::allocate(*worker_, config_.slot_bytes, &memory).ok()) break;
-      free_staging_.push_back(static_cast<int>(staging_.size()));
-      staging_.push_back(std::move(memory));
-    }
+// Gives the transfer a buffer that UCX can put from into such a window; none where all are in use.
+Status Sender::take_staging(Where window, Transfer* transfer) {
+  const Where where = staging_for(*worker_, device_.get(), window, transfer->direct);
+  auto& unused = staging_[static_cast<int>(where)];
+  int& made = staging_made_[static_cast<int>(where)];
+  if (unused.empty() && made < config_.staging_slots) {
+    std::unique_ptr<OwnWindow> memory;
+    auto status = OwnWindow::make(*worker_, device_, where, config_.slot_bytes, &memory);
+    if (!status.ok()) return made == 0 ? status : Status{};  // fewer than configured will do
+    unused.push_back(std::move(memory));
+    ++made;
   }
-  if (free_staging_.empty()) return false;
-  transfer->staging = free_staging_.back();
-  free_staging_.pop_back();
-  return true;
+  if (unused.empty()) return {};
+  transfer->staging = std::move(unused.back());
+  unused.pop_back();
+  return {};
 }
 
 // Moves the lane's cursor to the next tokens that are ready and wanted.
@@ -244,15 +306,17 @@ bool Sender::advance(Transfer& transfer) {
     if (!transfer.task.done) return false;
     on_packed(transfer);
     transfer.stage = Stage::kPutting;
-    if (!lane.cancelled && link.up() && transfer.staging >= 0) {
-      const auto* source = reinterpret_cast<const void*>(staging_[transfer.staging]->address());
-      link.endpoint->put(source, transfer.frame.payload_length, *windows_[link.id].slots[transfer.slot].memory, 0,
-                         &transfer.put);
+    if (!lane.cancelled && link.up() && !transfer.direct) {
+      const auto* source = reinterpret_cast<const void*>(transfer.staging->address());
+      link.endpoint->put(source, transfer.frame.payload_length, windows_[link.id].slots[transfer.slot].memory->remote(),
+                         0, &transfer.put);
       link.endpoint->flush(&transfer.flush);
     }
   }
   if (!transfer.put.done || !transfer.flush.done) return false;
-  if (transfer.staging >= 0) free_staging_.push_back(transfer.staging);
+  if (transfer.staging != nullptr) {
+    staging_[static_cast<int>(transfer.staging->where())].push_back(std::move(transfer.staging));
+  }
   --lane.in_flight;
   if (link.up()) {
     const ucx::Op& op = transfer.put.status != UCS_OK ? transfer.put : transfer.flush;
@@ -274,6 +338,7 @@ void Sender::on_packed(Transfer& transfer) {
   const wire::Frame& frame = transfer.frame;
   lane.remaining -= frame.token_stop - frame.token_start;
   --lane.request->packing;
+  if (transfer.ahead) --ahead_;
   stats_.saturated += transfer.task.result.saturated;
   trace_.add({SpanKind::kPack, lane.request->handle, frame.layer, transfer.task.start_ns, transfer.task.stop_ns,
               frame.payload_length});
@@ -281,6 +346,7 @@ void Sender::on_packed(Transfer& transfer) {
     unqueue(lane);
     --windows_[lane.link->id].open;
   }
+  if (!transfer.task.status.ok()) fail(*lane.request, transfer.task.status);
 }
 
 void Sender::commit(Transfer& transfer) {
@@ -293,12 +359,14 @@ void Sender::commit(Transfer& transfer) {
   prelude.epoch = lane.epoch;
   std::atomic_thread_fence(std::memory_order_seq_cst);  // what was stored into the peer's window, before the message
   send(*lane.link, prelude, transfer.frame);
-  windows_[lane.link->id].slots[transfer.slot].granted = false;
+  Window& window = windows_[lane.link->id].slots[transfer.slot];
+  window.granted = false;
   ++lane.frames;
   lane.bytes += transfer.frame.payload_length;
   ++stats_.frames;
   stats_.payload_bytes += transfer.frame.payload_length;
-  if (transfer.staging < 0) ++stats_.direct_frames;
+  if (transfer.direct) ++stats_.direct_frames;
+  if (transfer.direct && window.memory->reach() == Reach::kPeer) ++stats_.peer_frames;
   trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(),
               transfer.frame.payload_length});
   release_idle(*lane.link);

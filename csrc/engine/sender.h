@@ -12,6 +12,7 @@
 
 #include "engine/engine.h"
 #include "engine/mover.h"
+#include "engine/windows.h"
 
 namespace hetkv {
 
@@ -26,7 +27,7 @@ struct Submission {
 
 class Sender final : public Engine {
  public:
-  Sender(const EngineConfig& config, std::unique_ptr<Mover> mover);
+  Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
   ~Sender() override;
 
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
@@ -34,7 +35,14 @@ class Sender final : public Engine {
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
   // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks
   // for them were submitted before.
-  void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop);
+  void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop) {
+    post_layer(handle, {layer, start, stop, nullptr});
+  }
+  // The same, of a pool on a device: they will be in the pool once what `stream` holds now has ended. Does not wait.
+  // kInvalid: a stream of another device, or one that captures a graph; the layer is not sent then.
+  Status send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop, void* stream);
+  // How payloads reach the peer of a link, by its latest window.
+  Reach reach(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
 
  private:
@@ -42,6 +50,7 @@ class Sender final : public Engine {
     std::uint32_t layer;
     std::uint64_t start;
     std::uint64_t stop;
+    After after;
   };
   // One ticket on one link. `remaining` counts tokens over all plans that are not packed yet.
   struct Request;
@@ -75,7 +84,7 @@ class Sender final : public Engine {
     Status failure;  // not ok: ends once nothing is in flight
   };
   struct Window {
-    std::unique_ptr<ucx::RemoteMemory> memory;
+    std::unique_ptr<PeerWindow> memory;
     std::uint32_t generation = 0;
     bool granted = false;
   };
@@ -96,7 +105,9 @@ class Sender final : public Engine {
     RemapTask task;
     Stage stage = Stage::kPacking;
     std::uint32_t slot = 0;
-    int staging = -1;  // -1: packed straight into the window
+    std::unique_ptr<OwnWindow> staging;  // null: packed straight into the window
+    bool direct = true;                  // gets into the window by this side's own stores or copies, not by UCX
+    bool ahead = false;                  // launched before the caller's work had ended
     ucx::Op put;
     ucx::Op flush;
   };
@@ -117,6 +128,7 @@ class Sender final : public Engine {
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !transfers_.empty(); }
+  bool watching() const override { return busy() ? device_ != nullptr : unready_; }
   bool expecting() const override;
   std::uint64_t deadline() const override;
   void on_link_up(Link& link) override;
@@ -125,6 +137,7 @@ class Sender final : public Engine {
   bool link_idle(const Link& link) const override;
   void on_link_closed(Link& link) override;
   void on_stop(const Status& status) override;
+  void on_ended() override;
 
   void on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket);
   void on_grant(Link& link, const wire::Grant& grant);
@@ -136,12 +149,14 @@ class Sender final : public Engine {
   Status check_ticket(const Request& request, const PendingTicket& ticket) const;
   void add_lane(Request& request, PendingTicket ticket);
   bool feed(Link& link);
+  void post_layer(std::uint64_t handle, Ready ready);
+  bool may_start(Lane& lane, bool* ahead);
   void launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique_ptr<Transfer> transfer);
   void queue(Lane& lane);
   void unqueue(Lane& lane);
   bool find_ready(Lane& lane, wire::TokenRange* tokens);
   void next_frame(Lane& lane, wire::TokenRange tokens, std::size_t slot_bytes, Transfer* transfer);
-  bool take_staging(Transfer* transfer);
+  Status take_staging(Where window, Transfer* transfer);
   bool advance(Transfer& transfer);  // true: it has ended
   void on_packed(Transfer& transfer);
   void commit(Transfer& transfer);
@@ -157,7 +172,6 @@ class Sender final : public Engine {
   void sweep_tickets(std::uint64_t now);
   Request* find(const wire::RequestId& id);
 
-  std::unique_ptr<Mover> mover_;
   std::atomic<std::uint64_t> next_handle_{1};
   std::map<std::uint64_t, Request> requests_;  // in order of submission
   std::map<wire::RequestId, std::uint64_t> handles_;
@@ -165,9 +179,11 @@ class Sender final : public Engine {
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Transfer>> transfers_;
-  std::map<std::uint32_t, LinkWindows> windows_;  // per link
-  std::vector<std::unique_ptr<ucx::Memory>> staging_;
-  std::vector<int> free_staging_;
+  std::map<std::uint32_t, LinkWindows> windows_;        // per link
+  std::vector<std::unique_ptr<OwnWindow>> staging_[2];  // unused, by `Where`
+  int staging_made_[2] = {0, 0};
+  int ahead_ = 0;         // transfers that wait in a stream for the caller's work
+  bool unready_ = false;  // a lane's next layer was still being computed when it was last looked at
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::uint64_t pending_deadline_ns_ = 0;                        // no pending ticket ends before it
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is in flight

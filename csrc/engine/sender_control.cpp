@@ -147,7 +147,9 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
     if (!given.rkey.empty()) {
       window.memory.reset();
       window.generation = given.generation;
-      if (auto status = link.endpoint->open(given.rkey, given.address, given.bytes, &window.memory); !status.ok()) {
+      if (auto status = PeerWindow::open(*link.endpoint, device_, given.rkey, given.address, given.bytes,
+                                         config_.direct, &window.memory);
+          !status.ok()) {
         return lose(link, status);
       }
     } else if (!window.memory || window.generation != given.generation) {
@@ -221,7 +223,7 @@ void Sender::refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, 
   prelude.type = wire::Type::kAbort;
   prelude.request = id;
   prelude.epoch = epoch;
-  send(link, prelude, wire::Abort{why.code, std::move(why.detail)});
+  send(link, prelude, wire::Abort{wire_code(why.code), std::move(why.detail)});
 }
 
 void Sender::cancel(Lane& lane) {
@@ -373,6 +375,11 @@ void Sender::on_link_closed(Link& link) {
 void Sender::on_stop(const Status& status) {
   for (auto& [handle, request] : requests_) fail(request, status);
   pending_.clear();
+}
+
+void Sender::on_ended() {
+  windows_.clear();
+  for (auto& unused : staging_) unused.clear();
 }
 
 Sender::Request* Sender::find(const wire::RequestId& id) {

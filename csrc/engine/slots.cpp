@@ -4,21 +4,38 @@
 
 namespace hetkv {
 
-SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes)
-    : slot_bytes_(slot_bytes), slots_(std::max<std::size_t>(budget_bytes / slot_bytes, 1)), free_(slots_.size()) {}
+SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device)
+    : slot_bytes_(slot_bytes),
+      device_(std::move(device)),
+      slots_(std::max<std::size_t>(budget_bytes / slot_bytes, 1)),
+      free_(slots_.size()) {}
 
-Slot* SlotPool::lend(ucx::Worker& worker, std::uint32_t link, std::uint32_t* id, Status* status) {
-  // A slot that the link has used before needs no new key on its side.
-  Slot* best = nullptr;
+Status SlotPool::reserve(ucx::Worker& worker, Where where) {
+  return OwnWindow::make(worker, device_, where, slot_bytes_, &slots_.front().memory);
+}
+
+Slot* SlotPool::lend(ucx::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status) {
   if (free_ == 0) return nullptr;
+  // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory is of the
+  // right kind; then one that has none yet.
+  const auto merit = [&](const Slot& slot) {
+    if (slot.memory == nullptr) return 1;
+    if (slot.memory->where() != where) return 0;
+    return slot.link == link ? 3 : 2;
+  };
+  Slot* best = nullptr;
   for (auto& slot : slots_) {
     if (slot.state != SlotState::kFree) continue;
-    if (best == nullptr || (slot.memory && slot.link == link) || (slot.memory && !best->memory)) best = &slot;
-    if (best->memory && best->link == link) break;
+    if (best == nullptr || merit(slot) > merit(*best)) best = &slot;
+    if (merit(*best) == 3) break;
   }
   if (best == nullptr) return nullptr;
+  if (best->memory != nullptr && best->memory->where() != where) {
+    best->memory.reset();
+    ++best->generation;
+  }
   if (!best->memory) {
-    *status = ucx::Memory::allocate(worker, slot_bytes_, &best->memory);
+    *status = OwnWindow::make(worker, device_, where, slot_bytes_, &best->memory);
     if (!status->ok()) return nullptr;
   }
   best->state = SlotState::kLent;
@@ -39,6 +56,14 @@ void SlotPool::free(std::uint32_t id) {
 void SlotPool::drop_holder(std::uint32_t link) {
   const auto found = held_.find(link);
   if (found != held_.end() && --found->second == 0) held_.erase(found);
+}
+
+void SlotPool::release() {
+  for (auto& slot : slots_) {
+    const bool held = slot.state == SlotState::kLent || slot.state == SlotState::kQuarantined;
+    if (held && slot.memory != nullptr) slot.memory->abandon();
+    slot.memory.reset();
+  }
 }
 
 void SlotPool::quarantine(std::uint32_t link) {

@@ -7,7 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "transport/ucx.h"
+#include "engine/windows.h"
 
 namespace hetkv {
 
@@ -21,13 +21,17 @@ enum class SlotState : std::uint8_t {
 struct Slot {
   std::uint32_t generation = 0;
   SlotState state = SlotState::kFree;
-  std::uint32_t link = 0;               // of whom it is lent to, or filled or quarantined by
-  std::unique_ptr<ucx::Memory> memory;  // made when the slot is first lent
+  std::uint32_t link = 0;             // of whom it is lent to, or filled or quarantined by
+  std::unique_ptr<OwnWindow> memory;  // made when the slot is first lent
 };
 
 class SlotPool {
  public:
-  SlotPool(std::size_t slot_bytes, std::size_t budget_bytes);
+  // `device`: the pool's, or null.
+  SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device);
+
+  // Makes the memory of one slot now, so that a lack of it shows at the start.
+  Status reserve(ucx::Worker& worker, Where where);
 
   std::size_t size() const { return slots_.size(); }
   std::size_t free_slots() const { return free_; }
@@ -39,18 +43,22 @@ class SlotPool {
   }
   Slot* at(std::uint32_t id) { return id < slots_.size() ? &slots_[id] : nullptr; }
 
-  // A free slot, now lent to the link, or null where none is free (or memory ran out: `status`).
-  Slot* lend(ucx::Worker& worker, std::uint32_t link, std::uint32_t* id, Status* status);
+  // A free slot in that kind of memory, now lent to the link, or null where none is free (or memory ran out: `status`).
+  Slot* lend(ucx::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status);
   void free(std::uint32_t id);  // of a slot that is lent or filled
   // The slots that the link holds and has not committed may still be written to.
   void quarantine(std::uint32_t link);
+  // Frees all memory; nothing is lent afterwards. What a sender may still store into is left to it
+  // (OwnWindow::abandon).
+  void release();
   // The peer is gone: its quarantined slots get new memory and a new generation when they are lent again.
   void retire(std::uint32_t link);
 
  private:
   void drop_holder(std::uint32_t link);
 
-  std::size_t slot_bytes_;
+  const std::size_t slot_bytes_;
+  const std::shared_ptr<Device> device_;
   std::vector<Slot> slots_;
   std::size_t free_;
   std::size_t quarantined_ = 0;

@@ -120,6 +120,12 @@ void Worker::close() {
   handle_ = nullptr;
 }
 
+bool Worker::reaches(ucs_memory_type_t type) const {
+  ucp_context_attr_t attributes{};
+  attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+  return ucp_context_query(context_, &attributes) == UCS_OK && (attributes.memory_types & (1ull << type)) != 0;
+}
+
 Worker::~Worker() {
   close();
   if (context_ != nullptr) ucp_cleanup(context_);
@@ -137,7 +143,6 @@ ucs_status_t Worker::on_message(void* self, const void* header, std::size_t head
 
 Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memory>* out) {
   std::unique_ptr<Memory> self(new Memory);
-  self->context_ = worker.context();
   ucp_mem_map_params_t params{};
   params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS |
                       UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
@@ -147,6 +152,7 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   if (auto status = ucp_mem_map(worker.context(), &params, &self->handle_); status != UCS_OK) {
     return ucx_error("registering memory", status);
   }
+  self->context_ = worker.context();
   ucp_mem_attr_t attributes{};
   attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
   if (auto status = ucp_mem_query(self->handle_, &attributes); status != UCS_OK) {
@@ -154,14 +160,39 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   }
   self->address_ = reinterpret_cast<std::uint64_t>(attributes.address);
   self->bytes_ = bytes;
+  if (auto status = self->pack_key(worker.context()); !status.ok()) return status;
+  *out = std::move(self);
+  return {};
+}
+
+Status Memory::map(Worker& worker, std::uint64_t address, std::size_t bytes, ucs_memory_type_t type,
+                   std::unique_ptr<Memory>* out) {
+  std::unique_ptr<Memory> self(new Memory);
+  ucp_mem_map_params_t params{};
+  params.field_mask =
+      UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.address = reinterpret_cast<void*>(address);
+  params.length = bytes;
+  params.memory_type = type;
+  if (auto status = ucp_mem_map(worker.context(), &params, &self->handle_); status != UCS_OK) {
+    return ucx_error("registering memory", status);
+  }
+  self->context_ = worker.context();
+  self->address_ = address;
+  self->bytes_ = bytes;
+  if (auto status = self->pack_key(worker.context()); !status.ok()) return status;
+  *out = std::move(self);
+  return {};
+}
+
+Status Memory::pack_key(ucp_context_h context) {
   void* packed = nullptr;
   std::size_t length = 0;
-  if (auto status = ucp_rkey_pack(self->context_, self->handle_, &packed, &length); status != UCS_OK) {
+  if (auto status = ucp_rkey_pack(context, handle_, &packed, &length); status != UCS_OK) {
     return ucx_error("packing a remote key", status);
   }
-  self->rkey_.assign(static_cast<std::uint8_t*>(packed), static_cast<std::uint8_t*>(packed) + length);
+  rkey_.assign(static_cast<std::uint8_t*>(packed), static_cast<std::uint8_t*>(packed) + length);
   ucp_rkey_buffer_release(packed);
-  *out = std::move(self);
   return {};
 }
 
@@ -198,7 +229,7 @@ Status Endpoint::connect(Worker& worker, const std::vector<std::uint8_t>& peer, 
 
 Endpoint::~Endpoint() = default;  // the owner has seen closed(), or destroys the worker, which closes all endpoints
 
-Status Endpoint::open(const std::vector<std::uint8_t>& rkey, std::uint64_t address, std::size_t bytes,
+Status Endpoint::open(const std::vector<std::uint8_t>& rkey, std::uint64_t address, std::size_t bytes, bool map,
                       std::unique_ptr<RemoteMemory>* out) {
   auto self = std::make_unique<RemoteMemory>();
   self->address = address;
@@ -207,7 +238,7 @@ Status Endpoint::open(const std::vector<std::uint8_t>& rkey, std::uint64_t addre
     return ucx_error("opening the peer's window", status);
   }
   void* local = nullptr;
-  if (ucp_rkey_ptr(self->key, address, &local) == UCS_OK) self->local = reinterpret_cast<std::uint64_t>(local);
+  if (map && ucp_rkey_ptr(self->key, address, &local) == UCS_OK) self->local = reinterpret_cast<std::uint64_t>(local);
   if (self->local != 0 && !in_shared_memory(self->local, bytes)) {
     return Status::error(Code::kProtocol, "the peer granted memory outside of what it shares");
   }

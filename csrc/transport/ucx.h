@@ -27,10 +27,15 @@ using MessageHandler = std::function<void(std::uint64_t link, const std::uint8_t
 
 class Worker;
 
-// Memory that a peer may put into, an allocation of its own. Freed and deregistered with the object.
+// Memory that a peer may put into, or that this side puts from. Deregistered, and freed where it was allocated here,
+// with the object.
 class Memory {
  public:
+  // Host memory, an allocation of its own, that peers of this host can map where UCX has a way.
   static Status allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memory>* out);
+  // Registers memory of the caller's, which outlives the object. Fails where UCX cannot reach that kind of memory.
+  static Status map(Worker& worker, std::uint64_t address, std::size_t bytes, ucs_memory_type_t type,
+                    std::unique_ptr<Memory>* out);
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -41,6 +46,7 @@ class Memory {
 
  private:
   Memory() = default;
+  Status pack_key(ucp_context_h context);
   ucp_context_h context_ = nullptr;
   ucp_mem_h handle_ = nullptr;
   std::uint64_t address_ = 0;
@@ -66,7 +72,8 @@ class Endpoint {
   Endpoint(const Endpoint&) = delete;
   Endpoint& operator=(const Endpoint&) = delete;
 
-  Status open(const std::vector<std::uint8_t>& rkey, std::uint64_t address, std::size_t bytes,
+  // `map`: ask UCX for a local address too, which only host memory has.
+  Status open(const std::vector<std::uint8_t>& rkey, std::uint64_t address, std::size_t bytes, bool map,
               std::unique_ptr<RemoteMemory>* out);
   // One-sided write of `bytes` at `source` to `offset` of `target`; `op` is done when `source` may be reused.
   void put(const void* source, std::size_t bytes, const RemoteMemory& target, std::size_t offset, Op* op);
@@ -102,6 +109,8 @@ class Worker {
   void close();
   bool progress() { return ucp_worker_progress(handle_) != 0; }
   // True: nothing is pending and the event fd will wake; false: progress again before sleeping.
+  // UCX can put from and into memory of this type.
+  bool reaches(ucs_memory_type_t type) const;
   bool arm() { return ucp_worker_arm(handle_) == UCS_OK; }
   ucp_worker_h handle() const { return handle_; }
   ucp_context_h context() const { return context_; }

@@ -24,9 +24,20 @@ def environment() -> dict[str, Any]:
             "kernel": platform.release(),
             **{name: found for name in ("torch", "libucx-cu13") if (found := _installed(name))},
         },
+        **({"gpus": cards} if (cards := gpus()) else {}),
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def gpus() -> list[str]:
+    """Name, memory and driver of each NVIDIA GPU, as its driver's tool lists them; empty without one."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.strip().splitlines()
 
 
 def cpu_model() -> str:
@@ -44,6 +55,8 @@ def cpu_model() -> str:
 def commit() -> str:
     """Commit of the source tree that hetkv runs from, with `-dirty` where files differ; empty outside a checkout."""
     root = Path(hetkv.__file__).resolve().parent.parent
+    if (root / "COMMIT").is_file():  # an exported tree
+        return (root / "COMMIT").read_text().strip()[:12]
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

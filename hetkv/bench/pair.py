@@ -45,6 +45,8 @@ class Shape(NamedTuple):
     """Preset and block size of the sender's pool."""
     destination: tuple[str, int] = ("hnd", 64)
     tp: tuple[int, int] = (1, 1)
+    devices: tuple[str, str] = ("cpu", "cpu")
+    """Where the sender's and the receiver's pools lie."""
 
     @property
     def spec(self) -> KVSpec:
@@ -90,7 +92,9 @@ def part(base: torch.Tensor, layer: int, segment: str) -> torch.Tensor:
     return base.roll(2 * layer + (segment == "v"), dims=0)
 
 
-def make_pool(shape: Shape, side: tuple[str, int], seed: int, shard: Shard | None = None) -> tuple[KVPool, list[int]]:
+def make_pool(
+    shape: Shape, side: tuple[str, int], seed: int, shard: Shard | None = None, device: str = "cpu"
+) -> tuple[KVPool, list[int]]:
     """A rank's pool that holds one request exactly, and the request's block ids in shuffled order."""
     import torch
 
@@ -98,8 +102,30 @@ def make_pool(shape: Shape, side: tuple[str, int], seed: int, shard: Shard | Non
 
     layout, block_size = side
     blocks = -(-shape.tokens // block_size)
-    pool = KVPool.allocate(shape.spec, blocks, layout=layout, block_size=block_size, dtype="bf16", shard=shard)
+    pool = KVPool.allocate(
+        shape.spec, blocks, layout=layout, block_size=block_size, dtype="bf16", shard=shard, device=device
+    )
     return pool, torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def use_device(name: str) -> str:
+    """Make a device PyTorch's current one. Raises `InputError` where it is not there."""
+    import torch
+
+    if name != "cpu":
+        index = torch.device(name).index or 0
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(index)
+    return name
+
+
+def synchronize(device: str) -> None:
+    """Wait for all work of the device."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 class _Side:
@@ -110,7 +136,9 @@ class _Side:
     ) -> None:
         self.shape, self.ranks = shape, ranks
         shards = shape.shards(index)
-        made = [make_pool(shape, (shape.source, shape.destination)[index], 1 + index, shards[r]) for r in ranks]
+        self.device = use_device(shape.devices[index])
+        side = (shape.source, shape.destination)[index]
+        made = [make_pool(shape, side, 1 + index, shards[r], self.device) for r in ranks]
         self.pools, self.blocks = [pool for pool, _ in made], made[0][1]
         self.nodes = [
             kind(
@@ -148,18 +176,19 @@ class _SenderSide(_Side):
 
         super().__init__(Sender, 0, *arguments)
         shape = self.shape
-        base = values(shape.tokens)
-        block_size = shape.source[1]
+        base = values(shape.tokens).to(self.device)
+        whole, rest = divmod(shape.tokens, shape.source[1])
         for pool in self.pools:
             for layer in range(shape.layers):
                 heads = slice(*pool.shard.heads[layer])
                 for segment in "kv":
                     view = pool.view(layer, segment)
                     rows = part(base, layer, segment)[:, heads]
-                    for start in range(0, shape.tokens, block_size):
-                        chunk = rows[start : start + block_size]
-                        target = view[self.blocks[start // block_size]][: len(chunk)]
-                        target.copy_(chunk.reshape(target.shape))
+                    view[self.blocks[:whole]] = rows[: shape.tokens - rest].reshape(whole, *view.shape[1:])
+                    if rest:
+                        tail = view[self.blocks[whole]][:rest]
+                        tail.copy_(rows[shape.tokens - rest :].reshape(tail.shape))
+        synchronize(self.device)
 
     def listen(self) -> list[str]:
         return [node.listen() for node in self.nodes]
@@ -206,7 +235,7 @@ class _ReceiverSide(_Side):
         """Compare every value of the pools with what the sender's pools hold; returns the bytes compared."""
         import torch
 
-        base, compared = values(self.shape.tokens), 0
+        base, compared = values(self.shape.tokens).to(self.device), 0
         for pool in self.pools:
             for layer in range(self.shape.layers):
                 heads = slice(*pool.shard.heads[layer])
@@ -223,11 +252,15 @@ class _ReceiverSide(_Side):
             for layer in range(self.shape.layers):
                 for segment in "kv":
                     pool.view(layer, segment).zero_()
+        synchronize(self.device)
 
 
-def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve(
+    connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]
+) -> None:
     """Body of a child: answers `(method, *arguments)` until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(environment)  # before UCX is loaded
     try:
         side = make(*arguments)
         connection.send((True, None))
@@ -251,11 +284,13 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
 class _Child:
     """A child process with a pipe to it."""
 
-    def __init__(self, name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, name: str, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str] | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments, environment or {}), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -287,7 +322,15 @@ class _Child:
 class Pair:
     """A connected sender and receiver, a process a rank, or (`together`) a process a side. Close it, or use `with`."""
 
-    def __init__(self, shape: Shape, config: TransferConfig | None = None, *, together: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        config: TransferConfig | None = None,
+        environment: dict[str, str] | None = None,
+        *,
+        together: bool = False,
+    ) -> None:
+        """`environment`: set in all processes before UCX is loaded."""
         if shape.layers < 1 or shape.tokens < 1:
             raise InputError(f"{shape.layers} layers of {shape.tokens} tokens: at least one of each")
         self.shape = shape
@@ -296,7 +339,7 @@ class Pair:
 
         def children(name: str, make: Callable[..., Any], tp: int) -> list[_Child]:
             ranks = [list(range(tp))] if together else [[rank] for rank in range(tp)]
-            return [_Child(name, make, (*arguments, held)) for held in ranks]
+            return [_Child(name, make, (*arguments, held), environment) for held in ranks]
 
         self.senders = children("sender", _SenderSide, shape.tp[0])
         self.receivers = children("receiver", _ReceiverSide, shape.tp[1])
@@ -329,10 +372,12 @@ class Pair:
         return sum(ask_all(self.receivers, "verify"))
 
     def reach(self) -> str:
-        """How payloads got there, by the senders' own count: `shared`, `put`, or `mixed`."""
+        """How payloads got there, by the senders' own count: `peer`, `shared`, `put`, or `mixed`."""
         stats = ask_all(self.senders, "stats")
-        direct, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "frames"))
-        return "shared" if direct == frames else "put" if direct == 0 else "mixed"
+        direct, peer, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "peer_frames", "frames"))
+        if peer not in (0, frames) or direct not in (0, frames):
+            return "mixed"
+        return "peer" if peer else "shared" if direct else "put"
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""

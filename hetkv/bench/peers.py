@@ -64,10 +64,22 @@ def absent(name: str, python: str) -> str | None:
     return None if done.returncode == 0 else f"absent ({last_line(done.stderr)}); install: {peer.install}"
 
 
-def measure(name: str, python: str, *, layers: int, layer_mib: float, block_kib: float, reps: int) -> dict[str, Any]:
-    """One run of an adapter: `{gb_s, variant, variants, version, how}`, or `{error}`."""
+def measure(
+    name: str,
+    python: str,
+    *,
+    layers: int,
+    layer_mib: float,
+    block_kib: float,
+    reps: int,
+    device: bool = False,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """One run of an adapter: `{gb_s, variant, variants, version, how}`, or `{error}`. `device`: from GPU 0 to GPU 1."""
     options = {"--layers": layers, "--layer-mib": layer_mib, "--block-kib": block_kib, "--reps": reps}
+    options["--threads"] = threads
     command = [python, str(SCRIPTS / f"{name}_peer.py"), *(str(word) for pair in options.items() for word in pair)]
+    command += ["--device"] if device else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -98,7 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-kib", type=int, default=32, metavar="KIB", help="K, or V, of one block of the sender (default 32)"
     )
-    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of one request (default 16)")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="layers of one request (default 16; 80 between devices)"
+    )
+    parser.add_argument(
+        "--device",
+        nargs="?",
+        const="cuda:0,cuda:1",
+        metavar="FROM,TO",
+        help="between pools on these devices (default cuda:0,cuda:1), beside NIXL and UCX's put",
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of hetkv, UCX and peers (default 5)")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="requests of each round (default 5)")
     parser.add_argument(
@@ -127,13 +136,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PYTHON",
         help="interpreter that has this peer installed",
     )
-    for name in ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots", "threads", "spin_us"):
-        help_text = f"hetkv's setting of that name (default {getattr(TransferConfig(), name) or 'by the cache'})"
+    for name in (
+        "slot_bytes",
+        "window_bytes",
+        "max_slots_per_link",
+        "staging_slots",
+        "threads",
+        "spin_us",
+        "max_blocks",
+    ):
+        default = getattr(TransferConfig(), name)
+        help_text = f"hetkv's setting of that name (default {'by the pool' if default is None else default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=help_text)
 
 
 def check(args: argparse.Namespace) -> int:
     """Tokens of one layer; `InputError` where the options cannot be."""
+    if args.layers is None:
+        args.layers = 80 if args.device else 16
     for name in ("layers", "rounds", "reps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: at least 1")
@@ -156,6 +176,10 @@ def run(args: argparse.Namespace) -> int:
     from hetkv.bench.environment import environment
 
     tokens = check(args)
+    if args.device:
+        from hetkv.bench import transfer_device
+
+        return transfer_device.run(args, tokens, args.block_kib * KIB // TOKEN_BYTES)
     targets = [parse_layout(text) for text in args.to or ["hnd:64", "rocm:64"]]
     sharded = [tp for tp in map(parse_tp, args.tp) if tp != UNSHARDED]
     names, pythons = others.parse_peers(args.peers), others.parse_pythons(args.peer_python)

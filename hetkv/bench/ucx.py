@@ -63,9 +63,16 @@ def version() -> str:
 
 
 def put_gb_s(
-    num_bytes: int, iterations: int = 32, *, settings: Mapping[str, str] = SETTINGS, error_handling: bool = True
+    num_bytes: int,
+    iterations: int = 32,
+    *,
+    settings: Mapping[str, str] = SETTINGS,
+    error_handling: bool = True,
+    cuda: bool = False,
 ) -> float:
-    """Bandwidth of `ucp_put` of one contiguous host buffer between two processes of this host, in 10^9 bytes a second.
+    """Bandwidth of `ucp_put` of one contiguous buffer between two processes of this host, in 10^9 bytes a second.
+
+    In host memory, or with `cuda` from the first GPU that is visible to the second.
 
     `settings` are set where the user's environment does not. The mean over `iterations` after two to warm up: puts
     complete asynchronously, so the tool's percentiles are of posting, not of moving.
@@ -73,8 +80,9 @@ def put_gb_s(
     path, environment = tool("ucx_perftest")
     environment = {**settings, **environment}
     port = free_port()
+    memory = ["-m", "cuda"] if cuda else []  # the tool gives each process a GPU of its own
     server = subprocess.Popen(
-        [path, "-p", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [path, "-p", str(port), *memory], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     options = [
         "-t",
@@ -86,6 +94,7 @@ def put_gb_s(
         "-w",
         "2",
         "-f",
+        *memory,
         *(["-e"] if error_handling else []),
     ]
     deadline = time.monotonic() + CONNECT_S

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pools.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
         pools.add_argument(f"--{name}-layout", choices=LAYOUTS, default=side.layout)
         pools.add_argument(f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help="of the KV pool")
+        pools.add_argument(
+            f"--{name}-device", default="cpu", metavar="DEVICE", help="cpu, or cuda:N of its first rank (default cpu)"
+        )
     parser.add_argument("--compute-dtype", default=defaults.compute_dtype, metavar="DTYPE")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
@@ -117,7 +120,9 @@ def _instances(args: argparse.Namespace) -> list[InstancePlan]:
             raise InputError("--plan says which instances there are: leave out --prefill and --decode")
         return read_plan(args.plan, pools["prefill"], pools["decode"])
     return [
-        instance for role, pool in pools.items() for instance in parse_side(getattr(args, role) or "TP1", role, pool)
+        msgspec.structs.replace(instance, device=getattr(args, f"{role}_device"))
+        for role, pool in pools.items()
+        for instance in parse_side(getattr(args, role) or "TP1", role, pool)
     ]
 
 

@@ -85,9 +85,12 @@ def show_host(console: Console, found: dict[str, Any]) -> None:
     table = Table("what", "found", box=None, show_header=False)
     table.add_row("CPU", f"{found['cpus']} x {found['device']}; remap uses {found['cpu']['isa']}")
     for name, gpu in found["gpu"].items():
-        table.add_row(
-            name.upper(), "present; this build moves CPU pools only" if gpu["present"] else f"absent ({gpu['why_not']})"
-        )
+        if not gpu["present"]:
+            table.add_row(name.upper(), f"absent ({gpu['why_not']})")
+        for index, device in enumerate(gpu["devices"]):
+            can = ", ".join(device["capabilities"])
+            size = device["total_memory"] >> 30
+            table.add_row(f"{name.upper()} {index}", f"{device['name']}, {device['arch']}, {size} GiB; {can}")
     facts = found["ucx"]
     if "error" not in facts:
         table.add_row("UCX", f"{facts['version']}: {', '.join(facts['transports'])}")
@@ -95,12 +98,12 @@ def show_host(console: Console, found: dict[str, Any]) -> None:
             table.add_row(name, ", ".join(facts["lanes"][place]) or "none")
         if facts["environment"]:
             table.add_row("settings", " ".join(f"{name}={value}" for name, value in facts["environment"].items()))
-    for direct, result in found["local"].items():
+    for way, result in {**found["local"], **found.get("devices", {})}.items():
         text = (
             result.get("error")
             or f"{result['gb_s']:.2f} GB/s, reach {result['reach']}, {result['verified_bytes']} bytes verified"
         )
-        table.add_row(f"two processes, {direct}", text)
+        table.add_row(f"two processes, {way}", text)
     bounds = found["limits"]
     locked, shared = bounds["memlock_bytes"], bounds["dev_shm"]
     table.add_row("lockable memory", "no limit" if locked is None else f"{locked >> 10} KiB")

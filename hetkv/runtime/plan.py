@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import torch
 
 from hetkv.dtypes import DType
 from hetkv.errors import InputError
@@ -44,6 +45,23 @@ class InstancePlan(msgspec.Struct, frozen=True, kw_only=True):
     pp: int = 1
     stages: tuple[int, ...] | None = None
     """Layers of each pipeline stage; `None`: as even as can be."""
+    device: str = "cpu"
+    """`cpu`, or `cuda:N` (also for HIP) of the first rank; the others take the GPUs behind it."""
+
+    def rank_device(self, rank: int) -> torch.device:
+        """Where a rank computes and keeps its pool. `InputError` for a device that is not there."""
+        try:
+            first = torch.device(self.device)
+        except RuntimeError:
+            raise InputError(f"{self.name}: device {self.device!r}: cpu or cuda:N") from None
+        if first.type == "cpu":
+            return first
+        index = (first.index or 0) + rank
+        if first.type != "cuda" or index >= torch.cuda.device_count():
+            raise InputError(
+                f"{self.name}: rank {rank} of {self.device} is not there: PyTorch sees {torch.cuda.device_count()} GPUs"
+            )
+        return torch.device("cuda", index)
 
     @property
     def ranks(self) -> int:

@@ -23,6 +23,7 @@ from hetkv.dtypes import DType
 from hetkv.errors import HetkvError
 from hetkv.pool import KVPool
 from hetkv.reshard import overlap
+from hetkv.runtime.clock import WorkClock
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
@@ -86,9 +87,14 @@ class Worker:
         torch.set_num_threads(config.threads)
         self.config, plan = config, config.plan
         self._stack = ExitStack()
-        team = Team.join(config.meeting, plan.tp, plan.pp, config.rank)
+        device = plan.rank_device(config.rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        team = Team.join(config.meeting, plan.tp, plan.pp, config.rank, device)
         self._stack.callback(team.leave)
-        self.model = Decoder.load(config.model, DType.parse(config.compute_dtype).torch, team=team, stages=plan.stages)
+        self.model = Decoder.load(
+            config.model, DType.parse(config.compute_dtype).torch, device, team=team, stages=plan.stages
+        )
         # A few blocks more than the requests need, so that their block ids are not simply 0, 1, 2, ...
         num_blocks = config.max_requests * -(-config.max_tokens // plan.pool.block_size) + 2
         self.pool = KVPool.allocate(
@@ -98,6 +104,7 @@ class Worker:
             block_size=plan.pool.block_size,
             dtype=plan.pool.dtype,
             shard=self.model.shard,
+            device=device,
         )
         self.allocator = BlockAllocator(self.pool)
         make = Sender if plan.role == "prefill" else Receiver
@@ -134,17 +141,17 @@ class Worker:
     def prefill(self, request_id: str, prompt: list[int]) -> PrefillResult:
         """Compute a prompt; its KV leaves layer by layer. Returns when the compute is done: see `finish`."""
         blocks = self.allocator.allocate(len(prompt))
-        start = time.monotonic_ns()
+        clock, layers = WorkClock(self.model.device), []
         try:
             sending: Transmission = self.node.send(request_id, blocks, len(prompt))
         except BaseException:
             self.allocator.free(blocks)
             raise
         self.sending[request_id] = (sending, blocks)
-        times: list[tuple[int, int]] = []
 
         def on_layer(layer: int, first: int, last: int) -> None:
-            times.append((layer, time.monotonic_ns()))
+            layers.append(layer)
+            clock.mark()
             sending.send_layer(layer, (first, last))
 
         try:
@@ -153,10 +160,10 @@ class Worker:
         except BaseException:
             sending.abort("the prefill failed")
             raise
-        stop = time.monotonic_ns()
-        edges = [start, *(at for _, at in times[:-1]), stop]
-        spans = [self._span(layer, edges[i], edges[i + 1]) for i, (layer, _) in enumerate(times)]
-        return PrefillResult(token, start, times[0][1], stop, spans)
+        stop, times = time.monotonic_ns(), clock.times()
+        edges = [clock.start_ns, *times[:-1], stop]
+        spans = [self._span(layer, edges[i], edges[i + 1]) for i, layer in enumerate(layers)]
+        return PrefillResult(token, clock.start_ns, times[0], stop, spans)
 
     def finish(self, request_id: str) -> list[Span]:
         """Wait until the receivers have verified the request, and free its blocks. Spans of its transfer."""

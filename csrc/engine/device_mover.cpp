@@ -1,0 +1,180 @@
+#include "engine/device_mover.h"
+
+#include "engine/events.h"
+
+namespace hetkv {
+namespace {
+
+constexpr std::size_t kSlots = 32;  // made at the start; more are made when so many launches are in flight
+
+}  // namespace
+
+struct DeviceMover::Slot {
+  explicit Slot(const HetkvBackend& table) : backend(table) {}
+  ~Slot() {
+    if (report.result != nullptr) static_cast<void>(backend.slot_destroy(&report));
+  }
+  const HetkvBackend& backend;
+  HetkvRemapSlot report{};
+};
+
+Status DeviceMover::create(std::shared_ptr<Device> device, const EngineConfig& config, std::unique_ptr<Mover>* out) {
+  const CaptureGuard guard(*device);
+  std::unique_ptr<DeviceMover> self(new DeviceMover(device, config));
+  if (auto status = self->start(); !status.ok()) return status;
+  *out = std::move(self);
+  return {};
+}
+
+DeviceMover::DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config)
+    : device_(std::move(device)),
+      max_blocks_(config.max_blocks),
+      high_priority_(config.high_priority),
+      timed_(config.trace) {}
+
+Status DeviceMover::start() {
+  const HetkvBackend& backend = device_->backend();
+  for (void** stream : {&ready_, &waiting_, &copying_ready_, &copying_waiting_}) {
+    if (auto status =
+            device_->check(backend.stream_create(device_->index(), high_priority_ ? 1 : 0, stream), "making a stream");
+        !status.ok()) {
+      return status;
+    }
+  }
+  tables_ = std::make_unique<DeviceTables>(device_, ready_);
+  if (auto status = tables_->reserve(); !status.ok()) return status;
+  std::vector<Slot*> made(kSlots);
+  for (auto& slot : made) {
+    if (auto status = take_slot(&slot); !status.ok()) return status;
+  }
+  free_slots_ = std::move(made);
+  return {};
+}
+
+DeviceMover::~DeviceMover() {
+  const CaptureGuard guard(*device_);
+  drain();
+  launches_.clear();
+  tables_.reset();
+  slots_.clear();
+  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
+    if (stream != nullptr) static_cast<void>(device_->backend().stream_destroy(stream));
+  }
+}
+
+// The progress thread never takes part in a capture; and UCX, which calls the driver on it, needs a current device.
+void DeviceMover::enter() {
+  std::int32_t ignored = 0;
+  const HetkvBackend& backend = device_->backend();
+  if (device_->can(kHetkvCapRelaxedCapture)) static_cast<void>(backend.exchange_capture_mode(1, &ignored));
+  static_cast<void>(backend.bind_thread(device_->index()));
+}
+
+void DeviceMover::submit(RemapTask* task) {
+  task->start_ns = now_ns();
+  Launch made;
+  Status status = launch(*task, &made);
+  if (status.ok()) {
+    launches_.emplace(task, std::move(made));
+  } else {
+    if (made.slot != nullptr) free_slots_.push_back(made.slot);
+    end(*task, std::move(status));
+  }
+}
+
+Status DeviceMover::launch(RemapTask& task, Launch* made) {
+  const HetkvBackend& backend = device_->backend();
+  Status status;
+  void* stream = ready_;
+  if (task.after != nullptr && !task.after->happened(&status)) {
+    stream = waiting_;
+    status = device_->check(backend.stream_wait_event(stream, task.after->handle()), "waiting for the caller's stream");
+  }
+  if (status.ok()) status = translate(task, stream);
+  if (status.ok()) status = take_slot(&made->slot);
+  if (status.ok() && timed_) status = device_->record(stream, true, &made->begun);
+  if (!status.ok()) return status;
+  status =
+      device_->check(backend.remap(stream, jobs_.data(), jobs_.size(), task.seed, &made->slot->report, max_blocks_),
+                     "starting a remap");
+  if (status.ok()) status = device_->record(stream, timed_, &made->done);
+  if (status.ok() && task.copy_bytes > 0)
+    status = copy(task, stream == ready_ ? copying_ready_ : copying_waiting_, made);
+  // What was started must have ended before anyone hears of the failure.
+  if (!status.ok()) drain();
+  return status;
+}
+
+// Sends the payload on, behind its pack and beside the next one.
+Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
+  const HetkvBackend& backend = device_->backend();
+  made->packed = made->done;
+  auto* to = reinterpret_cast<void*>(task.copy_to);
+  const auto* from = reinterpret_cast<const void*>(task.copy_from);
+  auto status = device_->check(backend.stream_wait_event(stream, made->packed->handle()), "ordering two streams");
+  if (status.ok()) status = device_->check(backend.copy_async(to, from, task.copy_bytes, stream), "copying a payload");
+  if (status.ok()) status = device_->record(stream, timed_, &made->done);
+  return status;
+}
+
+// The task's jobs with block tables and multipliers where the device reads them.
+Status DeviceMover::translate(RemapTask& task, void* stream) {
+  jobs_ = task.jobs;
+  for (auto& job : jobs_) {
+    for (RemapSide* side : {&job.src, &job.dst}) {
+      if (side->blocks == nullptr) continue;
+      if (auto status = tables_->find(task.blocks, stream, &side->blocks); !status.ok()) return status;
+    }
+    if (job.multipliers == nullptr) continue;
+    const auto count = static_cast<std::size_t>(job.heads);
+    if (auto status = tables_->find(job.multipliers, count, stream, &job.multipliers); !status.ok()) return status;
+  }
+  return {};
+}
+
+void DeviceMover::poll(RemapTask* task) {
+  if (task->done) return;
+  const auto found = launches_.find(task);
+  Launch& made = found->second;
+  Status status;
+  if (!made.done->happened(&status)) return;
+  task->result = *made.slot->report.result;
+  if (status.ok() && timed_) {  // from when it began on the device, not from when it was put into the stream
+    double us = 0;
+    const HetkvBackend& backend = device_->backend();
+    if (backend.event_elapsed_us(made.begun->handle(), made.done->handle(), &us) == kHetkvOk) {
+      task->start_ns = now_ns() - static_cast<std::uint64_t>(us * 1000);
+    }
+  }
+  free_slots_.push_back(made.slot);
+  launches_.erase(found);
+  end(*task, std::move(status));
+}
+
+void DeviceMover::end(RemapTask& task, Status status) {
+  task.status = std::move(status);
+  task.stop_ns = now_ns();
+  task.done = true;
+}
+
+void DeviceMover::drain() {
+  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
+    if (stream != nullptr) static_cast<void>(device_->backend().stream_synchronize(stream));
+  }
+}
+
+Status DeviceMover::take_slot(Slot** slot) {
+  if (!free_slots_.empty()) {
+    *slot = free_slots_.back();
+    free_slots_.pop_back();
+    return {};
+  }
+  auto made = std::make_unique<Slot>(device_->backend());
+  auto status = device_->check(device_->backend().slot_create(device_->index(), &made->report), "making a result slot");
+  if (!status.ok()) return status;
+  *slot = made.get();
+  slots_.push_back(std::move(made));
+  return {};
+}
+
+}  // namespace hetkv

@@ -1,0 +1,58 @@
+// Runs remaps on a device: one launch a task on side streams, behind the caller's event, and no wait
+// on the host. Any number may be in flight; those whose event has happened run back to back.
+#pragma once
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/device_tables.h"
+#include "engine/mover.h"
+
+namespace hetkv {
+
+class DeviceMover final : public Mover {
+ public:
+  // Of the configuration: `max_blocks`, `high_priority`, and `trace`, with which tasks get the device's own times.
+  static Status create(std::shared_ptr<Device> device, const EngineConfig& config, std::unique_ptr<Mover>* out);
+  ~DeviceMover() override;
+
+  void enter() override;
+  void submit(RemapTask* task) override;
+  void poll(RemapTask* task) override;
+  void drain() override;
+  std::uint32_t nap_us() const override { return 50; }
+
+ private:
+  struct Slot;
+  struct Launch {
+    Slot* slot = nullptr;
+    After begun;   // where times are asked for
+    After packed;  // where a copy follows
+    After done;
+  };
+  DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
+  Status start();
+  Status launch(RemapTask& task, Launch* launch);
+  Status copy(const RemapTask& task, void* stream, Launch* made);
+  Status translate(RemapTask& task, void* stream);
+  Status take_slot(Slot** slot);
+  void end(RemapTask& task, Status status);
+
+  const std::shared_ptr<Device> device_;
+  const int max_blocks_;
+  const bool high_priority_;
+  const bool timed_;
+  void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
+  void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
+  // For payloads that go on by the copy engine, beside the next pack: behind packs of `ready_`, and of `waiting_`.
+  void* copying_ready_ = nullptr;
+  void* copying_waiting_ = nullptr;
+  std::unique_ptr<DeviceTables> tables_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+  std::vector<Slot*> free_slots_;
+  std::vector<RemapJob> jobs_;  // of the launch being made
+  std::unordered_map<const RemapTask*, Launch> launches_;
+};
+
+}  // namespace hetkv

@@ -1,0 +1,67 @@
+// Small constants that kernels read: block tables, one upload for each request and cache group, and scale multipliers.
+// They lie in device memory with a pinned twin to upload from. Progress thread only.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/device.h"
+#include "engine/mover.h"
+
+namespace hetkv {
+
+class DeviceTables {
+ public:
+  // Uploads go in the order of `stream`, which outlives the object.
+  DeviceTables(std::shared_ptr<Device> device, void* stream) : device_(std::move(device)), stream_(stream) {}
+
+  // Allocates the memory that most engines ever need, so that a lack of it shows at the start.
+  Status reserve() { return grow(0); }
+
+  // The table in device memory, readable in the order of `reader` from now on, and for as long as a task holds
+  // `blocks`.
+  Status find(const BlockTable& blocks, void* reader, const std::int32_t** out);
+  // The same for `count` multipliers; these are few and alike, and are kept.
+  Status find(const float* multipliers, std::size_t count, void* reader, const float** out);
+
+ private:
+  struct Place {
+    std::size_t chunk = 0;
+    std::size_t offset = 0;
+    std::size_t bytes = 0;  // a power of two
+  };
+  struct Entry {
+    std::weak_ptr<const std::vector<std::int32_t>> owner;
+    Place place;
+    After uploaded;
+  };
+  struct Constant {
+    Place place;
+    After uploaded;
+  };
+  struct Chunk {
+    std::unique_ptr<DeviceBuffer> device;
+    std::unique_ptr<DeviceBuffer> twin;
+    std::size_t bytes = 0;
+    std::size_t used = 0;
+  };
+  Status upload(const void* data, std::size_t bytes, Place* place, After* uploaded);
+  Status take(std::size_t bytes, Place* place);
+  Status grow(std::size_t bytes);
+  Status order(const After& uploaded, void* reader);
+  void sweep();
+  std::uint64_t address(const Place& place) const { return chunks_[place.chunk].device->address() + place.offset; }
+
+  const std::shared_ptr<Device> device_;
+  void* const stream_;
+  std::vector<Chunk> chunks_;
+  std::map<std::size_t, std::vector<Place>> unused_;  // by size
+  std::unordered_map<const void*, Entry> entries_;
+  std::map<std::vector<float>, Constant> constants_;
+  std::size_t sweep_at_ = 64;
+};
+
+}  // namespace hetkv

@@ -1,0 +1,93 @@
+// Memory that payloads pass through: this side's own (a receiver's slots, a sender's staging buffers), and a peer's
+// slots as this side reaches them. In host memory, or in a device's. Progress thread only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/device.h"
+#include "transport/ucx.h"
+
+namespace hetkv {
+
+enum class Where : std::uint8_t { kHost = 0, kDevice = 1 };
+
+// How payloads get into a window (design: reach).
+enum class Reach : std::uint8_t {
+  kNone = 0,    // no window yet
+  kPut = 1,     // packed into staging, put by UCX
+  kShared = 2,  // packed straight into host memory that both sides map
+  kPeer = 3,    // packed straight into the memory of a device
+};
+
+// One slot or staging buffer, an allocation of its own, registered with UCX and mapped for the pool's device.
+class OwnWindow {
+ public:
+  // `device`: the pool's, or null for a pool in host memory, which has windows there only.
+  static Status make(ucx::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
+                     std::unique_ptr<OwnWindow>* out);
+  ~OwnWindow();
+  OwnWindow(const OwnWindow&) = delete;
+  OwnWindow& operator=(const OwnWindow&) = delete;
+
+  // A peer's kernels or copies may still store into it, and no driver waits for them when it frees memory: device
+  // memory stays allocated until this process ends. Host memory needs no such care, as the peer's mapping keeps it.
+  void abandon() { static_cast<void>(buffer_.release()); }
+
+  Where where() const { return where_; }
+  std::size_t bytes() const { return bytes_; }
+  std::uint64_t address() const { return address_; }  // as UCX and the peer name it
+  std::uint64_t local() const { return local_; }      // as this side's remaps use it
+  const std::vector<std::uint8_t>& key() const { return key_; }
+
+ private:
+  OwnWindow() = default;
+  Status make_device(ucx::Worker& worker, const std::shared_ptr<Device>& device);
+  Where where_ = Where::kHost;
+  std::size_t bytes_ = 0;
+  std::uint64_t address_ = 0;
+  std::uint64_t local_ = 0;
+  std::vector<std::uint8_t> key_;
+  // In this order, so that the registrations go before the memory.
+  std::unique_ptr<DeviceBuffer> buffer_;
+  std::unique_ptr<ucx::Memory> memory_;
+  std::unique_ptr<HostMapping> mapping_;
+};
+
+// Where a sender's staging must lie for such a window: where UCX can put from, or, with `direct`, where the device
+// copies from. `device` may be null.
+Where staging_for(const ucx::Worker& worker, const Device* device, Where window, bool direct);
+
+// A peer's slot. Destroyed before its endpoint, and after the last store into it.
+class PeerWindow {
+ public:
+  // `direct`: store into it where that is possible; otherwise it is put into.
+  static Status open(ucx::Endpoint& endpoint, const std::shared_ptr<Device>& device,
+                     const std::vector<std::uint8_t>& key, std::uint64_t address, std::size_t bytes, bool direct,
+                     std::unique_ptr<PeerWindow>* out);
+  ~PeerWindow();
+  PeerWindow(const PeerWindow&) = delete;
+  PeerWindow& operator=(const PeerWindow&) = delete;
+
+  Where where() const { return where_; }
+  std::size_t bytes() const { return bytes_; }
+  Reach reach() const { return local_ == 0 ? Reach::kPut : where_ == Where::kHost ? Reach::kShared : Reach::kPeer; }
+  std::uint64_t local() const { return local_; }  // where this side's remaps store; 0 where it is put into
+  const ucx::RemoteMemory& remote() const { return *remote_; }
+
+ private:
+  PeerWindow() = default;
+  Status open_device(const std::shared_ptr<Device>& device, const std::vector<std::uint8_t>& key, std::uint64_t address,
+                     std::size_t bytes, std::vector<std::uint8_t>* ucx_key);
+  Where where_ = Where::kHost;
+  std::size_t bytes_ = 0;
+  std::uint64_t local_ = 0;
+  std::unique_ptr<ucx::RemoteMemory> remote_;  // null where the window is stored into and UCX has no key
+  std::unique_ptr<HostMapping> mapping_;
+  std::shared_ptr<Device> device_;  // of `opened_`
+  HetkvIpcHandle handle_{};
+  void* opened_ = nullptr;
+};
+
+}  // namespace hetkv

@@ -1,0 +1,25 @@
+"""The KV connector of vLLM: name this module as `kv_connector_module_path` and `HetKVConnector` as `kv_connector`.
+
+`docs/vllm.md` says how. vLLM itself is imported, and its version checked, when `HetKVConnector` is first asked for, so
+that the proxy (`python -m hetkv.integrations.vllm.proxy`) runs without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__all__ = ["HetKVConnector"]
+
+if TYPE_CHECKING:
+    from hetkv.integrations.vllm.connector import HetKVConnector
+
+
+def __getattr__(name: str) -> object:
+    if name != "HetKVConnector":
+        raise AttributeError(f"module 'hetkv.integrations.vllm' has no attribute {name!r}")
+    from hetkv.integrations.vllm.version import check_version
+
+    check_version()
+    from hetkv.integrations.vllm.connector import HetKVConnector
+
+    return HetKVConnector

@@ -1,0 +1,187 @@
+"""The consumer's half of a worker: links to producers, tickets, and what became of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hetkv.errors import AbortedError, HetkvError, PeerLostError
+from hetkv.integrations.vllm.layouts import Caches
+from hetkv.integrations.vllm.metadata import Load, Metadata
+from hetkv.integrations.vllm.metrics import HetKVStats
+from hetkv.integrations.vllm.sending import PREEMPTED
+from hetkv.reshard import overlap
+from hetkv.spec import Shard
+from hetkv.transfer import Receiver, Reception
+
+_log = logging.getLogger(__name__)
+CONNECTS_AT_ONCE = 4
+
+
+@dataclass
+class Incoming:
+    """A load under way: first its link, then its ticket."""
+
+    load: Load
+    deadline: float
+    link: Future[None] | None = None
+    """While the producer is being connected."""
+    reception: Reception | None = None
+    aborted: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def awaited(self) -> bool:
+        """The scheduler waits for its end; otherwise it only lets the producer go."""
+        return self.load.held < self.load.stop
+
+
+class Results(NamedTuple):
+    """Loads that ended. The failed ones are among the finished."""
+
+    finished: set[str]
+    failed: list[Load]
+
+
+class Loading:
+    """Receptions of one rank. All but the connecting runs in the worker's thread."""
+
+    def __init__(self, receiver: Receiver, caches: Caches, stats: HetKVStats, changed: Callable[[], None]) -> None:
+        self._receiver, self._caches = receiver, caches
+        self._stats, self._changed = stats, changed
+        self._in: dict[str, Incoming] = {}
+        self._links: dict[str, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(CONNECTS_AT_ONCE, "hetkv-connect")
+
+    def begin(self, meta: Metadata) -> None:
+        """Start this step's loads and end those whose requests were aborted."""
+        for load in meta.loads:
+            name = load.request_id if load.held < load.stop else f"{load.request_id} (let go)"
+            now = time.monotonic()
+            self._in[name] = Incoming(load, now + self._receiver.config.lease_s, self._link(load))
+        for request_id in meta.aborted_loads:
+            incoming = self._in.get(request_id)
+            if incoming is not None:
+                incoming.aborted = True
+                if incoming.reception is not None:
+                    incoming.reception.abort("the consumer's request was aborted")
+
+    def poll(self) -> Results:
+        """Take what has happened since the last call."""
+        results = Results(set(), [])
+        for name, incoming in list(self._in.items()):
+            try:
+                done = self._advance(incoming)
+            except HetkvError as error:
+                self._fail(incoming, error, results)
+                done = True
+            if not done:
+                continue
+            del self._in[name]
+            if incoming.awaited:
+                results.finished.add(incoming.load.request_id)
+        return results
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a load is under way."""
+        return bool(self._in)
+
+    def close(self) -> None:
+        """Stop connecting. What is under way ends with the receiver."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _advance(self, incoming: Incoming) -> bool:
+        """Whether the load has ended well. Raises its error."""
+        if incoming.link is not None:
+            if not incoming.link.done():
+                return False
+            incoming.link.result()
+            incoming.link = None
+            self._ask(incoming)
+        reception = incoming.reception
+        assert reception is not None
+        if not reception.done():
+            return False
+        error = reception.future.exception()
+        if error is None:
+            if incoming.awaited and not incoming.aborted:
+                self._stats.add("loads")
+                self._stats.add("loaded_tokens", incoming.load.stop - incoming.load.held)
+                self._stats.observe("load_seconds", time.monotonic() - incoming.started)
+            return True
+        again = isinstance(error, AbortedError) and PREEMPTED in str(error) and not incoming.aborted
+        if not again or time.monotonic() >= incoming.deadline:
+            raise error
+        # The producer computes the request once more, and takes a new ticket for it.
+        self._stats.add("repeated_loads")
+        self._ask(incoming)
+        return False
+
+    def _ask(self, incoming: Incoming) -> None:
+        """Give the ticket. One whose request was aborted meanwhile asks for nothing, so that the producer is let go."""
+        load = incoming.load
+        groups = len(load.blocks)
+        held = [load.stop if incoming.aborted else load.held] * groups
+        incoming.reception = self._receiver.receive(
+            load.transfer_id,
+            self._caches.blocks(load.blocks) if held[0] < load.stop else [[] for _ in range(groups)],
+            load.stop,
+            held=held,
+            source=load.source,
+            lease_s=max(0.001, incoming.deadline - time.monotonic()),
+        )
+        incoming.reception.future.add_done_callback(lambda _: self._changed())
+
+    def _fail(self, incoming: Incoming, error: HetkvError, results: Results) -> None:
+        if not incoming.awaited:
+            _log.warning("transfer %s: the producer was not let go: %s", incoming.load.transfer_id, error)
+            return
+        if incoming.aborted:
+            return
+        load = incoming.load
+        _log.warning("request %s, transfer %s: %s: %s", load.request_id, load.transfer_id, type(error).__name__, error)
+        self._stats.add("failed_loads")
+        results.failed.append(load)
+
+    def _link(self, load: Load) -> Future[None]:
+        """Done once every rank of the producer that holds something of this rank is linked."""
+        missing = self._missing(load)
+        if not missing:
+            linked: Future[None] = Future()
+            linked.set_result(None)
+            return linked
+        under_way = self._links.get(load.source)
+        if under_way is not None and not under_way.done():
+            return under_way
+        future = self._links[load.source] = self._pool.submit(self._connect, load, missing)
+        future.add_done_callback(lambda _: self._changed())
+        return future
+
+    def _missing(self, load: Load) -> list[int]:
+        """Ranks of the producer that are not linked and should be."""
+        pool = self._caches.pool
+        ranks = len(load.addresses)
+        linked = {p.description.rank for p in self._receiver.peers if p.description.instance == load.source}
+        shards = (Shard.of(pool.spec, tp=ranks, tp_rank=rank) for rank in range(ranks))
+        return [
+            rank
+            for rank, shard in enumerate(shards)
+            if rank not in linked and any(overlap(pool.spec, pool.shard, shard))
+        ]
+
+    def _connect(self, load: Load, ranks: list[int]) -> None:
+        """Body of a connecting thread."""
+        for rank in ranks:
+            peer = self._receiver.connect(load.addresses[rank])
+            theirs = peer.description
+            if (theirs.instance, theirs.rank) != (load.source, rank):
+                self._receiver.disconnect(peer, "not the producer that was named")
+                raise PeerLostError(
+                    f"{load.addresses[rank]} is rank {theirs.rank} of {theirs.instance}, not rank {rank} of "
+                    f"{load.source}: was the producer started again?"
+                )

@@ -1,0 +1,67 @@
+"""What the scheduler side tells the workers, and what a worker tells the scheduler side at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+Blocks = tuple[list[int], ...]
+"""Block ids of one request in token order, a list for each cache group that takes part in transfers."""
+
+
+@dataclass(frozen=True)
+class Send:
+    """A producer's request: tokens `[0, stop)` of it are, or will be after this step, in `blocks`."""
+
+    request_id: str
+    transfer_id: str
+    num_tokens: int
+    """Tokens of the whole prompt."""
+    stop: int
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Load:
+    """A consumer's request: tokens `[held, stop)` are asked for. Where `held == stop` the producer is only let go."""
+
+    request_id: str
+    transfer_id: str
+    source: str
+    """Engine id of the producer."""
+    addresses: tuple[str, ...]
+    """Where the producer's ranks listen, by rank."""
+    held: int
+    stop: int
+    blocks: Blocks
+
+
+@dataclass
+class Metadata(KVConnectorMetadata):
+    """One step's orders."""
+
+    computing: list[Send] = field(default_factory=list)
+    """Mode `concurrent`: requests whose layers leave while this step computes them."""
+    preempted: set[str] = field(default_factory=set)
+    """Of those, the ones whose blocks are taken away in this step."""
+    held: list[Send] = field(default_factory=list)
+    """Requests whose prefill is done: their blocks are held until sent."""
+    dropped: set[str] = field(default_factory=set)
+    """Requests that ended otherwise while their layers were leaving: blocks are held until nothing reads them."""
+    loads: list[Load] = field(default_factory=list)
+    aborted_loads: set[str] = field(default_factory=set)
+    computes: bool = False
+    """This step runs the model."""
+
+    @property
+    def any_orders(self) -> bool:
+        """Whether the workers have something to do but compute."""
+        return bool(self.computing or self.preempted or self.held or self.dropped or self.loads or self.aborted_loads)
+
+
+@dataclass(frozen=True)
+class WorkerAddress(KVConnectorHandshakeMetadata):
+    """Where a producer's worker listens; empty for a consumer's."""
+
+    address: str

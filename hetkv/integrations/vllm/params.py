@@ -1,0 +1,74 @@
+"""`kv_transfer_params`: what a router hands from the producer to the consumer. It comes from clients, so it is checked.
+
+| field | side | meaning |
+|---|---|---|
+| `do_remote_decode` | producer | compute the prompt and keep its KV for a consumer |
+| `rendezvous` | producer | `prefill_first` (default) or `concurrent` |
+| `describe` | producer | only answer who this is; nothing is kept |
+| `do_remote_prefill` | consumer | load the prompt's KV |
+| `transfer_id` | both | the router's name of the request; the producer makes one where the router gave none |
+| `remote_engine_id`, `remote_addresses` | consumer | who has the KV, and where its ranks listen |
+| `remote_num_tokens` | consumer | tokens that it has, where that is known already |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from hetkv.control import Address
+from hetkv.errors import InputError
+
+MAX_TEXT = 256
+MAX_RANKS = 1024
+
+
+class Produce(msgspec.Struct, frozen=True):
+    """A producer's `kv_transfer_params`; fields of other connectors are ignored."""
+
+    transfer_id: str | None = None
+    rendezvous: Literal["prefill_first", "concurrent"] = "prefill_first"
+    describe: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transfer_id is not None and not 0 < len(self.transfer_id) <= MAX_TEXT:
+            raise InputError(f"transfer_id must have 1 to {MAX_TEXT} characters")
+
+
+class Consume(msgspec.Struct, frozen=True):
+    """A consumer's `kv_transfer_params`."""
+
+    transfer_id: str
+    remote_engine_id: str
+    remote_addresses: tuple[str, ...]
+    remote_num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("transfer_id", "remote_engine_id"):
+            if not 0 < len(getattr(self, name)) <= MAX_TEXT:
+                raise InputError(f"{name} must have 1 to {MAX_TEXT} characters")
+        if not 0 < len(self.remote_addresses) <= MAX_RANKS:
+            raise InputError(f"remote_addresses must have 1 to {MAX_RANKS} entries")
+        for address in self.remote_addresses:
+            Address.parse(address)
+        if self.remote_num_tokens is not None and self.remote_num_tokens < 0:
+            raise InputError(f"remote_num_tokens is {self.remote_num_tokens}")
+
+
+def produce(params: dict[str, Any] | None) -> Produce | None:
+    """A request that this producer computes for a consumer, or `None`. Raises `InputError`."""
+    return _convert(params, Produce) if params and params.get("do_remote_decode") else None
+
+
+def consume(params: dict[str, Any] | None) -> Consume | None:
+    """A request whose KV this consumer loads, or `None`. Raises `InputError`."""
+    return _convert(params, Consume) if params and params.get("do_remote_prefill") else None
+
+
+def _convert(params: dict[str, Any], kind: type[Any]) -> Any:
+    known = {name: params[name] for name in kind.__struct_fields__ if params.get(name) is not None}
+    try:
+        return msgspec.convert(known, kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"kv_transfer_params: {error}") from None

@@ -1,0 +1,299 @@
+"""A small router for disaggregated vLLM: `python -m hetkv.integrations.vllm.proxy --prefill URL --decode URL`.
+
+Takes OpenAI-compatible requests and sends each to one prefill and one decode server, in one of two ways:
+
+* `prefill_first`: prefill, then decode with the `kv_transfer_params` of its answer (vLLM's own convention);
+* `concurrent`: both at once under one transfer id, so that layers travel while later ones compute.
+
+A request whose prefill fails is given to the decode server alone, which computes the prompt itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+_log = logging.getLogger("hetkv.proxy")
+MODES = ("prefill_first", "concurrent")
+PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
+HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
+               "accept-encoding"}  # fmt: skip
+ONE_TOKEN = ("max_tokens", "max_completion_tokens")
+TEXT_LIMIT = 300
+
+
+class Refused(Exception):
+    """A server answered with an error, or not at all."""
+
+
+@dataclass
+class Server:
+    """One vLLM server."""
+
+    url: str
+    under_way: int = 0
+    identity: dict[str, Any] | None = None
+    """Prefill: engine id and addresses of its workers, as it said them; `None` where they must be asked again."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @contextlib.contextmanager
+    def busy(self) -> Any:
+        """Count a request for the choice of servers."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+
+class Router:
+    """Chooses servers by the requests they have under way, and pairs the two halves of a request."""
+
+    def __init__(self, prefill: list[str], decode: list[str], mode: str, timeout_s: float) -> None:
+        self.prefill, self.decode = [Server(url) for url in prefill], [Server(url) for url in decode]
+        self.mode = mode
+        self._turn = itertools.count()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self.client = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=5.0), limits=limits)
+
+    def choose(self, servers: list[Server]) -> Server:
+        """The one with the fewest requests under way; in turn where several have."""
+        first = next(self._turn) % len(servers)
+        return min(servers[first:] + servers[:first], key=lambda server: server.under_way)
+
+    async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
+        """Answer one client's request."""
+        body.pop("kv_transfer_params", None)
+        prefill, decode = self.choose(self.prefill), self.choose(self.decode)
+        half = self._after if self.mode == "prefill_first" else self._beside
+        return await half(prefill, decode, path, body, headers)
+
+    async def _after(
+        self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> Response:
+        """Prefill first, decode afterwards."""
+        order = dict(PRODUCE, transfer_id=uuid.uuid4().hex)
+        try:
+            with prefill.busy():
+                answer = await self._ask(prefill, path, prefill_body(body, order), headers)
+            params = answer.get("kv_transfer_params")
+        except Refused as error:
+            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
+            params = None
+        return await self._decode(decode, path, body, params, headers)
+
+    async def _beside(
+        self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> Response:
+        """Both at once. Where the prefill fails, decode is asked again without it: it has said nothing so far."""
+        try:
+            identity = await self._identity(prefill, path, body, headers)
+        except Refused as error:
+            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
+            return await self._decode(decode, path, body, None, headers)
+        transfer = uuid.uuid4().hex
+        order = dict(PRODUCE, rendezvous="concurrent", transfer_id=transfer)
+
+        async def compute() -> None:
+            with prefill.busy():
+                answer = await self._ask(prefill, path, prefill_body(body, order), headers)
+            prefill.identity = _identity(answer)  # another one where the server was started again
+
+        computing = asyncio.create_task(compute())
+        decoding = asyncio.create_task(self._decode(decode, path, body, {**identity, "transfer_id": transfer}, headers))
+        try:
+            await asyncio.wait((computing, decoding), return_when=asyncio.FIRST_COMPLETED)
+            if not computing.done():
+                if (await decoding).status_code >= 400:  # perhaps of an identity that is gone
+                    prefill.identity = None
+                await asyncio.wait((computing,))
+            failure = computing.exception()
+            if failure is None:
+                return await decoding
+            if not isinstance(failure, Refused):
+                raise failure
+            prefill.identity = None
+            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
+            if not decoding.done():
+                decoding.cancel()
+                await asyncio.wait((decoding,))
+            elif decoding.result().status_code < 400:
+                return decoding.result()
+            return await self._decode(decode, path, body, None, headers)
+        finally:
+            computing.cancel()
+            if not decoding.done():
+                decoding.cancel()
+
+    async def _identity(
+        self, prefill: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> dict[str, Any]:
+        """Where a prefill server's workers listen; it is asked once, and again after each failure."""
+        async with prefill.asking:
+            known = prefill.identity
+            if known is None:
+                order = dict(PRODUCE, describe=True)
+                known = _identity(await self._ask(prefill, path, prefill_body(body, order), headers))
+                prefill.identity = known
+        return known
+
+    async def _ask(self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+        """A whole JSON answer. Raises `Refused`."""
+        try:
+            response = await self.client.post(server.url + path, json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise Refused(f"{type(error).__name__}: {error}") from None
+        if response.status_code >= 400:
+            raise Refused(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def _decode(
+        self, server: Server, path: str, body: dict[str, Any], params: dict[str, Any] | None, headers: dict[str, str]
+    ) -> Response:
+        """The decode server's answer, passed on as it comes."""
+        if params is not None:
+            body = dict(body, kv_transfer_params=params)
+        stack = contextlib.AsyncExitStack()
+        try:
+            stack.enter_context(server.busy())
+            request = self.client.build_request("POST", server.url + path, json=body, headers=headers)
+            response = await self.client.send(request, stream=True)
+            stack.push_async_callback(response.aclose)
+            passed = {name: value for name, value in response.headers.items() if name.lower() not in HOP_HEADERS}
+            if not body.get("stream") or response.status_code >= 400:
+                content = await response.aread()
+                await stack.aclose()
+                return Response(content, response.status_code, passed)
+            # The first piece is awaited here: with it the KV has arrived, or the request has failed.
+            pieces = response.aiter_bytes()
+            first = await anext(pieces, b"")
+        except httpx.HTTPError as error:
+            await stack.aclose()
+            return JSONResponse({"error": f"decode {server.url}: {type(error).__name__}: {error}"}, 502)
+        except BaseException:
+            await stack.aclose()
+            raise
+
+        async def rest() -> AsyncIterator[bytes]:
+            async with stack:
+                yield first
+                async for piece in pieces:
+                    yield piece
+
+        return StreamingResponse(rest(), response.status_code, passed)
+
+
+def prefill_body(body: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
+    """The same request for one token, with an order to keep its KV."""
+    changed = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", "n", "best_of")}
+    changed.update(stream=False, kv_transfer_params=order, max_tokens=1)
+    if "max_completion_tokens" in body:
+        changed["max_completion_tokens"] = 1
+    return changed
+
+
+def _identity(answer: dict[str, Any]) -> dict[str, Any]:
+    """What of a prefill server's answer tells who it is."""
+    params = answer.get("kv_transfer_params") or {}
+    names = ("do_remote_prefill", "remote_engine_id", "remote_addresses")
+    if any(name not in params for name in names):
+        raise Refused("its answer has no kv_transfer_params of HetKVConnector: is it a producer?")
+    return {name: params[name] for name in names}
+
+
+def application(router: Router) -> FastAPI:
+    """The HTTP side."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await router.client.aclose()
+
+    app = FastAPI(title="hetkv proxy", lifespan=lifespan)
+
+    @app.post("/v1/completions")
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        try:
+            body = await request.json()
+        except ValueError:
+            raise HTTPException(400, "the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise HTTPException(400, "the body is not a JSON object")
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_HEADERS}
+        serving = asyncio.create_task(router.serve(request.url.path, body, headers))
+        leaving = asyncio.create_task(gone(request))
+        await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not serving.done():
+            serving.cancel()
+            await asyncio.wait((serving,))
+            return Response(status_code=499)
+        return serving.result()
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        answer = await router.client.get(router.decode[0].url + "/v1/models")
+        return Response(answer.content, answer.status_code, media_type="application/json")
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        async def alive(server: Server) -> bool:
+            try:
+                answer = await router.client.get(server.url + "/health", timeout=2.0)
+                return bool(answer.status_code == 200)
+            except httpx.HTTPError:
+                return False
+
+        servers = [*router.prefill, *router.decode]
+        states = await asyncio.gather(*(alive(server) for server in servers))
+        detail = {server.url: state for server, state in zip(servers, states, strict=True)}
+        decoding = any(detail[server.url] for server in router.decode)
+        return JSONResponse({"mode": router.mode, "servers": detail}, 200 if decoding else 503)
+
+    return app
+
+
+async def gone(request: Request) -> None:
+    """Returns when the client has closed its connection."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m hetkv.integrations.vllm.proxy", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--prefill", nargs="+", required=True, metavar="URL", help="prefill servers")
+    parser.add_argument("--decode", nargs="+", required=True, metavar="URL", help="decode servers")
+    parser.add_argument("--mode", choices=MODES, default="prefill_first")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a whole request")
+    options = parser.parse_args(arguments)
+    for url in (*options.prefill, *options.decode):
+        if not url.startswith(("http://", "https://")):
+            parser.error(f"{url!r} is not a URL: write http://host:port")
+    prefill, decode = ([url.rstrip("/") for url in urls] for urls in (options.prefill, options.decode))
+    router = Router(prefill, decode, options.mode, options.timeout)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    uvicorn.run(application(router), host=options.host, port=options.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The producer's half of a worker: layers leave as they are computed, or once the request is done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hetkv.errors import HetkvError
+from hetkv.integrations.vllm.layouts import Caches
+from hetkv.integrations.vllm.metadata import Metadata, Send
+from hetkv.integrations.vllm.metrics import HetKVStats
+from hetkv.transfer import Sender, Transmission
+
+_log = logging.getLogger(__name__)
+PREEMPTED = "preempted, will be computed again"
+"""Why a transmission ends whose request will be computed and sent again under the same transfer id."""
+DRAIN_S = 60.0
+NO_LIMIT_S = 1e6
+
+
+@dataclass
+class Outgoing:
+    """A request under way. `tx` is `None` where it could not even be begun."""
+
+    tx: Transmission | None
+    blocks: list[int] = field(default_factory=list)
+    """Per cache group: blocks that `tx` knows."""
+    sent: int = 0
+    """Tokens whose layers were handed to `tx`."""
+    held_since: float | None = None
+    """The scheduler holds the blocks since then, and waits to hear that they are free."""
+    computed_at: float = 0.0
+    """When its prefill was done."""
+    ended_at: float | None = None
+    """When `tx` ended: nothing reads the request's blocks any more."""
+
+    def end(self, _: object) -> None:
+        """Callback of `tx.future`."""
+        self.ended_at = time.monotonic()
+
+
+class Sending:
+    """Transmissions of one rank, by vLLM's request id. All but `changed` runs in the worker's thread."""
+
+    def __init__(self, sender: Sender, caches: Caches, stats: HetKVStats, changed: Callable[[], None]) -> None:
+        self._sender, self._caches = sender, caches
+        self._stats, self._changed = stats, changed
+        self._out: dict[str, Outgoing] = {}
+        self._step: list[tuple[Outgoing, tuple[int, int]]] = []
+        self._layers_left: set[int] = set()
+        self._computed_at = time.monotonic()
+
+    def preempt(self, meta: Metadata) -> None:
+        """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them."""
+        for request_id in meta.preempted:
+            out = self._out.get(request_id)
+            if out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None):
+                continue  # all of it has left: the blocks are not read again
+            del self._out[request_id]
+            out.tx.abort(PREEMPTED)
+            try:
+                out.tx.wait_packed(DRAIN_S)
+            except TimeoutError:
+                raise  # to go on would send what another request overwrites
+            except HetkvError:
+                pass
+
+    def begin_step(self, meta: Metadata) -> None:
+        """Prepare the requests whose layers leave during this step, and send those that are done."""
+        self._step = []
+        for send in meta.computing:
+            out = self._out.get(send.request_id) or self._open(send)
+            self._extend(out, send)
+            if out.tx is not None and out.sent < send.stop:
+                self._step.append((out, (out.sent, send.stop)))
+                out.sent = send.stop
+        self._layers_left = set(self._caches.pool.layers) if self._step else set()
+        for send in meta.held:
+            self._hold(send)
+        for request_id in meta.dropped:
+            self._out.setdefault(request_id, Outgoing(None)).held_since = time.monotonic()
+            self._abort(self._out[request_id], "the request ended before its prefill was done")
+
+    def send_layer(self, name: str) -> None:
+        """A layer of this step is computed."""
+        layer = self._caches.index_of.get(name)
+        if layer in self._layers_left:
+            self._layers_left.discard(layer)
+            self._send(layer)
+
+    def end_step(self) -> None:
+        """Send the layers whose hook did not run, as under a full CUDA graph."""
+        for layer in sorted(self._layers_left):
+            self._send(layer)
+        self._layers_left = set()
+        self._step = []
+        self._computed_at = time.monotonic()
+
+    def poll(self, finished: set[str]) -> set[str]:
+        """Requests whose blocks the scheduler may free now. `finished`: requests that it ended."""
+        now = time.monotonic()
+        free = set()
+        for request_id, out in list(self._out.items()):
+            if out.held_since is None:
+                if request_id in finished:
+                    self._abort(out, "the request ended")
+                    del self._out[request_id]
+                continue
+            if out.tx is None or out.ended_at is not None:
+                free.add(request_id)
+                del self._out[request_id]
+                self._count(out)
+            elif now - out.held_since > self._sender.config.hold_s:
+                self._abort(out, "no consumer took the request within hold_s")
+                self._stats.add("expired_sends")
+                out.held_since = now + NO_LIMIT_S  # once
+        return free
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the scheduler waits for something here."""
+        return bool(self._out)
+
+    def _open(self, send: Send) -> Outgoing:
+        blocks = self._caches.blocks(send.blocks)
+        try:
+            tx = self._sender.send(send.transfer_id, blocks, send.num_tokens, hold_s=NO_LIMIT_S)
+        except HetkvError as error:
+            _log.error("request %s: %s", send.request_id, error)
+            self._stats.add("failed_sends")
+            tx = None
+        out = self._out[send.request_id] = Outgoing(tx, [len(ids) for ids in blocks])
+        if tx is not None:
+            tx.future.add_done_callback(out.end)
+            tx.future.add_done_callback(lambda _: self._changed())
+        return out
+
+    def _extend(self, out: Outgoing, send: Send) -> None:
+        for group, ids in enumerate(self._caches.blocks(send.blocks)):
+            more = ids[out.blocks[group] :] if out.tx is not None else []
+            if more and out.tx is not None:
+                out.tx.extend(more, group)
+                out.blocks[group] = len(ids)
+
+    def _hold(self, send: Send) -> None:
+        """The prefill is done. What has not left yet leaves when its ticket comes."""
+        out = self._out.get(send.request_id) or self._open(send)
+        out.held_since, out.computed_at = time.monotonic(), self._computed_at
+        tx = out.tx
+        if tx is None:
+            return
+        if out.sent < send.stop:
+            for layer in self._caches.pool.layers:
+                tx.send_layer(layer, (out.sent, send.stop))
+            out.sent = send.stop
+
+    def _send(self, layer: int) -> None:
+        for out, tokens in self._step:
+            if out.tx is not None:
+                out.tx.send_layer(layer, tokens)
+
+    def _abort(self, out: Outgoing, why: str) -> None:
+        if out.tx is not None:
+            out.tx.abort(why)
+
+    def _count(self, out: Outgoing) -> None:
+        """Take a transmission that has ended into the statistics."""
+        if out.tx is None or out.ended_at is None:
+            return
+        error = out.tx.future.exception()
+        if error is None:
+            self._stats.add("sends")
+            self._stats.observe("exposed_seconds", max(0.0, out.ended_at - out.computed_at))
+        else:
+            self._stats.add("failed_sends")
+            _log.warning("transfer %s: %s", out.tx.request_id, error)

@@ -1,0 +1,145 @@
+"""The worker's side: its caches as a pool, a sender and a receiver over it, and what the scheduler hears of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from hetkv.integrations.vllm.layouts import Caches, caches
+from hetkv.integrations.vllm.loading import Loading
+from hetkv.integrations.vllm.metadata import Load, Metadata
+from hetkv.integrations.vllm.metrics import HetKVStats
+from hetkv.integrations.vllm.sending import Sending
+from hetkv.integrations.vllm.settings import Settings
+from hetkv.transfer import Receiver, Sender
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+IDLE_WAIT_S = 0.002
+"""How long a step without tokens waits for a transfer to end, instead of spinning through the scheduler."""
+
+
+class WorkerSide:
+    """One rank. vLLM calls it from one thread; transfers run in the engine's threads beside it."""
+
+    def __init__(self, config: VllmConfig, cache_config: KVCacheConfig, settings: Settings) -> None:
+        assert config.kv_transfer_config is not None
+        self._config, self._cache_config, self._settings = config, cache_config, settings
+        self._role = config.kv_transfer_config
+        self._secret = settings.secret()
+        self._changed = threading.Event()
+        self._stats = HetKVStats()
+        self._counted = {"bytes": 0, "saturated": 0}
+        self._caches: Caches | None = None
+        self._sender: Sender | None = None
+        self._receiver: Receiver | None = None
+        self._sending: Sending | None = None
+        self._loading: Loading | None = None
+        self._failed_blocks: set[int] = set()
+        self._computes = False
+        self.address = ""
+        """Where this rank's sender listens; empty for a consumer."""
+
+    def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Describe the caches and start the transport. Raises `InputError` for what cannot be served."""
+        self._caches = caches(self._config, self._cache_config, tensors)
+        shards = self._caches.instance_shards
+        options = {
+            "secret": self._secret,
+            "instance": self._role.engine_id,
+            "rank": self._caches.rank,
+            "instance_shards": shards if len(shards) > 1 else (),
+            "config": self._settings.transfer,
+        }
+        if self._role.is_kv_producer:
+            self._sender = Sender(self._caches.pool, **options)
+            self.address = self._sender.listen(self._settings.address(self._caches.rank))
+            self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set)
+        if self._role.is_kv_consumer:
+            self._receiver = Receiver(self._caches.pool, **options)
+            self._loading = Loading(self._receiver, self._caches, self._stats, self._changed.set)
+
+    def preempt(self, meta: Metadata) -> None:
+        """Before anything is overwritten in this step."""
+        if self._sending is not None:
+            self._sending.preempt(meta)
+
+    def begin_step(self, meta: Metadata) -> None:
+        """Before the model runs."""
+        self._computes = meta.computes
+        if self._sending is not None:
+            self._sending.begin_step(meta)
+
+    def begin_loads(self, meta: Metadata) -> None:
+        """Once what else this step does to the caches is under way."""
+        if self._loading is not None:
+            self._loading.begin(meta)
+
+    def layer_computed(self, name: str) -> None:
+        """A layer's KV of this step is in the cache."""
+        if self._sending is not None:
+            self._sending.send_layer(name)
+
+    def end_step(self) -> None:
+        """After the model has run."""
+        if self._sending is not None:
+            self._sending.end_step()
+
+    def results(self, finished: set[str]) -> KVConnectorTransferResults:
+        """What has ended. A step without tokens waits a moment for the next thing to end."""
+        out = self._poll(finished)
+        idle = not (self._computes or out.finished_sending or out.finished_recving)
+        if idle and any(half is not None and half.waiting for half in (self._sending, self._loading)):
+            self._changed.wait(IDLE_WAIT_S)
+            self._changed.clear()
+            out = self._poll(finished)
+        return out
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks of the loads that failed since the last call, where ids are unique: in a model of one cache group."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def stats(self) -> HetKVStats | None:
+        """What was counted since the last call."""
+        for key, name in (("payload_bytes", "bytes"), ("saturated", "saturated_elements")):
+            total = sum(node.stats()[key] for node in (self._sender, self._receiver) if node is not None)
+            short = "bytes" if key == "payload_bytes" else "saturated"
+            if total > self._counted[short]:
+                self._stats.add(name, total - self._counted[short])
+                self._counted[short] = total
+        return self._stats.take()
+
+    def close(self) -> None:
+        """End all transfers and links."""
+        if self._loading is not None:
+            self._loading.close()
+        for node in (self._sender, self._receiver):
+            if node is not None:
+                node.close()
+
+    def _poll(self, finished: set[str]) -> KVConnectorTransferResults:
+        out = KVConnectorTransferResults()
+        if self._sending is not None:
+            out.finished_sending = self._sending.poll(finished)
+        if self._loading is not None:
+            done = self._loading.poll()
+            out.finished_recving = done.finished
+            for load in done.failed:
+                self._report(load, out)
+        return out
+
+    def _report(self, load: Load, out: KVConnectorTransferResults) -> None:
+        """By block, so that what was held before is kept; with several cache groups vLLM takes the request alone."""
+        assert self._caches is not None
+        if len(self._cache_config.kv_cache_groups) > 1:
+            out.failed_recving.add(load.request_id)
+            return
+        size = self._cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._failed_blocks.update(load.blocks[0][load.held // size : -(-load.stop // size)])

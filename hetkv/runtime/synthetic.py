@@ -1,0 +1,50 @@
+"""Models of named shapes with random weights: for timing alone, as their text means nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from hetkv.errors import InputError
+from hetkv.runtime.config import ModelConfig, Rope
+from hetkv.runtime.model import Decoder
+from hetkv.runtime.weights import expected_tensors
+
+
+def _shape(
+    architecture: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, theta: float
+) -> ModelConfig:
+    """A shape of head dimension 128, as its `config.json` gives it."""
+    return ModelConfig(
+        architecture=architecture, vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_layers=layers,
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=128, rms_norm_eps=1e-6, max_context=32768,
+        tied_embeddings=False, qkv_bias=False, output_bias=False, mlp_bias=False,
+        qk_norm=architecture == "Qwen3ForCausalLM", rope=Rope(theta=theta), windows=(None,) * layers, eos_ids=(),
+    )  # fmt: skip
+
+
+SHAPES = {
+    "llama-2-7b": _shape("LlamaForCausalLM", 32000, 4096, 11008, 32, 32, 32, 1e4),
+    "llama-3-70b": _shape("LlamaForCausalLM", 128256, 8192, 28672, 80, 64, 8, 5e5),
+    "qwen3-32b": _shape("Qwen3ForCausalLM", 151936, 5120, 25600, 64, 64, 8, 1e6),
+}
+
+
+def shape(name: str) -> ModelConfig:
+    """Geometry of a named shape. `InputError` lists the names."""
+    if name not in SHAPES:
+        raise InputError(f"shape {name!r}: known are {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def random_decoder(
+    config: ModelConfig, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", seed: int = 0
+) -> Decoder:
+    """A decoder of that geometry whose activations stay of ordinary size."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, size in expected_tensors(config).items():
+        if len(size) == 1:
+            weights[name] = torch.ones(size, dtype=dtype, device=device)
+        else:
+            weights[name] = torch.randn(size, dtype=dtype, device=device, generator=generator) * size[-1] ** -0.5
+    return Decoder(config, weights)

@@ -1,0 +1,179 @@
+"""Processes that are killed and started again, sides that do not fit, secrets that differ; and 500 requests."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engine, Pair, checkpoint, until
+
+TOKENS = 8
+PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
+LEASE_S = 8.0
+OPTIONS: dict[str, Any] = {
+    "extra": {"transfer": {"lease_s": LEASE_S, "hold_s": LEASE_S}},
+    "enable_prefix_caching": True,
+}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """A random prompt."""
+    draw = random.Random(seed)
+    return [draw.randrange(5, 1000) for _ in range(length)]
+
+
+def consumer_of(model: str, policy: str = "recompute") -> Engine:
+    return Engine(model, "kv_consumer", 128, policy=policy, **dict(OPTIONS))
+
+
+def producer_of(model: str) -> Engine:
+    return Engine(model, "kv_producer", 32, max_num_batched_tokens=256, **dict(OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> str:
+    return checkpoint(models)
+
+
+def test_consumer_killed_and_started_again(model: str) -> None:
+    """The producer gets its blocks back, and serves the next consumer."""
+    pair = Pair(producer_of(model), consumer_of(model))
+    prompt = prompt_of(1400, 1)
+    alone = pair.consumer.run(prompt, TOKENS)
+    known = pair.describe()
+    pair.producer.call("pause", True)
+    prefill, decode = pair.begin_concurrent(prompt, TOKENS, known)
+    for _ in range(3):
+        pair.producer.call("step_once")  # chunks leave for the consumer
+    assert pair.consumer.call("take", decode) is None
+    pair.consumer.kill()
+    pair.producer.call("pause", False)
+    assert pair.producer.wait(prefill).finish_reason == "length"
+    until(lambda: pair.producer.call("free_blocks") == pair.free[0], LEASE_S + 5)
+    until(lambda: not pair.producer.call("has_work"), LEASE_S + 5)
+
+    again = Pair(pair.producer, consumer_of(model))
+    for mode in ("prefill_first", "concurrent"):
+        output = getattr(again, mode)(prompt, TOKENS)
+        assert (output.tokens, output.computed) == (alone.tokens, TOKENS)
+        again.consumer.call("reset_prefix_cache")
+    again.settled()
+    again.close()
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_producer_killed_and_started_again(model: str, policy: str) -> None:
+    """A request in flight is computed by the consumer or failed, as vLLM's policy says; the next one is served."""
+    pair = Pair(producer_of(model), consumer_of(model, policy))
+    prompt = prompt_of(1400, 2)
+    alone = pair.consumer.run(prompt, TOKENS)
+    pair.consumer.call("reset_prefix_cache")
+    known = pair.describe()
+    pair.producer.call("pause", True)
+    _, decode = pair.begin_concurrent(prompt, TOKENS, known)
+    for _ in range(3):
+        pair.producer.call("step_once")
+    pair.producer.kill()
+    output = pair.consumer.wait(decode)
+    check_policy(policy, output, prompt, alone.tokens)
+
+    start = time.monotonic()  # an address where nobody listens any more
+    output = pair.consumer.run(prompt_of(300, 3), TOKENS, {**known, "transfer_id": "gone"})
+    assert output.finish_reason == ("length" if policy == "recompute" else "error")
+    assert time.monotonic() - start < LEASE_S
+
+    again = Pair(producer_of(model), pair.consumer)
+    for mode in ("prefill_first", "concurrent"):
+        again.consumer.call("reset_prefix_cache")
+        output = getattr(again, mode)(prompt, TOKENS)
+        assert (output.tokens, output.computed) == (alone.tokens, TOKENS)
+    again.settled()
+    again.close()
+
+
+def check_policy(policy: str, output: Any, prompt: list[int], expected: list[int]) -> None:
+    """What becomes of a request whose KV did not arrive."""
+    if policy == "fail":
+        assert output.finish_reason == "error"
+    else:
+        assert (output.tokens, output.computed) == (expected, len(prompt) + TOKENS - 1)
+
+
+def test_a_failed_load_keeps_what_was_held(model: str) -> None:
+    """With one cache group failures are told by block, so the consumer's own prefix stays."""
+    pair = Pair(producer_of(model), consumer_of(model))
+    start, tail = prompt_of(512, 4), prompt_of(300, 5)
+    pair.consumer.run(start, 1)
+    known = pair.describe()
+    output = pair.consumer.run(start + tail, TOKENS, {**known, "transfer_id": "nobody sends this"})
+    assert output.computed == len(tail) + TOKENS - 1
+    pair.settled()
+    pair.close()
+
+
+def test_incompatible_models_are_refused(models: Path, model: str) -> None:
+    """The handshake names what differs, and the request is computed by the consumer."""
+    other = checkpoint(models, kv_heads=7, head_dim=96)
+    pair = Pair(producer_of(other), consumer_of(model))
+    output = pair.prefill_first(prompt_of(200, 6), TOKENS)
+    assert output.computed == 200 + TOKENS - 1
+    assert pair.consumer.call("stats")["payload_bytes"] == 0
+    pair.close()
+
+
+def test_other_secret_is_refused(tmp_path: Path, model: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("another secret of thirty-two bytes")
+    secret.chmod(0o600)
+    extra = {**OPTIONS["extra"], "secret_file": str(secret)}
+    pair = Pair(producer_of(model), Engine(model, "kv_consumer", 128, policy="recompute", extra=extra))
+    output = pair.prefill_first(prompt_of(200, 7), TOKENS)
+    assert output.computed == 200 + TOKENS - 1
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"secret_file": "/nonexistent/secret"}, "/nonexistent/secret"),
+        ({"host": "192.0.2.1"}, "secret_file"),
+        ({"speed": "fast"}, "speed"),
+        ({"transfer": {"lease_s": -1}}, "lease_s"),
+    ],
+)
+def test_wrong_settings_end_the_start(model: str, extra: dict[str, Any], said: str) -> None:
+    engine = Engine(model, "kv_consumer", 128, extra=extra)
+    assert engine.error is not None
+    assert "InputError" in engine.error
+    assert said in engine.error, json.dumps(extra)
+    engine.close()
+
+
+def test_500_requests_leave_nothing_behind(model: str) -> None:
+    """Both modes, aborts among them, several at once: no block, request, ticket, slot, thread or descriptor stays."""
+    pair = Pair(producer_of(model), consumer_of(model))
+    known, draw = pair.describe(), random.Random(8)
+    sizes: list[dict[str, list[int]]] = []
+    for count in range(0, 500, 4):
+        names = []
+        for i in range(count, count + 4):
+            prompt = prompt_of(draw.randrange(1, 260), 1000 + i)
+            if i % 2:
+                names.append(pair.begin_concurrent(prompt, 2, known)[1])
+            else:
+                first = pair.producer.run(prompt, 1, PRODUCE)
+                names.append(pair.consumer.add(prompt, 2, first.params))
+        if count % 20 == 0:
+            pair.consumer.call("abort", names.pop(draw.randrange(4)))
+        for name in names:
+            assert pair.consumer.wait(name).finish_reason == "length"
+        if count in (100, 496):
+            pair.settled()
+            sizes.append({side: getattr(pair, side).call("resources") for side in ("producer", "consumer")})
+    assert sizes[0] == sizes[1]
+    assert pair.producer.call("stats")["quarantined_slots"] == 0
+    pair.close()
