@@ -34,6 +34,35 @@ def remap_table(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
+GPU_KINDS = {"move": "same dtype", "convert": "conversions", "transpose": "transposing layouts, x-packed K"}
+
+
+def gpu_remap_table(file: Path) -> str:
+    """Per kind of case and size: as remap_table, against a device-to-device copy; and what the checksum costs."""
+    results = json.loads(file.read_text())["results"]
+    by_name = {(case["case"], case["mib"]): case["microseconds"] for case in results}
+    head = "remap on a GPU, ratio to a device-to-device copy"
+    lines = [
+        f"| {head} | MiB | target | lowest | median | at target | checksum, median |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, name in GPU_KINDS.items():
+        for mib in sorted({case["mib"] for case in results}):
+            cases = [case for case in results if case["kind"] == kind and case["mib"] == mib]
+            ratios, target = [case["ratio"] for case in cases], cases[0]["target"]
+            costs = [
+                case["microseconds"] / by_name[plain] - 1
+                for case in cases
+                if case["checksum"] and (plain := (f"{case['case']}, no checksum", mib)) in by_name
+            ]
+            reached = sum(ratio >= target for ratio in ratios)
+            lines.append(
+                f"| {name} | {mib} | {target} | {min(ratios):.2f} | {statistics.median(ratios):.2f} "
+                f"| {reached} of {len(ratios)} | {100 * statistics.median(costs):.1f} % |"
+            )
+    return "\n".join(lines)
+
+
 def transfer_table(file: Path) -> str:
     """Per destination and reach: the rate, and its ratio to UCX and to the peers that were measured."""
     results = json.loads(file.read_text())["results"]
@@ -127,6 +156,7 @@ def section() -> str:
     remaps = sorted(RESULTS.glob("remap-*.json"))
     transfer = RESULTS / "transfer.json"
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
+    more.append(("gpu-remap.json", gpu_remap_table))
     more.append(("overlap.json", overlap_table))
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]
     tables = [remap_table(remaps), transfer_table(transfer), *(table(file) for file, table in found)]

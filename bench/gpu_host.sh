@@ -27,11 +27,11 @@ build() {
 
 for part in $parts; do
   case $part in
-    build) lines=3 step build 300 bash -c "$(declare -f build); build" ;;
-    test) lines=5 step test 200 python3 -m pytest tests/test_gpu_remap.py -m gpu -p no:cacheprovider --durations=5 ;;
+    build) lines=3 step build 200 bash -c "$(declare -f build); build" ;;
+    test) lines=5 step test 130 python3 -m pytest tests/test_gpu_remap.py -m gpu -p no:cacheprovider --durations=5 ;;
     sanitize)
       for tool in memcheck racecheck; do
-        lines=2 step "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        lines=2 step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
           python3 bench/gpu_sanitize.py
       done ;;
     bench) lines=200 COLUMNS=130 step bench 240 python3 -m hetkv bench remap --device cuda:0 --repeats "${REPEATS:-20}" \

@@ -85,10 +85,11 @@ class DeviceRemap {
   void launch(std::uint64_t stream, std::uint64_t seed, std::int32_t max_blocks) {
     void* handle = reinterpret_cast<void*>(stream);
     ok(backend_.remap(handle, jobs_.data(), jobs_.size(), seed, &slot_, max_blocks), "launching a remap");
-    ok(backend_.event_record(event_, handle), "recording an event");
+    stream_ = handle;
   }
 
   std::pair<std::uint64_t, std::uint64_t> result() {
+    ok(backend_.event_record(event_, stream_), "recording an event");
     std::int32_t status = 0;
     {
       const py::gil_scoped_release release_gil;
@@ -122,7 +123,7 @@ class DeviceRemap {
 
   void release() {
     if (event_ != nullptr) {
-      static_cast<void>(backend_.event_synchronize(event_));
+      if (backend_.event_record(event_, stream_) == kHetkvOk) static_cast<void>(backend_.event_synchronize(event_));
       static_cast<void>(backend_.event_destroy(event_));
     }
     static_cast<void>(backend_.slot_destroy(&slot_));
@@ -134,6 +135,7 @@ class DeviceRemap {
   std::int32_t device_;
   HetkvRemapSlot slot_{};
   void* event_ = nullptr;
+  void* stream_ = nullptr;  // of the last launch
   void* staging_ = nullptr;
   void* tables_ = nullptr;
   std::vector<RemapJob> jobs_;

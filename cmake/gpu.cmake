@@ -2,9 +2,9 @@
 set(HETKV_CUDA "AUTO" CACHE STRING "Build the CUDA backend: ON, OFF, or AUTO (where nvcc is)")
 set(HETKV_HIP "AUTO" CACHE STRING "Build the HIP backend: ON, OFF, or AUTO (where hipcc is)")
 set(HETKV_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "Architectures of the CUDA backend; the last with PTX")
-set(HETKV_HIP_ARCHITECTURES "gfx90a;gfx1100" CACHE STRING "Architectures of the HIP backend")
-set(gpu_sources csrc/backend/gpu/backend.cu csrc/backend/gpu/kernel_moves.cu csrc/backend/gpu/kernel_rows.cu
-                csrc/backend/gpu/kernel_all.cu)
+set(HETKV_HIP_ARCHITECTURES "gfx90a" CACHE STRING "Architectures of the HIP backend: those that hipcc has libraries for")
+set(gpu_sources csrc/backend/gpu/backend.cu csrc/backend/gpu/kernel_moves.cu csrc/backend/gpu/kernel_turns.cu
+                csrc/backend/gpu/kernel_rows.cu csrc/backend/gpu/kernel_all.cu)
 
 if(NOT HETKV_CUDA STREQUAL "OFF")
   include(CheckLanguage)
@@ -33,8 +33,9 @@ if(NOT HETKV_HIP STREQUAL "OFF")
     set(hip_flags -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I${CMAKE_SOURCE_DIR}/csrc
                   $<$<BOOL:${HETKV_WERROR}>:-Werror>)
     foreach(arch ${HETKV_HIP_ARCHITECTURES})
-      list(APPEND hip_flags --offload-arch=${arch})
+      list(APPEND hip_link --offload-arch=${arch})
     endforeach()
+    list(APPEND hip_flags ${hip_link})
     set(hip_objects)
     foreach(source ${gpu_sources} csrc/backend/gpu/plan.cpp)
       get_filename_component(name ${source} NAME_WE)
@@ -49,7 +50,7 @@ if(NOT HETKV_HIP STREQUAL "OFF")
     set(hip_library ${CMAKE_CURRENT_BINARY_DIR}/libhetkv_hip.so)
     add_custom_command(
       OUTPUT ${hip_library} DEPENDS ${hip_objects} VERBATIM COMMAND_EXPAND_LISTS
-      COMMAND ${CMAKE_COMMAND} -E env HIP_PLATFORM=amd ${HETKV_HIPCC} -shared ${hip_objects} -o ${hip_library}
+      COMMAND ${CMAKE_COMMAND} -E env HIP_PLATFORM=amd ${HETKV_HIPCC} -shared ${hip_link} ${hip_objects} -o ${hip_library}
       COMMENT "Linking libhetkv_hip.so")
     add_custom_target(hetkv_hip ALL DEPENDS ${hip_library})
     install(FILES ${hip_library} DESTINATION hetkv/backends)

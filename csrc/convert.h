@@ -21,6 +21,13 @@
 #define HETKV_ISA portable
 #endif
 
+// The library's function is the host's alone for HIP.
+#if defined(__HIP__)
+#define HETKV_COPY_BITS __builtin_memcpy
+#else
+#define HETKV_COPY_BITS std::memcpy
+#endif
+
 namespace hetkv {
 inline namespace HETKV_ISA {
 
@@ -61,13 +68,13 @@ HETKV_HD constexpr bool is_float(DType dtype) {
 
 HETKV_HD inline float float_from_bits(std::uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, 4);
+  HETKV_COPY_BITS(&value, &bits, 4);
   return value;
 }
 
 HETKV_HD inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
+  HETKV_COPY_BITS(&bits, &value, 4);
   return bits;
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetkv.errors import InputError
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from hetkv import _core
     from hetkv.pool import KVPool
 
-BACKENDS = Path(__file__).parent / "backends"
-"""Where the shared objects of the GPU backends lie."""
 _NOT_DEVICE = {"host": "pageable host memory", "pinned": "pinned host memory", "managed": "managed memory"}
 
 
@@ -83,10 +80,11 @@ def device_of(pool: KVPool) -> PoolDevice | None:
         raise InputError(f"a pool on {where}: pools lie in host memory or on a CUDA or HIP device")
     import torch
 
+    from hetkv.backends import folder
     from hetkv.core import core
 
     name = "hip" if torch.version.hip else "cuda"
     index = where.index if where.index is not None else torch.cuda.current_device()
-    device = PoolDevice(core.open_device(str(BACKENDS), name, index), torch.device("cuda", index))
+    device = PoolDevice(core.open_device(folder(), name, index), torch.device("cuda", index))
     device.check(pool)
     return device

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hetkv.backends import folder
 from hetkv.bench import ucx
 from hetkv.bench.pair import Pair, Shape, make_pool
 from hetkv.config import TransferConfig
-from hetkv.device import BACKENDS
 from hetkv.errors import HetkvError
 
 MIB = 1 << 20
@@ -63,7 +63,7 @@ def gpus() -> dict[str, dict[str, Any]]:
     from hetkv.core import core
 
     found: dict[str, dict[str, Any]] = {}
-    for name, count, why in core.load_backends(str(BACKENDS)):
+    for name, count, why in core.load_backends(folder()):
         devices = [core.device_info(name, index) for index in range(count)]
         for device in devices:
             bits = device["capabilities"]

@@ -32,7 +32,7 @@ def cuda() -> object:
 
 every_backend = pytest.mark.parametrize("backend", [pytest.param(emulated_backend(), id="emulated"), cuda()])
 FAST = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -148,6 +148,45 @@ def test_nothing_to_do_reports_nothing(backend: str) -> None:
     run = _core.DeviceRemap(backend, 0, [])
     run.launch()
     assert run.result() == (0, 0)
+
+
+@every_backend
+def test_fills_repeat_one_value(backend: str) -> None:
+    """What the engine does to scales that the wire does not carry: a source whose strides are all 0."""
+    device = device_of(backend)
+    one, scales = torch.ones(1, device=device), torch.zeros(40, 3, 2, device=device)
+    source = _core.SegmentMap(
+        base=one.data_ptr(), block_stride=0, token_stride=0, head_stride=0, outer_stride=0, inner_stride=0,
+        block_size=0, pack=2, dtype=DType.FLOAT32.code,
+    )  # fmt: skip
+    pages = _core.SegmentMap(
+        base=scales.data_ptr(), block_stride=4 * 24, token_stride=24, head_stride=8, outer_stride=0, inner_stride=4,
+        block_size=4, pack=2, dtype=DType.FLOAT32.code,
+    )  # fmt: skip
+    job = _core.RemapJob(
+        _core.RemapSide(source),
+        _core.RemapSide(pages, [9, 0, 3], first_token=1),
+        tokens=9, heads=3, channels=2, multipliers=[0.5, 2.0, 8.0],
+    )  # fmt: skip
+    run = _core.DeviceRemap(backend, 0, [job])
+    run.launch()
+    assert run.result() == (0, 0)
+    want = torch.zeros(40, 3, 2)
+    want[[37, 38, 39, 0, 1, 2, 3, 12, 13]] = torch.tensor([0.5, 2.0, 8.0])[:, None]
+    assert torch.equal(scales.cpu(), want)
+
+
+@every_backend
+def test_scales_per_token_are_refused(backend: str) -> None:
+    codes, scales = wire(DType.INT8, 4, 1, 16, 1), torch.ones(4)
+    side = _core.RemapSide(
+        _core.SegmentMap.canonical(codes.body.data_ptr(), 4, 16, DType.INT8.code),
+        scales=_core.SegmentMap.canonical(scales.data_ptr(), 4, 1, DType.FLOAT32.code),
+        channels_per_scale=16,
+    )
+    job = _core.RemapJob(side, wire(DType.BFLOAT16, 4, 1, 16, 2).kernel(4, 16), tokens=4, heads=1, channels=16)
+    with pytest.raises(UnsupportedError, match="scales per token or head"):
+        _core.DeviceRemap(backend, 0, [job]).launch()
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""The GPU backends: shared objects `libhetkv_<vendor>.so` in this folder, loaded when they are first asked for.
+"""The GPU backends: shared objects `libhetkv_<vendor>.so`, loaded when they are first asked for.
 
 A host without a GPU, or a build without a vendor's compiler, has none, and everything else works as before.
 """
@@ -21,14 +21,20 @@ class Backend(NamedTuple):
     """Why it cannot be used; empty where it can."""
 
 
+def folder() -> str:
+    """Where the shared objects lie: `backends/` beside the extension, which an editable install keeps apart from the
+    sources; or the folder that `HETKV_BACKENDS` names."""
+    from hetkv.core import core
+
+    return os.environ.get("HETKV_BACKENDS") or str(Path(core.__file__).parent / "backends")
+
+
 @cache
 def backends() -> dict[str, Backend]:
     """All backends by name (`cuda`, `hip`), those that cannot be used too.
 
     The first call initialises the vendors' runtimes, after which the process must not fork and go on using them.
-    `HETKV_BACKENDS` names another folder to look in.
     """
     from hetkv.core import core
 
-    folder = os.environ.get("HETKV_BACKENDS") or str(Path(__file__).parent)
-    return {name: Backend(name, devices, why) for name, devices, why in core.load_backends(folder)}
+    return {name: Backend(name, devices, why) for name, devices, why in core.load_backends(folder())}

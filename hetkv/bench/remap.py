@@ -118,8 +118,8 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
     dtype, heads = DType.parse(place.dtype), TOKEN_CHANNELS // head_dim
     generator = torch.Generator().manual_seed(seed)
     one = tokens * TOKEN_CHANNELS * dtype.itemsize
-    values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8)
-    data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone().to(device)
+    values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8).to(device)
+    data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone()
     sides = []
     if place.layout == "canonical":
         for i in range(len(segments)):

@@ -1,8 +1,6 @@
 // CUDA under the neutral names of gpu_runtime.h.
 #pragma once
 
-#include "backend/backend.h"
-
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -10,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+
+#include "backend/backend.h"
 
 #define HETKV_VENDOR "cuda"
 #define HETKV_RUNTIME_VERSION CUDART_VERSION
@@ -131,8 +131,8 @@ inline std::uint64_t capabilities(int device) {
 #if CUDART_VERSION >= 12080
   bits |= kHetkvCapStreamDevice;
 #endif
-  const int arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int arch =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
   if (arch >= 89) bits |= kHetkvCapHardwareConversion;
   return bits;
 }
@@ -179,8 +179,35 @@ inline cudaError_t exchange_capture_mode(int relaxed, int* previous) {
 }
 constexpr int kRelaxedCapture = cudaStreamCaptureModeRelaxed;
 
-inline bool is_pinned(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeHost; }
-inline bool is_device(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeDevice; }
-inline bool is_managed(const cudaPointerAttributes& found) { return found.type == cudaMemoryTypeManaged; }
+#if defined(__CUDACC__)
+// Lets the launch begin while a remap before it in the stream ends (kernel.h), on devices that can.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) {
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+#endif
+
+inline bool is_pinned(const cudaPointerAttributes& found) {
+  return found.type == cudaMemoryTypeHost;
+}
+inline bool is_device(const cudaPointerAttributes& found) {
+  return found.type == cudaMemoryTypeDevice;
+}
+inline bool is_managed(const cudaPointerAttributes& found) {
+  return found.type == cudaMemoryTypeManaged;
+}
 
 }  // namespace hetkv::gpu::vendor

@@ -25,7 +25,9 @@ __attribute__((format(printf, 2, 3))) std::int32_t fail(std::int32_t status, con
 }
 
 // Clears the runtime's own note of the last error.
-void forget() { static_cast<void>(gpuGetLastError()); }
+void forget() {
+  static_cast<void>(gpuGetLastError());
+}
 
 // kHetkvOk, or the status that fits; `what` is the vendor's call.
 std::int32_t report(gpuError_t error, const char* what) {
@@ -41,10 +43,10 @@ std::int32_t report(gpuError_t error, const char* what) {
   return fail(status, "%s: %s", what, gpuGetErrorString(error));
 }
 
-#define HETKV_TRY(call)                                                      \
-  do {                                                                       \
-    const std::int32_t try_status = report((call), #call);                   \
-    if (try_status != kHetkvOk) return try_status;                           \
+#define HETKV_TRY(call)                                    \
+  do {                                                     \
+    const std::int32_t try_status = report((call), #call); \
+    if (try_status != kHetkvOk) return try_status;         \
   } while (false)
 
 // Makes `device` current for a scope.
@@ -70,16 +72,22 @@ class Current {
   gpuError_t error_;
 };
 
-#define HETKV_ON(device)                      \
-  const Current current(device);              \
+#define HETKV_ON(device)         \
+  const Current current(device); \
   if (current.error() != gpuSuccess) return report(current.error(), "making device " #device " current")
 
-gpuStream_t as_stream(void* stream) { return static_cast<gpuStream_t>(stream); }
-gpuEvent_t as_event(void* event) { return static_cast<gpuEvent_t>(event); }
+gpuStream_t as_stream(void* stream) {
+  return static_cast<gpuStream_t>(stream);
+}
+gpuEvent_t as_event(void* event) {
+  return static_cast<gpuEvent_t>(event);
+}
 
 // --- devices ---
 
-const char* last_error() { return error_text; }
+const char* last_error() {
+  return error_text;
+}
 
 std::int32_t device_count(std::int32_t* count) {
   int found = 0;
@@ -89,9 +97,9 @@ std::int32_t device_count(std::int32_t* count) {
     forget();
     return kHetkvOk;
   }
-  HETKV_TRY(error);
-  *count = found;
-  return kHetkvOk;
+  const std::int32_t status = report(error, "looking for devices");
+  if (status == kHetkvOk) *count = found;
+  return status;
 }
 
 std::int32_t device_info(std::int32_t device, HetkvDeviceInfo* info) {
@@ -415,6 +423,9 @@ int multiprocessors_of(int device) {
 std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
                    const HetkvRemapSlot* slot, std::int32_t max_blocks) {
   HETKV_ON(slot->device);
+  if (std::any_of(jobs, jobs + num_jobs, [](const RemapJob& job) { return job.scaled(); })) {
+    return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
+  }
   const int multiprocessors = multiprocessors_of(slot->device);
   Scratch* scratch = static_cast<Scratch*>(slot->scratch);
   std::size_t first = 0;
@@ -432,6 +443,9 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
       case Paths::kMoves:
         HETKV_TRY(begin(start<Paths::kMoves>));
         break;
+      case Paths::kTurns:
+        HETKV_TRY(begin(start<Paths::kTurns>));
+        break;
       case Paths::kRows:
         HETKV_TRY(begin(start<Paths::kRows>));
         break;
@@ -444,48 +458,27 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
 }
 
 const HetkvBackend kTable = {
-    HETKV_BACKEND_ABI,
-    sizeof(HetkvBackend),
-    sizeof(RemapJob),
-    0,
-    HETKV_VENDOR,
-    last_error,
-    device_count,
-    device_info,
-    memory_info,
-    can_access_peer,
-    enable_peer,
-    pointer_info,
-    device_alloc,
-    device_free,
-    host_alloc,
-    host_free,
-    host_register,
-    host_unregister,
-    ipc_export,
-    ipc_open,
-    ipc_close,
-    stream_create,
-    stream_destroy,
-    stream_synchronize,
-    stream_device,
-    stream_is_capturing,
-    stream_wait_event,
-    event_create,
-    event_destroy,
-    event_record,
-    event_query,
-    event_synchronize,
-    event_elapsed_us,
-    exchange_capture_mode,
-    copy_async,
-    fill_async,
-    flush_rdma_writes,
-    slot_create,
-    slot_destroy,
-    remap,
-    stream_wait_value,
-    bind_thread,
+    HETKV_BACKEND_ABI, sizeof(HetkvBackend),
+    sizeof(RemapJob),  0,
+    HETKV_VENDOR,      last_error,
+    device_count,      device_info,
+    memory_info,       can_access_peer,
+    enable_peer,       pointer_info,
+    device_alloc,      device_free,
+    host_alloc,        host_free,
+    host_register,     host_unregister,
+    ipc_export,        ipc_open,
+    ipc_close,         stream_create,
+    stream_destroy,    stream_synchronize,
+    stream_device,     stream_is_capturing,
+    stream_wait_event, event_create,
+    event_destroy,     event_record,
+    event_query,       event_synchronize,
+    event_elapsed_us,  exchange_capture_mode,
+    copy_async,        fill_async,
+    flush_rdma_writes, slot_create,
+    slot_destroy,      remap,
+    stream_wait_value, bind_thread,
 };
 
 }  // namespace

@@ -1,9 +1,8 @@
-// What one thread does for one chunk, and in how many steps: the same code on a GPU, where a barrier separates the
-// steps, and on the host, where one loop over all threads follows the other.
+// What one thread does for one chunk: the same code on a GPU and on the host, where a loop takes the threads in turn.
 #pragma once
 
+#include "backend/gpu/cells.h"
 #include "backend/gpu/rows.h"
-#include "backend/gpu/tile.h"
 #include "backend/gpu/words.h"
 
 namespace hetkv::gpu {
@@ -11,7 +10,8 @@ namespace hetkv::gpu {
 // Which paths a kernel has: less is faster to start and leaves more registers to the rest.
 enum class Paths : std::uint8_t {
   kMoves,  // move16, move8
-  kRows,   // and convert
+  kTurns,  // and cells of 1 or 2 bytes an element that convert nothing
+  kRows,   // the moves, and convert where neither side is float32
   kAll,
 };
 
@@ -22,10 +22,8 @@ HETKV_INLINE const Job& job_of(const Launch& launch, std::uint32_t& chunk) {
   return launch.jobs[i];
 }
 
-HETKV_INLINE bool has_second_step(const Job& job) { return job.path == Path::kTile; }
-
 HETKV_INLINE void run_words(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                               Partial& partial) {
+                            Partial& partial) {
   for (std::uint32_t k = 0; k < kDepth; ++k) {
     move_word(job, seed, (static_cast<std::uint64_t>(chunk) * kDepth + k) * kThreads + thread, partial);
   }
@@ -33,49 +31,37 @@ HETKV_INLINE void run_words(const Job& job, std::uint64_t seed, std::uint32_t ch
 
 // `chunk` counts from the job's first.
 template <Paths kPaths>
-HETKV_INLINE void first_step(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                                std::uint8_t* shared, Partial& partial) {
+HETKV_INLINE void run_chunk(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
+                            Partial& partial) {
   const std::uint32_t item = chunk * kThreads + thread;
-  if (job.path == Path::kMove16) {
-    if (item < job.items) move_rows<4>(job, seed, item, partial);
-    return;
-  }
-  if (job.path == Path::kMove8) {
-    if (item < job.items) move_rows<2>(job, seed, item, partial);
-    return;
-  }
-  if constexpr (kPaths != Paths::kMoves) {
-    if (job.path == Path::kConvert) {
-      if (item < job.items) convert_item(job, seed, item, partial);
-      return;
-    }
-  }
   if constexpr (kPaths == Paths::kAll) {
     if (job.path == Path::kWords) return run_words(job, seed, chunk, thread, partial);
-    with_size(item_size(job.src.dtype), [&](auto from) {
-      with_size(item_size(job.dst.dtype), [&](auto to) {
-        fill_tile<decltype(from)::value, decltype(to)::value>(job, seed, chunk, thread, shared, partial);
-      });
-    });
   }
-}
-
-HETKV_INLINE void second_step(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                                 std::uint8_t* shared, Partial& partial) {
-  with_size(item_size(job.dst.dtype), [&](auto to) {
-    drain_tile<decltype(to)::value>(job, seed, chunk, thread, shared, partial);
-  });
+  if (item >= job.items) return;
+  if (job.path == Path::kMove16) return move_rows<4>(job, seed, item, partial);
+  if (job.path == Path::kMove8) return move_rows<2>(job, seed, item, partial);
+  if constexpr (kPaths == Paths::kRows || kPaths == Paths::kAll) {
+    if (job.path == Path::kConvert) return convert_item<kPaths == Paths::kRows>(job, seed, item, partial);
+  }
+  if constexpr (kPaths == Paths::kTurns || kPaths == Paths::kAll) {
+    turn_cell<kPaths == Paths::kAll>(job, seed, item, partial);
+  }
 }
 
 // The smallest set of paths that the launch needs.
 inline Paths paths_of(const Launch& launch) {
-  Paths paths = Paths::kMoves;
+  bool cells = false, converts = false;
   for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
-    const Path path = launch.jobs[i].path;
-    if (path == Path::kTile || path == Path::kWords) return Paths::kAll;
-    if (path == Path::kConvert) paths = Paths::kRows;
+    const Job& job = launch.jobs[i];
+    const bool turns = job.path == Path::kCells;
+    if (job.path == Path::kWords || (turns && (job.converts || item_size(job.src.dtype) == 4))) return Paths::kAll;
+    const bool wide = item_size(job.src.dtype) == 4 || item_size(job.dst.dtype) == 4;
+    if (job.path == Path::kConvert && wide) return Paths::kAll;
+    cells |= turns;
+    converts |= job.path == Path::kConvert;
   }
-  return paths;
+  if (cells) return converts ? Paths::kAll : Paths::kTurns;
+  return converts ? Paths::kRows : Paths::kMoves;
 }
 
 }  // namespace hetkv::gpu

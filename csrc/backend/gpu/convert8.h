@@ -48,73 +48,88 @@ HETKV_HD constexpr float last_fitting() {
   }
 }
 
-HETKV_HD constexpr bool is_fnuz(DType type) { return type == DType::kFloat8E4M3FNUZ || type == DType::kFloat8E5M2FNUZ; }
+HETKV_HD constexpr bool is_fnuz(DType type) {
+  return type == DType::kFloat8E4M3FNUZ || type == DType::kFloat8E5M2FNUZ;
+}
 
 // Some byte of `word` is zero.
-HETKV_INLINE bool has_zero_byte(std::uint32_t word) { return ((word - 0x01010101u) & ~word & 0x80808080u) != 0; }
+HETKV_INLINE bool has_zero_byte(std::uint32_t word) {
+  return ((word - 0x01010101u) & ~word & 0x80808080u) != 0;
+}
 
-HETKV_INLINE float half_to_float(std::uint32_t code) {
+// Two halves to two values.
+HETKV_INLINE void halves_to_floats(std::uint32_t halves, float& low, float& high) {
 #if defined(__CUDA_ARCH__)
-  float value;
-  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(code));
-  return value;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
 #elif defined(__HIP_DEVICE_COMPILE__)
-  _Float16 half;
-  const std::uint16_t bits = static_cast<std::uint16_t>(code);
-  __builtin_memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
+  _Float16 pair[2];
+  __builtin_memcpy(pair, &halves, 4);
+  low = static_cast<float>(pair[0]);
+  high = static_cast<float>(pair[1]);
 #else
-  return decode(format_of(DType::kFloat16), code);
+  low = decode(format_of(DType::kFloat16), halves & 0xFFFFu);
+  high = decode(format_of(DType::kFloat16), halves >> 16);
 #endif
 }
 
-// Two bytes of fp8 to two halves, the low one in the low half. Every e5m2 is the upper byte of a half. An e4m3 shifted
-// into a half's place is 2^-8 of its value, and its NaN is then finite: `*special` says so.
+// Four codes of fp8 to two words of halves that hold `*scale` times less. Every e5m2 is the upper byte of a half. An
+// e4m3 shifted into a half's place is 2^-8 of its value, and its NaN is then finite: `*special` says so.
 template <DType kType>
-HETKV_INLINE std::uint32_t fp8_pair_to_halves(std::uint32_t pair, float* scale, bool* special) {
+HETKV_INLINE void fp8_to_halves(std::uint32_t codes, std::uint32_t (&halves)[2], float* scale, bool* special) {
   *scale = is_fnuz(kType) ? 0.5f : 1.0f;
   if constexpr (kType == DType::kFloat8E5M2 || kType == DType::kFloat8E5M2FNUZ) {
-    return (pair & 0xFFu) << 8 | (pair & 0xFF00u) << 16;
-  }
+    halves[0] = (codes & 0xFFu) << 8 | (codes & 0xFF00u) << 16;
+    halves[1] = (codes & 0xFF0000u) >> 8 | (codes & 0xFF000000u);
+  } else {
 #if HETKV_FP8_HARDWARE
-  std::uint32_t halves;
-  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(halves) : "r"(pair));
-  return halves;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(codes));
 #else
-  *scale *= 256.0f;
-  *special |= kType == DType::kFloat8E4M3FN && ((pair & 0x7Fu) == 0x7Fu || (pair & 0x7F00u) == 0x7F00u);
-  const std::uint32_t spread = (pair & 0xFFu) | (pair & 0xFF00u) << 8;
-  return (spread & 0x00800080u) << 8 | (spread & 0x007F007Fu) << 7;
+    *scale *= 256.0f;
+    *special |= kType == DType::kFloat8E4M3FN && has_zero_byte(~codes & 0x7F7F7F7Fu);
+    const std::uint32_t low = (codes & 0xFFu) | (codes & 0xFF00u) << 8;
+    const std::uint32_t high = (codes & 0xFF0000u) >> 16 | (codes & 0xFF000000u) >> 8;
+    halves[0] = (low & 0x00800080u) << 8 | (low & 0x007F007Fu) << 7;
+    halves[1] = (high & 0x00800080u) << 8 | (high & 0x007F007Fu) << 7;
 #endif
+  }
 }
 
-// Exact values of 8 elements. Those that the fast way does not read right set `*special`, or come out as infinity or NaN.
+// Exact values of 8 elements. Those that the fast way does not read right set `*special`, or come out as infinity or
+// NaN.
 template <DType kType>
 HETKV_INLINE void decode8(const Elements<kType>& codes, float (&values)[kGroup], bool* special) {
   HETKV_UNROLL
-  for (int i = 0; i < static_cast<int>(kGroup); ++i) {
-    if constexpr (kType == DType::kFloat32) values[i] = float_from_bits(codes.w[i]);
-    if constexpr (kType == DType::kFloat16) values[i] = half_to_float(element<2>(codes, i));
+  for (int i = 0; i < static_cast<int>(kGroup); i += 2) {
+    if constexpr (kType == DType::kFloat32) {
+      values[i] = float_from_bits(codes.w[i]);
+      values[i + 1] = float_from_bits(codes.w[i + 1]);
+    }
+    if constexpr (kType == DType::kFloat16) halves_to_floats(codes.w[i / 2], values[i], values[i + 1]);
     if constexpr (kType == DType::kBFloat16) {
-      values[i] = float_from_bits(i % 2 == 0 ? codes.w[i / 2] << 16 : codes.w[i / 2] & 0xFFFF0000u);
+      values[i] = float_from_bits(codes.w[i / 2] << 16);
+      values[i + 1] = float_from_bits(codes.w[i / 2] & 0xFFFF0000u);
     }
   }
   if constexpr (item_size(kType) == 1) {
-    if constexpr (is_fnuz(kType)) {
-      *special |= has_zero_byte(codes.w[0] ^ 0x80808080u) || has_zero_byte(codes.w[1] ^ 0x80808080u);
-    }
-  HETKV_UNROLL
-    for (int i = 0; i < static_cast<int>(kGroup); i += 2) {
+    HETKV_UNROLL
+    for (int i = 0; i < static_cast<int>(kGroup); i += 4) {
+      if constexpr (is_fnuz(kType)) *special |= has_zero_byte(codes.w[i / 4] ^ 0x80808080u);
       float scale;
-      const std::uint32_t pair = (codes.w[i / 4] >> (i % 4 * 8)) & 0xFFFFu;
-      const std::uint32_t halves = fp8_pair_to_halves<kType>(pair, &scale, special);
-      values[i] = half_to_float(halves & 0xFFFFu) * scale;
-      values[i + 1] = half_to_float(halves >> 16) * scale;
+      std::uint32_t halves[2];
+      fp8_to_halves<kType>(codes.w[i / 4], halves, &scale, special);
+      halves_to_floats(halves[0], values[i], values[i + 1]);
+      halves_to_floats(halves[1], values[i + 2], values[i + 3]);
+      HETKV_UNROLL
+      for (int j = i; j < i + 4; ++j) values[j] *= scale;
     }
   }
 }
 
-// Two finite values to two codes of 16 bits.
+// Two values to two codes of 16 bits; what is not finite or too large becomes infinity or a NaN.
 template <DType kType>
 HETKV_INLINE std::uint32_t encode_pair16(float low, float high) {
 #if defined(__CUDA_ARCH__)
@@ -127,7 +142,9 @@ HETKV_INLINE std::uint32_t encode_pair16(float low, float high) {
   return pair;
 #else
   if constexpr (kType == DType::kBFloat16) {
-    const auto round = [](std::uint32_t bits) { return bits + 0x7FFFu + (bits >> 16 & 1); };
+    const auto round = [](std::uint32_t bits) {
+      return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x7FC00000u : bits + 0x7FFFu + (bits >> 16 & 1);
+    };
     return round(bits_of(low)) >> 16 | (round(bits_of(high)) & 0xFFFF0000u);
   }
 #if defined(__HIP_DEVICE_COMPILE__)
@@ -136,8 +153,12 @@ HETKV_INLINE std::uint32_t encode_pair16(float low, float high) {
   __builtin_memcpy(&pair, halves, 4);
   return pair;
 #else
-  bool saturated;
-  return encode(format_of(kType), low, &saturated) | encode(format_of(kType), high, &saturated) << 16;
+  const auto code = [](float value) {
+    bool clamped;
+    const std::uint32_t result = encode(format_of(kType), value, &clamped);
+    return clamped ? result + 1 : result;  // infinity, as the hardware has it
+  };
+  return code(low) | code(high) << 16;
 #endif
 #endif
 }
@@ -177,36 +198,57 @@ HETKV_INLINE std::uint32_t encode_quad8(const float* values) {
   word = encode_fp8<kType>(values[0]) | encode_fp8<kType>(values[1]) << 8 | encode_fp8<kType>(values[2]) << 16 |
          encode_fp8<kType>(values[3]) << 24;
 #endif
-  if constexpr (is_fnuz(kType)) {
-    // There is no negative zero: keep a sign only where the magnitude is not zero.
-    const std::uint32_t magnitude = word & 0x7F7F7F7Fu;
-    word = magnitude | (word & (magnitude + 0x7F7F7F7Fu) & 0x80808080u);
-  }
   return word;
 }
 
-// Codes of 8 values. Sets `*special` where one of them is not finite or would be clamped.
+// What to add to each code's magnitude so that its top bit tells of what is not finite or was clamped: the least such
+// code, or in hardware's clamping formats the largest finite one, to the power of two above.
+template <DType kType>
+HETKV_HD constexpr std::uint32_t overflow_bias() {
+  switch (kType) {
+    case DType::kFloat32:
+      return 0x00800000u;
+    case DType::kFloat16:
+      return 0x04000400u;
+    case DType::kBFloat16:
+      return 0x00800080u;
+    case DType::kFloat8E4M3FN:
+    case DType::kFloat8E4M3FNUZ:
+      return 0x02020202u;
+    default:
+      return 0x05050505u;
+  }
+}
+
+// Codes of 8 values. Sets `*special` where one of them is not finite or may have been clamped.
 template <DType kType>
 HETKV_INLINE Elements<kType> encode8(const float (&values)[kGroup], bool* special) {
-  // Above this the doubled value leaves the range in which the OCP codes are the fnuz ones.
-  constexpr float limit = !(HETKV_FP8_HARDWARE && is_fnuz(kType))   ? last_fitting<kType>()
-                          : kType == DType::kFloat8E4M3FNUZ ? 232.0f
-                                                            : 0x1.DFFFFEp14f;
+  constexpr bool by_codes = item_size(kType) > 1 || HETKV_FP8_HARDWARE;
+  constexpr int per_word = 4 / item_size(kType);
+  constexpr std::uint32_t signs = per_word == 4 ? 0x80808080u : per_word == 2 ? 0x80008000u : 0x80000000u;
   Elements<kType> codes;
-  bool outside = false;
+  std::uint32_t overflow = 0;
   HETKV_UNROLL
-  for (int i = 0; i < static_cast<int>(kGroup); ++i) {
-    const float magnitude = float_from_bits(bits_of(values[i]) & 0x7FFFFFFFu);
-    outside |= !(magnitude <= limit);
-    if constexpr (kType == DType::kFloat32) codes.w[i] = bits_of(values[i]);
-    if constexpr (item_size(kType) == 2) {
-      if (i % 2 == 0) codes.w[i / 2] = encode_pair16<kType>(values[i], values[i + 1]);
-    }
-    if constexpr (item_size(kType) == 1) {
-      if (i % 4 == 0) codes.w[i / 4] = encode_quad8<kType>(values + i);
+  for (int i = 0; i < static_cast<int>(kGroup); i += per_word) {
+    std::uint32_t& word = codes.w[i / per_word];
+    if constexpr (per_word == 1) word = bits_of(values[i]);
+    if constexpr (per_word == 2) word = encode_pair16<kType>(values[i], values[i + 1]);
+    if constexpr (per_word == 4) word = encode_quad8<kType>(values + i);
+    overflow |= (word & ~signs) + overflow_bias<kType>();
+    if constexpr (is_fnuz(kType)) {
+      // There is no negative zero: keep a sign only where the magnitude is not zero.
+      const std::uint32_t magnitude = word & ~signs;
+      word = magnitude | (word & (magnitude + 0x7F7F7F7Fu) & signs);
     }
   }
-  *special |= outside;
+  if constexpr (by_codes) {
+    *special |= (overflow & signs) != 0;
+  } else {
+    HETKV_UNROLL
+    for (int i = 0; i < static_cast<int>(kGroup); ++i) {
+      *special |= !(float_from_bits(bits_of(values[i]) & 0x7FFFFFFFu) <= last_fitting<kType>());
+    }
+  }
   return codes;
 }
 
@@ -225,17 +267,19 @@ HETKV_INLINE void with_float(DType type, const Body& body) {
   }
 }
 
-// Calls body(SizeOf<bytes>) for an element of `bytes` bytes.
+// Calls body(SizeOf<bytes>) for an element of `bytes` bytes; with kNarrow those are 1 or 2.
 template <int kBytes>
 struct SizeOf {
   static constexpr int value = kBytes;
 };
 
-template <typename Body>
+template <bool kNarrow = false, typename Body>
 HETKV_INLINE void with_size(int bytes, const Body& body) {
   if (bytes == 1) return body(SizeOf<1>{});
-  if (bytes == 2) return body(SizeOf<2>{});
-  return body(SizeOf<4>{});
+  if constexpr (!kNarrow) {
+    if (bytes == 4) return body(SizeOf<4>{});
+  }
+  body(SizeOf<2>{});
 }
 
 // `*result` = convert(codes * multiplier), 8 elements of kFrom bytes to kTo bytes. False where the fast way cannot.
@@ -245,8 +289,10 @@ HETKV_INLINE bool convert8(DType from, DType to, const Vector<2 * kFrom>& codes,
   float values[kGroup];
   bool special = false;
   with_float<kFrom>(from, [&](auto type) { decode8<decltype(type)::value>(codes, values, &special); });
-  HETKV_UNROLL
-  for (int i = 0; i < static_cast<int>(kGroup); ++i) values[i] *= multiplier;
+  if (multiplier != 1.0f) {
+    HETKV_UNROLL
+    for (int i = 0; i < static_cast<int>(kGroup); ++i) values[i] *= multiplier;
+  }
   with_float<kTo>(to, [&](auto type) { *result = encode8<decltype(type)::value>(values, &special); });
   return !special;
 }

@@ -1,5 +1,5 @@
-// Functions for the host and the device that must become part of their caller: a call would put a kernel's registers and
-// parameters into memory. HETKV_CALL is for what is rare and large.
+// Functions for the host and the device that must become part of their caller: a call would put a kernel's registers
+// and parameters into memory. HETKV_CALL is for what is rare and large.
 #pragma once
 
 #include "map.h"

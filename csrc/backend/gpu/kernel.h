@@ -36,8 +36,7 @@ __device__ inline Partial block_sum(Partial partial) {
 
 // Adds to `scratch`. The last thread block writes what the blocks have found to `result` and clears `scratch` for the
 // next launch. Without a `result` the sums stay for a launch that follows.
-__device__ inline void report(const Partial& partial, std::uint32_t num_blocks, Scratch* scratch,
-                              RemapResult* result) {
+__device__ inline void report(const Partial& partial, std::uint32_t num_blocks, Scratch* scratch, RemapResult* result) {
   if (partial.checksum != 0) add(&scratch->checksum, partial.checksum);
   if (partial.saturated != 0) add(&scratch->saturated, static_cast<std::uint64_t>(partial.saturated));
   if (result == nullptr) return;
@@ -53,21 +52,24 @@ __device__ inline void report(const Partial& partial, std::uint32_t num_blocks, 
   sums->blocks_done = 0;
 }
 
+// Thread blocks that a multiprocessor has to hold. Conversions wait for arithmetic, so for them a third block is worth
+// some registers; the kernel with everything in it would spill.
+constexpr int blocks_wanted(Paths paths) {
+  return paths == Paths::kRows ? 3 : 2;
+}
+
 template <Paths kPaths>
-__global__ void HETKV_LAUNCH_BOUNDS(kThreads)
-    remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch, RemapResult* result) {
-  extern __shared__ std::uint8_t shared[];
+__global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
+    remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,
+                 RemapResult* result) {
+  wait_for_launch_before();
   Partial partial;
   for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
     std::uint32_t chunk = next;
     const Job& job = job_of(launch, chunk);
-    first_step<kPaths>(job, launch.seed, chunk, thread_index(), shared, partial);
-    if (kPaths == Paths::kAll && has_second_step(job)) {
-      barrier();
-      second_step(job, launch.seed, chunk, thread_index(), shared, partial);
-      barrier();
-    }
+    run_chunk<kPaths>(job, launch.seed, chunk, thread_index(), partial);
   }
+  let_next_launch_start();
   const Partial total = block_sum(partial);
   if (thread_index() == 0) report(total, num_blocks, scratch, result);
 }

@@ -13,6 +13,7 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
                  gpuStream_t stream);
 
 extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
 

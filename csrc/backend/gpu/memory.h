@@ -1,4 +1,4 @@
-// Loads and stores of whole vectors. Element data is read and written once, so it asks to be evicted first.
+// Loads and stores of whole vectors, and the elements inside them.
 #pragma once
 
 #include <cstdint>
@@ -16,43 +16,12 @@ struct alignas(kWords >= 4 ? 16 : kWords * 4) Vector {
 
 template <int kWords>
 HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
-#if defined(__CUDA_ARCH__)
-  Vector<kWords> v;
-  if constexpr (kWords == 1) {
-    v.w[0] = __ldcs(reinterpret_cast<const unsigned int*>(address));
-  } else if constexpr (kWords == 2) {
-    const uint2 x = __ldcs(reinterpret_cast<const uint2*>(address));
-    v.w[0] = x.x, v.w[1] = x.y;
-  } else {
-  HETKV_UNROLL
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 x = __ldcs(reinterpret_cast<const uint4*>(address) + i);
-      v.w[4 * i] = x.x, v.w[4 * i + 1] = x.y, v.w[4 * i + 2] = x.z, v.w[4 * i + 3] = x.w;
-    }
-  }
-  return v;
-#else
   return *reinterpret_cast<const Vector<kWords>*>(static_cast<std::uintptr_t>(address));
-#endif
 }
 
 template <int kWords>
 HETKV_INLINE void store(std::uint64_t address, const Vector<kWords>& v) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (kWords == 1) {
-    __stcs(reinterpret_cast<unsigned int*>(address), v.w[0]);
-  } else if constexpr (kWords == 2) {
-    __stcs(reinterpret_cast<uint2*>(address), make_uint2(v.w[0], v.w[1]));
-  } else {
-  HETKV_UNROLL
-    for (int i = 0; i < kWords / 4; ++i) {
-      __stcs(reinterpret_cast<uint4*>(address) + i,
-             make_uint4(v.w[4 * i], v.w[4 * i + 1], v.w[4 * i + 2], v.w[4 * i + 3]));
-    }
-  }
-#else
   *reinterpret_cast<Vector<kWords>*>(static_cast<std::uintptr_t>(address)) = v;
-#endif
 }
 
 // One element of `size` bytes (1, 2 or 4), in the low bits.
@@ -72,20 +41,6 @@ HETKV_INLINE void store_element(std::uint64_t address, int size, std::uint32_t c
   } else {
     *static_cast<std::uint32_t*>(at) = code;
   }
-}
-
-template <int kSize>
-HETKV_INLINE std::uint32_t load_shared(const std::uint8_t* at) {
-  if constexpr (kSize == 1) return *at;
-  if constexpr (kSize == 2) return *reinterpret_cast<const std::uint16_t*>(at);
-  if constexpr (kSize == 4) return *reinterpret_cast<const std::uint32_t*>(at);
-}
-
-template <int kSize>
-HETKV_INLINE void store_shared(std::uint8_t* at, std::uint32_t code) {
-  if constexpr (kSize == 1) *at = static_cast<std::uint8_t>(code);
-  if constexpr (kSize == 2) *reinterpret_cast<std::uint16_t*>(at) = static_cast<std::uint16_t>(code);
-  if constexpr (kSize == 4) *reinterpret_cast<std::uint32_t*>(at) = code;
 }
 
 // Element i of a vector of elements of kSize bytes. `i` is a constant once the caller's loop is unrolled.

@@ -16,7 +16,9 @@ std::uint32_t floor_log2(std::uint64_t n) {
   return log;
 }
 
-std::uint32_t ceil_log2(std::uint64_t n) { return n <= 1 ? 0 : floor_log2(n - 1) + 1; }
+std::uint32_t ceil_log2(std::uint64_t n) {
+  return n <= 1 ? 0 : floor_log2(n - 1) + 1;
+}
 
 // All that an address is made of, above one channel's step, is a multiple of `unit` bytes.
 bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
@@ -43,7 +45,8 @@ bool has_token_runs(const RemapSide& side, std::int64_t channels) {
   rest.map.token_stride = 0;
   const std::int64_t unit = std::min<std::int64_t>(16, kGroup * size);
   return map.block_size > 0 && map.block_size % kGroup == 0 && map.token_stride == size &&
-         map.inner_stride % unit == 0 && aligned(rest, channels, unit);
+         (map.pack >= channels || map.pack % kGroup == 0) && map.inner_stride % unit == 0 &&
+         aligned(rest, channels, unit);
 }
 
 Side plan_side(const RemapSide& from) {
@@ -67,8 +70,9 @@ Side plan_side(const RemapSide& from) {
   return side;
 }
 
-// Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut into
-// packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in memory.
+// Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut
+// into packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in
+// memory.
 bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job) {
   const std::int64_t vectors = from.channels / elements;
   std::int64_t lanes = vectors;
@@ -89,23 +93,23 @@ bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job)
   return true;
 }
 
-// Tiles begin at whole groups of the side whose tokens lie together.
-bool plan_tiles(const RemapJob& from, bool tokens_first, Job* job) {
+// Cells begin at whole groups of the side whose tokens lie together. Neighbouring lanes take as many along the tokens
+// as make 64 bytes there, and channels for the rest.
+bool plan_cells(const RemapJob& from, bool tokens_first, Job* job) {
   const RemapSide& turned = tokens_first ? from.src : from.dst;
-  const std::uint32_t log_channels = from.channels > 64 ? 7 : 6;
-  const std::int64_t tile_tokens = kTileElements >> log_channels;
   const std::int64_t lead = turned.first_token % kGroup;
-  const std::int64_t parts = (from.channels + (1 << log_channels) - 1) >> log_channels;
-  const std::int64_t tiles = (lead + from.tokens + tile_tokens - 1) / tile_tokens * from.heads * parts;
-  if (tiles >= kIndexLimit / kThreads) return false;
-  job->path = Path::kTile;
-  job->items = static_cast<std::uint32_t>(tiles);
+  const std::int64_t groups = std::min<std::int64_t>(4, turned.map.block_size / kGroup);
+  const std::uint32_t log_groups = floor_log2(static_cast<std::uint64_t>(groups));
+  const std::int64_t tile = std::int64_t{kGroup} << log_groups;
+  const std::int64_t vectors = from.channels / kGroup;
+  const std::int64_t items = (lead + from.tokens + tile - 1) / tile * from.heads * vectors << log_groups;
+  if (items >= kIndexLimit - kThreads) return false;
+  job->path = Path::kCells;
+  job->items = static_cast<std::uint32_t>(items);
   job->tokens_first = tokens_first;
   job->lead = static_cast<std::uint8_t>(lead);
-  job->row_parts = FastDiv(static_cast<std::uint32_t>(parts));
-  job->log_tile_channels = static_cast<std::uint8_t>(log_channels);
-  const std::int64_t groups = std::min<std::int64_t>({8, turned.map.block_size / kGroup, tile_tokens / kGroup});
-  job->log_lane_groups = static_cast<std::uint8_t>(floor_log2(static_cast<std::uint64_t>(groups)));
+  job->lane_vectors = FastDiv(static_cast<std::uint32_t>(vectors));
+  job->log_lane_tokens = static_cast<std::uint8_t>(log_groups);
   return true;
 }
 
@@ -115,9 +119,6 @@ void plan_words(const RemapJob& from, Job* job) {
   job->elements = static_cast<std::uint64_t>(from.tokens) * static_cast<std::uint64_t>(from.heads) *
                   static_cast<std::uint64_t>(from.channels);
   job->wide = job->elements >= static_cast<std::uint64_t>(kIndexLimit);
-  const std::uint64_t per_word = static_cast<std::uint64_t>(8 / item_size(canonical.map.dtype));
-  const std::uint64_t words = (job->elements + per_word - 1) / per_word;
-  job->items = static_cast<std::uint32_t>(std::min<std::uint64_t>(words, kIndexLimit - 1));
   job->whole_words = from.wire == WireSide::kDestination && canonical.map.base % 8 == 0;
 }
 
@@ -154,7 +155,7 @@ bool plan_job(const RemapJob& from, Job* job) {
     const RemapSide& turned = tokens_first ? from.src : from.dst;
     const RemapSide& other = tokens_first ? from.dst : from.src;
     if (has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
-        plan_tiles(from, tokens_first, job)) {
+        plan_cells(from, tokens_first, job)) {
       return true;
     }
   }
@@ -163,7 +164,6 @@ bool plan_job(const RemapJob& from, Job* job) {
 }
 
 std::uint32_t chunks_of(const Job& job) {
-  if (job.path == Path::kTile) return job.items;
   if (job.path != Path::kWords) return (job.items + kThreads - 1) / kThreads;
   const DType dtype = job.wire == WireSide::kSource ? job.src.dtype : job.dst.dtype;
   const std::uint64_t elements = std::uint64_t{kThreads} * kDepth * 8 / static_cast<std::uint64_t>(item_size(dtype));
@@ -184,17 +184,6 @@ bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
     launch->num_chunks += chunks_of(job);
   }
   return true;
-}
-
-std::uint32_t shared_bytes(const Launch& launch) {
-  std::uint32_t bytes = 0;
-  for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
-    const Job& job = launch.jobs[i];
-    if (job.path == Path::kTile) {
-      bytes = std::max(bytes, kTileElements * static_cast<std::uint32_t>(item_size(job.dst.dtype)));
-    }
-  }
-  return bytes;
 }
 
 }  // namespace hetkv::gpu

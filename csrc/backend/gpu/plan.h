@@ -1,27 +1,28 @@
 // How one remap job runs on a GPU: decided on the host at each launch, read by every thread.
 //
 // A job is cut into chunks, one for a thread block of kThreads threads at a time:
-// - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16 or
+// - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16
+// or
 //   8 bytes (convert: 8 elements) of kDepth tokens, so that a thread has kDepth loads in flight (rows.h).
-// - tile: one side holds the tokens of a block next to each other (transposed V). A chunk is a tile of tokens x channels
-//   of one head that turns round in shared memory (tile.h).
+// - cells: one side holds the tokens of a block next to each other (transposed V). An item is a cell of 8 tokens x 8
+//   channels that turns round in registers (cells.h).
 // - words: any map at all, one 8-byte word of the canonical order at a time (words.h).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "backend/backend.h"
 #include "backend/gpu/fast_div.h"
 #include "remap/remap.h"
 
 namespace hetkv::gpu {
 
 constexpr std::uint32_t kThreads = 256;
-constexpr std::uint32_t kDepth = 4;          // tokens of one item, words of one thread
-constexpr std::uint32_t kGroup = 8;          // elements that are converted or transposed together
-constexpr std::uint32_t kTileElements = 8192;
+constexpr std::uint32_t kDepth = 4;  // tokens of one item, words of one thread
+constexpr std::uint32_t kGroup = 8;  // elements that are converted or turned together
 
-enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kTile, kWords };
+enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kCells, kWords };
 
 // One side of a job. An element's address is
 //   base + head * head_stride + token_offset(token) + channel * inner_stride + (channel / pack) * pack_step.
@@ -43,30 +44,28 @@ struct Job {
   Side src;
   Side dst;
   const float* multipliers = nullptr;
-  std::uint64_t wire_word = 0;      // index of the wire side's first word in the payload
-  std::uint64_t token_key = 0;      // what one token adds to a word's key: words of a token * kChecksumStep
-  std::uint64_t elements = 0;       // words: all of the job's
-  std::uint32_t first_chunk = 0;    // of this job in the launch
-  std::uint32_t items = 0;          // rows: how many there are; words: words of the canonical order, where not `wide`
+  std::uint64_t wire_word = 0;    // index of the wire side's first word in the payload
+  std::uint64_t token_key = 0;    // what one token adds to a word's key: words of a token * kChecksumStep
+  std::uint64_t elements = 0;     // words: all of the job's
+  std::uint32_t first_chunk = 0;  // of this job in the launch
+  std::uint32_t items = 0;        // rows, cells
   std::uint32_t tokens = 0;
   FastDiv token_count;   // words
-  FastDiv heads;         // divides the items' outermost axis
+  FastDiv heads;         // rows, cells
   FastDiv channels;      // words
-  FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token
-  FastDiv row_parts;     // rows: how many of those a row has. tile: parts of the channel axis
-  std::uint8_t log_lane_tokens = 0;  // rows: tokens that neighbouring lanes take
-  std::uint8_t log_tile_channels = 0;
-  std::uint8_t log_lane_groups = 0;  // tile: groups of tokens that neighbouring lanes take, before the next channel
-  std::uint8_t lead = 0;             // tile: tokens of the first group that lie before the job's first
+  FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token. cells: in a row
+  FastDiv row_parts;     // rows: how many times that is a row
+  std::uint8_t log_lane_tokens = 0;  // tokens, or cells along the tokens, that neighbouring lanes take
+  std::uint8_t lead = 0;             // cells: tokens of the first one that lie before the job's first
   Path path = Path::kWords;
   WireSide wire = WireSide::kNone;
   bool converts = false;
-  bool tokens_first = false;  // tile: it is the source whose tokens lie together
+  bool tokens_first = false;  // cells: it is the source whose tokens lie together
   bool whole_words = false;   // words: the destination is the wire's and can be stored in words
   bool wide = false;          // words: too many elements for 32-bit indices
 };
 
-constexpr std::size_t kMaxLaunchJobs = 8;
+constexpr std::size_t kMaxLaunchJobs = kHetkvMaxJobs;
 
 // What one launch gets, by value.
 struct Launch {
@@ -91,8 +90,5 @@ struct Scratch {
 
 // Plans up to kMaxLaunchJobs jobs from `jobs` on. False where a job is beyond what a kernel can index (2^31 tokens).
 bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, Launch* launch);
-
-// Bytes of shared memory that the launch's tiles need.
-std::uint32_t shared_bytes(const Launch& launch);
 
 }  // namespace hetkv::gpu

@@ -90,7 +90,7 @@ HETKV_INLINE void convert_specials(const Job& job, const RowItem& at, std::uint3
     const std::uint64_t out = dst + token_offset(job.dst, token);
     std::uint64_t token_key = key + token * job.token_key;
     std::uint64_t word = 0;
-  HETKV_ROLLED
+    HETKV_ROLLED
     for (int i = 0; i < static_cast<int>(kGroup); ++i) {
       const std::uint32_t code = load_element(in + static_cast<std::uint64_t>(i * from_size), from_size);
       const std::uint64_t converted = convert_one(job.src.dtype, job.dst.dtype, code, multiplier);
@@ -107,6 +107,8 @@ HETKV_INLINE void convert_specials(const Job& job, const RowItem& at, std::uint3
   }
 }
 
+// With kNarrow neither side is float32.
+template <bool kNarrow>
 HETKV_INLINE void convert_item(const Job& job, std::uint64_t seed, std::uint32_t item, Partial& partial) {
   const RowItem at = row_item(job, item, kGroup);
   const std::uint64_t src = head_channel(job.src, at.head, at.channel);
@@ -114,10 +116,9 @@ HETKV_INLINE void convert_item(const Job& job, std::uint64_t seed, std::uint32_t
   const std::uint64_t key = word_key(job, seed, at.head, at.channel);
   const float multiplier = job.multipliers != nullptr ? job.multipliers[at.head] : 1.0f;
   std::uint32_t special = 0;
-  with_size(item_size(job.src.dtype), [&](auto from) {
-    with_size(item_size(job.dst.dtype), [&](auto to) {
-      special =
-          convert_rows<decltype(from)::value, decltype(to)::value>(job, at, src, dst, key, multiplier, partial);
+  with_size<kNarrow>(item_size(job.src.dtype), [&](auto from) {
+    with_size<kNarrow>(item_size(job.dst.dtype), [&](auto to) {
+      special = convert_rows<decltype(from)::value, decltype(to)::value>(job, at, src, dst, key, multiplier, partial);
     });
   });
   if (special != 0) convert_specials(job, at, special, src, dst, key, multiplier, partial);

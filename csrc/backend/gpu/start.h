@@ -11,15 +11,13 @@ namespace hetkv::gpu {
 
 // Thread blocks that run at once on one multiprocessor. It does not change, so the driver is asked once.
 template <Paths kPaths>
-int blocks_at_once(std::uint32_t shared) {
-  static std::atomic<int> known[kTileElements * 4 / 4096 + 1];
-  std::atomic<int>& slot = known[shared / 4096];
-  int blocks = slot.load(std::memory_order_relaxed);
+int blocks_at_once() {
+  static std::atomic<int> known{0};
+  int blocks = known.load(std::memory_order_relaxed);
   if (blocks == 0) {
-    const gpuError_t error =
-        gpuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, remap_kernel<kPaths>, kThreads, shared);
+    const gpuError_t error = gpuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, remap_kernel<kPaths>, kThreads, 0);
     if (error != gpuSuccess || blocks < 1) blocks = 1;
-    slot.store(blocks, std::memory_order_relaxed);
+    known.store(blocks, std::memory_order_relaxed);
   }
   return blocks;
 }
@@ -27,12 +25,10 @@ int blocks_at_once(std::uint32_t shared) {
 template <Paths kPaths>
 gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
                  gpuStream_t stream) {
-  const std::uint32_t shared = shared_bytes(launch);
-  std::uint32_t blocks = static_cast<std::uint32_t>(multiprocessors * blocks_at_once<kPaths>(shared));
+  std::uint32_t blocks = static_cast<std::uint32_t>(multiprocessors * blocks_at_once<kPaths>());
   if (max_blocks > 0) blocks = std::min(blocks, static_cast<std::uint32_t>(max_blocks));
   blocks = std::max(1u, std::min(blocks, launch.num_chunks));
-  remap_kernel<kPaths><<<blocks, kThreads, shared, stream>>>(launch, blocks, scratch, result);
-  return gpuGetLastError();
+  return vendor::launch(remap_kernel<kPaths>, blocks, kThreads, stream, launch, blocks, scratch, result);
 }
 
 }  // namespace hetkv::gpu

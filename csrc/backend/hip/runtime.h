@@ -1,14 +1,14 @@
 // HIP under the neutral names of gpu_runtime.h.
 #pragma once
 
-#include "backend/backend.h"
-
 #include <hip/hip_runtime.h>
 #include <hip/hip_version.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+
+#include "backend/backend.h"
 
 #define HETKV_VENDOR "hip"
 #define HETKV_RUNTIME_VERSION (HIP_VERSION_MAJOR * 1000 + HIP_VERSION_MINOR * 10)
@@ -104,7 +104,8 @@ inline std::uint64_t capabilities(int device) {
   std::uint64_t bits = kHetkvCapIpc | kHetkvCapHostRegister | kHetkvCapHostSamePointer | kHetkvCapRdma |
                        kHetkvCapRdmaOrdered | kHetkvCapHostAtomicStores;
   int can_wait = 0;
-  if (hipDeviceGetAttribute(&can_wait, hipDeviceAttributeCanUseStreamWaitValue, device) == hipSuccess && can_wait != 0) {
+  if (hipDeviceGetAttribute(&can_wait, hipDeviceAttributeCanUseStreamWaitValue, device) == hipSuccess &&
+      can_wait != 0) {
     bits |= kHetkvCapStreamWaitValue;
   }
   return bits;
@@ -119,16 +120,34 @@ inline void uuid(const hipDeviceProp_t&, std::uint8_t (&)[16]) {}
 
 constexpr hipDeviceAttribute_t kMultiprocessors = hipDeviceAttributeMultiprocessorCount;
 
-inline hipError_t stream_device(hipStream_t, int*) { return hipErrorNotSupported; }
+inline hipError_t stream_device(hipStream_t, int*) {
+  return hipErrorNotSupported;
+}
 inline hipError_t stream_wait_value(hipStream_t stream, const std::uint32_t* word, std::uint32_t value) {
   return hipStreamWaitValue32(stream, const_cast<std::uint32_t*>(word), value, hipStreamWaitValueGte, 0xFFFFFFFFu);
 }
-inline hipError_t flush_rdma_writes() { return hipErrorNotSupported; }
-inline hipError_t exchange_capture_mode(int, int*) { return hipErrorNotSupported; }
+inline hipError_t flush_rdma_writes() {
+  return hipErrorNotSupported;
+}
+inline hipError_t exchange_capture_mode(int, int*) {
+  return hipErrorNotSupported;
+}
 constexpr int kRelaxedCapture = 0;
 
-inline bool is_pinned(const hipPointerAttribute_t& found) { return found.memoryType == hipMemoryTypeHost; }
-inline bool is_device(const hipPointerAttribute_t& found) { return found.memoryType == hipMemoryTypeDevice; }
-inline bool is_managed(const hipPointerAttribute_t& found) { return found.isManaged != 0; }
+template <typename Kernel, typename... Arguments>
+hipError_t launch(Kernel kernel, unsigned blocks, unsigned threads, hipStream_t stream, const Arguments&... arguments) {
+  kernel<<<blocks, threads, 0, stream>>>(arguments...);
+  return hipGetLastError();
+}
+
+inline bool is_pinned(const hipPointerAttribute_t& found) {
+  return found.memoryType == hipMemoryTypeHost;
+}
+inline bool is_device(const hipPointerAttribute_t& found) {
+  return found.memoryType == hipMemoryTypeDevice;
+}
+inline bool is_managed(const hipPointerAttribute_t& found) {
+  return found.isManaged != 0;
+}
 
 }  // namespace hetkv::gpu::vendor

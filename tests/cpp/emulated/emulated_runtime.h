@@ -62,9 +62,15 @@ inline const char* gpuGetErrorString(gpuError_t error) {
   if (error == gpuErrorInvalidDevice) return "invalid device ordinal";
   return error == gpuErrorNotSupported ? "not supported" : error == gpuErrorInvalidValue ? "invalid value" : "error";
 }
-inline gpuError_t gpuGetLastError() { return gpuSuccess; }
-inline gpuError_t gpuGetDeviceCount(int* count) { return *count = kEmulatedDevices, gpuSuccess; }
-inline gpuError_t gpuGetDevice(int* device) { return *device = emulated_device, gpuSuccess; }
+inline gpuError_t gpuGetLastError() {
+  return gpuSuccess;
+}
+inline gpuError_t gpuGetDeviceCount(int* count) {
+  return *count = kEmulatedDevices, gpuSuccess;
+}
+inline gpuError_t gpuGetDevice(int* device) {
+  return *device = emulated_device, gpuSuccess;
+}
 inline gpuError_t gpuSetDevice(int device) {
   if (device < 0 || device >= kEmulatedDevices) return gpuErrorInvalidDevice;
   emulated_device = device;
@@ -84,10 +90,18 @@ inline gpuError_t gpuGetDeviceProperties(gpuDeviceProp* properties, int device) 
 inline gpuError_t gpuDeviceGetPCIBusId(char* text, int size, int device) {
   return std::snprintf(text, static_cast<std::size_t>(size), "eeee:%02x:00.0", device), gpuSuccess;
 }
-inline gpuError_t gpuDriverGetVersion(int* version) { return *version = 1000, gpuSuccess; }
-inline gpuError_t gpuDeviceCanAccessPeer(int* can, int device, int peer) { return *can = device != peer, gpuSuccess; }
-inline gpuError_t gpuDeviceEnablePeerAccess(int, unsigned) { return gpuSuccess; }
-inline gpuError_t gpuDeviceGetAttribute(int* value, int, int) { return *value = 3, gpuSuccess; }
+inline gpuError_t gpuDriverGetVersion(int* version) {
+  return *version = 1000, gpuSuccess;
+}
+inline gpuError_t gpuDeviceCanAccessPeer(int* can, int device, int peer) {
+  return *can = device != peer, gpuSuccess;
+}
+inline gpuError_t gpuDeviceEnablePeerAccess(int, unsigned) {
+  return gpuSuccess;
+}
+inline gpuError_t gpuDeviceGetAttribute(int* value, int, int) {
+  return *value = 3, gpuSuccess;
+}
 
 inline gpuError_t emulated_alloc(void** pointer, std::size_t bytes, std::int32_t kind) {
   EmulatedState& state = emulated();
@@ -112,12 +126,16 @@ inline gpuError_t emulated_free(void* pointer) {
 inline gpuError_t gpuMalloc(void** pointer, std::size_t bytes) {
   return emulated_alloc(pointer, bytes, kHetkvMemoryDevice);
 }
-inline gpuError_t gpuFree(void* pointer) { return emulated_free(pointer); }
+inline gpuError_t gpuFree(void* pointer) {
+  return emulated_free(pointer);
+}
 constexpr unsigned gpuHostAllocPortable = 1, gpuHostAllocMapped = 2;
 inline gpuError_t gpuHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   return emulated_alloc(pointer, bytes, kHetkvMemoryPinned);
 }
-inline gpuError_t gpuHostFree(void* pointer) { return emulated_free(pointer); }
+inline gpuError_t gpuHostFree(void* pointer) {
+  return emulated_free(pointer);
+}
 inline gpuError_t gpuMemGetInfo(std::size_t* free_bytes, std::size_t* total) {
   *total = kEmulatedMemory;
   *free_bytes = kEmulatedMemory - emulated().used;
@@ -161,28 +179,52 @@ struct gpuIpcMemHandle_t {
   std::uint8_t bytes[64];
 };
 constexpr unsigned gpuIpcMemLazyEnablePeerAccess = 1;
-inline gpuError_t gpuIpcGetMemHandle(gpuIpcMemHandle_t*, void*) { return gpuErrorNotSupported; }
-inline gpuError_t gpuIpcOpenMemHandle(void**, gpuIpcMemHandle_t, unsigned) { return gpuErrorNotSupported; }
-inline gpuError_t gpuIpcCloseMemHandle(void*) { return gpuErrorNotSupported; }
+inline gpuError_t gpuIpcGetMemHandle(gpuIpcMemHandle_t*, void*) {
+  return gpuErrorNotSupported;
+}
+inline gpuError_t gpuIpcOpenMemHandle(void**, gpuIpcMemHandle_t, unsigned) {
+  return gpuErrorNotSupported;
+}
+inline gpuError_t gpuIpcCloseMemHandle(void*) {
+  return gpuErrorNotSupported;
+}
 
 constexpr unsigned gpuStreamNonBlocking = 1;
 enum gpuStreamCaptureStatus { gpuStreamCaptureStatusNone };
-inline gpuError_t gpuDeviceGetStreamPriorityRange(int* least, int* most) { return *least = *most = 0, gpuSuccess; }
+inline gpuError_t gpuDeviceGetStreamPriorityRange(int* least, int* most) {
+  return *least = *most = 0, gpuSuccess;
+}
 inline gpuError_t gpuStreamCreateWithPriority(gpuStream_t* stream, unsigned, int) {
   return *stream = new EmulatedStream{emulated_device}, gpuSuccess;
 }
-inline gpuError_t gpuStreamDestroy(gpuStream_t stream) { return delete stream, gpuSuccess; }
-inline gpuError_t gpuStreamSynchronize(gpuStream_t) { return gpuSuccess; }
-inline gpuError_t gpuStreamIsCapturing(gpuStream_t, gpuStreamCaptureStatus*) { return gpuSuccess; }
-inline gpuError_t gpuStreamWaitEvent(gpuStream_t, gpuEvent_t, unsigned) { return gpuSuccess; }
+inline gpuError_t gpuStreamDestroy(gpuStream_t stream) {
+  return delete stream, gpuSuccess;
+}
+inline gpuError_t gpuStreamSynchronize(gpuStream_t) {
+  return gpuSuccess;
+}
+inline gpuError_t gpuStreamIsCapturing(gpuStream_t, gpuStreamCaptureStatus*) {
+  return gpuSuccess;
+}
+inline gpuError_t gpuStreamWaitEvent(gpuStream_t, gpuEvent_t, unsigned) {
+  return gpuSuccess;
+}
 constexpr unsigned gpuEventDefault = 0, gpuEventDisableTiming = 2;
 inline gpuError_t gpuEventCreateWithFlags(gpuEvent_t* event, unsigned) {
   return *event = new EmulatedEvent{emulated_device}, gpuSuccess;
 }
-inline gpuError_t gpuEventDestroy(gpuEvent_t event) { return delete event, gpuSuccess; }
-inline gpuError_t gpuEventRecord(gpuEvent_t, gpuStream_t) { return gpuSuccess; }
-inline gpuError_t gpuEventQuery(gpuEvent_t) { return gpuSuccess; }
-inline gpuError_t gpuEventSynchronize(gpuEvent_t) { return gpuSuccess; }
+inline gpuError_t gpuEventDestroy(gpuEvent_t event) {
+  return delete event, gpuSuccess;
+}
+inline gpuError_t gpuEventRecord(gpuEvent_t, gpuStream_t) {
+  return gpuSuccess;
+}
+inline gpuError_t gpuEventQuery(gpuEvent_t) {
+  return gpuSuccess;
+}
+inline gpuError_t gpuEventSynchronize(gpuEvent_t) {
+  return gpuSuccess;
+}
 inline gpuError_t gpuEventElapsedTime(float* milliseconds, gpuEvent_t, gpuEvent_t) {
   return *milliseconds = 0, gpuSuccess;
 }
@@ -204,22 +246,38 @@ inline bool address_range(const void* pointer, std::uint64_t* base, std::uint64_
   *bytes = next->second.bytes;
   return true;
 }
-inline bool has_ipc_handle(const void*) { return false; }
+inline bool has_ipc_handle(const void*) {
+  return false;
+}
 inline std::uint64_t capabilities(int) {
   return kHetkvCapHostRegister | kHetkvCapHostSamePointer | kHetkvCapStreamDevice | kHetkvCapHostAtomicStores;
 }
-inline void arch_name(const gpuDeviceProp&, char* text, std::size_t size) { std::snprintf(text, size, "host"); }
+inline void arch_name(const gpuDeviceProp&, char* text, std::size_t size) {
+  std::snprintf(text, size, "host");
+}
 inline void uuid(const gpuDeviceProp&, std::uint8_t (&)[16]) {}
 constexpr int kMultiprocessors = 0;
 inline gpuError_t stream_device(gpuStream_t stream, int* device) {
   return *device = stream != nullptr ? stream->device : emulated_device, gpuSuccess;
 }
-inline gpuError_t stream_wait_value(gpuStream_t, const std::uint32_t*, std::uint32_t) { return gpuErrorNotSupported; }
-inline gpuError_t flush_rdma_writes() { return gpuErrorNotSupported; }
-inline gpuError_t exchange_capture_mode(int, int*) { return gpuErrorNotSupported; }
+inline gpuError_t stream_wait_value(gpuStream_t, const std::uint32_t*, std::uint32_t) {
+  return gpuErrorNotSupported;
+}
+inline gpuError_t flush_rdma_writes() {
+  return gpuErrorNotSupported;
+}
+inline gpuError_t exchange_capture_mode(int, int*) {
+  return gpuErrorNotSupported;
+}
 constexpr int kRelaxedCapture = 0;
-inline bool is_pinned(const gpuPointerAttributes& found) { return found.kind == kHetkvMemoryPinned; }
-inline bool is_device(const gpuPointerAttributes& found) { return found.kind == kHetkvMemoryDevice; }
-inline bool is_managed(const gpuPointerAttributes&) { return false; }
+inline bool is_pinned(const gpuPointerAttributes& found) {
+  return found.kind == kHetkvMemoryPinned;
+}
+inline bool is_device(const gpuPointerAttributes& found) {
+  return found.kind == kHetkvMemoryDevice;
+}
+inline bool is_managed(const gpuPointerAttributes&) {
+  return false;
+}
 
 }  // namespace hetkv::gpu::vendor
