@@ -148,9 +148,9 @@ def _check_alike(sender: Description, receiver: Description, layer: int, name: s
     shards = [shard for shard in sender.shards if layer in range(*shard.layers)]
     held = {shard.heads[layer] for shard in shards if (shard.heads[layer] & wanted).size}
     if len(held) > 1:
-        sides = (scale_text(side.layout(layer).segments[name]) for side in (sender, receiver))
+        ours, other = (scale_text(side.layout(layer).segments[name]) for side in (sender, receiver))
         why = "ranks of the sender that hold unlike heads share other scales"
-        raise IncompatibleError(f"{name}.scale", *sides, why)
+        raise IncompatibleError(f"{name}.scale", ours, other, why)
 
 
 def _routed(sender: Description, receiver: Description, layer: int) -> list[Interval]:

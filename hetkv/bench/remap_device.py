@@ -73,15 +73,15 @@ def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: 
     stream = torch.cuda.current_stream(device).cuda_stream
     busy = torch.empty(1 << 30, dtype=torch.uint8, device=device)
 
-    def timed(launch: Callable[[int], None]) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def timed(launch: Callable[[int], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         busy.zero_()
         begin.record()
         for i in range(len(remaps)):
             launch(i)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / len(remaps) / 1000
+        return float(begin.elapsed_time(end)) / len(remaps) / 1000
 
     times, copy_times = [], []
     for i in range(repeats + 3):
