@@ -160,8 +160,8 @@ struct HetkvBackend {
   // device memory are read at full speed; in pinned host memory each thread block waits for the bus.
   // The padding of a wire destination up to a multiple of 8 bytes is set to zero. `max_blocks` bounds the thread blocks
   // that run at once, so that a caller can leave multiprocessors to others; 0: as many as fit.
-  // Jobs with scales (RemapJob::scaled) are kHetkvUnsupported; fills, whose source has strides of 0, are jobs like others.
-  // More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
+  // Jobs with scales (RemapJob::scaled) are kHetkvUnsupported; fills, whose source has strides of 0, are jobs like
+  // others. More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
   std::int32_t (*remap)(void* stream, const hetkv::RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
                         const HetkvRemapSlot* slot, std::int32_t max_blocks);
 
