@@ -305,10 +305,10 @@ def test_a_refusal_by_one_side_alone_reaches_the_other(monkeypatch):
     """Only the listening side's check objects; the connecting side learns field and values from the refusal."""
     original = hetkv.control.compat.check
 
-    def check(mine, theirs):
+    def check(mine, theirs, minor):
         if mine.role == "receiver":
             raise IncompatibleError("window", "mapped", "copied", "why not")
-        original(mine, theirs)
+        original(mine, theirs, minor)
 
     monkeypatch.setattr(hetkv.control.compat, "check", check)
     with serving() as server:

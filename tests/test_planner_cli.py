@@ -117,7 +117,7 @@ def test_the_demo_takes_its_instances_from_the_plan(folder):
         pool["layout"] = {"prefill": "hnd", "decode": "rocm"}[pool["role"]]
     (folder / "unlike.yaml").write_text(yaml.safe_dump(text))
     instances = read_plan(folder / "unlike.yaml", PREFILL_POOL, DECODE_POOL)
-    assert len(instances) == sum(pool["count"] for pool in text["pools"])
+    assert len(instances) == sum(pool.get("count", 1) for pool in text["pools"])
     pools = {instance.role: instance.pool for instance in instances}
     assert (pools["prefill"].block_size, pools["prefill"].layout, pools["prefill"].dtype) == (16, "hnd", "bfloat16")
     assert (pools["decode"].block_size, pools["decode"].layout) == (32, "rocm")
@@ -184,9 +184,9 @@ def test_pictures_are_pictures(folder):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--rates", "1,x"], "--rates '1,x'"),
-        (["--targets", "0"], "--targets '0'"),
-        (["--split", "H100"], "expected PREFILL:DECODE"),
+        (["--plot", "p.png", "--rates", "1,x"], "--rates '1,x'"),
+        (["--plot", "p.png", "--targets", "0"], "--targets '0'"),
+        (["--plot", "p.png", "--split", "H100"], "expected PREFILL:DECODE"),
         (["--plot", "p.png", "--rates", "1", "--split", "L4:H100"], "L4 is not among the problem's GPUs"),
         (["--plot", "p.gif"], "must end in"),
         (["--rates", "1,2"], "--rates belongs to --plot or --report"),
