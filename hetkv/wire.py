@@ -272,7 +272,7 @@ def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels:
     scales = scales_of(segments, encoding)
     if any(encoding >> scale & 1 for scale in scales.values()):
         raise MalformedError(f"frame: scale_encoding is {encoding}, but segments is {segments}: too few for the scales")
-    for i, scale in scales.items():
+    for i, scale in sorted(scales.items()):
         if dtypes[i] not in _SCALED:
             raise MalformedError(f"frame: dtypes[{i}] is {dtypes[i]}, which takes no scales")
         if dtypes[scale] != DType.FLOAT32.code:
