@@ -14,7 +14,7 @@ from hetkv.planner.search import Search
 from hetkv.planner.verify import Judge
 from hetkv.simulator.deployment import dump_plan, load_plan
 
-SUBSET = 20
+SUBSET = 8
 NEAR = 1.05
 
 
