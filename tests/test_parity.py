@@ -47,9 +47,15 @@ def make_model(path: Path, kv_heads: int, head_dim: int, layers: int = 2) -> tup
 
 
 def reference_tokens(reference: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
+    inputs = torch.tensor([prompt])
     with torch.inference_mode():
         out = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            inputs,
+            attention_mask=torch.ones_like(inputs),  # a prompt may hold token 0, which is no padding
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     return out[0, len(prompt) :].tolist()
 
