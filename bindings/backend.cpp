@@ -96,7 +96,8 @@ class DeviceRemap {
       status = backend_.event_synchronize(event_);
     }
     ok(status, "waiting for a remap");
-    return {slot_.result->checksum, slot_.result->saturated};
+    const RemapResult found = slot_.result->sum();
+    return {found.checksum, found.saturated};
   }
 
  private:

@@ -84,11 +84,19 @@ struct HetkvIpcHandle {
   std::uint64_t length;    // of the allocation: opening it exposes all of that
 };
 
+// What a remap found: its RemapResult in parts, because thread blocks add up each number on its own.
+struct HetkvRemapResult {
+  std::uint64_t low;   // sum of the lower halves of the checksums that were added
+  std::uint64_t high;  // of the upper halves
+  std::uint64_t saturated;
+  hetkv::RemapResult sum() const { return {low + (high << 32), saturated}; }
+};
+
 // Where a remap reports. Made by `slot_create`; used by one launch at a time, any number of times. `result` is written
 // once by the launch and may be read by the host as soon as an event recorded behind the launch is done.
 struct HetkvRemapSlot {
-  const hetkv::RemapResult* result;  // pinned host memory
-  void* scratch;                     // device memory of the backend
+  const HetkvRemapResult* result;  // pinned host memory
+  void* scratch;                   // device memory of the backend
   std::int32_t device;
 };
 

@@ -138,7 +138,7 @@ void DeviceMover::poll(RemapTask* task) {
   Launch& made = found->second;
   Status status;
   if (!made.done->happened(&status)) return;
-  task->result = *made.slot->report.result;
+  task->result = made.slot->report.result->sum();
   if (status.ok() && timed_) {  // from when it began on the device, not from when it was put into the stream
     double us = 0;
     const HetkvBackend& backend = device_->backend();

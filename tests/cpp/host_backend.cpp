@@ -406,7 +406,7 @@ std::int32_t flush_rdma_writes(std::int32_t) {
 }
 
 std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
-  *slot = {new RemapResult, nullptr, device};
+  *slot = {new HetkvRemapResult{}, nullptr, device};
   return kHetkvOk;
 }
 
@@ -458,7 +458,7 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
                    const HetkvRemapSlot* slot, std::int32_t) {
   const int turn = ++remaps;
   if (option("refuse-remap") == turn) return fail(kHetkvFailed, "launch refused");
-  auto* result = const_cast<RemapResult*>(slot->result);
+  auto* result = const_cast<HetkvRemapResult*>(slot->result);
   const bool breaks = option("fail-remap") > 0 && turn >= option("fail-remap");
   static_cast<Stream*>(stream)->put([work = std::vector<RemapJob>(jobs, jobs + num_jobs), seed, result, breaks] {
     if (const long us = option("slow"); us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
@@ -466,7 +466,7 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
     if (broken) return;
     RemapResult sum;
     for (const RemapJob& job : work) run_job(job, seed, &sum);
-    *result = sum;
+    *result = {sum.checksum, 0, sum.saturated};
   });
   return kHetkvOk;
 }

@@ -1,4 +1,5 @@
-// Where an element of a side lies, and the checksum of the words that a thread has in its registers.
+// Where elements of a side lie on the paths of rows and cells, and the checksum of the words that a thread has in its
+// registers. Strides on these paths fit 32 bits (plan.cpp), so that one multiply-add makes an address.
 #pragma once
 
 #include "backend/gpu/memory.h"
@@ -7,24 +8,27 @@
 
 namespace hetkv::gpu {
 
+HETKV_INLINE std::uint64_t times(std::uint32_t n, std::int64_t stride) {
+  return static_cast<std::uint64_t>(n) * static_cast<std::uint32_t>(stride);
+}
+
 HETKV_INLINE std::uint64_t head_channel(const Side& side, std::uint32_t head, std::uint32_t channel) {
-  return side.base + static_cast<std::uint64_t>(head * side.head_stride + channel * side.inner_stride +
-                                                side.pack.divide(channel) * side.pack_step);
+  return side.base + times(head, side.head_stride) + times(channel, side.inner_stride) +
+         times(side.pack.divide(channel), side.pack_step);
 }
 
 // `token` counts from the job's first.
 HETKV_INLINE std::uint64_t token_offset(const Side& side, std::uint32_t token) {
-  if (side.blocks == nullptr) return static_cast<std::uint64_t>(token * side.token_stride);
+  if (side.blocks == nullptr) return times(token, side.token_stride);
   std::uint32_t block = side.first_token + token;
   const std::uint32_t in_block = side.block_size.split(block);
-  return static_cast<std::uint64_t>(side.blocks[block] * side.block_stride + in_block * side.token_stride);
+  const std::uint32_t id = static_cast<std::uint32_t>(side.blocks[block]);
+  return times(id, side.block_stride) + times(in_block, side.token_stride);
 }
 
-// Key of the wire word that holds (head, token 0, channel); see checksum_mix. Each token adds `job.token_key`.
-HETKV_INLINE std::uint64_t word_key(const Job& job, std::uint64_t seed, std::uint32_t head, std::uint32_t channel) {
-  const Side& wire = job.wire == WireSide::kSource ? job.src : job.dst;
-  const std::uint64_t bytes = static_cast<std::uint64_t>(head * wire.head_stride + channel * wire.inner_stride);
-  return seed + (job.wire_word + bytes / 8 + 1) * kChecksumStep;
+// Key of the wire word at `address`; see checksum_mix. Each token adds `job.token_key`.
+HETKV_INLINE std::uint64_t word_key(const Job& job, std::uint64_t seed, std::uint64_t address) {
+  return seed + (address / 8 + job.wire_origin) * kChecksumStep;
 }
 
 HETKV_INLINE std::uint64_t mix(std::uint64_t word, std::uint64_t key) {

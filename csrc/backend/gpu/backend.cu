@@ -383,7 +383,7 @@ std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
   *slot = HetkvRemapSlot{};
   slot->device = device;
   void* result = nullptr;
-  std::int32_t status = host_alloc(sizeof(RemapResult), &result);
+  std::int32_t status = host_alloc(sizeof(HetkvRemapResult), &result);
   if (status != kHetkvOk) return status;
   status = device_alloc(device, sizeof(Scratch), &slot->scratch);
   if (status == kHetkvOk) {
@@ -396,7 +396,7 @@ std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
     static_cast<void>(gpuHostFree(result));
     return status;
   }
-  slot->result = new (result) RemapResult{};
+  slot->result = new (result) HetkvRemapResult{};
   return kHetkvOk;
 }
 
@@ -404,7 +404,7 @@ std::int32_t slot_destroy(HetkvRemapSlot* slot) {
   if (slot->result == nullptr) return kHetkvOk;
   HETKV_ON(slot->device);
   HETKV_TRY(gpuFree(slot->scratch));
-  HETKV_TRY(gpuHostFree(const_cast<RemapResult*>(slot->result)));
+  HETKV_TRY(gpuHostFree(const_cast<HetkvRemapResult*>(slot->result)));
   *slot = HetkvRemapSlot{};
   return kHetkvOk;
 }
@@ -435,7 +435,7 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
       return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");
     }
     first += launch.num_jobs;
-    RemapResult* result = first == num_jobs ? const_cast<RemapResult*>(slot->result) : nullptr;
+    HetkvRemapResult* result = first == num_jobs ? const_cast<HetkvRemapResult*>(slot->result) : nullptr;
     const auto begin = [&](auto function) {
       return function(launch, multiprocessors, max_blocks, scratch, result, as_stream(stream));
     };

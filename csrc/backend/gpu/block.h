@@ -11,7 +11,7 @@ namespace hetkv::gpu {
 enum class Paths : std::uint8_t {
   kMoves,  // move16, move8
   kTurns,  // and cells of 1 or 2 bytes an element that convert nothing
-  kRows,   // the moves, and convert where neither side is float32
+  kRows,   // the moves, and convert of tiled tokens
   kAll,
 };
 
@@ -38,10 +38,11 @@ HETKV_INLINE void run_chunk(const Job& job, std::uint64_t seed, std::uint32_t ch
     if (job.path == Path::kWords) return run_words(job, seed, chunk, thread, partial);
   }
   if (item >= job.items) return;
-  if (job.path == Path::kMove16) return move_rows<4>(job, seed, item, partial);
-  if (job.path == Path::kMove8) return move_rows<2>(job, seed, item, partial);
-  if constexpr (kPaths == Paths::kRows || kPaths == Paths::kAll) {
-    if (job.path == Path::kConvert) return convert_item<kPaths == Paths::kRows>(job, seed, item, partial);
+  if (job.path == Path::kMove16) return move_item<4>(job, seed, item, partial);
+  if (job.path == Path::kMove8) return move_item<2>(job, seed, item, partial);
+  if constexpr (kPaths == Paths::kRows) return convert_tiled(job, seed, item, partial);
+  if constexpr (kPaths == Paths::kAll) {
+    if (job.path == Path::kConvert) return convert_item(job, seed, item, partial);
   }
   if constexpr (kPaths == Paths::kTurns || kPaths == Paths::kAll) {
     turn_cell<kPaths == Paths::kAll>(job, seed, item, partial);
@@ -54,9 +55,9 @@ inline Paths paths_of(const Launch& launch) {
   for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
     const Job& job = launch.jobs[i];
     const bool turns = job.path == Path::kCells;
-    if (job.path == Path::kWords || (turns && (job.converts || item_size(job.src.dtype) == 4))) return Paths::kAll;
-    const bool wide = item_size(job.src.dtype) == 4 || item_size(job.dst.dtype) == 4;
-    if (job.path == Path::kConvert && wide) return Paths::kAll;
+    const bool converts_scattered = job.path == Path::kConvert && !(job.src.tiled && job.dst.tiled);
+    if (job.path == Path::kWords || converts_scattered || (turns && (job.converts || item_size(job.src.dtype) == 4)))
+      return Paths::kAll;
     cells |= turns;
     converts |= job.path == Path::kConvert;
   }

@@ -27,10 +27,7 @@ HETKV_INLINE Cell cell_of(const Job& job, std::uint32_t item) {
 // Address of the cell's first channel at 8 tokens that lie together; `token` may lie before the job's first, but in the
 // same block.
 HETKV_INLINE std::uint64_t token_run(const Side& side, const Cell& cell) {
-  std::uint32_t block = static_cast<std::uint32_t>(side.first_token + cell.token);
-  const std::uint32_t in_block = side.block_size.split(block);
-  return head_channel(side, cell.head, cell.channel) +
-         static_cast<std::uint64_t>(side.blocks[block] * side.block_stride + in_block * side.token_stride);
+  return head_channel(side, cell.head, cell.channel) + token_offset(side, static_cast<std::uint32_t>(cell.token));
 }
 
 // Two words of halves: the low ones, the high ones.
@@ -100,13 +97,14 @@ HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell
   const Side& turned = job.tokens_first ? job.src : job.dst;
   const std::uint64_t run = token_run(turned, cell);
   const std::uint64_t row = head_channel(rows, cell.head, cell.channel);
+  const std::uint64_t first = row + token_offset(rows, token);
   const auto at = [&](bool tokens_lie_together, std::uint32_t i) {
-    return tokens_lie_together ? run + i * static_cast<std::uint64_t>(turned.inner_stride)
-                               : row + token_offset(rows, token + i);
+    if (tokens_lie_together) return run + times(i, turned.inner_stride);
+    return rows.tiled ? first + times(i, rows.token_stride) : row + token_offset(rows, token + i);
   };
   Vector<2 * kFrom> in[kGroup];
   HETKV_UNROLL
-  for (std::uint32_t i = 0; i < kGroup; ++i) in[i] = load<2 * kFrom>(at(job.tokens_first, i));
+  for (std::uint32_t i = 0; i < kGroup; ++i) in[i] = load_with_line<2 * kFrom>(at(job.tokens_first, i));
   Vector<2 * kTo> mid[kGroup];
   if constexpr (kConverts) {
     const float multiplier = job.multipliers != nullptr ? job.multipliers[cell.head] : 1.0f;
@@ -126,7 +124,7 @@ HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell
   for (std::uint32_t i = 0; i < kGroup; ++i) store<2 * kTo>(at(!job.tokens_first, i), out[i]);
   if (job.wire == WireSide::kNone) return true;
   // Only the side of rows can be the wire's.
-  std::uint64_t key = word_key(job, seed, cell.head, cell.channel) + token * job.token_key;
+  std::uint64_t key = word_key(job, seed, first);
   HETKV_UNROLL
   for (std::uint32_t i = 0; i < kGroup; ++i) {
     partial.checksum += job.tokens_first ? sum(out[i], key) : sum(in[i], key);
@@ -141,13 +139,14 @@ HETKV_INLINE void move_cell_slowly(const Job& job, std::uint64_t seed, const Cel
   const int to_size = item_size(job.dst.dtype);
   const int wire_size = job.wire == WireSide::kSource ? from_size : to_size;
   const float multiplier = job.multipliers != nullptr ? job.multipliers[cell.head] : 1.0f;
-  const std::uint64_t first_key = word_key(job, seed, cell.head, cell.channel);
+  const std::uint64_t wire_row = head_channel(job.tokens_first ? job.dst : job.src, cell.head, cell.channel);
   HETKV_ROLLED
   for (std::int64_t t = cell.token < 0 ? 0 : cell.token; t < cell.token + kGroup && t < job.tokens; ++t) {
     const std::uint32_t token = static_cast<std::uint32_t>(t);
     const std::uint64_t src = token_offset(job.src, token);
     const std::uint64_t dst = token_offset(job.dst, token);
-    std::uint64_t key = first_key + token * job.token_key;
+    // Only the side of rows can be the wire's.
+    std::uint64_t key = word_key(job, seed, wire_row + (job.tokens_first ? dst : src));
     std::uint64_t word = 0;
     HETKV_ROLLED
     for (int i = 0; i < static_cast<int>(kGroup); ++i) {

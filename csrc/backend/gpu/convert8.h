@@ -267,22 +267,42 @@ HETKV_INLINE void with_float(DType type, const Body& body) {
   }
 }
 
-// Calls body(SizeOf<bytes>) for an element of `bytes` bytes; with kNarrow those are 1 or 2.
+// Calls body(TypeOf<type>) for any float dtype.
+template <typename Body>
+HETKV_INLINE void with_dtype(DType type, const Body& body) {
+  if (item_size(type) == 1) return with_float<1>(type, body);
+  if (item_size(type) == 2) return with_float<2>(type, body);
+  with_float<4>(type, body);
+}
+
+// Calls body(SizeOf<bytes>) for an element of `bytes` bytes.
 template <int kBytes>
 struct SizeOf {
   static constexpr int value = kBytes;
 };
 
-template <bool kNarrow = false, typename Body>
+template <typename Body>
 HETKV_INLINE void with_size(int bytes, const Body& body) {
   if (bytes == 1) return body(SizeOf<1>{});
-  if constexpr (!kNarrow) {
-    if (bytes == 4) return body(SizeOf<4>{});
-  }
+  if (bytes == 4) return body(SizeOf<4>{});
   body(SizeOf<2>{});
 }
 
-// `*result` = convert(codes * multiplier), 8 elements of kFrom bytes to kTo bytes. False where the fast way cannot.
+// `*result` = convert(codes * multiplier). False where the fast way cannot.
+template <DType kFrom, DType kTo>
+HETKV_INLINE bool convert8(const Elements<kFrom>& codes, float multiplier, Elements<kTo>* result) {
+  float values[kGroup];
+  bool special = false;
+  decode8<kFrom>(codes, values, &special);
+  if (multiplier != 1.0f) {
+    HETKV_UNROLL
+    for (int i = 0; i < static_cast<int>(kGroup); ++i) values[i] *= multiplier;
+  }
+  *result = encode8<kTo>(values, &special);
+  return !special;
+}
+
+// The same for codes of kFrom bytes to codes of kTo bytes, their dtypes known when it runs.
 template <int kFrom, int kTo>
 HETKV_INLINE bool convert8(DType from, DType to, const Vector<2 * kFrom>& codes, float multiplier,
                            Vector<2 * kTo>* result) {

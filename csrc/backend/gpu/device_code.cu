@@ -4,12 +4,12 @@
 namespace hetkv::gpu {
 
 template __global__ void remap_kernel<Paths::kMoves>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
-                                                     RemapResult*);
+                                                     HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kTurns>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
-                                                     RemapResult*);
+                                                     HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kRows>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
-                                                    RemapResult*);
+                                                    HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kAll>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
-                                                   RemapResult*);
+                                                   HetkvRemapResult*);
 
 }  // namespace hetkv::gpu

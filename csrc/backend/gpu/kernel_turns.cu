@@ -2,6 +2,6 @@
 
 namespace hetkv::gpu {
 
-template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 
 }  // namespace hetkv::gpu

@@ -9,12 +9,12 @@ namespace hetkv::gpu {
 // One launch of up to `max_blocks` thread blocks (0: as many as run at once) on the current device. `scratch` is device
 // memory; `result` pinned host memory, or null where a launch behind this one reports.
 template <Paths kPaths>
-gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
+gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* result,
                  gpuStream_t stream);
 
-extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-extern template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 
 }  // namespace hetkv::gpu

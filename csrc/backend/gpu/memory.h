@@ -19,6 +19,28 @@ HETKV_INLINE Vector<kWords> load(std::uint64_t address) {
   return *reinterpret_cast<const Vector<kWords>*>(static_cast<std::uintptr_t>(address));
 }
 
+// For loads that touch only pieces of 32 bytes each: the second-level cache fetches whole lines of 128 bytes, of which
+// the loads that follow need the rest.
+template <int kWords>
+HETKV_INLINE Vector<kWords> load_with_line(std::uint64_t address) {
+#if defined(__CUDA_ARCH__)
+  Vector<kWords> v;
+  if constexpr (kWords == 2) {
+    asm volatile("ld.global.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(address));
+  } else {
+    HETKV_UNROLL
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.w[i]), "=r"(v.w[i + 1]), "=r"(v.w[i + 2]), "=r"(v.w[i + 3])
+                   : "l"(address + 4 * i));
+    }
+  }
+  return v;
+#else
+  return load<kWords>(address);
+#endif
+}
+
 template <int kWords>
 HETKV_INLINE void store(std::uint64_t address, const Vector<kWords>& v) {
   *reinterpret_cast<Vector<kWords>*>(static_cast<std::uintptr_t>(address)) = v;

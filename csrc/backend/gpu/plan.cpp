@@ -1,6 +1,7 @@
 #include "backend/gpu/plan.h"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "convert.h"
 #include "remap/checksum.h"
@@ -29,6 +30,15 @@ bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
   return bits % static_cast<std::uint64_t>(unit) == 0;
 }
 
+// One unsigned 32-bit number holds each stride: address.h.
+bool strides_fit(const RemapSide& side, std::int64_t channels) {
+  const SegmentMap& map = side.map;
+  const auto fits = [](std::int64_t stride) { return stride >= 0 && stride <= std::int64_t{UINT32_MAX}; };
+  return fits(map.token_stride) && fits(map.head_stride) && fits(map.inner_stride) &&
+         (map.block_size == 0 || fits(map.block_stride)) &&
+         (map.pack >= channels || fits(map.outer_stride - map.pack * map.inner_stride));
+}
+
 // Channels lie next to each other in runs of whole `elements`.
 bool has_runs(const RemapSide& side, std::int64_t channels, std::int64_t elements) {
   const SegmentMap& map = side.map;
@@ -47,6 +57,18 @@ bool has_token_runs(const RemapSide& side, std::int64_t channels) {
   return map.block_size > 0 && map.block_size % kGroup == 0 && map.token_stride == size &&
          (map.pack >= channels || map.pack % kGroup == 0) && map.inner_stride % unit == 0 &&
          aligned(rest, channels, unit);
+}
+
+// Items of `tile` tokens, the first of which begins `lead` tokens before the job, cross no block's end.
+bool is_tiled(const RemapSide& side, std::int64_t tile, std::int64_t lead) {
+  return side.map.block_size == 0 || (side.map.block_size % tile == 0 && (side.first_token - lead) % tile == 0);
+}
+
+// What rows and cells share: whether tokens of an item lie in one block, and where the wire's words count from.
+void plan_items(const RemapJob& from, std::int64_t tile, std::int64_t lead, Job* job) {
+  job->src.tiled = is_tiled(from.src, tile, lead);
+  job->dst.tiled = is_tiled(from.dst, tile, lead);
+  job->wire_origin -= (from.wire == WireSide::kSource ? job->src.base : job->dst.base) / 8;
 }
 
 Side plan_side(const RemapSide& from) {
@@ -90,6 +112,8 @@ bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job)
   job->lane_vectors = FastDiv(static_cast<std::uint32_t>(lanes));
   job->row_parts = FastDiv(static_cast<std::uint32_t>(vectors / lanes));
   job->log_lane_tokens = static_cast<std::uint8_t>(log_tokens);
+  job->step_key = job->token_key << log_tokens;
+  plan_items(from, tile, 0, job);
   return true;
 }
 
@@ -110,6 +134,7 @@ bool plan_cells(const RemapJob& from, bool tokens_first, Job* job) {
   job->lead = static_cast<std::uint8_t>(lead);
   job->lane_vectors = FastDiv(static_cast<std::uint32_t>(vectors));
   job->log_lane_tokens = static_cast<std::uint8_t>(log_groups);
+  plan_items(from, kGroup, lead, job);
   return true;
 }
 
@@ -132,7 +157,7 @@ bool plan_job(const RemapJob& from, Job* job) {
   job->multipliers = from.multipliers;
   job->converts = from.src.map.dtype != from.dst.map.dtype || from.multipliers != nullptr;
   job->wire = from.wire;
-  job->wire_word = from.wire_offset / 8;
+  job->wire_origin = 1 + from.wire_offset / 8;
   job->tokens = static_cast<std::uint32_t>(from.tokens);
   job->token_count = FastDiv(static_cast<std::uint32_t>(std::max<std::int64_t>(1, from.tokens)));
   job->heads = FastDiv(static_cast<std::uint32_t>(std::max(1, from.heads)));
@@ -143,10 +168,11 @@ bool plan_job(const RemapJob& from, Job* job) {
   const SegmentMap& wire = from.wire == WireSide::kSource ? from.src.map : from.dst.map;
   const std::int64_t token_bytes = from.channels * item_size(wire.dtype);
   const bool sums = from.wire == WireSide::kNone || token_bytes % 8 == 0;
+  const bool fits = strides_fit(from.src, from.channels) && strides_fit(from.dst, from.channels);
   if (from.wire != WireSide::kNone) job->token_key = static_cast<std::uint64_t>(token_bytes / 8) * kChecksumStep;
 
   const auto rows = [&](std::int64_t elements) {
-    return sums && has_runs(from.src, from.channels, elements) && has_runs(from.dst, from.channels, elements);
+    return sums && fits && has_runs(from.src, from.channels, elements) && has_runs(from.dst, from.channels, elements);
   };
   if (!job->converts && rows(16 / size) && plan_rows(from, Path::kMove16, 16 / size, job)) return true;
   if (!job->converts && rows(8 / size) && plan_rows(from, Path::kMove8, 8 / size, job)) return true;
@@ -154,7 +180,7 @@ bool plan_job(const RemapJob& from, Job* job) {
   for (const bool tokens_first : {true, false}) {
     const RemapSide& turned = tokens_first ? from.src : from.dst;
     const RemapSide& other = tokens_first ? from.dst : from.src;
-    if (has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
+    if (sums && fits && has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
         plan_cells(from, tokens_first, job)) {
       return true;
     }

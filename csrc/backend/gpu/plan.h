@@ -38,14 +38,16 @@ struct Side {
   FastDiv block_size;
   FastDiv pack;  // in channels
   DType dtype = DType::kUInt8;
+  bool tiled = true;  // rows, cells: the tokens of one item lie in one block
 };
 
 struct Job {
   Side src;
   Side dst;
   const float* multipliers = nullptr;
-  std::uint64_t wire_word = 0;    // index of the wire side's first word in the payload
-  std::uint64_t token_key = 0;    // what one token adds to a word's key: words of a token * kChecksumStep
+  std::uint64_t wire_origin = 0;  // 1 + index in the payload of the wire side's first word; rows, cells: of address 0
+  std::uint64_t token_key = 0;    // cells: what one token adds to a word's key, words of a token * kChecksumStep
+  std::uint64_t step_key = 0;     // rows: what the tokens from one vector of an item to its next add
   std::uint64_t elements = 0;     // words: all of the job's
   std::uint32_t first_chunk = 0;  // of this job in the launch
   std::uint32_t items = 0;        // rows, cells
@@ -81,11 +83,14 @@ struct Partial {
   std::uint32_t saturated = 0;
 };
 
-// What the thread blocks of a launch add up, in device memory: all zero between launches.
+constexpr std::uint32_t kNumbers = 3;  // of HetkvRemapResult
+constexpr std::uint64_t kOneBlock = std::uint64_t{1} << 48;
+
+// What the thread blocks of a launch add up, in device memory: all zero between launches. `now` counts the blocks that
+// have added to a number in units of kOneBlock, above what they added, which is less than 2^32 each.
 struct Scratch {
-  std::uint64_t checksum;
-  std::uint64_t saturated;
-  std::uint32_t blocks_done;
+  std::uint64_t now[kNumbers];
+  std::uint64_t before[kNumbers];  // of launches without a report
 };
 
 // Plans up to kMaxLaunchJobs jobs from `jobs` on. False where a job is beyond what a kernel can index (2^31 tokens).

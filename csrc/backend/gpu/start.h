@@ -23,7 +23,7 @@ int blocks_at_once() {
 }
 
 template <Paths kPaths>
-gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
+gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* result,
                  gpuStream_t stream) {
   std::uint32_t blocks = static_cast<std::uint32_t>(multiprocessors * blocks_at_once<kPaths>());
   if (max_blocks > 0) blocks = std::min(blocks, static_cast<std::uint32_t>(max_blocks));

@@ -29,6 +29,16 @@ HETKV_INLINE Position position(const Job& job, std::uint64_t e) {
   return at;
 }
 
+// With strides of any size and sign, unlike the functions of address.h.
+HETKV_INLINE std::uint64_t element_address(const Side& side, const Position& at) {
+  const std::int64_t channel = at.channel * side.inner_stride + side.pack.divide(at.channel) * side.pack_step;
+  const std::uint64_t row = side.base + static_cast<std::uint64_t>(at.head * side.head_stride + channel);
+  if (side.blocks == nullptr) return row + static_cast<std::uint64_t>(at.token * side.token_stride);
+  std::uint32_t block = side.first_token + at.token;
+  const std::uint32_t in_block = side.block_size.split(block);
+  return row + static_cast<std::uint64_t>(side.blocks[block] * side.block_stride + in_block * side.token_stride);
+}
+
 HETKV_INLINE void next(const Job& job, Position& at) {
   if (++at.channel < job.channels.divisor) return;
   at.channel = 0;
@@ -48,8 +58,7 @@ HETKV_INLINE void move_word(const Job& job, std::uint64_t seed, std::uint64_t wo
   Position at = position(job, first);
   std::uint64_t value = 0;
   for (int i = 0; i < per_word && first + static_cast<std::uint64_t>(i) < job.elements; ++i) {
-    const std::uint64_t src = head_channel(job.src, at.head, at.channel) + token_offset(job.src, at.token);
-    const std::uint32_t code = load_element(src, from_size);
+    const std::uint32_t code = load_element(element_address(job.src, at), from_size);
     std::uint32_t result = code;
     if (job.converts) {
       const float multiplier = job.multipliers != nullptr ? job.multipliers[at.head] : 1.0f;
@@ -59,12 +68,12 @@ HETKV_INLINE void move_word(const Job& job, std::uint64_t seed, std::uint64_t wo
     }
     value |= static_cast<std::uint64_t>(job.wire == WireSide::kSource ? code : result) << (8 * size * i);
     if (!job.whole_words) {
-      store_element(head_channel(job.dst, at.head, at.channel) + token_offset(job.dst, at.token), to_size, result);
+      store_element(element_address(job.dst, at), to_size, result);
     }
     next(job, at);
   }
   if (job.wire == WireSide::kNone) return;
-  partial.checksum += mix(value, seed + (job.wire_word + word + 1) * kChecksumStep);
+  partial.checksum += mix(value, seed + (job.wire_origin + word) * kChecksumStep);
   if (job.wire == WireSide::kSource) return;
   const std::uint64_t dst = job.dst.base + 8 * word;
   if (job.whole_words) {

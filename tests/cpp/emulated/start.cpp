@@ -6,7 +6,7 @@
 namespace hetkv::gpu {
 
 template <Paths kPaths>
-gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, RemapResult* result,
+gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* result,
                  gpuStream_t) {
   std::uint32_t blocks = static_cast<std::uint32_t>(max_blocks > 0 ? max_blocks : 4 * multiprocessors);
   blocks = std::max(1u, std::min(blocks, launch.num_chunks));
@@ -20,19 +20,19 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
         run_chunk<kPaths>(job, launch.seed, chunk, thread, partial);
       }
       total.checksum += partial.checksum;
-      scratch->saturated += partial.saturated;
+      scratch->before[2] += partial.saturated;
     }
   }
-  scratch->checksum += total.checksum;
+  scratch->before[0] += total.checksum;
   if (result == nullptr) return gpuSuccess;
-  *result = {scratch->checksum, scratch->saturated};
+  *result = {scratch->before[0], 0, scratch->before[2]};
   *scratch = Scratch{};
   return gpuSuccess;
 }
 
-template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
-template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, RemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 
 }  // namespace hetkv::gpu
