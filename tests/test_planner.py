@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -91,7 +92,7 @@ def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) ->
     def hasty(search: Search) -> Search:
         if dear:
             return run(search)
-        found = Search(search.problem, search.found, search.judges, 5.0, neighbours=False)
+        found = Search(search.problem, search.found, search.judges, 200_000, neighbours=False)
         some = run(found).best
         assert some is not None
         search.best = search._simulate({k: 4 * n for k, n in some.counts.items()}, 1.0)
@@ -108,10 +109,25 @@ def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) ->
         assert {i.gpu for i in option.instances} == {gpu}
 
 
-def test_a_search_that_the_clock_ended_says_so() -> None:
+def test_a_search_that_a_limit_ended_says_which() -> None:
+    plan = solve(small(), beside=False, events=0)
+    assert plan.meets
+    assert any("limit of 0 simulated events" in note for note in plan.notes)
+    assert plan.events < solve(small(), beside=False).events
     plan = solve(small(), beside=False, seconds=0.0)
     assert plan.meets
-    assert any("limit of 0 s" in note for note in plan.notes)
+    assert any("clock stopped the search after 0 s" in note for note in plan.notes)
+
+
+def test_the_clock_has_no_say_in_the_plan(monkeypatch: Any) -> None:
+    """A machine on which everything takes a thousand times as long finds the same plan."""
+    plan = solve(small(), beside=False)
+    now = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000 * now())
+    slow = solve(small(), beside=False, seconds=1e9)
+    assert slow.verify_seconds > 100 * plan.verify_seconds
+    for name in ("instances", "simulated", "simulated_slack", "runners_up", "events", "notes"):
+        assert getattr(slow, name) == getattr(plan, name)
 
 
 def test_why_a_vendor_has_no_plan_is_said_of_its_own_gpus() -> None:
