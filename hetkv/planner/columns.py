@@ -122,9 +122,10 @@ class _Builder:
             service: list[list[Array]] = []
             prompts = [s.prompts for s in self.demand.samples]
             for offer, tp, pp, steps in places:
-                capacity = prefill(steps, self.demand, engine.max_num_batched_tokens)
+                times = prompt_seconds(steps, prompts, engine.max_num_batched_tokens)
+                capacity = prefill(steps, self.demand, engine.max_num_batched_tokens, times)
                 if self._add("prefill", offer, tp, pp, steps, capacity, engine):
-                    service.append(prompt_seconds(steps, prompts, engine.max_num_batched_tokens))
+                    service.append(times)
             if not service:
                 return self._both(places, shape, engine)
             fastest = [np.min(times, axis=0) for times in zip(*service, strict=True)]
