@@ -9,7 +9,7 @@ from math import inf
 
 from hetkv.planner.verify import Judge
 
-PLAN_EVENTS = 2_000_000
+PLAN_EVENTS = 1_500_000
 """For the plan itself; an event takes 10 to 25 microseconds on a core of 2025."""
 
 BESIDE_EVENTS = 600_000
