@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import msgspec
@@ -25,13 +26,15 @@ def one_type() -> Problem:
 
 
 def test_plans_on_a_ray_cluster_are_those_of_this_process() -> None:
-    pytest.importorskip("ray", reason="the package `ray` is not installed")
+    ray = pytest.importorskip("ray", reason="the package `ray` is not installed")
     here = frontier(one_type(), scales=(0.5, 1.0), targets=(1.0,), jobs=1)
     assert frontier(one_type(), scales=(0.5, 1.0), targets=(1.0,), jobs=2, backend="ray") == here
+    ray.shutdown()
 
 
 def test_without_ray_the_back_end_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    for name in ("ray", "ray.util.joblib"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     with pytest.raises(InputError, match=r"--backend ray: the package `ray` is not installed \(pip install ray\)"):
         frontier(one_type(), scales=(1.0,), targets=(1.0,), jobs=1, backend="ray")
 
