@@ -1,7 +1,7 @@
 """The field's methods beside the planner, on the small random fleets of the optimality harness.
 
     python bench/planner_baselines.py --json bench/results/planner_baselines.json [--fleets 40] [--jobs 2]
-        [--aic-python PYTHON [--aic-fleets 6]]
+        [--resume] [--aic-python PYTHON [--aic-fleets 6]]
 
 Every plan is judged by the same simulator. A method's plan may miss a target there; then it is also asked for more rate
 until its plan meets them (`repaired`). `--aic-python` names an interpreter that has the package `aiconfigurator`: the
@@ -11,10 +11,6 @@ tool itself then takes part on the first `--aic-fleets` fleets (20 to 60 s each)
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,14 +90,8 @@ def measure(name: str, problem: Any, sizer: Any, ours: float | None, begin: floa
     return found
 
 
-def commit() -> str:
-    """The commit that is measured."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip()
-
-
 def main() -> int:
-    from joblib import Parallel, delayed
+    from planner_rows import measure as measure_all
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=int, default=40)
@@ -109,21 +99,10 @@ def main() -> int:
     parser.add_argument("--aic-python", metavar="PYTHON")
     parser.add_argument("--aic-fleets", type=int, default=6)
     parser.add_argument("--json", metavar="FILE", required=True)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     args = parser.parse_args()
     tasks = [(seed, args.aic_python if seed < args.aic_fleets else None) for seed in range(args.fleets)]
-    about = {
-        "device": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "jobs": args.jobs,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-    }
-    rows: list[dict[str, Any]] = []
-    for row in Parallel(n_jobs=args.jobs, return_as="generator")(delayed(compare)(*task) for task in tasks):
-        rows.append(row)
-        facts = {**about, "load_average": round(os.getloadavg()[0], 1), "fleets": rows}
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        print(f"{len(rows)} of {len(tasks)} fleets", flush=True)
+    measure_all(compare, tasks, args.json, jobs=args.jobs, resume=args.resume)
     return 0
 
 

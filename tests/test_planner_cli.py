@@ -195,7 +195,9 @@ def test_pictures_are_pictures(folder):
         (["--trace", "azure.csv", "--window", "0"], "--window must be greater than 0"),
         (["--out", "nowhere/p.yaml"], "there is no folder"),
         (["--out", "."], "a folder"),
-        (["--trace", "nowhere.csv"], "nowhere.csv"),
+        (["--trace", "nowhere.csv"], "plan: nowhere.csv: No such file"),
+        (["--problem", "nowhere.yaml"], "nowhere.yaml: the problem cannot be read (No such file"),
+        (["--problem", "."], "the problem cannot be read (Is a directory"),
         (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--jobs", "-5"], "--jobs must be 1 or more"),
     ],
@@ -207,6 +209,15 @@ def test_bad_options_are_one_line(folder, monkeypatch, capsys, words, part):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert part in error
+
+
+def test_prices_need_a_date(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["hetkv.planner.solve"], "solve", None)
+    words = ["--model", "Llama-3.1-8B", "--gpu", "H100:2.5", "--rate", "4", "--ttft", "600", "--tpot", "40"]
+    assert main(["plan", *words, "--prices-as-of", "yesterday"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--prices-as-of must be a date such as 2026-05 or 2026-05-31, got 'yesterday'" in error
 
 
 def test_a_trace_needs_one_class(folder, monkeypatch, capsys):

@@ -66,6 +66,13 @@ def test_the_same_deployment_is_named_once():
     assert [o.name for o in others(plan_of(small(), *SPLIT, beside=twice))] == ["amd only", "none"]
 
 
+def test_runners_up_are_numbered_as_they_are_listed():
+    after = [option(f"runner-up {i + 1}", some("aggregated", gpu, 3)) for i, gpu in enumerate(("MI300X", "H100-SXM"))]
+    plan = plan_of(small(), *SPLIT, beside=(option("amd only", *after[0].instances),))
+    listed = others(msgspec.structs.replace(plan, runners_up=after))
+    assert [(o.name, o.instances[0].gpu) for o in listed] == [("amd only", "MI300X"), ("runner-up 1", "H100-SXM")]
+
+
 def test_link_use_is_the_kv_of_all_prompts_over_the_ports():
     (use,) = link_use(small(), plan_of(small(), *SPLIT))
     per_token = 2 * 32 * 8 * 128 * 2  # K and V, layers, heads, channels, bytes

@@ -52,6 +52,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gpus.0.usd_per_gpu_hour", -2.5, "gpus[0] (H100-SXM): `usd_per_gpu_hour` must be greater than 0, got -2.5"),
         ("gpus.0.usd_per_gpu_hour", ..., "gpus[0] (H100-SXM): missing price `usd_per_gpu_hour`"),
         ("gpus.0.as_of", ..., "gpus[0] (H100-SXM): a price needs `as_of`"),
+        ("gpus.0.as_of", "yesterday", "gpus[0] (H100-SXM): `as_of` must be a date such as 2026-05 or 2026-05-31"),
+        ("gpus.0.as_of", "2026-13", "`as_of` must be a date such as 2026-05 or 2026-05-31, got '2026-13'"),
         ("gpus.1.basis", "reserved", "prices of unlike basis (on_demand, reserved) do not compare"),
         ("gpus.1.gpu", "H200-XXL", "gpus[1]: unknown GPU 'H200-XXL'"),
         ("gpus.1.gpu", "H100", "H100-SXM is given twice"),

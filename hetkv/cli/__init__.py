@@ -56,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         check_outputs({name: getattr(args, name, None) for name in OUTPUTS})
         return int(import_module(f"hetkv.cli.{args.command}").run(args))
-    except (HetkvError, OSError) as error:
-        print(f"hetkv {argv[0]}: {error}", file=sys.stderr)
-        return 2
+    except HetkvError as error:
+        text = str(error)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         return 130
+    print(f"hetkv {argv[0]}: {text}", file=sys.stderr)
+    return 2

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,
-        help="of the simulations; the same seed gives the same plan, unless a note says that time ran out",
+        help="of the simulations; the same seed gives the same plan",
     )
     parser.add_argument("--json", metavar="FILE", help="write the plan and all that was worked out, for machines")
     parser.add_argument("--out", metavar="FILE", help="write the deployment as plan.yaml for simulate and demo")
@@ -87,7 +87,7 @@ def problem_of(args: argparse.Namespace) -> Any:
     """The problem that the options describe."""
     import msgspec
 
-    from hetkv.planner.problem import check_problem, load_problem, parse_problem
+    from hetkv.planner.problem import check_date, check_problem, load_problem, parse_problem
 
     if (args.problem is None) == (args.model is None):
         raise InputError("give either --problem FILE or --model with --gpu, --rate, --ttft and --tpot")
@@ -97,6 +97,7 @@ def problem_of(args: argparse.Namespace) -> Any:
         for option in ("gpu", "rate", "ttft", "tpot", "prices_as_of"):
             if getattr(args, option) in (None, [], ""):
                 raise InputError(f"missing --{option.replace('_', '-')}")
+        check_date(args.prices_as_of, "--prices-as-of")
         traffic = {
             "name": "traffic",
             "rate": args.rate,

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
 from hetkv.costmodel.collectives import all_reduce, exchange
 from hetkv.costmodel.efficiency import Constants, Efficiency
@@ -16,6 +19,8 @@ from hetkv.costmodel.interface import Estimate
 from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens
 from hetkv.costmodel.models import ModelShape
 from hetkv.errors import InputError
+
+Array = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2
 
@@ -221,15 +226,27 @@ class RooflineStepModel:
         if self._stages == 1:
             return float(seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs))
         parts = min(self._stages, max(1, decode_batch + -(-prefill_tokens // self._stage_chunk)))
+        return float(self._staged(parts, decode_batch, decode_context, prefill_tokens, prefill_pairs))
+
+    def step_seconds_of(self, batch: Array, context: Array, prompt: Array, pairs: Array) -> Array:
+        """`step_seconds` of arrays of one shape."""
+        if self._stages == 1:
+            found: Array = seconds(self._coefficients, batch, context, prompt, pairs)
+            return found
+        parts = np.minimum(self._stages, np.maximum(1, batch + -(-prompt // self._stage_chunk)))
+        staged: Array = self._staged(parts, batch, context, prompt, pairs)
+        return staged
+
+    def _staged(self, parts: Any, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
+        """Floats or arrays: the time in which `parts` micro-batches each pass through every stage once."""
         one = seconds(
             self._coefficients,
-            decode_batch / parts,
-            decode_context / parts,
-            prefill_tokens / parts,
-            prefill_pairs / parts,
+            batch / parts,
+            context / parts,
+            prompt / parts,
+            pairs / parts,
         )
-        tokens = (decode_batch + prefill_tokens) / parts
-        return float(one + self._hop_s + self._hop_s_per_token * tokens)
+        return one + self._hop_s + self._hop_s_per_token * ((batch + prompt) / parts)
 
     def step_estimate(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0

@@ -86,29 +86,32 @@ def step_times(
     pairs: Array | float = 0.0,
 ) -> Array:
     """Step times for arrays of what `step_seconds` takes; fractions of sequences and tokens are means."""
-    seconds: Any = steps.step_seconds
     rows = np.broadcast_arrays(*np.atleast_1d(batch, context, prompt, pairs))
+    at_once: Any = getattr(steps, "step_seconds_of", None)  # ours have it; any `StepModel` will do
+    if at_once is not None:
+        found: Array = at_once(*rows)
+        return found
+    seconds: Any = steps.step_seconds
     return np.array([seconds(*row) for row in zip(*(r.tolist() for r in rows), strict=True)])
 
 
-def prompt_seconds(steps: StepModel, lengths: Sequence[Array], budget: int, batch: float = 0.0) -> list[Array]:
+def prompt_seconds(steps: StepModel, lengths: Sequence[Array], budget: int) -> list[Array]:
     """Time of each prompt alone, in steps of at most `budget` tokens; interpolated between worked-out lengths."""
     top = max(float(x.max()) for x in lengths)
     knots = np.unique(np.rint(np.geomspace(1, max(top, 2.0), 28)))
-    times = []
-    for length in knots.tolist():
-        done, total = 0.0, 0.0
-        while done < length:
-            n = min(float(budget), length - done)
-            total += float(step_times(steps, 0.0, 0.0, n, n * done + n * (n + 1) / 2)[0])
-            done += n
-        times.append(total)
+    times = np.zeros(len(knots))
+    for done in np.arange(0.0, knots[-1], budget):
+        longer = knots > done
+        n = np.minimum(knots[longer] - done, budget)
+        times[longer] += step_times(steps, 0.0, 0.0, n, n * done + n * (n + 1) / 2)
     return [np.interp(x, knots, times) for x in lengths]
 
 
-def prefill(steps: StepModel, demand: Demand, budget: int, first_step_seconds: float = 0.0) -> Capacity:
-    """Of a prefill instance: the better of prompts one by one (M/G/n) and of all waiting prompts in one step."""
-    service = prompt_seconds(steps, [s.prompts for s in demand.samples], budget)
+def prefill(steps: StepModel, demand: Demand, budget: int, service: Sequence[Array]) -> Capacity:
+    """Of a prefill instance: the better of prompts one by one (M/G/n) and of all waiting prompts in one step.
+
+    `service` are the `prompt_seconds` of the demand's prompts.
+    """
     mean = demand.mean(service)
     variance = demand.mean([(x - mean) ** 2 for x in service])
     late = [
@@ -239,11 +242,11 @@ def _prompts_in_time(
     """
     servers = np.array(COUNTS, dtype=np.float64)[:, None, None]
     load = np.clip(use, 1e-6, 0.95)[None, :, None]
-    prompts = sample.prompts[::8]
-    own = np.ceil(prompts / budget) * mixed[:, None] + 0.5 * step[:, None]
+    chunks, same = np.unique(np.ceil(sample.prompts[::8] / budget), return_counts=True)
+    own = chunks * mixed[:, None] + 0.5 * step[:, None]
     left = sample.spec.ttft_ms / 1e3 - own[None]
     ahead = demand.prompt * (1 + demand.prompt_spread) / budget * step[None, :, None] / servers / (1 - load)
     waits = load ** (np.sqrt(2 * (servers + 1)) - 1)
     late = np.where(left < 0, 1.0, waits * np.exp(-np.maximum(left, 0.0) / np.maximum(ahead, 1e-9)))
     allowed = 1 - sample.spec.ttft_percentile / 100
-    return np.asarray(late.mean(axis=2) <= allowed)
+    return np.asarray(late @ (same / same.sum()) <= allowed)

@@ -13,12 +13,14 @@ from hetkv.costmodel import (
     Catalogue,
     Efficiencies,
     Placement,
+    RooflineStepModel,
     StepModel,
     load_catalogue,
     load_efficiencies,
     model_shape,
+    step_model,
 )
-from hetkv.costmodel import step_model as catalogue_step_model
+from hetkv.costmodel.catalogue import Gpu
 from hetkv.costmodel.models import ModelShape
 from hetkv.costmodel.step import count_work
 from hetkv.errors import InputError
@@ -122,9 +124,10 @@ class _Builder:
             service: list[list[Array]] = []
             prompts = [s.prompts for s in self.demand.samples]
             for offer, tp, pp, steps in places:
-                capacity = prefill(steps, self.demand, engine.max_num_batched_tokens)
+                times = prompt_seconds(steps, prompts, engine.max_num_batched_tokens)
+                capacity = prefill(steps, self.demand, engine.max_num_batched_tokens, times)
                 if self._add("prefill", offer, tp, pp, steps, capacity, engine):
-                    service.append(prompt_seconds(steps, prompts, engine.max_num_batched_tokens))
+                    service.append(times)
             if not service:
                 return self._both(places, shape, engine)
             fastest = [np.min(times, axis=0) for times in zip(*service, strict=True)]
@@ -156,20 +159,7 @@ class _Builder:
         count_work(gpu, shape, Placement(tp, pp), engine.weight_dtype, engine.kv_dtype)  # missing figures are errors
         where = f"{shape.name} on {gpu.name} tp {tp} pp {pp}"
         try:
-            steps: StepModel = catalogue_step_model(
-                gpu,
-                shape,
-                tp,
-                pp,
-                engine=engine.name,
-                engine_version=engine.version,
-                weight_dtype=engine.weight_dtype,
-                kv_dtype=engine.kv_dtype,
-                max_batched_tokens=engine.max_num_batched_tokens,
-                memory_share=engine.memory_share,
-                catalogue=self.catalogue,
-                efficiencies=self.efficiencies,
-            )
+            steps: StepModel = steps_of(gpu, shape, tp, pp, engine, self.catalogue, self.efficiencies)
         except InputError as error:
             self.found.refused[where] = f"memory: {error}"
             return None
@@ -235,6 +225,26 @@ class _Builder:
             )
         )
         return True
+
+
+def steps_of(
+    gpu: Gpu, shape: ModelShape, tp: int, pp: int, engine: Engine, catalogue: Catalogue, efficiencies: Efficiencies
+) -> RooflineStepModel:
+    """The step model of one instance under `engine`; `InputError` where the model does not fit."""
+    return step_model(
+        gpu,
+        shape,
+        tp,
+        pp,
+        engine=engine.name,
+        engine_version=engine.version,
+        weight_dtype=engine.weight_dtype,
+        kv_dtype=engine.kv_dtype,
+        max_batched_tokens=engine.max_num_batched_tokens,
+        memory_share=engine.memory_share,
+        catalogue=catalogue,
+        efficiencies=efficiencies,
+    )
 
 
 def sizes(model: ModelSpec, offer: GpuOffer, shape: ModelShape) -> list[tuple[int, int]]:

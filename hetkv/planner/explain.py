@@ -76,15 +76,12 @@ def own_option(plan: Plan) -> Option:
 
 
 def others(plan: Plan) -> list[Option]:
-    """Baselines and runners-up, the same deployment only once."""
-    found: list[Option] = []
-    seen: set[tuple[Instances, ...]] = set()
-    for option in [*plan.baselines, *plan.runners_up]:
-        key = tuple(option.instances)
-        if not key or key not in seen:
-            found.append(option)
-        seen.add(key)
-    return found
+    """Baselines and runners-up, the same deployment only once; the runners-up that are left are numbered from 1."""
+    found: dict[tuple[Instances, ...] | str, Option] = {}
+    for option in plan.baselines:
+        found.setdefault(tuple(option.instances) or option.name, option)
+    left = [o for o in plan.runners_up if tuple(o.instances) not in found]
+    return [*found.values()] + [msgspec.structs.replace(o, name=f"runner-up {i}") for i, o in enumerate(left, 1)]
 
 
 def worse_by(plan: Plan, option: Option) -> float | None:

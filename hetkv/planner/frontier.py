@@ -8,6 +8,7 @@ import msgspec
 
 from hetkv.costmodel import load_catalogue
 from hetkv.errors import InputError
+from hetkv.planner.effort import BESIDE_EVENTS
 from hetkv.planner.explain import VENDORS, gpus, split
 from hetkv.planner.problem import Objective, PairLimit, Problem
 from hetkv.planner.solve import solve
@@ -17,8 +18,6 @@ from hetkv.simulator.sweep import run_all
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 TARGETS = (0.6, 0.8, 1.0, 1.5, 2.5)
 MIXED = "mixed"
-SECONDS = 15.0
-"""Of simulation for one plan, after which no further round begins: few need as long, unless the machine is busy."""
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -131,7 +130,7 @@ def point(name: str, problem: Problem, scale: float, target: float) -> Point:
     problem = msgspec.structs.replace(problem, classes=classes)
     rate = sum(c.rate for c in classes)
     try:
-        plan = solve(problem, beside=False, seconds=SECONDS)
+        plan = solve(problem, beside=False, events=BESIDE_EVENTS)
     except InputError as error:
         return Point(name, scale, target, rate, why=str(error))
     count = gpus(plan.instances)

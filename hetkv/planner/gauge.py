@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf
@@ -12,6 +11,7 @@ import msgspec
 import numpy as np
 
 from hetkv.planner.columns import Column
+from hetkv.planner.effort import Effort
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
 from hetkv.planner.result import Instances
@@ -50,7 +50,7 @@ class Gauge:
     problem: Problem
     columns: Sequence[Column]
     judges: Mapping[str, Judge]
-    deadline: float = inf  # of `time.perf_counter`: no further measurement is begun after it
+    effort: Effort | None = None  # no further measurement is begun once it is spent
     _factors: dict[Key, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,14 +154,14 @@ class Gauge:
         return {k: n for k, n in found.items() if n} or {max(mine, key=lambda k: mine[k]): 1}
 
     def largest(self, model: str, counts: Counts, role: str, start: float) -> float:
-        """The largest scale, to `PRECISION`, at which the pool keeps its own target; 0 where none was found in time.
+        """The largest scale, to `PRECISION`, at which the pool keeps its own target; 0 where none was found.
 
         Between a scale that holds and one that does not, the next one is where a line through what they use of their
         limits would meet it; TTFT rises too steeply for that, and its interval is halved.
         """
         low, high, scale, used = 0.0, 0.0, start, {}
         for _ in range(10):
-            if low and time.perf_counter() > self.deadline:
+            if low and self.effort is not None and self.effort.spent:
                 break
             found = self.role(model, counts, role, scale)
             used[scale] = found.used(role)

@@ -6,7 +6,6 @@ Queueing formulas are roughest for one to six instances, and there are few enoug
 from __future__ import annotations
 
 import heapq
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,13 +22,12 @@ VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
 
-def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> Candidate:
+def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
     """The cheapest plan found that meets the targets, `best` if there is none.
 
     The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
     of their cost; each pool is simulated once. A pool below one that failed is not tried: fewer instances serve less.
     """
-    end = time.perf_counter() + seconds
     rest = {k: n for k, n in best.counts.items() if k[0] != model}
     fixed = search.price(rest)
     failed: dict[str, list[dict[Key, int]]] = {"prefill": [], "decode": [], "aggregated": []}
@@ -53,8 +51,7 @@ def cheaper(search: Search, model: str, best: Candidate, seconds: float) -> Cand
     for cost, parts in _by_cost(search, model, best.cost - fixed):
         if fixed + cost >= best.cost - 1e-9:
             break
-        if time.perf_counter() > end:
-            search.hurried = True
+        if search.effort.spent:
             break
         whole = {k: n for part in parts.values() for k, n in part.items()}
         if not search.allowed({**rest, **whole}) or not all(holds(role, part) for role, part in parts.items()):

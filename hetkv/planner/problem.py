@@ -6,6 +6,7 @@ per GPU and hour, bandwidths GB/s (1e9 bytes).
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +135,8 @@ def load_problem(path: str | Path) -> Problem:
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: the problem cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
@@ -208,6 +211,7 @@ def _offer(offer: GpuOffer, where: str, catalogue: Catalogue, goal: Goal) -> Gpu
         for field in ("basis", "as_of"):
             if not getattr(offer, field):
                 raise InputError(f"{where}: a price needs `{field}`")
+        check_date(str(offer.as_of), f"{where}: `as_of`")
     if offer.cap is None:
         if goal == "split":
             raise InputError(f"{where}: missing `cap`: the goal `split` divides a given fleet")
@@ -218,6 +222,14 @@ def _offer(offer: GpuOffer, where: str, catalogue: Catalogue, goal: Goal) -> Gpu
         node = int(gpu.value("gpus_per_node"))
     _positive(node, f"{where}: `gpus_per_node`")
     return msgspec.structs.replace(offer, gpu=gpu.name, gpus_per_node=node)
+
+
+def check_date(text: str, what: str) -> None:
+    """`InputError` unless `text` is a month or a day as ISO 8601 writes it: prices are told by their dates."""
+    try:
+        date.fromisoformat(text if len(text) == len("2026-05-01") else f"{text}-01")
+    except ValueError:
+        raise InputError(f"{what} must be a date such as 2026-05 or 2026-05-31, got {text!r}") from None
 
 
 def _pair(pair: PairLimit, where: str, catalogue: Catalogue) -> PairLimit:

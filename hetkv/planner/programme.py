@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from hetkv.errors import HetkvError
 from hetkv.planner.columns import PORT_LOAD, Column
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
@@ -24,6 +25,12 @@ MERGE = 0.003
 """Pool-size ranges whose rates differ by less are one range, at the lower rate."""
 
 LARGEST = 1_000_000
+
+NODES = 200_000
+"""Of HiGHS's search tree, at most: the same work on every machine. `Solution.gap` is above 0 where more were needed."""
+
+SAFETY_SECONDS = 600.0
+"""An outer limit by the clock, with the same effect."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,17 @@ def optimise(
     *,
     relaxed: bool = False,
     cuts: Sequence[Cut] = (),
-    time_limit: float = 60.0,
 ) -> Solution | None:
     """The best counts, None where there are none. `rates` are requests/s of each model, `kv_bytes` of one request.
 
-    With the goals `goodput` and `split`, `value` is the largest multiple of `rates`.
+    With the goals `goodput` and `split`, `value` is the largest multiple of `rates`. `HetkvError` where `NODES` end
+    before anything is found.
     """
-    return _Programme(problem, columns, rates, kv_bytes, relaxed, cuts).solve(time_limit)
+    return _Programme(problem, columns, rates, kv_bytes, relaxed, cuts).solve()
+
+
+LIMIT_MET = 1
+"""The status of `scipy.optimize.milp` where nodes or time ran out."""
 
 
 class _Programme:
@@ -277,7 +288,7 @@ class _Programme:
         if some and all(c.role != "aggregated" for c in self.columns if c.model == cut.model):
             self.rows.add(some, 1.0, inf)
 
-    def solve(self, time_limit: float) -> Solution | None:
+    def solve(self) -> Solution | None:
         width = len(self.variables.cost)
         if not any(self.x.values()):
             return None
@@ -286,9 +297,11 @@ class _Programme:
             integrality=np.array(self.variables.whole),
             bounds=Bounds(np.zeros(width), np.array(self.variables.high)),
             constraints=self.rows.constraint(width),
-            options={"mip_rel_gap": 0.0, "time_limit": time_limit},
+            options={"mip_rel_gap": 0.0, "node_limit": NODES, "time_limit": SAFETY_SECONDS},
         )
         if result.x is None:
+            if result.status == LIMIT_MET:
+                raise HetkvError(f"the integer programme: HiGHS found no counts within {NODES:,} nodes")
             return None
         # Instances of the way that was not chosen are free in a node that is paid for: leave them out.
         counts = {

@@ -92,7 +92,7 @@ class Plan(msgspec.Struct, frozen=True):
     the rates could still grow in the simulator before a target is missed (0.1: ten per cent).
 
     `rate` is the requests/s of all classes together and `scale` its multiple of the problem's rates.
-    `deployments` holds a plan for the simulator for each model.
+    `events` of the simulator were handled to find it. `deployments` holds a plan for the simulator for each model.
     """
 
     goal: str
@@ -115,6 +115,7 @@ class Plan(msgspec.Struct, frozen=True):
     verify_seconds: float
     iterations: int
     deployments: dict[str, Deployment]
+    events: int = 0
     notes: list[str] = []
 
     def as_json(self) -> dict[str, Any]:

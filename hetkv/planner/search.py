@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from hetkv.planner.columns import Column, Columns
+from hetkv.planner.effort import PLAN_EVENTS, Effort
 from hetkv.planner.gauge import Counts, Gauge, Key
 from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
@@ -46,7 +48,8 @@ class Search:
     problem: Problem
     found: Columns
     judges: Mapping[str, Judge]
-    limit_seconds: float = 50.0
+    events: int = PLAN_EVENTS
+    deadline: float = inf
     neighbours: bool = True
     best: Candidate | None = None
     solution: Solution | None = None
@@ -54,12 +57,12 @@ class Search:
     solve_seconds: float = 0.0
     verify_seconds: float = 0.0
     iterations: int = 0
-    hurried: bool = False  # ended by the clock, not because nothing better was left to try
     slack: dict[tuple[str, str], float] = field(default_factory=dict)
     slack_of: Candidate | None = None  # the plan that `slack` was measured for
 
     def __post_init__(self) -> None:
-        self.gauge = Gauge(self.problem, self.found.columns, self.judges)
+        self.effort = Effort(self.judges, self.events, self.deadline)
+        self.gauge = Gauge(self.problem, self.found.columns, self.judges, self.effort)
         self.for_cost = self.problem.objective.goal == "cost"
         self.by_key = {c.key: c for c in self.found.columns}
 
@@ -67,11 +70,8 @@ class Search:
         """Search; `best` stays None where the programme has no solution."""
         cuts: list[Cut] = []
         reserve, before = 1.0, None
-        begin = time.perf_counter()
-        self.gauge.deadline = begin + self.limit_seconds
         for _ in range(2 * ITERATIONS):
-            self.hurried = time.perf_counter() - begin > self.limit_seconds
-            late = self.iterations >= ITERATIONS or self.hurried
+            late = self.iterations >= ITERATIONS or self.effort.spent
             if late and (self.best is not None or not self.for_cost or reserve > 1.2):
                 break
             if late:
@@ -93,7 +93,7 @@ class Search:
                 self._rescale(candidate, scales)
             cuts += self._cuts(candidate)
         if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
-            self._improve(begin)
+            self._improve()
         return self
 
     def adopt(self, other: Search) -> None:
@@ -189,7 +189,7 @@ class Search:
         """Find the slack of `best`."""
         assert self.best is not None
         self.slack.clear()
-        self.gauge.deadline = time.perf_counter() + self.limit_seconds
+        self.gauge.effort = Effort(self.judges, self.events // 2, self.deadline)
         self._measure(self.best)
 
     def _rescale(self, candidate: Candidate, scales: Mapping[str, float]) -> None:
@@ -223,14 +223,12 @@ class Search:
             pools[key[:2]] = pools.get(key[:2], 0) + n
         return self.neighbours and self.for_cost and max(pools.values()) <= LARGEST
 
-    def _improve(self, begin: float) -> None:
+    def _improve(self) -> None:
         assert self.best is not None
         start = time.perf_counter()
-        left = self.limit_seconds - (start - begin)
         for model in self.judges:
-            self.hurried |= left <= 0
-            if left > 0:
-                self.best = cheaper(self, model, self.best, left)
+            if not self.effort.spent:
+                self.best = cheaper(self, model, self.best)
         self.verify_seconds += time.perf_counter() - start
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from hetkv.costmodel import load_catalogue
 from hetkv.planner.columns import Columns, build_columns
+from hetkv.planner.effort import BESIDE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
 from hetkv.planner.gauge import part_of
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.predict import predict
@@ -20,18 +21,15 @@ from hetkv.planner.search import Candidate, Search, kv_bytes, runners_up
 from hetkv.planner.verify import Judge, deployment
 from hetkv.simulator.scaled import ScaledStepModel
 
-VERIFY_SECONDS = 45.0
-"""Time after which no further round of simulation is begun for the plan itself."""
 
-ALTERNATIVE_SECONDS = 15.0
-"""The same for each plan that is computed beside it."""
-
-
-def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECONDS) -> Plan:
+def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, seconds: float = SAFETY_SECONDS) -> Plan:
     """The best plan for `problem` (see `Objective`), verified in the simulator.
 
     `beside` also plans for each vendor alone, disaggregated only and aggregated only, takes one of these plans where it
-    is better, and plans at the ends of the cost model's interval. `seconds` bounds the simulation of the plan itself.
+    is better, and plans at the ends of the cost model's interval. No simulation is begun for the plan itself after
+    `events` of the simulator, so one problem and seed give one plan; `seconds` is an outer limit, reported where it is
+    met, as is the other.
+
     `InfeasibleError` where there is no plan; `meets` is false where none was found whose targets hold in the simulator.
     """
     problem = check_problem(problem)
@@ -39,7 +37,7 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     found = build_columns(problem, every=True)
     columns_seconds = time.perf_counter() - begin
     judges = {m.name: Judge(problem, m) for m in problem.models}
-    search = Search(problem, found, judges, seconds).run()
+    search = Search(problem, found, judges, events, begin + seconds).run()
     if not search.seen:
         raise explain(problem, found)
     parts = _parts(problem, found) if beside else {}
@@ -48,8 +46,12 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
     bound = search.bound()
     slack = _slack(search, best)
     notes = [] if best.meets else ["no plan was found whose targets hold in the simulator: this one comes closest"]
-    if search.hurried:
-        notes.append(f"the search ended at its limit of {seconds:g} s: with more time it may find a better plan")
+    if search.effort.short == "events":
+        notes.append(f"the search ended at its limit of {events:,} simulated events: more may find a better plan")
+    if time.perf_counter() > search.deadline:
+        notes.append(f"the clock stopped the search after {seconds:g} s: on another machine the plan may differ")
+    if search.solution is not None and search.solution.gap > 1e-9:
+        notes.append(f"the integer programme ended {search.solution.gap:.2%} from its bound: cheaper counts may exist")
     notes += _fallbacks(search, best)
     options = [_alternative(name, *part, search, best, spent[name]) for name, part in parts.items()]
     sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
@@ -75,6 +77,7 @@ def solve(problem: Problem, *, beside: bool = True, seconds: float = VERIFY_SECO
         solve_seconds=search.solve_seconds,
         verify_seconds=search.verify_seconds,
         iterations=search.iterations,
+        events=sum(judge.events for judge in judges.values()),
         deployments={
             m.name: deployment(problem, m, [i for i in search.gauge.instances(best.counts) if i.model == m.name])
             for m in problem.models
@@ -200,7 +203,7 @@ def _search_part(search: Search, problem: Problem, part: Columns) -> float:
     """Search some of the columns alone and let `search` adopt what is found; the seconds that it took."""
     begin = time.perf_counter()
     if search.best is None or not set(search.best.counts) <= {c.key for c in part.columns}:
-        other = Search(problem, part, search.judges, ALTERNATIVE_SECONDS)
+        other = Search(problem, part, search.judges, BESIDE_EVENTS, search.deadline)
         other.gauge.learn(search.gauge)
         search.adopt(other.run())
     return time.perf_counter() - begin  # else the best of all is the best of these

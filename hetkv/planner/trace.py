@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from hetkv.errors import InputError
+from hetkv.planner.effort import BESIDE_EVENTS
 from hetkv.planner.explain import split
-from hetkv.planner.frontier import SECONDS
 from hetkv.planner.plot import canvas
 from hetkv.planner.problem import Problem, WorkloadClass
 from hetkv.planner.solve import solve
@@ -141,7 +141,7 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
     )
     found = Window(start, end, len(rows), rate, *shape[0], *shape[1])
     try:
-        plan = solve(msgspec.structs.replace(problem, classes=[spec]), beside=False, seconds=SECONDS)
+        plan = solve(msgspec.structs.replace(problem, classes=[spec]), beside=False, events=BESIDE_EVENTS)
     except InputError as error:
         return msgspec.structs.replace(found, why=str(error))
     gpus = dict.fromkeys(("prefill", "decode", "aggregated"), 0)

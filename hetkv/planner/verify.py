@@ -60,6 +60,7 @@ class Judge:
     model: ModelSpec
     models: dict[tuple[str, int, int, int], StepModel] = field(default_factory=dict)
     simulations: int = 0
+    events: int = 0  # that all simulations handled
     _lines: dict[Any, dict[int, Any]] = field(default_factory=dict)
     _known: dict[Any, Verdict] = field(default_factory=dict)
 
@@ -84,7 +85,9 @@ class Judge:
     def _judge(self, instances: Sequence[Instances], scale: float, prompts_only: bool, quick: bool) -> Verdict:
         plan = deployment(self.problem, self.model, instances)
         mix = Mix(self.classes, scale, self.requests(scale), prompts_only)
-        columns = run(plan, mix, self.problem.seed, self._step_model if self.models else None, self._lines, quick)
+        models = self._step_model if self.models else None
+        columns, events = run(plan, mix, self.problem.seed, models, self._lines, quick)
+        self.events += events
         return verdict(columns, self.classes, mix.kinds(self.problem.seed))
 
     def _step_model(self, pool: PoolPlan, engine: Engine) -> StepModel:
@@ -144,8 +147,8 @@ def run(
     models: Any = None,
     lines: dict[Any, dict[int, Any]] | None = None,
     quick: bool = False,
-) -> Columns:
-    """The simulator's columns of `mix` on `plan`: what `simulate` runs, without its summary.
+) -> tuple[Columns, int]:
+    """The simulator's columns of `mix` on `plan`, and its events: what `simulate` runs, without its summary.
 
     `lines` keeps the piecewise lines of step times from one run to the next.
     """
@@ -162,7 +165,7 @@ def run(
     cluster.start(mix.requests(seed))
     events.run()
     cluster.finish()
-    return records.columns()
+    return records.columns(), events.count
 
 
 def _with_lines(pool: Pool, plan: PoolPlan, lines: dict[Any, dict[int, Any]] | None) -> Pool:

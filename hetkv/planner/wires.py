@@ -8,7 +8,7 @@ it there.
 from __future__ import annotations
 
 from hetkv.simulator.events import Events
-from hetkv.simulator.link import Done, Flow, Links
+from hetkv.simulator.link import Flow, Links
 
 
 class Wires(Links):
@@ -18,28 +18,17 @@ class Wires(Links):
         super().__init__(events, port, latency=latency)
         self._free: dict[tuple[str, str], float] = {}
 
-    def start(
-        self,
-        source: str,
-        sink: str,
-        size: float,
-        done: Done,
-        owner: object = None,
-        produced_over: float = 0.0,
-        layers: int = 1,
-    ) -> Flow:
-        """See `Links.start`. A transfer ends no sooner than its last layer's own time after the step that made it."""
+    def _start(self, flow: Flow, produced_over: float, layers: int) -> None:
+        """A transfer ends no sooner than its last layer's own time after the step that made it."""
         now = self.events.now
-        flow = Flow(source, sink, size, size, done, owner)
-        out, into = ("out", source), ("in", sink)
+        out, into = ("out", flow.source), ("in", flow.sink)
         first = max(now + produced_over / layers, self._free.get(out, 0.0), self._free.get(into, 0.0))
-        spent = size / self.port
+        spent = flow.size / self.port
         self._free[out] = self._free[into] = first + spent
         end = max(first + spent, now + produced_over + spent / layers)
         self.events.at(end + self.latency, self._visible, flow)
-        self.sent += size
+        self.sent += flow.size
         self.count += 1
-        return flow
 
     def cancel(self, flow: Flow) -> None:
         """Stop a transfer; its time on the port is lost."""

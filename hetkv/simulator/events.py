@@ -57,5 +57,10 @@ class Events:
             self.now = time
             handler(argument)
 
+    @property
+    def count(self) -> int:
+        """Events so far, pending ones too: a measure of the work that does not depend on the machine."""
+        return self._serial
+
     def __len__(self) -> int:
         return len(self._heap)

@@ -65,13 +65,9 @@ class Links:
 
         `produced_over`: the bytes are computed from now on, over that many seconds, in `layers` equal parts.
         """
-        now = self.events.now
-        if produced_over > 0:
-            flow = Flow(source, sink, size, size / produced_over, done, owner)
-            self.events.at(now + produced_over / layers, self._begin, (flow, now + produced_over))
-        else:
-            flow = Flow(source, sink, size, inf, done, owner)
-            self._begin((flow, now))
+        cap = size / produced_over if produced_over > 0 else inf
+        flow = Flow(source, sink, size, cap, done, owner)
+        self._start(flow, produced_over, layers)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -79,6 +75,13 @@ class Links:
         flow.epoch = -1
         if flow in self._all:
             self._remove(flow)
+
+    def _start(self, flow: Flow, produced_over: float, layers: int) -> None:
+        now = self.events.now
+        if produced_over > 0:
+            self.events.at(now + produced_over / layers, self._begin, (flow, now + produced_over))
+        else:
+            self._begin((flow, now))
 
     def _begin(self, start: tuple[Flow, float]) -> None:
         flow, produced = start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hetkv.costmodel.interface import Estimate, StepModel
 
 LOW, HIGH = "low", "high"
@@ -24,6 +26,11 @@ class ScaledStepModel:
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> float:
         return self.factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
+
+    def step_seconds_of(self, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
+        """`step_seconds` of arrays of one shape, where `model` has it."""
+        of: Any = self.model
+        return self.factor * of.step_seconds_of(batch, context, prompt, pairs)
 
     def step_estimate(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0

@@ -25,7 +25,7 @@ from hetkv.planner.result import Instances
 SECONDS = 900
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
+    "mistral": "LlamaForCausalLM",  # the same shape; the tool does not know it by its own name
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

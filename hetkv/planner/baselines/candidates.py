@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple
 
-from hetkv.costmodel import RooflineStepModel, load_catalogue, load_efficiencies, model_shape, step_model
+from hetkv.costmodel import RooflineStepModel, load_catalogue, load_efficiencies, model_shape
 from hetkv.errors import InputError
-from hetkv.planner.columns import sizes
+from hetkv.planner.columns import sizes, steps_of
 from hetkv.planner.problem import GpuOffer, ModelSpec, Problem
 from hetkv.planner.result import Instances
 
@@ -42,20 +42,8 @@ def candidates(problem: Problem, model: ModelSpec) -> list[Candidate]:
     for offer in problem.gpus:
         for tp, pp in sizes(model, offer, shape) if offer.cap != 0 else ():
             try:
-                steps = step_model(
-                    catalogue.gpu(offer.gpu),
-                    shape,
-                    tp,
-                    pp,
-                    engine=engine.name,
-                    engine_version=engine.version,
-                    weight_dtype=engine.weight_dtype,
-                    kv_dtype=engine.kv_dtype,
-                    max_batched_tokens=engine.max_num_batched_tokens,
-                    memory_share=engine.memory_share,
-                    catalogue=catalogue,
-                    efficiencies=efficiencies,
-                )
+                gpu = catalogue.gpu(offer.gpu)
+                steps = steps_of(gpu, shape, tp, pp, engine, catalogue, efficiencies)
             except InputError:
                 continue  # it does not fit
             price = 1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour

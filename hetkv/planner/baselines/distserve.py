@@ -133,7 +133,7 @@ def attains(
     pool = PoolPlan("aggregated", candidate.offer.gpu, phase, candidate.tp, candidate.pp)
     plan = Deployment(model.name, [pool], problem.engine_for(model), catalogue=problem.catalogue)
     steps = candidate.steps if phase == "prefill" else OnlyDecode(candidate.steps)
-    columns = run(plan, mix, problem.seed, models=lambda pool, engine: steps)
+    columns, _ = run(plan, mix, problem.seed, models=lambda pool, engine: steps)
     # A decode instance is late from the moment it has the KV: prompts take no time here, so that is the arrival.
     waited, took = columns["first_token"] - columns["arrival"], columns["last_token"] - columns["arrival"]
     times = waited if phase == "prefill" else took / np.maximum(columns["output"] - 1, 1)

@@ -1,0 +1,50 @@
+"""How much a search may simulate. Counted in events of the simulator, so that a plan does not depend on the machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from hetkv.planner.verify import Judge
+
+PLAN_EVENTS = 1_500_000
+"""For the plan itself; an event takes 10 to 25 microseconds on a core of 2025."""
+
+BESIDE_EVENTS = 600_000
+"""For each plan that is computed beside it, and for each plan of a sweep."""
+
+SAFETY_SECONDS = 3600.0
+"""An outer limit by the clock. A plan that it cut short says so, and only such a plan may differ between machines."""
+
+
+@dataclass
+class Effort:
+    """What a search may still simulate: `events` of the simulator from now on, and nothing after `deadline`.
+
+    Judges remember verdicts, and a remembered one costs nothing. `deadline` is of `time.perf_counter`. `short` is
+    "events" or "clock" once `spent` was asked and that limit was met.
+    """
+
+    judges: Mapping[str, Judge]
+    events: int
+    deadline: float = inf
+    short: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._end = self._simulated() + self.events
+
+    def _simulated(self) -> int:
+        return sum(judge.events for judge in self.judges.values())
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing more should be begun."""
+        if time.perf_counter() > self.deadline:
+            self.short = "clock"
+        elif self._simulated() >= self._end:
+            self.short = self.short or "events"
+        else:
+            return False
+        return True
