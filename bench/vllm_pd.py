@@ -37,6 +37,8 @@ HETKV = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.in
 NIXL = {"kv_connector": "NixlConnector"}
 STOP_S = 20
 CONNECT_TRIES = 3
+CPU_BACKEND = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""What lets five servers share a small host, where the environment does not say otherwise."""
 METRIC_TRIES = 100
 
 
@@ -128,7 +130,8 @@ def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, An
     arguments += ["--no-enable-prefix-caching", *extra]
     if transfer is not None:
         arguments += ["--kv-transfer-config", json.dumps(transfer)]
-    return Server(name, folder, arguments, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
+    given = {name: os.environ.get(name, value) for name, value in CPU_BACKEND.items()}
+    return Server(name, folder, arguments, **given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
 
 
 def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
@@ -171,7 +174,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 def measure(
     systems: dict[str, str], producers: dict[str, Server], model: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """All systems in turn, one request at a time; then each with several at once."""
+    """All systems in turn, one request at a time, another one first each time; then each with several at once."""
     draw = random.Random(args.seed)
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
@@ -180,9 +183,11 @@ def measure(
     before = {server: server.observed(histogram) for server in producers.values()}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
-    for prompt in prompts:
-        for name, url in systems.items():
-            answers[name].append(ask(url, model, prompt, args.tokens))
+    turns = list(systems)
+    for number, prompt in enumerate(prompts):
+        first = number % len(turns)
+        for name in turns[first:] + turns[:first]:
+            answers[name].append(ask(systems[name], model, prompt, args.tokens))
             if name in producers:
                 server = producers[name]
                 after = server.observed(histogram, before[server])

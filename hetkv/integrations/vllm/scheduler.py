@@ -154,6 +154,8 @@ class SchedulerSide:
             self._next.dropped.add(request.request_id)
             self._held.add(request.request_id)
             return True, None
+        if producing.concurrent:
+            self._next.refused.append(producing.transfer_id)
         return False, None
 
     def on_output(self, output: KVConnectorOutput) -> None:

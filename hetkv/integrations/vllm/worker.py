@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from hetkv.integrations.vllm.layouts import Caches, caches
@@ -17,7 +19,6 @@ from hetkv.integrations.vllm.settings import Settings
 from hetkv.transfer import Receiver, Sender
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -60,7 +61,7 @@ class WorkerSide:
         if self._role.is_kv_producer:
             self._sender = Sender(self._caches.pool, **options)
             self.address = self._sender.listen(self._settings.address(self._caches.rank))
-            self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set)
+            self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set, on_all_ranks)
         if self._role.is_kv_consumer:
             self._receiver = Receiver(self._caches.pool, **options)
             self._loading = Loading(self._receiver, self._caches, self._stats, self._changed.set)
@@ -143,3 +144,13 @@ class WorkerSide:
             return
         size = self._cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._failed_blocks.update(load.blocks[0][load.held // size : -(-load.stop // size)])
+
+
+def on_all_ranks(statements: list[bool]) -> list[bool]:
+    """Which of these hold on every rank of this instance. All ranks call it in the same step, with as many."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return statements
+    held = torch.tensor(statements, dtype=torch.int32)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN, group.cpu_group)
+    return [bool(each) for each in held.tolist()]
