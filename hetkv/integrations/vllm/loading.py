@@ -22,6 +22,8 @@ from hetkv.transfer import Receiver, Reception
 
 _log = logging.getLogger(__name__)
 CONNECTS_AT_ONCE = 4
+SOON_S = 0.02
+"""What a transfer takes whose prefill is done. One that takes longer waits for a prefill, or is long."""
 
 
 @dataclass
@@ -91,9 +93,10 @@ class Loading:
         return results
 
     @property
-    def waiting(self) -> bool:
-        """Whether a load is under way."""
-        return bool(self._in)
+    def due(self) -> bool:
+        """Whether a load was asked for a moment ago: if its prefill is done, it will end any moment."""
+        since = time.monotonic() - SOON_S
+        return any(incoming.started > since for incoming in self._in.values())
 
     def close(self) -> None:
         """Stop connecting. What is under way ends with the receiver."""

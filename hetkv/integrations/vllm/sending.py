@@ -132,11 +132,6 @@ class Sending:
                 out.held_since = now + NO_LIMIT_S  # once
         return free
 
-    @property
-    def waiting(self) -> bool:
-        """Whether the scheduler waits for something here."""
-        return bool(self._out)
-
     def _open(self, send: Send) -> Outgoing:
         blocks = self._caches.blocks(send.blocks)
         try:

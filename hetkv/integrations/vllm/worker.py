@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-IDLE_WAIT_S = 0.002
-"""How long a step without tokens waits for a transfer to end, instead of spinning through the scheduler."""
+LOAD_WAIT_S = 0.002
+"""How long a step without tokens waits for a load that should end any moment. A longer wait costs more than it gives:
+vLLM's engine process spins while a worker has not answered."""
 
 
 class WorkerSide:
@@ -93,11 +94,11 @@ class WorkerSide:
             self._sending.end_step()
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:
-        """What has ended. A step without tokens waits a moment for the next thing to end."""
+        """What has ended. A step without tokens waits a moment where a load is about to."""
         out = self._poll(finished)
         idle = not (self._computes or out.finished_sending or out.finished_recving)
-        if idle and any(half is not None and half.waiting for half in (self._sending, self._loading)):
-            self._changed.wait(IDLE_WAIT_S)
+        if idle and self._loading is not None and self._loading.due:
+            self._changed.wait(LOAD_WAIT_S)
             self._changed.clear()
             out = self._poll(finished)
         return out
