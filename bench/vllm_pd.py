@@ -40,6 +40,8 @@ CONNECT_TRIES = 3
 CPU_BACKEND = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 """What lets five servers share a small host, where the environment does not say otherwise."""
 METRIC_TRIES = 100
+REST_S = 1.1
+"""Between two requests: vLLM's processes spin for a second after each step, so who comes next would share with them."""
 
 
 class Answer(NamedTuple):
@@ -174,7 +176,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 def measure(
     systems: dict[str, str], producers: dict[str, Server], model: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """All systems in turn, one request at a time, another one first each time; then each with several at once."""
+    """Each prompt to all systems, in an order of chance, one request at a time; then each with several at once."""
     draw = random.Random(args.seed)
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
@@ -183,10 +185,9 @@ def measure(
     before = {server: server.observed(histogram) for server in producers.values()}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
-    turns = list(systems)
-    for number, prompt in enumerate(prompts):
-        first = number % len(turns)
-        for name in turns[first:] + turns[:first]:
+    for prompt in prompts:
+        for name in draw.sample(list(systems), len(systems)):
+            time.sleep(REST_S)
             answers[name].append(ask(systems[name], model, prompt, args.tokens))
             if name in producers:
                 server = producers[name]
