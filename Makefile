@@ -17,7 +17,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
 
-# Ten minutes at most, installing included: `slow` tests (all prompts for all pairs) run where pytest is called by hand.
+# Ten minutes at most, installing included; what is never imported is not compiled.
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
 
@@ -46,7 +46,7 @@ $(STAMP): $(SOURCES)
 
 $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
 	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 

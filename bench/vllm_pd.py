@@ -37,7 +37,11 @@ HETKV = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.in
 NIXL = {"kv_connector": "NixlConnector"}
 STOP_S = 20
 CONNECT_TRIES = 3
+CPU_BACKEND = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""What lets five servers share a small host, where the environment does not say otherwise."""
 METRIC_TRIES = 100
+REST_S = 1.1
+"""Between two requests: vLLM's processes spin for a second after each step, so who comes next would share with them."""
 
 
 class Answer(NamedTuple):
@@ -128,7 +132,8 @@ def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, An
     arguments += ["--no-enable-prefix-caching", *extra]
     if transfer is not None:
         arguments += ["--kv-transfer-config", json.dumps(transfer)]
-    return Server(name, folder, arguments, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
+    given = {name: os.environ.get(name, value) for name, value in CPU_BACKEND.items()}
+    return Server(name, folder, arguments, **given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
 
 
 def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
@@ -171,7 +176,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 def measure(
     systems: dict[str, str], producers: dict[str, Server], model: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """All systems in turn, one request at a time; then each with several at once."""
+    """Each prompt to all systems, in an order of chance, one request at a time; then each with several at once."""
     draw = random.Random(args.seed)
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
     for url in systems.values():
@@ -181,8 +186,9 @@ def measure(
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     exposed: dict[str, list[float]] = {name: [] for name in producers}
     for prompt in prompts:
-        for name, url in systems.items():
-            answers[name].append(ask(url, model, prompt, args.tokens))
+        for name in draw.sample(list(systems), len(systems)):
+            time.sleep(REST_S)
+            answers[name].append(ask(systems[name], model, prompt, args.tokens))
             if name in producers:
                 server = producers[name]
                 after = server.observed(histogram, before[server])

@@ -240,7 +240,13 @@ void bind_engine(py::module_& m) {
       .def(
           "reach", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.reach(link)); }, py::arg("link"),
           py::call_guard<py::gil_scoped_release>(), "Code of `Reach` in csrc/engine/windows.h.")
-      .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"));
+      .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"))
+      .def(
+          "refuse",
+          [](Sender& self, const py::bytes& id, std::string reason) {
+            self.refuse(to_array<16>(id, "request id"), std::move(reason));
+          },
+          py::arg("id"), py::arg("reason"), "The id will not be sent again.");
 
   py::class_<Receiver> receiver(m, "Receiver");
   receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr,

@@ -148,6 +148,14 @@ class Sender(Node[Transmission]):
 
         return self._submit(key, make)
 
+    def refuse(self, request_id: RequestId, reason: str) -> None:
+        """The request has ended and will not be sent again: who asks for it is refused at once with `AbortedError`.
+
+        Without this a ticket for an id that is not under way waits for it until its lease is over. Remembered for ten
+        minutes, of the last 4,096 ids; sending the id after all forgets it. Nothing happens where it is under way.
+        """
+        self.engine.refuse(request_key(request_id), reason)
+
     def reach(self, peer: Peer) -> Reach | None:
         """How payloads get to a peer, once it has lent a slot: see `Reach`."""
         code: int = self.engine.reach(peer.link)

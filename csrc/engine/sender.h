@@ -44,6 +44,9 @@ class Sender final : public Engine {
   // How payloads reach the peer of a link, by its latest window.
   Reach reach(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
+  // The id will not be sent again: tickets for it that wait or come are refused with `reason` instead of waiting, until
+  // it is submitted after all. Nothing happens where it is under way. Remembered for 10 minutes, of the last 4,096 ids.
+  void refuse(wire::RequestId id, std::string reason);
 
  private:
   struct Ready {
@@ -118,11 +121,13 @@ class Sender final : public Engine {
     std::uint64_t deadline_ns;
   };
 
-  // A request that failed. A peer whose ticket was under way then learns of it once; its next ticket is a new attempt.
+  // A request that failed. A peer whose ticket was under way then learns of it once; its next ticket is a new attempt,
+  // unless the id is never sent again.
   struct Ended {
     std::uint64_t at_ns;
     Status why;
     std::vector<std::string> told;  // peers that know
+    bool final = false;             // by `refuse`: all are told, always
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
@@ -166,7 +171,7 @@ class Sender final : public Engine {
   void fail(Request& request, Status status, const Link* told_by = nullptr);
   void refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
   void conclude(Request& request);  // may erase it
-  void remember(const Request& request, const Link* told_by);
+  void remember(const wire::RequestId& id, Ended ended);
   void erase(Request& request);
   bool sweep(std::uint64_t now);
   void sweep_tickets(std::uint64_t now);

@@ -12,6 +12,7 @@ constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kMaxPendingTickets = 1 << 16;
 constexpr std::size_t kMaxPendingPerLink = 1 << 12;
 constexpr std::uint64_t kRememberNs = 10'000 * kMs;
+constexpr std::uint64_t kRememberFinalNs = 600'000 * kMs;
 constexpr std::size_t kMaxRemembered = 4096;
 constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
 
@@ -63,12 +64,15 @@ void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ti
 void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   Request* request = find(id);
   if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
-  if (const auto found = ended_.find(id); found != ended_.end() && now_ns() - found->second.at_ns < kRememberNs) {
-    auto& told = found->second.told;
+  if (const auto found = ended_.find(id); found != ended_.end()) {
+    Ended& ended = found->second;
+    const std::uint64_t age = now_ns() - ended.at_ns;
+    if (ended.final && age < kRememberFinalNs) return refuse(*ticket.link, id, ticket.epoch, ended.why);
     const std::string& peer = ticket.link->config.name;
-    if (std::find(told.begin(), told.end(), peer) == told.end()) {
-      told.push_back(peer);
-      return refuse(*ticket.link, id, ticket.epoch, found->second.why);
+    if (!ended.final && age < kRememberNs &&
+        std::find(ended.told.begin(), ended.told.end(), peer) == ended.told.end()) {
+      ended.told.push_back(peer);
+      return refuse(*ticket.link, id, ticket.epoch, ended.why);
     }
   }
   if (pending_.size() >= kMaxPendingTickets || windows_[ticket.link->id].tickets >= kMaxPendingPerLink) {
@@ -240,7 +244,10 @@ void Sender::fail(Request& request, Status status, const Link* told_by) {
   request.failure = std::move(status);
   failed_.push_back(request.handle);
   ++stats_.failed_requests;
-  remember(request, told_by);
+  Ended ended{now_ns(), request.failure, {}};
+  if (told_by != nullptr) ended.told.push_back(told_by->config.name);
+  for (const auto& lane : request.lanes) ended.told.push_back(lane.link->config.name);
+  remember(request.id, std::move(ended));
   for (auto& lane : request.lanes) {
     if (lane.cancelled || lane.delivered) continue;
     if (lane.link.get() != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
@@ -248,19 +255,29 @@ void Sender::fail(Request& request, Status status, const Link* told_by) {
   }
 }
 
-void Sender::remember(const Request& request, const Link* told_by) {
-  const std::uint64_t now = now_ns();
+void Sender::refuse(wire::RequestId id, std::string reason) {
+  post([this, id, reason = std::move(reason)] {
+    if (handles_.count(id) != 0) return;
+    remember(id, {now_ns(), Status::error(Code::kAborted, reason), {}, true});
+    const auto waiting = pending_.equal_range(id);
+    for (auto at = waiting.first; at != waiting.second;) {
+      const auto link = at->second.link;
+      refuse(*link, id, at->second.epoch, Status::error(Code::kAborted, reason));
+      at = drop_ticket(at);
+      if (link->up()) release_idle(*link);
+    }
+  });
+}
+
+void Sender::remember(const wire::RequestId& id, Ended ended) {
   while (!ended_order_.empty() &&
-         (ended_order_.size() >= kMaxRemembered || now - ended_order_.front().first > kRememberNs)) {
+         (ended_order_.size() >= kMaxRemembered || ended.at_ns - ended_order_.front().first > kRememberFinalNs)) {
     const auto found = ended_.find(ended_order_.front().second);
     if (found != ended_.end() && found->second.at_ns == ended_order_.front().first) ended_.erase(found);
     ended_order_.pop_front();
   }
-  Ended& ended = ended_[request.id];
-  ended = {now, request.failure, {}};
-  if (told_by != nullptr) ended.told.push_back(told_by->config.name);
-  for (const auto& lane : request.lanes) ended.told.push_back(lane.link->config.name);
-  ended_order_.emplace_back(now, request.id);
+  ended_order_.emplace_back(ended.at_ns, id);
+  ended_[id] = std::move(ended);
 }
 
 // Tells the caller, once each, that the request's blocks are free and that all its receivers have their parts.

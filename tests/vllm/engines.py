@@ -187,6 +187,14 @@ class Core:
         """Observations of one of the connector's histograms since the last call."""
         return self.observed.pop(name, [])
 
+    def break_connecting(self, broken: bool) -> None:
+        """Let the receiver's `connect` fail in a way that nobody foresaw."""
+        receiver = get_kv_transfer_group()._worker._receiver
+        if broken:
+            receiver.connect = lambda address: [][0]
+        else:
+            del receiver.connect
+
     def resources(self) -> list[int]:
         """Threads and open descriptors of this process."""
         return [len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]

@@ -105,7 +105,8 @@ def check_policy(policy: str, output: Any, prompt: list[int], expected: list[int
 
 def test_a_failed_load_keeps_what_was_held(model: str) -> None:
     """With one cache group failures are told by block, so the consumer's own prefix stays."""
-    pair = Pair(producer_of(model), consumer_of(model))
+    short = {**OPTIONS, "extra": {"transfer": {"lease_s": 2.0}}}
+    pair = Pair(producer_of(model), Engine(model, "kv_consumer", 128, policy="recompute", **short))
     start, tail = prompt_of(512, 4), prompt_of(300, 5)
     pair.consumer.run(start, 1)
     known = pair.describe()

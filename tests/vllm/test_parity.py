@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,29 @@ from engines import DTYPE, Engine, Output, Pair, checkpoint, until
 
 TOKENS = 12
 MODES = ("prefill_first", "concurrent")
+PAIRS = ((32, 32), (32, 128), (128, 32), (64, 128))
+"""Block sizes of the producer and the consumer."""
+
+
+Fleet = Callable[[str | None, int], Engine]
 
 
 @pytest.fixture(scope="module")
-def expected(models: Path, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """What one instance without a connector says."""
-    engine = Engine(checkpoint(models), None, 128)
-    assert engine.error is None
-    yield [engine.run(prompt, TOKENS).tokens for prompt in prompts]
-    engine.close()
+def fleet(models: Path) -> Iterator[Fleet]:
+    """One instance of the same model for each role and block size; all start side by side, at the first use."""
+    model = checkpoint(models)
+    roles = {(None, size) for _, size in PAIRS} | {("kv_producer", size) for size, _ in PAIRS}
+    roles |= {("kv_consumer", size) for _, size in PAIRS}
+    engines = {(role, size): Engine(model, role, size) for role, size in roles}
+    yield lambda role, size: engines[role, size]
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(fleet: Fleet, prompts: list[list[int]]) -> Callable[[int], list[list[int]]]:
+    """What one instance of that block size without a connector says."""
+    return cache(lambda size: [fleet(None, size).run(prompt, TOKENS).tokens for prompt in prompts])
 
 
 def check(pair: Pair, mode: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
@@ -30,26 +45,23 @@ def check(pair: Pair, mode: str, prompts: list[list[int]], expected: list[list[i
         pair.settled()
 
 
-FEW, ALL = 4, 1
-
-
-@pytest.mark.parametrize(
-    ("producer", "consumer", "every"),
-    [(32, 128, ALL), (32, 32, FEW), (128, 32, FEW), (64, 128, FEW)]
-    + [pytest.param(*sizes, ALL, marks=pytest.mark.slow) for sizes in ((32, 32), (128, 32), (64, 128))],
-)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("producer", "consumer"), PAIRS)
 def test_block_sizes(
-    models: Path, prompts: list[list[int]], expected: list[list[int]], producer: int, consumer: int, every: int
+    fleet: Fleet,
+    prompts: list[list[int]],
+    expected: Callable[[int], list[list[int]]],
+    producer: int,
+    consumer: int,
+    mode: str,
 ) -> None:
-    """All 50 prompts for one unlike pair; every fourth for the others, whose full sets are `slow`."""
-    model, prompts, expected = checkpoint(models), prompts[::every], expected[::every]
-    pair = Pair(Engine(model, "kv_producer", producer), Engine(model, "kv_consumer", consumer))
-    for mode in MODES:
-        check(pair, mode, prompts, expected)
+    pair = Pair(fleet("kv_producer", producer), fleet("kv_consumer", consumer))
+    before = pair.producer.call("stats"), pair.consumer.call("stats")
+    check(pair, mode, prompts, expected(consumer))
     sent, received = pair.producer.call("stats"), pair.consumer.call("stats")
-    assert sent["payload_bytes"] == received["payload_bytes"] > 0
+    moved = [now["payload_bytes"] - then["payload_bytes"] for now, then in zip((sent, received), before, strict=True)]
+    assert moved[0] == moved[1] > 0
     assert sent["failed_requests"] == received["failed_requests"] == 0
-    pair.close()
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(7, 96), (3, 128)])
@@ -63,31 +75,32 @@ def test_heads(models: Path, prompts: list[list[int]], kv_heads: int, head_dim: 
     pair.close()
 
 
-@pytest.mark.parametrize(("producer", "consumer"), [(2, 1), (1, 2)])
-def test_tensor_parallel(models: Path, prompts: list[list[int]], producer: int, consumer: int) -> None:
-    """In float32: in bfloat16 the sums over ranks round, and vLLM itself says other tokens at TP 1 than at TP 2."""
-    model = checkpoint(models, kv_heads=4)
-    pair = Pair(
-        Engine(model, "kv_producer", 64, tensor_parallel_size=producer, dtype="float32"),
-        Engine(model, "kv_consumer", 128, tensor_parallel_size=consumer, dtype="float32"),
-    )
+def test_tensor_parallel(models: Path, prompts: list[list[int]]) -> None:
+    """TP 2 to TP 1 and back, between two instances that take both roles.
+
+    In float32: in bfloat16 the sums over ranks round, and vLLM itself says other tokens at TP 1 than at TP 2.
+    """
+    model, options = checkpoint(models, kv_heads=4), {"dtype": "float32"}
+    two = Engine(model, "kv_both", 64, tensor_parallel_size=2, **options)
+    one = Engine(model, "kv_both", 128, **options)
     some = prompts[::6]
-    alone = [pair.consumer.run(prompt, TOKENS).tokens for prompt in some]
-    for mode in MODES:
-        for prompt, tokens in zip(some, alone, strict=True):
-            output = getattr(pair, mode)(prompt, TOKENS)
-            assert (output.tokens, output.computed) == (tokens, TOKENS)
-    for engine, free in zip((pair.producer, pair.consumer), pair.free, strict=True):
-        until(lambda engine=engine, free=free: engine.call("free_blocks") == free)
+    for pair in (Pair(two, one), Pair(one, two)):
+        for prompt in some:
+            alone = pair.consumer.run(prompt, TOKENS).tokens
+            for mode in MODES:
+                output = getattr(pair, mode)(prompt, TOKENS)
+                assert (output.tokens, output.computed) == (alone, TOKENS)
+        for engine, free in zip((pair.producer, pair.consumer), pair.free, strict=True):
+            until(lambda engine=engine, free=free: engine.call("free_blocks") == free)
     pair.close()
 
 
-def test_dtypes(models: Path, prompts: list[list[int]]) -> None:
+def test_dtypes(fleet: Fleet, models: Path, prompts: list[list[int]]) -> None:
     """float32 to bfloat16: the first token, which every loaded entry decides, is that of the consumer alone."""
     if DTYPE != "bfloat16":
         pytest.skip("vLLM's AMX kernels keep bfloat16 in tiles, which the connector refuses")
-    model = checkpoint(models)
-    pair = Pair(Engine(model, "kv_producer", 32, dtype="float32"), Engine(model, "kv_consumer", 128))
+    producer = Engine(checkpoint(models), "kv_producer", 32, dtype="float32")
+    pair = Pair(producer, fleet("kv_consumer", 128))
     some = prompts[::3]
     alone = [pair.consumer.run(prompt, 1).tokens for prompt in some]
     for mode in MODES:
@@ -96,7 +109,7 @@ def test_dtypes(models: Path, prompts: list[list[int]]) -> None:
         same = sum(output.tokens == tokens for output, tokens in zip(outputs, alone, strict=True))
         assert same >= 0.8 * len(some), f"{same} of {len(some)}"
     pair.settled()
-    pair.close()
+    producer.close()
 
 
 def test_both_roles(models: Path, prompts: list[list[int]]) -> None:

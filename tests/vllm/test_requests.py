@@ -188,15 +188,22 @@ def test_abort_of_the_producer(chunked: Pair) -> None:
     chunked.settled()
 
 
-def test_preempted_producer(model: str) -> None:
-    """Requests that are preempted in mid-prefill drain, are computed again, and arrive under the same transfer id."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_preempted_producer(models: Path, ranks: int) -> None:
+    """Requests that are preempted in mid-prefill drain, are computed again, and arrive under the same transfer id.
+
+    Several ranks stop at different places, and agree on what is sent again.
+    """
+    model, same = checkpoint(models, kv_heads=4), {"dtype": "float32"}
     small = {
+        "tensor_parallel_size": ranks,
+        **same,
         "num_gpu_blocks_override": 70,
         "max_num_batched_tokens": 192,
         "long_prefill_token_threshold": 64,
         "scheduler_reserve_full_isl": False,
     }
-    pair = pair_of(model, small, {})
+    pair = pair_of(model, small, dict(same))
     prompts = [prompt_of(1200, 80 + i) for i in range(3)]
     alone = [pair.consumer.run(prompt, TOKENS) for prompt in prompts]
     names = [pair.begin_concurrent(prompt, TOKENS) for prompt in prompts]
@@ -206,17 +213,46 @@ def test_preempted_producer(model: str) -> None:
     assert pair.producer.call("preemptions") > 0
     assert [output.tokens for output in outputs] == [output.tokens for output in alone]
     assert [output.computed for output in outputs] == [TOKENS] * 3
-    pair.settled()
+    for engine, free in zip((pair.producer, pair.consumer), pair.free, strict=True):
+        until(lambda engine=engine, free=free: engine.call("free_blocks") == free)
     pair.close()
+
+
+def test_retry_of_a_transfer_that_was_consumed(chunked: Pair) -> None:
+    """The producer has given the blocks back, and says so at once: no lease is waited for."""
+    prompt = prompt_of(400, 92)
+    first = chunked.producer.run(prompt, 1, PRODUCE)
+    loaded = chunked.consumer.run(prompt, TOKENS, dict(first.params or {}))
+    chunked.settled()
+    start = time.monotonic()
+    for _ in range(2):
+        chunked.consumer.call("reset_prefix_cache")
+        again = chunked.consumer.run(prompt, TOKENS, dict(first.params or {}))
+        assert (again.tokens, again.computed) == (loaded.tokens, len(prompt) + TOKENS - 1)
+    assert time.monotonic() - start < LEASES["transfer"]["lease_s"] / 2
+    chunked.settled()
+
+
+def test_connecting_fails_in_a_way_that_nobody_foresaw(chunked: Pair) -> None:
+    """The request is computed, as the policy says, and the engine lives on."""
+    prompt = prompt_of(300, 93)
+    params = {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "new"}
+    chunked.consumer.call("break_connecting", True)
+    output = chunked.consumer.run(prompt, TOKENS, {**params, "remote_addresses": ["127.0.0.1:1"]})
+    chunked.consumer.call("break_connecting", False)
+    assert output.computed == len(prompt) + TOKENS - 1
+    assert chunked.prefill_first(prompt_of(300, 94), TOKENS).computed == TOKENS
+    chunked.settled()
 
 
 def test_second_use_of_a_transfer(chunked: Pair) -> None:
     """Two requests of one transfer id at once: one loads, the other computes; both are right."""
-    prompt = prompt_of(400, 91)
+    prompt, start = prompt_of(400, 91), time.monotonic()
     first = chunked.producer.run(prompt, 1, PRODUCE)
     names = [chunked.consumer.add(prompt, TOKENS, dict(first.params or {})) for _ in range(2)]
     outputs = [chunked.consumer.wait(name) for name in names]
     assert outputs[0].tokens == outputs[1].tokens
+    assert time.monotonic() - start < LEASES["transfer"]["lease_s"] / 2
     chunked.settled()
 
 

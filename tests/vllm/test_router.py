@@ -69,6 +69,27 @@ def test_prefill_answer_that_is_none(mode: str, garbage: bytes) -> None:
     assert "kv_transfer_params" not in seen[-1]
 
 
+def test_prefill_server_is_known_before_the_first_request() -> None:
+    """It is asked once, with a prompt of one token, and computes each client's prompt once."""
+    told = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_addresses": ["127.0.0.1:1"]}
+    prefilled: list[dict[str, Any]] = []
+    decoded: list[dict[str, Any]] = []
+    answer = json.dumps({"kv_transfer_params": told}).encode()
+    with server(answer, prefilled) as prefill, server(b'{"fine": 1}', decoded) as decode:
+        router = Router([prefill], [decode], "concurrent", WAIT_S)
+
+        async def ask() -> None:
+            await router.introduce()
+            for prompt in ("x", "y"):
+                await router.serve(PATH, {"prompt": prompt}, {})
+            await router.client.aclose()
+
+        asyncio.run(ask())
+    assert [body["prompt"] for body in prefilled] == [[0], "x", "y"]
+    assert [body["kv_transfer_params"].get("describe") for body in prefilled] == [True, None, None]
+    assert all(told.items() <= body["kv_transfer_params"].items() for body in decoded)
+
+
 def test_stream_that_nobody_reads_lets_its_server_go() -> None:
     with server(b"data: 1\n\n") as decode:
         router = Router([decode], [decode], "concurrent", WAIT_S)

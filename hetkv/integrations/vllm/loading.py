@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
@@ -20,6 +22,8 @@ from hetkv.transfer import Receiver, Reception
 
 _log = logging.getLogger(__name__)
 CONNECTS_AT_ONCE = 4
+SOON_S = 0.02
+"""What a transfer takes whose prefill is done. One that takes longer waits for a prefill, or is long."""
 
 
 @dataclass
@@ -59,6 +63,8 @@ class Loading:
 
     def begin(self, meta: Metadata) -> None:
         """Start this step's loads and end those whose requests were aborted."""
+        if meta.loads:
+            self._receive_behind_the_device()
         for load in meta.loads:
             name = load.request_id if load.held < load.stop else f"{load.request_id} (let go)"
             now = time.monotonic()
@@ -87,13 +93,23 @@ class Loading:
         return results
 
     @property
-    def waiting(self) -> bool:
-        """Whether a load is under way."""
-        return bool(self._in)
+    def due(self) -> bool:
+        """Whether a load was asked for a moment ago: if its prefill is done, it will end any moment."""
+        since = time.monotonic() - SOON_S
+        return any(incoming.started > since for incoming in self._in.values())
 
     def close(self) -> None:
         """Stop connecting. What is under way ends with the receiver."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _receive_behind_the_device(self) -> None:
+        """What vLLM has put into its stream may write these blocks too: it zeroes new ones, and copies within a prefix.
+
+        Unpacks run in a stream of their own, so the host waits: for a step that runs the model, until that has ended.
+        """
+        device = self._receiver.device
+        if device is not None and device.torch is not None:
+            torch.cuda.current_stream(device.torch).synchronize()
 
     def _advance(self, incoming: Incoming) -> bool:
         """Whether the load has ended well. Raises its error."""
@@ -178,7 +194,16 @@ class Loading:
         ]
 
     def _connect(self, load: Load, ranks: list[int]) -> None:
-        """Body of a connecting thread."""
+        """Body of a connecting thread. Whatever goes wrong in it fails the loads that wait for it, not the engine."""
+        try:
+            self._connect_ranks(load, ranks)
+        except HetkvError:
+            raise
+        except Exception as error:
+            _log.exception("connecting %s", load.source)
+            raise PeerLostError(f"connecting {load.source}: {type(error).__name__}: {error}") from error
+
+    def _connect_ranks(self, load: Load, ranks: list[int]) -> None:
         for rank in ranks:
             peer = self._receiver.connect(load.addresses[rank])
             theirs = peer.description

@@ -49,6 +49,8 @@ class Metadata(KVConnectorMetadata):
     """Requests whose prefill is done: their blocks are held until sent."""
     dropped: set[str] = field(default_factory=set)
     """Requests that ended otherwise while their layers were leaving: blocks are held until nothing reads them."""
+    refused: list[str] = field(default_factory=list)
+    """Mode `concurrent`: transfer ids of requests that ended before anything of them was computed."""
     loads: list[Load] = field(default_factory=list)
     aborted_loads: set[str] = field(default_factory=set)
     computes: bool = False
@@ -57,7 +59,8 @@ class Metadata(KVConnectorMetadata):
     @property
     def any_orders(self) -> bool:
         """Whether the workers have something to do but compute."""
-        return bool(self.computing or self.preempted or self.held or self.dropped or self.loads or self.aborted_loads)
+        sends = self.computing or self.preempted or self.held or self.dropped or self.refused
+        return bool(sends or self.loads or self.aborted_loads)
 
 
 @dataclass(frozen=True)

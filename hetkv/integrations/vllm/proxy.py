@@ -30,7 +30,6 @@ MODES = ("prefill_first", "concurrent")
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
                "accept-encoding"}  # fmt: skip
-ONE_TOKEN = ("max_tokens", "max_completion_tokens")
 TEXT_LIMIT = 300
 
 
@@ -105,7 +104,7 @@ class Router:
     ) -> Response:
         """Both at once. Where the prefill fails, decode is asked again without it: it has said nothing so far."""
         try:
-            identity = await self._identity(prefill, path, body, headers)
+            identity = await self.identity(prefill, headers)
         except Refused as error:
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             return await self._decode(decode, path, body, None, headers)
@@ -146,15 +145,22 @@ class Router:
             if given is None:
                 await drop(decoding)
 
-    async def _identity(
-        self, prefill: Server, path: str, body: dict[str, Any], headers: dict[str, str]
-    ) -> dict[str, Any]:
-        """Where a prefill server's workers listen; it is asked once, and again after each failure."""
+    async def introduce(self) -> None:
+        """Ask the prefill servers that are up who they are, before there is a request that would wait for it."""
+        if self.mode == "concurrent":
+            await asyncio.gather(*(self.identity(server, {}) for server in self.prefill), return_exceptions=True)
+
+    async def identity(self, prefill: Server, headers: dict[str, str]) -> dict[str, Any]:
+        """Where a prefill server's workers listen; it is asked once, and again after each failure.
+
+        It answers with a completion, as vLLM has no other door to a connector: one of a single token.
+        """
         async with prefill.asking:
             known = prefill.identity
             if known is None:
                 order = dict(PRODUCE, describe=True)
-                known = _identity(await self._ask(prefill, path, prefill_body(body, order), headers))
+                body = prefill_body({"prompt": [0]}, order)
+                known = _identity(await self._ask(prefill, "/v1/completions", body, headers))
                 prefill.identity = known
         return known
 
@@ -254,7 +260,9 @@ def application(router: Router) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        introducing = asyncio.create_task(router.introduce())
         yield
+        introducing.cancel()
         await router.client.aclose()
 
     app = FastAPI(title="hetkv proxy", lifespan=lifespan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _log = logging.getLogger(__name__)
+IDLE_SHARE, MAX_IDLE_S = 1 / 16, 0.005
+"""An engine that only waits sleeps this share of the time it has waited, so that it leaves the processor to others and
+is told of the end at most that much later; and never longer than the second, in which a new request may come."""
 LOCAL = "_hetkv_local_tokens"
 """Where a request keeps how many tokens the consumer's own prefix cache had, between two calls of the scheduler."""
 
@@ -50,6 +54,7 @@ class SchedulerSide:
         self._producing: dict[str, Producing] = {}
         self._held: set[str] = set()
         self._loading: dict[str, str] = {}
+        self._idle_since: float | None = None
         specs = [
             inner
             for group in cache_config.transfer_groups
@@ -133,6 +138,7 @@ class SchedulerSide:
             ids = self._cache_config.select_transfer_block_ids(blocks)
             meta.computing.append(Send(request_id, producing.transfer_id, prompt, stop, _copy(ids)))
             producing.sent = stop
+        self._pace(meta)
         return meta
 
     def finished(self, request: Request, block_ids: Blocks) -> tuple[bool, dict[str, Any] | None]:
@@ -154,10 +160,14 @@ class SchedulerSide:
             self._next.dropped.add(request.request_id)
             self._held.add(request.request_id)
             return True, None
+        if producing.concurrent:
+            self._next.refused.append(producing.transfer_id)
         return False, None
 
     def on_output(self, output: KVConnectorOutput) -> None:
         """Take what the workers have finished."""
+        if output.finished_sending or output.finished_recving:
+            self._idle_since = None
         self._held -= output.finished_sending or set()
         for request_id in output.finished_recving or ():
             self._loading.pop(request_id, None)
@@ -166,6 +176,16 @@ class SchedulerSide:
     def pending(self) -> bool:
         """Whether the engine must keep stepping though it has nothing to compute."""
         return bool(self._next.any_orders or self._held or self._loading)
+
+    def _pace(self, meta: Metadata) -> None:
+        """vLLM steps on without a pause while anything is pending: see `IDLE_SHARE`."""
+        if meta.computes or meta.any_orders:
+            self._idle_since = None
+            return
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        time.sleep(min(MAX_IDLE_S, IDLE_SHARE * (now - self._idle_since)))
 
     def _remote(self, request: Request) -> Consume | None:
         try:

@@ -16,6 +16,8 @@ from hetkv.transfer import Sender, Transmission
 _log = logging.getLogger(__name__)
 PREEMPTED = "preempted, will be computed again"
 """Why a transmission ends whose request will be computed and sent again under the same transfer id."""
+OVER = "the producer has sent the request, or given it up: its blocks are free"
+"""What a consumer hears that asks for a request later than that."""
 DRAIN_S = 60.0
 NO_LIMIT_S = 1e6
 
@@ -44,9 +46,17 @@ class Outgoing:
 class Sending:
     """Transmissions of one rank, by vLLM's request id. All but `changed` runs in the worker's thread."""
 
-    def __init__(self, sender: Sender, caches: Caches, stats: HetKVStats, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sender: Sender,
+        caches: Caches,
+        stats: HetKVStats,
+        changed: Callable[[], None],
+        on_all_ranks: Callable[[list[bool]], list[bool]],
+    ) -> None:
+        """`on_all_ranks`: which of these statements hold on every rank of this instance; all of them ask at once."""
         self._sender, self._caches = sender, caches
-        self._stats, self._changed = stats, changed
+        self._stats, self._changed, self._on_all_ranks = stats, changed, on_all_ranks
         self._out: dict[str, Outgoing] = {}
         self._step: list[tuple[Outgoing, tuple[int, int]]] = []
         self._layers_left: set[int] = set()
@@ -55,19 +65,17 @@ class Sending:
     def preempt(self, meta: Metadata) -> None:
         """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them.
 
-        Their end is awaited, not only their packs': until then the transfer id cannot be sent again.
+        One of which all has left stays, as its blocks are not read again. But a consumer that lost one rank's part
+        asks every rank once more, so it stays on all ranks or on none.
         """
-        for request_id in meta.preempted:
-            out = self._out.get(request_id)
-            if out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None):
-                continue  # all of it has left: the blocks are not read again
-            out.tx.abort(PREEMPTED)
-            try:
-                out.tx.wait(DRAIN_S)
-            except WaitTimeoutError:
-                raise  # to go on would send what another request overwrites
-            except HetkvError:
-                del self._out[request_id]
+        if not meta.preempted:
+            return
+        names = sorted(meta.preempted)
+        sent = self._on_all_ranks([self._all_left(name) or self._end(name) for name in names])
+        for name, everywhere in zip(names, sent, strict=True):
+            if not everywhere and name in self._out:
+                self._end(name)
+                del self._out[name]
 
     def begin_step(self, meta: Metadata) -> None:
         """Prepare the requests whose layers leave during this step, and send those that are done."""
@@ -84,6 +92,8 @@ class Sending:
         for request_id in meta.dropped:
             self._out.setdefault(request_id, Outgoing(None)).held_since = time.monotonic()
             self._abort(self._out[request_id], "the request ended before its prefill was done")
+        for transfer_id in meta.refused:
+            self._sender.refuse(transfer_id, OVER)
 
     def send_layer(self, name: str) -> None:
         """A layer of this step is computed."""
@@ -114,16 +124,13 @@ class Sending:
                 free.add(request_id)
                 del self._out[request_id]
                 self._count(out)
+                if out.tx is not None:
+                    self._sender.refuse(out.tx.request_id, OVER)
             elif now - out.held_since > self._sender.config.hold_s:
                 self._abort(out, "no consumer took the request within hold_s")
                 self._stats.add("expired_sends")
                 out.held_since = now + NO_LIMIT_S  # once
         return free
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the scheduler waits for something here."""
-        return bool(self._out)
 
     def _open(self, send: Send) -> Outgoing:
         blocks = self._caches.blocks(send.blocks)
@@ -158,7 +165,27 @@ class Sending:
                 tx.send_layer(layer, (out.sent, send.stop))
             out.sent = send.stop
 
+    def _all_left(self, request_id: str) -> bool:
+        """Whether no block of the request is read again."""
+        out = self._out.get(request_id)
+        return out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None)
+
+    def _end(self, request_id: str) -> bool:
+        """Abort a transmission and await its end, as only then its id can be sent again. Whether it had ended well."""
+        tx = self._out[request_id].tx
+        if tx is None:
+            return True
+        tx.abort(PREEMPTED)
+        try:
+            tx.wait(DRAIN_S)
+        except WaitTimeoutError:
+            raise  # to go on would send what another request overwrites
+        except HetkvError:
+            return False
+        return True
+
     def _send(self, layer: int) -> None:
+        """On a device the layer leaves behind what PyTorch's current stream holds, where vLLM has just computed it."""
         for out, tokens in self._step:
             if out.tx is not None:
                 out.tx.send_layer(layer, tokens)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from hetkv.integrations.vllm.layouts import Caches, caches
@@ -17,12 +19,12 @@ from hetkv.integrations.vllm.settings import Settings
 from hetkv.transfer import Receiver, Sender
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-IDLE_WAIT_S = 0.002
-"""How long a step without tokens waits for a transfer to end, instead of spinning through the scheduler."""
+LOAD_WAIT_S = 0.002
+"""How long a step without tokens waits for a load that should end any moment. A longer wait costs more than it gives:
+vLLM's engine process spins while a worker has not answered."""
 
 
 class WorkerSide:
@@ -60,7 +62,7 @@ class WorkerSide:
         if self._role.is_kv_producer:
             self._sender = Sender(self._caches.pool, **options)
             self.address = self._sender.listen(self._settings.address(self._caches.rank))
-            self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set)
+            self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set, on_all_ranks)
         if self._role.is_kv_consumer:
             self._receiver = Receiver(self._caches.pool, **options)
             self._loading = Loading(self._receiver, self._caches, self._stats, self._changed.set)
@@ -92,11 +94,11 @@ class WorkerSide:
             self._sending.end_step()
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:
-        """What has ended. A step without tokens waits a moment for the next thing to end."""
+        """What has ended. A step without tokens waits a moment where a load is about to."""
         out = self._poll(finished)
         idle = not (self._computes or out.finished_sending or out.finished_recving)
-        if idle and any(half is not None and half.waiting for half in (self._sending, self._loading)):
-            self._changed.wait(IDLE_WAIT_S)
+        if idle and self._loading is not None and self._loading.due:
+            self._changed.wait(LOAD_WAIT_S)
             self._changed.clear()
             out = self._poll(finished)
         return out
@@ -143,3 +145,13 @@ class WorkerSide:
             return
         size = self._cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._failed_blocks.update(load.blocks[0][load.held // size : -(-load.stop // size)])
+
+
+def on_all_ranks(statements: list[bool]) -> list[bool]:
+    """Which of these hold on every rank of this instance. All ranks call it in the same step, with as many."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return statements
+    held = torch.tensor(statements, dtype=torch.int32)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN, group.cpu_group)
+    return [bool(each) for each in held.tolist()]
