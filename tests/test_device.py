@@ -132,9 +132,9 @@ def test_a_stream_waits_for_layers_that_have_not_arrived(monkeypatch: pytest.Mon
         rx = receiver.receive("r", [7, 5], 40)
         began = time.perf_counter()
         for layer in (1, 2):
-            rx.wait_stream(stream.number, layer)
+            rx.wait_layer(layer, stream=stream.number)
             stream.copy(seen[layer], destination.layers[layer].tensors["k"])
-        rx.wait_stream(stream.number)
+        rx.wait(stream=stream.number)
         assert time.perf_counter() - began < 0.1
         time.sleep(0.02)
         assert not seen[1].any()
@@ -145,7 +145,7 @@ def test_a_stream_waits_for_layers_that_have_not_arrived(monkeypatch: pytest.Mon
         assert rx.done() or rx.wait(1) is None
         for layer in (1, 2):
             assert torch.equal(seen[layer], destination.layers[layer].tensors["k"])
-        rx.wait_stream(stream.number, 0)  # has arrived: nothing to wait for
+        rx.wait_layer(0, stream=stream.number)  # has arrived: nothing to wait for
         stream.wait()
         tx.wait(WAIT_S)
     stream.close()
@@ -158,8 +158,8 @@ def test_a_stream_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, end: s
     stream = HostStream(1)
     with connected([source], [destination], SMALL) as ([_], [receiver]):
         rx = receiver.receive("r", [7, 5], 40)
-        rx.wait_stream(stream.number, 1)
-        rx.wait_stream(stream.number)
+        rx.wait_layer(1, stream=stream.number)
+        rx.wait(stream=stream.number)
         rx.abort() if end == "abort" else receiver.close()
         stream.wait()
     stream.close()
