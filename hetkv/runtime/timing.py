@@ -141,7 +141,7 @@ def _check(options: TimingOptions, config: ModelConfig) -> None:
         if need > (room := _memory(device)):
             raise InputError(
                 f"weights ({dtype.value}) and KV of {config.num_layers} layers of {options.shape} need "
-                f"{need / 1e9:.1f} GB on {device}, which has {room / 1e9:.1f} GB; --layers N takes the first N layers alone"
+                f"{need / 1e9:.1f} GB on {device}, which has {room / 1e9:.1f} GB; --layers N takes its first N layers"
             )
 
 
