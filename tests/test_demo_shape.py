@@ -39,6 +39,20 @@ def test_a_shape_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "medians of 3 requests of 70 tokens" in said
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU, and PyTorch built for it")
+def test_a_shape_is_timed_on_gpus(tmp_path: Path) -> None:
+    """Between two GPUs where there are two; and one that does not fit is one line."""
+    out, last = tmp_path / "times.json", f"cuda:{min(1, torch.cuda.device_count() - 1)}"
+    where = ["--prefill-device", "cuda:0", "--decode-device", last]
+    assert main(["demo", "--shape", "llama-2-7b", "--layers", "4", *where, "--json", str(out)]) == 0
+    result = json.loads(out.read_bytes())
+    assert result["devices"] == ["cuda:0", last]
+    assert result["payload_bytes"] == 5 * 1024 * 4 * (2 * 32 * 128 * 2)
+    assert result["ttft_ms"] >= result["prefill_ms"] > 0
+    assert main(["demo", "--shape", "llama-3-70b", "--compute-dtype", "float32", *where]) == 2
+
+
 def test_the_weights_are_those_of_the_named_models() -> None:
     """Parameters as the models' cards round them: 6.7, 70.6 and 32.8 thousand million."""
     sizes = {name: weight_bytes(config, torch.bfloat16) / 2e9 for name, config in SHAPES.items()}
