@@ -36,7 +36,7 @@ def test_a_shape_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     }  # fmt: skip
     said = capsys.readouterr().out
     assert "2 layers of small" in said
-    assert "medians of 3 requests of 70 tokens" in said
+    assert "3 of 70 tokens and 3 new ones; times are medians" in said
 
 
 @pytest.mark.gpu

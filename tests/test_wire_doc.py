@@ -14,18 +14,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "wire-format.md").read_text(encoding="utf-8")
 GOOD = json.loads((ROOT / "tests" / "vectors" / "good.json").read_text(encoding="utf-8"))["vectors"]
 KEYS = json.loads((ROOT / "tests" / "vectors" / "keys.json").read_text(encoding="utf-8"))["good"]
-WIDTHS = {
-    "8 bytes": 8,
-    "64 bytes": 64,
-    "u8": 1,
-    "u16": 2,
-    "u32": 4,
-    "u64": 8,
-    "u8 x 4": 4,
-    "u32 x 4": 16,
-    "16 bytes": 16,
-    "4 bytes": 4,
-}
+WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "u8 x 4": 4, "u32 x 4": 16}
+WIDTHS |= {f"{count} bytes": count for count in (4, 8, 16, 64)}
 
 
 def byte_table(heading: str) -> list[tuple[int, str, int]]:

@@ -132,7 +132,9 @@ def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
     )
     for role, device in zip(("prefill", "decode"), result.devices, strict=True):
         table.add_row(role, f"{device}, pool {getattr(result, role)}")
-    _add_times(table, result, f"medians of {len(result.requests)} requests of {result.prompt_tokens} tokens")
+    count = f"{len(result.requests)} of {result.prompt_tokens} tokens and {result.generated_tokens} new ones"
+    table.add_row("requests", f"{count}; times are medians")
+    _add_times(table, result)
     console.print(table)
     _write(args, result, timelines, result.prompt_tokens)
     return 0
@@ -238,7 +240,7 @@ def _show_figures(console: Console, result: DemoResult) -> None:
     if len(result.instances) == 2:
         table.add_row("prefill pool", str(result.prefill))
         table.add_row("decode pool", str(result.decode))
-    _add_times(table, result, "" if len(result.requests) == 1 else f"means of {len(result.requests)} requests")
+    _add_times(table, result, "" if len(result.requests) == 1 else f" (means of {len(result.requests)} requests)")
     console.print(table)
 
 
@@ -249,13 +251,12 @@ def _figures() -> Table:
     return table
 
 
-def _add_times(table: Table, result: DemoResult | TimingResult, of: str) -> None:
+def _add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> None:
     table.add_row(
         "moved",
         f"{result.payload_bytes / 1024:.0f} KiB of {result.layers} layers in {result.frames} frames, "
         f"{result.direct_frames} straight into the window",
     )
-    of = f" ({of})" if of else ""
     table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{of}")
     table.add_row(
         "transfer",
