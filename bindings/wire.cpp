@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bind.h"
+#include "engine/window_key.h"
 #include "remap/checksum.h"
 #include "wire/message.h"
 
@@ -229,6 +230,33 @@ py::bytes wire_encode(int type, std::uint64_t sequence, const py::bytes& request
   return bytes_of(encode_any(prelude_of(type, sequence, request_id, epoch), fields, key_of(key)));
 }
 
+py::bytes window_key_encode(const py::dict& fields) {
+  DeviceWindowKey key;
+  key.process = array_of<16>(field<py::bytes>(fields, "process"), "process");
+  key.backend = field<std::string>(fields, "backend");
+  key.device = field<std::uint32_t>(fields, "device");
+  const auto handle = array_of<sizeof key.handle.bytes>(field<py::bytes>(fields, "handle"), "handle");
+  std::copy(handle.begin(), handle.end(), key.handle.bytes);
+  key.handle.offset = field<std::uint64_t>(fields, "offset");
+  key.handle.length = field<std::uint64_t>(fields, "length");
+  const std::string ucx = field<py::bytes>(fields, "ucx");
+  key.ucx.assign(ucx.begin(), ucx.end());
+  return bytes_of(encode_key(key));
+}
+
+py::tuple window_key_decode(const py::bytes& data) {
+  using namespace py::literals;
+  const std::string_view view = data;
+  DeviceWindowKey key;
+  const Status status = decode_key({view.begin(), view.end()}, &key);
+  if (!status.ok()) return py::make_tuple(static_cast<int>(status.code), status.detail, py::none());
+  const std::string_view handle(reinterpret_cast<const char*>(key.handle.bytes), sizeof key.handle.bytes);
+  return py::make_tuple(0, "",
+                        py::dict("process"_a = bytes_of(key.process), "backend"_a = key.backend,
+                                 "device"_a = key.device, "handle"_a = bytes_of(handle), "offset"_a = key.handle.offset,
+                                 "length"_a = key.handle.length, "ucx"_a = bytes_of(key.ucx)));
+}
+
 py::dict wire_open(const py::bytes& message, const py::bytes& key) {
   // An exact copy on the heap, so that a sanitizer sees a read past the end.
   const std::string_view view = message;
@@ -271,6 +299,9 @@ void bind_wire(py::module_& m) {
         "Opens and decodes a message: a dict with `code` (0 where it is valid), `detail`, the prelude and `body`.");
   m.def("wire_decode_unopened", &wire_decode_unopened, "type"_a, "message"_a,
         "Decodes a body without opening the message: `(code, detail)`.");
+  m.def("window_key_encode", &window_key_encode, "fields"_a, "The key of a slot in device memory from its fields.");
+  m.def("window_key_decode", &window_key_decode, "data"_a,
+        "Its fields: `(code, detail, fields)`, None where code is not 0.");
   m.def(
       "wire_checksum_seed",
       [](const py::bytes& request_id, std::uint64_t epoch, const py::dict& fields) {

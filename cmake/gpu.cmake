@@ -3,7 +3,9 @@ set(HETKV_CUDA "AUTO" CACHE STRING "Build the CUDA backend: ON, OFF, or AUTO (wh
 set(HETKV_HIP "AUTO" CACHE STRING "Build the HIP backend: ON, OFF, or AUTO (where hipcc is)")
 set(HETKV_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "Architectures of the CUDA backend; the last with PTX")
 set(HETKV_HIP_ARCHITECTURES "gfx90a" CACHE STRING "Architectures of the HIP backend: those that hipcc has libraries for")
-set(gpu_sources csrc/backend/gpu/backend.cu csrc/backend/gpu/kernel_moves.cu csrc/backend/gpu/kernel_turns.cu
+set(gpu_sources csrc/backend/gpu/backend.cu csrc/backend/gpu/status.cu csrc/backend/gpu/devices.cu
+                csrc/backend/gpu/allocations.cu csrc/backend/gpu/streams.cu csrc/backend/gpu/remaps.cu
+                csrc/backend/gpu/kernel_moves.cu csrc/backend/gpu/kernel_turns.cu
                 csrc/backend/gpu/kernel_rows.cu csrc/backend/gpu/kernel_all.cu)
 
 if(NOT HETKV_CUDA STREQUAL "OFF")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.config import TransferConfig
@@ -48,15 +47,10 @@ class Exchange:
         """Arguments and errors are those of `Sender` and `Receiver`."""
         self.pool = pool
         with ExitStack() as stack:
-            common: dict[str, Any] = {
-                "secret": secret,
-                "instance": instance,
-                "rank": rank,
-                "config": config,
-                "tls": tls,
-            }
-            self.sender = stack.enter_context(Sender(pool, instance_shards=instance_shards, **common))
-            self.receiver = stack.enter_context(Receiver(pool, instance_shards=instance_shards, **common))
+            common: dict[str, Any] = {"secret": secret, "instance": instance, "rank": rank}
+            common |= {"instance_shards": instance_shards, "config": config, "tls": tls}
+            self.sender = stack.enter_context(Sender(pool, **common))
+            self.receiver = stack.enter_context(Receiver(pool, **common))
             self._nodes = stack.pop_all()
 
     def listen(self, address: str = "127.0.0.1:0") -> Addresses:
@@ -66,8 +60,16 @@ class Exchange:
         return Addresses(self.sender.listen(address), self.receiver.listen(following))
 
     def connect(self, peer: Addresses) -> tuple[Peer, Peer]:
-        """Link both directions with a listening exchange; its sender's peer and its receiver's."""
-        return self.receiver.connect(peer.sender), self.sender.connect(peer.receiver)
+        """Link both directions with a listening exchange; its sender's peer and its receiver's.
+
+        Raises what `Node.connect` does. Neither direction is linked then.
+        """
+        source = self.receiver.connect(peer.sender)
+        try:
+            return source, self.sender.connect(peer.receiver)
+        except BaseException:
+            self.receiver.disconnect(source, "the other direction could not be linked")
+            raise
 
     def close(self) -> None:
         """End all requests and links of both roles. May be called again."""
@@ -76,7 +78,5 @@ class Exchange:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -174,28 +174,34 @@ class Reception(Pending):
         self.layers: dict[int, Future[None]] = {layer: running() for layer in layers}
         """By global layer: done when that layer is verified and in the pool."""
 
-    def wait_layer(self, layer: int, timeout: float | None = None) -> None:
-        """Block until one layer is in the pool: a decoder can start on it while others travel."""
-        if layer not in self.layers:
-            raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
-        wait_for(self.layers[layer], timeout)
-
-    def wait_stream(self, stream: Any = None, layer: int | None = None) -> None:
-        """Make a stream wait until one layer, or the whole request, is in the pool; the host does not wait.
+    def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
+        """Block until the request is complete, or make `stream` wait for that while the host goes on.
 
         What is put into the stream later runs behind it. It also runs once the request has failed, over undefined
-        blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`. Raises
-        `InputError` where the pool lies in host memory or the stream on another device, `UnsupportedError` where the
-        device cannot do that (`hetkv probe` says so).
+        blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`.
+
+        Raises the request's `HetkvError`, and `WaitTimeoutError` after `timeout` seconds, which a stream does not
+        count. With `stream`: `InputError` where the pool lies in host memory or the stream on another device,
+        `UnsupportedError` where the device cannot do that (`hetkv probe` says so).
         """
-        if layer is not None and layer not in self.layers:
+        if stream is None:
+            super().wait(timeout)
+        else:
+            self._stream_waits(stream, -1)
+
+    def wait_layer(self, layer: int, timeout: float | None = None, *, stream: Any = None) -> None:
+        """As `wait`, for one layer: a decoder can start on it while others travel."""
+        if layer not in self.layers:
             raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
+        if stream is None:
+            wait_for(self.layers[layer], timeout)
+        else:
+            self._stream_waits(stream, layer)
+
+    def _stream_waits(self, stream: Any, layer: int) -> None:
         if self._device is None:
             raise InputError("the pool lies in host memory: wait on the host")
-        number = self._device.stream(stream)
-        if number is None:
-            raise InputError("name the stream that waits")
-        self._engine.wait_stream(self.handle, -1 if layer is None else layer, number)
+        self._engine.wait_stream(self.handle, layer, self._device.stream(stream))
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
         if kind == LAYER:

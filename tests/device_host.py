@@ -15,11 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from transfer_peers import randomise
 
+from hetkv.config import TransferConfig
 from hetkv.device import PoolDevice
+from hetkv.pool import KVPool
+from hetkv.spec import KVSpec
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "cpp" / "host_backend.cpp"
+INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}"]
+SPEC = KVSpec.uniform(3, 2, 32)
+SMALL = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, staging_slots=2, trace=True)
 
 
 @cache
@@ -30,7 +37,7 @@ def library_path() -> str:
     path = Path(os.environ.get("HETKV_HOST_BACKEND_LIBRARY", "") or Path(tempfile.mkdtemp()) / "libhetkv_host.so")
     if not path.exists():
         flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-        subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", str(SOURCE), "-o", str(path)], check=True)
+        subprocess.run(["g++", *flags, *INCLUDES, str(SOURCE), "-o", str(path)], check=True)
     return str(path)
 
 
@@ -56,6 +63,25 @@ def options(text: str = "") -> Iterator[None]:
         yield
     finally:
         library().host_options(b"")
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch, source: bool = True, destination: bool = True) -> None:
+    """Pools of NHD lie on device 0 and all others on device 1, where the side has one; the backend has no options."""
+    library().host_options(b"")
+
+    def place(pool: KVPool) -> object:
+        first = pool.layers[0].layout.segments["k"].token_stride > pool.layers[0].layout.segments["k"].head_stride
+        return device(int(not first)) if (source if first else destination) else None
+
+    monkeypatch.setattr("hetkv.node.device_of", place)
+
+
+def pools(blocks: int = 24, **settings: object) -> tuple[KVPool, KVPool]:
+    made = [
+        randomise(KVPool.allocate(SPEC, blocks, layout=layout, block_size=size, **settings), index)  # type: ignore[arg-type]
+        for index, (layout, size) in enumerate([("nhd", 16), ("hnd", 32)])
+    ]
+    return made[0], made[1]
 
 
 class HostStream:

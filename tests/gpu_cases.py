@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from remap_cases import Side
+from remap_cases import Side, expected, move
 
-from hetkv import reference
 from hetkv.core import core as _core
 
 ROOT = Path(__file__).parent.parent
 BUILT = ROOT / "build" / "emulated"
-SOURCES = ["csrc/backend/gpu/backend.cu", "csrc/backend/gpu/plan.cpp", "tests/cpp/emulated/start.cpp"]
+TABLE = ["backend.cu", "status.cu", "devices.cu", "allocations.cu", "streams.cu", "remaps.cu", "plan.cpp"]
+SOURCES = [*(f"csrc/backend/gpu/{name}" for name in TABLE), "tests/cpp/emulated/start.cpp"]
 
 
 def emulated_backend() -> str:
@@ -56,29 +56,14 @@ def check_on(
     max_blocks: int = 0,
 ) -> None:
     """Runs the move on the backend's device 0 and compares all memory, the sum and the count with the oracle's."""
-    want = destination.copy()
-    saturated = reference.remap(source.oracle(), want.oracle(), tokens, heads, channels, multipliers)
-    side = "source" if source.layout is None else "destination" if destination.layout is None else ""
-    checksum = 0
-    if side:
-        payload = source if source.layout is None else want
-        count = tokens * heads * channels * payload.dtype.itemsize
-        checksum = _core.checksum(payload.body[:count].numpy(), 16, seed)
-    if side == "destination" and count % 8:  # the kernel clears a wire part's padding
-        want.body[count : count + 8 - count % 8] = 0
+    want, checksum, saturated = expected(source, destination, tokens, heads, channels, multipliers, seed)
+    count = tokens * heads * channels * destination.dtype.itemsize
+    if destination.layout is None and source.layout is not None and count % 8:
+        want.body[count : count + 8 - count % 8] = 0  # the kernel clears a wire part's padding
     device = device_of(backend)
     there = replace(source, memory=source.memory.clone().to(device))
     got = replace(destination, memory=destination.memory.clone().to(device))
-    job = _core.RemapJob(
-        there.kernel(tokens, channels),
-        got.kernel(tokens, channels),
-        tokens=tokens,
-        heads=heads,
-        channels=channels,
-        multipliers=list(multipliers or ()),
-        wire=side,
-        wire_offset=16 if side else 0,
-    )
+    job = move(there, got, tokens, heads, channels, multipliers)
     stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
     run = _core.DeviceRemap(backend, 0, [job])
     for _ in range(2):  # the second shows that the first left its slot as it found it

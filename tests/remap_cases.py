@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from hetkv.dtypes import DType
 from hetkv.layout import SegmentLayout
 
 GUARD = 96
+WIRE_OFFSET = 16  # of the payload in its frame, which the checksum counts
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,48 @@ def wire(dtype: DType, tokens: int, heads: int, channels: int, seed: int) -> Sid
     return Side(random_bytes(tokens * heads * channels * dtype.itemsize, seed), dtype)
 
 
+def wire_side(source: Side, destination: Side) -> Literal["", "source", "destination"]:
+    """Which side is a wire payload, whose bytes are summed."""
+    return "source" if source.layout is None else "destination" if destination.layout is None else ""
+
+
+def expected(
+    source: Side,
+    destination: Side,
+    tokens: int,
+    heads: int,
+    channels: int,
+    multipliers: Sequence[float] | None,
+    seed: int,
+) -> tuple[Side, int, int]:
+    """The oracle's destination, checksum and count of saturations of one move."""
+    want = destination.copy()
+    saturated = reference.remap(source.oracle(), want.oracle(), tokens, heads, channels, multipliers)
+    side = wire_side(source, destination)
+    if not side:
+        return want, 0, saturated
+    payload = source if side == "source" else want
+    count = tokens * heads * channels * payload.dtype.itemsize
+    return want, reference.checksum(payload.body[:count].numpy().tobytes(), WIRE_OFFSET, seed), saturated
+
+
+def move(
+    source: Side, destination: Side, tokens: int, heads: int, channels: int, multipliers: Sequence[float] | None
+) -> _core.RemapJob:
+    """The same move as a kernel's job."""
+    side = wire_side(source, destination)
+    return _core.RemapJob(
+        source.kernel(tokens, channels),
+        destination.kernel(tokens, channels),
+        tokens=tokens,
+        heads=heads,
+        channels=channels,
+        multipliers=list(multipliers or ()),
+        wire=side,
+        wire_offset=WIRE_OFFSET if side else 0,
+    )
+
+
 def check(
     source: Side,
     destination: Side,
@@ -86,27 +130,11 @@ def check(
     isas: Sequence[str] | None = None,
 ) -> int:
     """Runs the move with every instruction set and compares all memory, sums and counts with the oracle's."""
-    want = destination.copy()
-    saturated = reference.remap(source.oracle(), want.oracle(), tokens, heads, channels, multipliers)
-    side = "source" if source.layout is None else "destination" if destination.layout is None else ""
-    checksum = 0
-    if side:
-        payload = source if source.layout is None else want
-        count = tokens * heads * channels * payload.dtype.itemsize
-        checksum = reference.checksum(payload.body[:count].numpy().tobytes(), 16, seed)
+    want, checksum, saturated = expected(source, destination, tokens, heads, channels, multipliers, seed)
     untouched = source.memory.clone()
     for isa in isas or _core.available_isas():
         got = destination.copy()
-        job = _core.RemapJob(
-            source.kernel(tokens, channels),
-            got.kernel(tokens, channels),
-            tokens=tokens,
-            heads=heads,
-            channels=channels,
-            multipliers=list(multipliers or ()),
-            wire=side,
-            wire_offset=16 if side else 0,
-        )
+        job = move(source, got, tokens, heads, channels, multipliers)
         _core.select_isa(isa)
         assert _core.remap([job], seed, threads) == (checksum, saturated), isa
         assert torch.equal(got.memory, want.memory), isa

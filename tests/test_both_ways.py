@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, PreTrained
 
 from hetkv import Exchange
 from hetkv.config import TransferConfig
-from hetkv.errors import PeerLostError
+from hetkv.errors import PeerLostError, WaitTimeoutError
 from hetkv.pool import KVPool
 from hetkv.runtime import Decoder
+from hetkv.runtime.generate import generate
 from hetkv.runtime.turns import Conversation, Station
 from hetkv.spec import KVSpec
+from hetkv.transfer import Transmission
 
 SMALL = TransferConfig(slot_bytes=16384, window_bytes=4 * 16384)
 
@@ -95,6 +97,20 @@ def test_the_end_of_one_direction_leaves_the_other() -> None:
         )
 
 
+def test_a_failed_connect_links_neither_direction() -> None:
+    pools = [KVPool.allocate(KVSpec.uniform(1, 2, 32), 8) for _ in range(2)]
+    with (
+        Exchange(pools[0], secret=SECRET, instance="a", config=SMALL) as a,
+        Exchange(pools[1], secret=SECRET, instance="b", config=SMALL) as b,
+    ):
+        there = a.listen()
+        with pytest.raises(PeerLostError):
+            b.connect(there._replace(receiver="127.0.0.1:1"))
+        until(lambda: not a.sender.peers and not b.receiver.peers)
+        b.connect(there)
+        until(lambda: len(a.sender.peers) == len(a.receiver.peers) == 1)
+
+
 def load(name: str, directory: Path) -> tuple[Decoder, PreTrainedModel]:
     if name == "demo":
         return Decoder.load(DEMO), AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
@@ -147,3 +163,31 @@ def test_conversation(
             assert turn.sent_bytes == min(turn.sent, window - 1) * token_bytes
             assert turn.returned_bytes == min(turn.returned, window - 1) * token_bytes
         assert conversation.tokens == said
+
+
+@pytest.mark.parametrize("way", ["forward", "back"])
+def test_a_turn_that_times_out_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Layers that never leave: both sides are given up at once, and the conversation goes on with the next turn."""
+    model = Decoder.load(DEMO)
+    pools = [KVPool.allocate(model.kv_spec, 8, block_size=16, dtype="float32") for _ in range(2)]
+    stations = [Station(model, pool, secret=SECRET, instance=name, config=SMALL)
+                for name, pool in zip("pd", pools, strict=True)]  # fmt: skip
+    silent = stations[way == "back"].exchange.sender
+    send_layer = Transmission.send_layer
+    with stations[0].exchange, stations[1].exchange, monkeypatch.context() as patched:
+        conversation = Conversation(*stations)
+        patched.setattr("hetkv.runtime.turns.WAIT_S", 1.0)
+        patched.setattr(
+            Transmission,
+            "send_layer",
+            lambda self, *args: None if self._engine is silent.engine else send_layer(self, *args),
+        )
+        with pytest.raises(WaitTimeoutError):
+            conversation.turn([3, 5, 7], 4)
+        for station in stations:
+            settled(station.exchange.sender, station.exchange.receiver)
+        patched.undo()
+        said = conversation.tokens
+        turn = conversation.turn([11, 13], 4)
+        pool = KVPool.allocate(model.kv_spec, 8, block_size=16, dtype="float32")
+        assert turn.tokens == generate(model, [*said, 11, 13], 4, pool)

@@ -74,7 +74,7 @@ def test_every_byte_arrives(source: str, destination: str, how: dict[str, object
 
 @pytest.mark.parametrize(("source", "destination"), PLACES)
 def test_the_callers_stream_comes_first_and_waits(source: str, destination: str) -> None:
-    """The pool is filled by work that is queued behind a long kernel; the decode side reads behind `wait_stream`."""
+    """The pool is filled by work that is queued behind a long kernel; the decoder reads behind `wait(stream=...)`."""
     mine, theirs, here, there = pair(source, destination)
     fresh = to(randomise(mine, 77), source)
     with connected([here], [there], SMALL) as ([sender], [receiver]):
@@ -87,7 +87,7 @@ def test_the_callers_stream_comes_first_and_waits(source: str, destination: str)
         if destination != "cpu":
             stream = torch.cuda.Stream(destination)
             with torch.cuda.stream(stream):
-                rx.wait_stream()
+                rx.wait(stream=stream)
                 seen = there.layers[2].tensors["v"].clone()
         for layer in range(3):
             for name in "kv":

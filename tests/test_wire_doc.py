@@ -13,7 +13,9 @@ from hetkv.wire_types import MAX_ABORT_CODE, Type
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "wire-format.md").read_text(encoding="utf-8")
 GOOD = json.loads((ROOT / "tests" / "vectors" / "good.json").read_text(encoding="utf-8"))["vectors"]
-WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "u8 x 4": 4, "u32 x 4": 16, "16 bytes": 16, "4 bytes": 4}
+KEYS = json.loads((ROOT / "tests" / "vectors" / "keys.json").read_text(encoding="utf-8"))["good"]
+WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "u8 x 4": 4, "u32 x 4": 16}
+WIDTHS |= {f"{count} bytes": count for count in (4, 8, 16, 64)}
 
 
 def byte_table(heading: str) -> list[tuple[int, str, int]]:
@@ -21,7 +23,7 @@ def byte_table(heading: str) -> list[tuple[int, str, int]]:
     rows = []
     for line in TEXT[TEXT.index(heading) :].splitlines()[1:]:
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 4 and cells[0].isdigit():
+        if len(cells) == 4 and cells[0].isdigit() and cells[2] in WIDTHS:
             rows.append((int(cells[0]), cells[1], WIDTHS[cells[2]]))
         elif rows:
             break
@@ -54,6 +56,23 @@ def test_tables_read_the_golden_frames() -> None:
             else:
                 encoded = value.to_bytes(width, "little")
             assert data[at : at + width] == encoded, f"{name}: {field}"
+
+
+def test_the_key_s_table_reads_the_golden_keys() -> None:
+    rows = byte_table("Their key, which a UCX key cannot begin like:")
+    assert [field for _, field, _ in rows][-1] == "length"
+    for name, vector in KEYS.items():
+        data, end = bytes.fromhex(vector["hex"]), 0
+        fields = {**vector["fields"], "version": 1, "reserved": 0, "magic": b"hetkvwin".hex()}
+        fields["backend"] = fields["backend"].encode().ljust(16, b"\0").hex()
+        fields["ucx_length"] = len(fields["ucx"]) // 2
+        for at, field, width in rows:
+            assert at == end, field
+            end = at + width
+            value = fields[field]
+            encoded = bytes.fromhex(value) if isinstance(value, str) else value.to_bytes(width, "little")
+            assert data[at:end] == encoded, f"{name}: {field}"
+        assert data[end:].hex() == fields["ucx"], name
 
 
 def test_codes() -> None:

@@ -62,6 +62,15 @@ class Case(NamedTuple):
         extra = "" if self.head_dim == 128 else f", head dim {self.head_dim}"
         return f"{self.source} -> {self.destination}, {dtypes}{extra}" + ("" if self.checksum else ", no checksum")
 
+    @property
+    def wire(self) -> Literal["", "source", "destination"]:
+        """The side whose bytes are summed."""
+        if not self.checksum:
+            return ""
+        if self.source.layout == WIRE.layout:
+            return "source"
+        return "destination" if self.destination.layout == WIRE.layout else ""
+
 
 TARGETS = {"move": 0.85, "convert": 0.6, "transpose": 0.5, "short": None, "transpose+convert": None}
 """Least ratio by kind: equal dtypes with runs of 256 bytes or more, conversions, layouts that turn axes around. None:
@@ -134,43 +143,82 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
     return Memory(data, sides)
 
 
+class Extent(NamedTuple):
+    """How much a case moves."""
+
+    segments: str
+    tokens: int
+    elements: int
+    copied: int
+    """Bytes of the source: what the copy beside it copies."""
+    moved: int
+    """Bytes read plus bytes written."""
+
+
+def extent(case: Case, narrow_bytes: int) -> Extent:
+    """The extent of a case with that many bytes on its narrower side."""
+    places = (case.source, case.destination)
+    sizes = [DType.parse(place.dtype).itemsize for place in places]
+    segments = next(place.segments for place in places[::-1] if place.layout != WIRE.layout)
+    tokens = narrow_bytes // (TOKEN_CHANNELS * min(sizes) * len(segments))
+    elements = tokens * TOKEN_CHANNELS * len(segments)
+    return Extent(segments, tokens, elements, elements * sizes[0], elements * sum(sizes))
+
+
+def make_jobs(case: Case, source: Memory, destination: Memory, tokens: int) -> list[_core.RemapJob]:
+    """The jobs of a case, one a segment, between memory of `make_memory`."""
+    from hetkv.core import core as _core
+
+    wire = case.wire
+    return [
+        _core.RemapJob(
+            start,
+            to,
+            tokens=tokens,
+            heads=TOKEN_CHANNELS // case.head_dim,
+            channels=case.head_dim,
+            wire=wire,
+            wire_offset=max(start_offset, to_offset) if wire else 0,
+        )
+        for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
+    ]
+
+
+class Rates(NamedTuple):
+    """Medians of a case and of the copies beside it, in GB/s of bytes read plus written, and their ratio."""
+
+    gb_s: float
+    copy_gb_s: float
+    ratio: float
+    quartiles: list[float]
+    """Lower and upper, of the ratios of each pair of times."""
+
+
+def rates(size: Extent, times: list[float], copy_times: list[float]) -> Rates:
+    """Times in seconds of one remap and of the copy timed beside it."""
+    gb_s = size.moved / statistics.median(times) / 1e9
+    copy_gb_s = 2 * size.copied / statistics.median(copy_times) / 1e9
+    ratios = [size.moved / t / (2 * size.copied / c) for t, c in zip(times, copy_times, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Rates(gb_s, copy_gb_s, round(gb_s / copy_gb_s, 3), [round(low, 3), round(high, 3)])
+
+
 def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     """Time one case and the copy beside it; one entry of `results`."""
     import torch
 
     from hetkv.core import core as _core
 
-    places = (case.source, case.destination)
-    sizes = [DType.parse(place.dtype).itemsize for place in places]
-    segments = next(place.segments for place in places[::-1] if place.layout != "canonical")
-    tokens = NARROW_BYTES // (TOKEN_CHANNELS * min(sizes) * len(segments))
-    elements = tokens * TOKEN_CHANNELS * len(segments)
-    copied = elements * sizes[0]
-    wire: Literal["", "source", "destination"] = ""
-    if case.checksum and case.source.layout == "canonical":
-        wire = "source"
-    elif case.checksum and case.destination.layout == "canonical":
-        wire = "destination"
+    size = extent(case, NARROW_BYTES)
     jobs, buffers = [], []
     for i in range(BUFFERS):
-        source = make_memory(case.source, segments, tokens, case.head_dim, 2 * i)
-        destination = make_memory(case.destination, segments, tokens, case.head_dim, 2 * i + 1)
-        room = destination.data if destination.data.numel() >= copied else torch.zeros(copied, dtype=torch.uint8)
-        buffers.append((room[:copied].numpy(), source.data[:copied].numpy(), source, destination))
-        jobs.append(
-            [
-                _core.RemapJob(
-                    start,
-                    to,
-                    tokens=tokens,
-                    heads=TOKEN_CHANNELS // case.head_dim,
-                    channels=case.head_dim,
-                    wire=wire,
-                    wire_offset=max(start_offset, to_offset) if wire else 0,
-                )
-                for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
-            ]
-        )
+        source = make_memory(case.source, size.segments, size.tokens, case.head_dim, 2 * i)
+        destination = make_memory(case.destination, size.segments, size.tokens, case.head_dim, 2 * i + 1)
+        room = destination.data
+        if room.numel() < size.copied:
+            room = torch.zeros(size.copied, dtype=torch.uint8)
+        buffers.append((room[: size.copied].numpy(), source.data[: size.copied].numpy(), source, destination))
+        jobs.append(make_jobs(case, source, destination, size.tokens))
     copy_times, times = [], []
     for i in range(repeats + BUFFERS):
         target, start, _, _ = buffers[i % BUFFERS]
@@ -182,22 +230,18 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
         if i >= BUFFERS:  # the first round touches the pages
             copy_times.append(between - began)
             times.append(ended - between)
-    moved = elements * sum(sizes)
-    gb_s = moved / statistics.median(times) / 1e9
-    copy_gb_s = 2 * copied / statistics.median(copy_times) / 1e9
-    ratios = [moved / t / (2 * copied / c) for t, c in zip(times, copy_times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    found = rates(size, times, copy_times)
     return {
         "case": case.name,
         "kind": case.kind,
-        "checksum": bool(wire),
+        "checksum": bool(case.wire),
         "threads": threads,
-        "bytes": moved,
-        "gb_s": round(gb_s, 2),
-        "copy_bytes": 2 * copied,
-        "copy_gb_s": round(copy_gb_s, 2),
-        "ratio": round(gb_s / copy_gb_s, 3),
-        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "bytes": size.moved,
+        "gb_s": round(found.gb_s, 2),
+        "copy_bytes": 2 * size.copied,
+        "copy_gb_s": round(found.copy_gb_s, 2),
+        "ratio": found.ratio,
+        "ratio_quartiles": found.quartiles,
         "target": TARGETS[case.kind],
     }
 

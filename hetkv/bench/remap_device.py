@@ -11,10 +11,9 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from hetkv.bench.remap import TOKEN_CHANNELS, WIRE, Case, Place, cases, make_memory
-from hetkv.dtypes import DType
+from hetkv.bench.remap import WIRE, Case, Place, cases, extent, make_jobs, make_memory, rates
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,35 +39,17 @@ def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: 
 
     from hetkv.core import core as _core
 
-    sizes = [DType.parse(place.dtype).itemsize for place in (case.source, case.destination)]
-    segments = next(place.segments for place in (case.destination, case.source) if place.layout != "canonical")
-    tokens = (mib << 20) // (TOKEN_CHANNELS * min(sizes) * len(segments))
-    elements = tokens * TOKEN_CHANNELS * len(segments)
-    copied = elements * sizes[0]
-    wire: Literal["", "source", "destination"] = ""
-    if case.checksum and WIRE.layout in (case.source.layout, case.destination.layout):
-        wire = "source" if case.source.layout == WIRE.layout else "destination"
+    size = extent(case, mib << 20)
     remaps, copies, kept = [], [], []
-    for i in range(max(2, -(-L2_MULTIPLE * l2_bytes // (elements * sum(sizes))))):
-        source = make_memory(case.source, segments, tokens, case.head_dim, 2 * i, str(device))
-        destination = make_memory(case.destination, segments, tokens, case.head_dim, 2 * i + 1, str(device))
-        jobs = [
-            _core.RemapJob(
-                start,
-                to,
-                tokens=tokens,
-                heads=TOKEN_CHANNELS // case.head_dim,
-                channels=case.head_dim,
-                wire=wire,
-                wire_offset=max(start_offset, to_offset) if wire else 0,
-            )
-            for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
-        ]
+    for i in range(max(2, -(-L2_MULTIPLE * l2_bytes // size.moved))):
+        source = make_memory(case.source, size.segments, size.tokens, case.head_dim, 2 * i, str(device))
+        destination = make_memory(case.destination, size.segments, size.tokens, case.head_dim, 2 * i + 1, str(device))
+        jobs = make_jobs(case, source, destination, size.tokens)
         remaps.append(_core.DeviceRemap("cuda", device.index, jobs))
         target = destination.data
-        if target.numel() < copied:
-            target = torch.empty(copied, dtype=torch.uint8, device=device)
-        copies.append((target[:copied], source.data[:copied]))
+        if target.numel() < size.copied:
+            target = torch.empty(size.copied, dtype=torch.uint8, device=device)
+        copies.append((target[: size.copied], source.data[: size.copied]))
         kept.append((source, destination))
     stream = torch.cuda.current_stream(device).cuda_stream
     busy = torch.empty(1 << 30, dtype=torch.uint8, device=device)
@@ -90,23 +71,19 @@ def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: 
         if i >= 3:
             copy_times.append(copy)
             times.append(remap)
-    moved = elements * sum(sizes)
-    gb_s = moved / statistics.median(times) / 1e9
-    copy_gb_s = 2 * copied / statistics.median(copy_times) / 1e9
-    ratios = [moved / t / (2 * copied / c) for t, c in zip(times, copy_times, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    found = rates(size, times, copy_times)
     return {
         "case": case.name,
         "kind": case.kind,
-        "checksum": bool(wire),
+        "checksum": bool(case.wire),
         "mib": mib,
-        "bytes": moved,
+        "bytes": size.moved,
         "microseconds": round(1e6 * statistics.median(times), 2),
-        "gb_s": round(gb_s, 1),
-        "copy_bytes": 2 * copied,
-        "copy_gb_s": round(copy_gb_s, 1),
-        "ratio": round(gb_s / copy_gb_s, 3),
-        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "gb_s": round(found.gb_s, 1),
+        "copy_bytes": 2 * size.copied,
+        "copy_gb_s": round(found.copy_gb_s, 1),
+        "ratio": found.ratio,
+        "ratio_quartiles": found.quartiles,
         "target": TARGETS[case.kind],
     }
 

@@ -1,4 +1,7 @@
-"""`hetkv demo`: prefill and decode instances with unlike KV pools generate the text that one process generates."""
+"""`hetkv demo`: prefill and decode instances with unlike KV pools generate the text that one process generates.
+
+With `--shape` they have random weights of a named shape, and only times are shown.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -18,16 +22,22 @@ from hetkv.errors import InputError
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.demo import DECODE_POOL, PREFILL_POOL, DemoOptions, DemoResult, run_demo
 from hetkv.runtime.plan import GRAMMAR, LAYOUTS, InstancePlan, SideOptions, parse_side, read_plan
+from hetkv.runtime.synthetic import SHAPES
+from hetkv.runtime.timing import TimingOptions, TimingResult, run_timing
 from hetkv.spec import Interval
-from hetkv.trace import draw, write_perfetto
+from hetkv.trace import Span, draw, write_perfetto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv demo`."""
     defaults = DemoOptions()
-    parser.add_argument("--model", default=defaults.model, metavar="DIR", help="a Hugging Face Llama-family directory")
-    parser.add_argument("--prompt", default=defaults.prompt, metavar="TEXT")
-    parser.add_argument("--tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="tokens to generate")
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face Llama-family directory (default: hetkv's own)")
+    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default 96; 16 of a shape)")
+    timed = parser.add_argument_group("random weights of a named shape, for timing alone")
+    timed.add_argument("--shape", metavar="NAME", help=", ".join(SHAPES))
+    timed.add_argument("--layers", type=int, metavar="N", help="its first N layers alone (default: all)")
+    timed.add_argument("--prompt-tokens", type=int, metavar="N", help="random tokens of the prompt (default 1024)")
     which = parser.add_argument_group("which instances (default: one of one rank on either side)")
     for name in ("prefill", "decode"):
         which.add_argument(
@@ -36,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--plan", metavar="FILE", help="instances of a plan.yaml: roles, counts, TP, PP, blocks, layouts"
     )
-    which.add_argument("--requests", type=int, metavar="N", help="default: one for each pair of instances")
+    which.add_argument(
+        "--requests", type=int, metavar="N", help="default: one for each pair of instances, of a shape 5"
+    )
     pools = parser.add_argument_group("their pools (a plan's own choices win)")
     for name, side in (("prefill", PREFILL_POOL), ("decode", DECODE_POOL)):
         pools.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
@@ -45,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pools.add_argument(
             f"--{name}-device", default="cpu", metavar="DEVICE", help="cpu, or cuda:N of its first rank (default cpu)"
         )
-    parser.add_argument("--compute-dtype", default=defaults.compute_dtype, metavar="DTYPE")
+    parser.add_argument("--compute-dtype", metavar="DTYPE", help="default float32; bfloat16 of a shape")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of a rank")
@@ -58,16 +70,18 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 where all texts are identical to a single process's, 1 where not."""
     check_outputs({"trace": args.trace})
     instances = _instances(args)
+    if args.shape is not None:
+        return _run_timing(args, instances)
+    for name in ("layers", "prompt_tokens"):
+        if getattr(args, name) is not None:
+            raise InputError(f"{_option(name)} goes with --shape")
     options = DemoOptions(
-        model=args.model,
-        prompt=args.prompt,
-        max_new_tokens=args.tokens,
         instances=tuple(instances),
         requests=args.requests,
-        compute_dtype=args.compute_dtype,
         chunk=args.chunk,
         rendezvous=args.rendezvous,
         threads=args.threads,
+        **_given(args, model="model", prompt="prompt", max_new_tokens="tokens", compute_dtype="compute_dtype"),
     )
     console = Console(highlight=False)
     ranks = sum(instance.ranks for instance in instances)
@@ -79,16 +93,73 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show_deployment(console, result, read_config(Path(options.model)))
     _show_figures(console, result)
+    _write(args, result, timelines, result.requests[0].prompt_tokens)
+    if not result.identical:
+        print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
+    return 0 if result.identical else 1
+
+
+def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
+    for name in ("model", "prompt", "prefill", "decode", "plan"):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"{_option(name)} does not go with --shape: random weights, one prefill and one decode rank"
+            )
+    prefill, decode = instances
+    options = TimingOptions(
+        shape=args.shape,
+        layers=args.layers,
+        prefill=prefill,
+        decode=decode,
+        chunk=args.chunk,
+        rendezvous=args.rendezvous,
+        threads=args.threads,
+        **_given(
+            args,
+            prompt_tokens="prompt_tokens",
+            new_tokens="tokens",
+            requests="requests",
+            compute_dtype="compute_dtype",
+        ),
+    )
+    with Console(stderr=True).status(f"timing {args.shape}"), _ended_in_order():
+        result, timelines = run_timing(options)
+    console, table = Console(highlight=False), _figures()
+    table.add_row(
+        "model",
+        f"{result.layers} layers of {result.shape}, random {result.compute_dtype} weights, "
+        f"{result.weight_bytes / 1e9:.1f} GB a side",
+    )
+    for role, device in zip(("prefill", "decode"), result.devices, strict=True):
+        table.add_row(role, f"{device}, pool {getattr(result, role)}")
+    count = f"{len(result.requests)} of {result.prompt_tokens} tokens and {result.generated_tokens} new ones"
+    table.add_row("requests", f"{count}; times are medians")
+    _add_times(table, result)
+    console.print(table)
+    _write(args, result, timelines, result.prompt_tokens)
+    return 0
+
+
+def _given(args: argparse.Namespace, **options: str) -> dict[str, Any]:
+    """Those options (field: option) that the command line names."""
+    return {field: getattr(args, name) for field, name in options.items() if getattr(args, name) is not None}
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _write(
+    args: argparse.Namespace, result: DemoResult | TimingResult, timelines: list[list[Span]], prompt_tokens: int
+) -> None:
+    """The files that were asked for."""
     if args.json:
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     if args.trace:
         write_perfetto(args.trace, [span for timeline in timelines for span in timeline])
     if args.plot:
-        tokens, sides = result.requests[0].prompt_tokens, f"{result.prefill} to {result.decode}"
-        draw(args.plot, timelines[0], f"KV of {tokens} tokens, {sides}, {result.rendezvous}")
-    if not result.identical:
-        print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
-    return 0 if result.identical else 1
+        sides = f"{result.prefill} to {result.decode}"
+        draw(args.plot, timelines[0], f"KV of {prompt_tokens} tokens, {sides}, {result.rendezvous}")
 
 
 @contextmanager
@@ -165,25 +236,33 @@ def _show_deployment(console: Console, result: DemoResult, config: ModelConfig) 
 
 
 def _show_figures(console: Console, result: DemoResult) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
+    table = _figures()
     if len(result.instances) == 2:
         table.add_row("prefill pool", str(result.prefill))
         table.add_row("decode pool", str(result.decode))
+    _add_times(table, result, "" if len(result.requests) == 1 else f" (means of {len(result.requests)} requests)")
+    console.print(table)
+
+
+def _figures() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    return table
+
+
+def _add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> None:
     table.add_row(
         "moved",
         f"{result.payload_bytes / 1024:.0f} KiB of {result.layers} layers in {result.frames} frames, "
         f"{result.direct_frames} straight into the window",
     )
-    mean = "" if len(result.requests) == 1 else f" (means of {len(result.requests)} requests)"
-    table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{mean}")
+    table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{of}")
     table.add_row(
         "transfer",
         f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms",
     )
     table.add_row("TPOT", f"{result.tpot_ms:.2f} ms")
-    console.print(table)
 
 
 def _table(*columns: str) -> Table:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from math import gcd, lcm
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -20,13 +19,12 @@ from hetkv.runtime.config import read_config
 from hetkv.runtime.generate import generate
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
-from hetkv.runtime.processes import Instance, link, running
+from hetkv.runtime.processes import link, running
 from hetkv.runtime.routes import RouteBytes
+from hetkv.runtime.routing import Rendezvous, Request, Run, Times, counted, route, times
 from hetkv.runtime.tokenizer import TextTokenizer
-from hetkv.runtime.worker import DecodeResult, PrefillResult
 from hetkv.trace import Span
 
-Rendezvous = Literal["concurrent", "prefill_first"]
 MODEL = Path(__file__).parents[1] / "models" / "demo"
 PROMPT = """\
 And Joseph fell upon his father's face, and wept upon him, and kissed him.
@@ -145,36 +143,19 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
         prefillers = [instance for instance in instances if instance.plan.role == "prefill"]
         decoders = [instance for instance in instances if instance.plan.role == "decode"]
         requests = [
-            _Request(f"request-{index}", prompt, prefillers[prefill], decoders[decode])
+            Request(f"request-{index}", prompt, prefillers[prefill], decoders[decode])
             for index, ((prefill, decode), prompt) in enumerate(zip(pairs, prompts, strict=True))
         ]
         for request in requests[: len(sources) * len(destinations)]:
-            _route(request._replace(name=f"warm-up of {request.name}"), 1, options.rendezvous)
-        before = _counted(prefillers)
+            route(request._replace(name=f"warm-up of {request.name}"), 1, options.rendezvous)
+        before = counted(prefillers)
         runs = _route_all(requests, options)
-        counters = {name: count - before[name] for name, count in _counted(prefillers).items()}
+        counters = {name: count - before[name] for name, count in counted(prefillers).items()}
         routes = _routes(requests)
     results = [
         _result(request, run, tokens, tokenizer) for request, run, tokens in zip(requests, runs, expected, strict=True)
     ]
     return _summary(options, results, routes, counters, config.num_layers), [run.spans for run in runs]
-
-
-class _Request(NamedTuple):
-    """One request and the instances it is routed to."""
-
-    name: str
-    prompt: list[int]
-    prefiller: Instance
-    decoder: Instance
-
-
-class _Run(NamedTuple):
-    """What the ranks of a request's instances told."""
-
-    prefilled: list[PrefillResult]
-    decoded: list[DecodeResult]
-    spans: list[Span]
 
 
 def _check(options: DemoOptions) -> None:
@@ -204,28 +185,12 @@ def _texts(prompt: str, count: int) -> Iterator[str]:
         yield prompt[words[index % len(words)] :] if index else prompt
 
 
-def _route(request: _Request, tokens: int, rendezvous: Rendezvous) -> _Run:
-    """Take one request through its instances, in the order of the rendezvous mode."""
-    name, prompt, prefiller, decoder = request
-    accept = ("accept", name, prefiller.plan.name, len(prompt), tokens)
-    if rendezvous == "concurrent":
-        decoder.call(*accept)
-        prefilled = prefiller.call("prefill", name, prompt)
-    else:
-        prefilled = prefiller.call("prefill", name, prompt)
-        decoder.call(*accept)
-    decoded = decoder.call("decode", name, prefilled[0].first_token, tokens)
-    spans = [span for told in (*prefilled, *decoded) for span in told.spans]
-    spans += [span for told in prefiller.call("finish", name) for span in told]
-    return _Run(prefilled, decoded, spans)
-
-
-def _route_all(requests: Sequence[_Request], options: DemoOptions) -> list[_Run]:
+def _route_all(requests: Sequence[Request], options: DemoOptions) -> list[Run]:
     """All requests at once, each instance serving one at a time; the first error ends the wait."""
     width = len(options.instances)  # no more requests under way than the pools have room for
     workers = ThreadPoolExecutor(width)
     try:
-        futures = [workers.submit(_route, request, options.max_new_tokens, options.rendezvous) for request in requests]
+        futures = [workers.submit(route, request, options.max_new_tokens, options.rendezvous) for request in requests]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
         return [future.result() for future in futures]
@@ -234,21 +199,15 @@ def _route_all(requests: Sequence[_Request], options: DemoOptions) -> list[_Run]
         workers.shutdown(wait=False, cancel_futures=True)
 
 
-def _counted(instances: Sequence[Instance]) -> dict[str, int]:
-    """Counters of all ranks together."""
-    ranks = [stats for instance in instances for stats in instance.call("stats")]
-    return {name: sum(stats[name] for stats in ranks) for name in ("frames", "payload_bytes", "direct_frames")}
-
-
-def _routes(requests: Sequence[_Request]) -> list[RouteBytes]:
+def _routes(requests: Sequence[Request]) -> list[RouteBytes]:
     """Bytes of every route, over all requests."""
     totals: dict[RouteBytes, int] = {}
     for request in requests:
         for rank in request.decoder.call("routes", request.prefiller.plan.name, len(request.prompt)):
-            for route in rank:
-                key = msgspec.structs.replace(route, bytes=0)
-                totals[key] = totals.get(key, 0) + route.bytes
-    return [msgspec.structs.replace(route, bytes=size) for route, size in sorted(totals.items(), key=_route_order)]
+            for part in rank:
+                key = msgspec.structs.replace(part, bytes=0)
+                totals[key] = totals.get(key, 0) + part.bytes
+    return [msgspec.structs.replace(part, bytes=size) for part, size in sorted(totals.items(), key=_route_order)]
 
 
 def _route_order(item: tuple[RouteBytes, int]) -> tuple[object, ...]:
@@ -256,12 +215,8 @@ def _route_order(item: tuple[RouteBytes, int]) -> tuple[object, ...]:
     return route.source.split("/")[0], route.destination.split("/")[0], *route.layers, *route.heads
 
 
-def _result(request: _Request, run: _Run, expected: list[int], tokenizer: TextTokenizer) -> RequestResult:
-    """An instance begins with its first rank and is done with its last."""
+def _result(request: Request, run: Run, expected: list[int], tokenizer: TextTokenizer) -> RequestResult:
     tokens = run.decoded[0].tokens
-    start, stop = min(rank.start_ns for rank in run.prefilled), max(rank.stop_ns for rank in run.prefilled)
-    first_send, kv = min(rank.first_send_ns for rank in run.prefilled), max(rank.kv_ns for rank in run.decoded)
-    first, end = max(rank.first_token_ns for rank in run.decoded), max(rank.stop_ns for rank in run.decoded)
     return RequestResult(
         prefill=request.prefiller.plan.name,
         decode=request.decoder.plan.name,
@@ -270,11 +225,7 @@ def _result(request: _Request, run: _Run, expected: list[int], tokenizer: TextTo
         generated_tokens=len(tokens),
         text=tokenizer.decode(tokens),
         single_process_text=tokenizer.decode(expected),
-        ttft_ms=(max(stop, kv) - start) / 1e6,
-        prefill_ms=(stop - start) / 1e6,
-        transfer_ms=(kv - first_send) / 1e6,
-        exposed_transfer_ms=max(0, kv - stop) / 1e6,
-        tpot_ms=(end - first) / 1e6 / max(len(tokens) - 1, 1),
+        **times(run)._asdict(),
     )
 
 
@@ -282,7 +233,6 @@ def _summary(
     options: DemoOptions, requests: list[RequestResult], routes: list[RouteBytes], counters: dict[str, int], layers: int
 ) -> DemoResult:
     sides = {instance.role: instance.pool for instance in reversed(options.instances)}
-    times = ("ttft_ms", "prefill_ms", "transfer_ms", "exposed_transfer_ms", "tpot_ms")
     return DemoResult(
         identical=all(request.identical for request in requests),
         generated_tokens=sum(request.generated_tokens for request in requests),
@@ -291,7 +241,7 @@ def _summary(
         prompt_tokens=sum(request.prompt_tokens for request in requests),
         layers=layers,
         **counters,
-        **{name: sum(getattr(request, name) for request in requests) / len(requests) for name in times},
+        **{name: sum(getattr(request, name) for request in requests) / len(requests) for name in Times._fields},
         rendezvous=options.rendezvous,
         prefill=sides["prefill"],
         decode=sides["decode"],

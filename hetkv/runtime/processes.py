@@ -16,6 +16,7 @@ from typing import Any
 
 from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError, PeerLostError
+from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.worker import WorkerConfig, serve
 
@@ -115,8 +116,8 @@ class Instance:
 
 @contextmanager
 def running(
-    plans: Sequence[InstancePlan], *, model: str, max_tokens: int, max_requests: int = 2, chunk: int | None = None,
-    compute_dtype: str = "float32", threads: int = 1, transfer: TransferConfig | None = None,
+    plans: Sequence[InstancePlan], *, model: str | ModelConfig, max_tokens: int, max_requests: int = 2,
+    chunk: int | None = None, compute_dtype: str = "float32", threads: int = 1, transfer: TransferConfig | None = None,
 ) -> Iterator[list[Instance]]:  # fmt: skip
     """Start all ranks of all instances; `link` them before the first use. On leaving, error or not, none is left."""
     secret = secrets.token_bytes(32)

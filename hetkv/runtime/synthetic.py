@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import msgspec
 import torch
 
 from hetkv.errors import InputError
@@ -29,11 +32,21 @@ SHAPES = {
 }
 
 
-def shape(name: str) -> ModelConfig:
-    """Geometry of a named shape. `InputError` lists the names."""
+def shape(name: str, layers: int | None = None) -> ModelConfig:
+    """Geometry of a named shape, cut to `layers` layers. `InputError` lists the names, or says how many it has."""
     if name not in SHAPES:
         raise InputError(f"shape {name!r}: known are {', '.join(SHAPES)}")
-    return SHAPES[name]
+    whole = SHAPES[name]
+    if layers is None:
+        return whole
+    if not 1 <= layers <= whole.num_layers:
+        raise InputError(f"{layers} layers of {name}: it has {whole.num_layers}")
+    return msgspec.structs.replace(whole, num_layers=layers, windows=whole.windows[:layers])
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights of `random_decoder`."""
+    return sum(prod(size) for size in expected_tensors(config).values()) * dtype.itemsize
 
 
 def random_decoder(

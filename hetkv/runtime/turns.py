@@ -6,15 +6,19 @@ sends the KV of the tokens that it generated back, so that the prefiller holds t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from hetkv.config import TransferConfig
 from hetkv.exchange import Exchange
+from hetkv.pending import Pending
 from hetkv.pool import KVPool
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
+from hetkv.transfer import Transmission
 
 WAIT_S = 60.0
 
@@ -96,22 +100,14 @@ class Conversation:
         here, there = self.prefiller, self.decoder
         pages = here.reserve(len(text))
         there.reserve(len(text) + max_new_tokens - 1)
-        name = f"turn {self.turns}"
-        reception = there.exchange.receiver.receive(name, there.blocks, len(text), held=there.held)
-        sending = here.exchange.sender.send(name, here.blocks, len(text))
+        with self._transfer(here, there, len(text), there.held) as sending:
 
-        def on_layer(layer: int, start: int, stop: int) -> None:
-            sending.send_layer(layer, (start, stop))
+            def on_layer(layer: int, start: int, stop: int) -> None:
+                sending.send_layer(layer, (start, stop))
 
-        try:
             for layer in here.pool.layers:
                 on_layer(layer, min(there.held, here.held), here.held)
             logits = prefill(here.model, text, pages, start=here.held, chunk=chunk, on_layer=on_layer)
-        except BaseException:
-            sending.abort("the prefill failed")
-            raise
-        reception.wait(WAIT_S)
-        sending.wait(WAIT_S)
         here.held = there.held = len(text)
         return choose(here.model, logits)
 
@@ -121,11 +117,25 @@ class Conversation:
         if there.held == start:
             return
         here.reserve(there.held)
-        name = f"turn {self.turns}"
-        reception = here.exchange.receiver.receive(name, here.blocks, there.held, held=start)
-        sending = there.exchange.sender.send(name, there.blocks, there.held)
-        for layer in there.pool.layers:
-            sending.send_layer(layer, (start, there.held))
-        reception.wait(WAIT_S)
-        sending.wait(WAIT_S)
+        with self._transfer(there, here, there.held, start) as sending:
+            for layer in there.pool.layers:
+                sending.send_layer(layer, (start, there.held))
         here.held = there.held
+
+    @contextmanager
+    def _transfer(self, source: Station, destination: Station, num_tokens: int, held: int) -> Iterator[Transmission]:
+        """Send the KV of tokens `held` to `num_tokens`; both sides are done on leaving, also where it fails."""
+        name = f"turn {self.turns}"
+        ends: list[Pending] = []
+        try:
+            ends.append(destination.exchange.receiver.receive(name, destination.blocks, num_tokens, held=held))
+            sending = source.exchange.sender.send(name, source.blocks, num_tokens)
+            ends.insert(0, sending)
+            yield sending
+            for end in reversed(ends):
+                end.wait(WAIT_S)
+        except BaseException:
+            for end in ends:
+                end.abort("the turn failed")
+            wait([end.future for end in ends], WAIT_S)  # the next turn uses the same blocks
+            raise

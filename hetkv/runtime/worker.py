@@ -20,15 +20,17 @@ import torch
 
 from hetkv.config import TransferConfig
 from hetkv.dtypes import DType
-from hetkv.errors import HetkvError
+from hetkv.errors import HetkvError, InputError
 from hetkv.pool import KVPool
 from hetkv.reshard import overlap
 from hetkv.runtime.clock import WorkClock
+from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.routes import RouteBytes, route_bytes
+from hetkv.runtime.synthetic import random_decoder
 from hetkv.runtime.team import Team
 from hetkv.trace import Span, engine_spans
 from hetkv.transfer import Receiver, Reception, Sender, Transmission
@@ -41,8 +43,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     meeting: str
     """Where the ranks of the instance meet: see `Team.join`."""
-    model: str
-    """Checkpoint directory."""
+    model: str | ModelConfig
+    """Checkpoint directory, or the shape of a model of one rank with random weights."""
     compute_dtype: str = "float32"
     max_tokens: int
     """Tokens that the pool must hold for one request."""
@@ -80,6 +82,11 @@ class DecodeResult(msgspec.Struct, frozen=True):
     spans: list[Span]
 
 
+def pool_blocks(max_tokens: int, max_requests: int, block_size: int) -> int:
+    """Blocks of a rank's pool: a few more than the requests need, so that their block ids are not 0, 1, 2, ..."""
+    return max_requests * -(-max_tokens // block_size) + 2
+
+
 class Worker:
     """The state of a rank's process."""
 
@@ -92,14 +99,14 @@ class Worker:
             torch.cuda.set_device(device)
         team = Team.join(config.meeting, plan.tp, plan.pp, config.rank, device)
         self._stack.callback(team.leave)
-        self.model = Decoder.load(
-            config.model, DType.parse(config.compute_dtype).torch, device, team=team, stages=plan.stages
-        )
-        # A few blocks more than the requests need, so that their block ids are not simply 0, 1, 2, ...
-        num_blocks = config.max_requests * -(-config.max_tokens // plan.pool.block_size) + 2
+        dtype = DType.parse(config.compute_dtype).torch
+        if isinstance(config.model, ModelConfig):
+            self.model = random_decoder(config.model, dtype, device)
+        else:
+            self.model = Decoder.load(config.model, dtype, device, team=team, stages=plan.stages)
         self.pool = KVPool.allocate(
             self.model.kv_spec,
-            num_blocks,
+            pool_blocks(config.max_tokens, config.max_requests, plan.pool.block_size),
             layout=plan.pool.layout,
             block_size=plan.pool.block_size,
             dtype=plan.pool.dtype,
@@ -230,8 +237,8 @@ def serve(config: WorkerConfig, pipe: Connection) -> None:
 def _serve(config: WorkerConfig, pipe: Connection) -> None:
     try:
         worker = Worker(config)
-    except HetkvError as error:
-        pipe.send(("error", type(error).__name__, str(error)))
+    except (HetkvError, torch.OutOfMemoryError) as error:
+        pipe.send(_failure(error))
         return
     with closing(worker):
         pipe.send(("ok", None))
@@ -240,9 +247,16 @@ def _serve(config: WorkerConfig, pipe: Connection) -> None:
             answer: tuple[Any, ...]
             try:
                 answer = ("ok", getattr(worker, operation)(*arguments))
-            except HetkvError as error:
-                answer = ("error", type(error).__name__, str(error))
+            except (HetkvError, torch.OutOfMemoryError) as error:
+                answer = _failure(error)
             pipe.send(answer)
+
+
+def _failure(error: HetkvError | torch.OutOfMemoryError) -> tuple[str, str, str]:
+    """A device without room for what the caller asked for is the caller's to see, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error", InputError.__name__, str(error).partition("\n")[0]
+    return "error", type(error).__name__, str(error)
 
 
 def _end_with_parent() -> None:
