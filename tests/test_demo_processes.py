@@ -60,12 +60,12 @@ def command(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     root = str(Path(__file__).parent.parent)
     options = ["--prefill", "2xTP2", "--decode", "TP1PP2", "--tokens", "800", "--requests", "20"]
     with subprocess.Popen(
-        [sys.executable, "-m", "hetkv", "demo", *options],
+        # Tests that run in the background ignore Ctrl-C, and so would their children.
+        ["env", "--default-signal=INT", sys.executable, "-m", "hetkv", "demo", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests run in the background have none
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     ) as process:
         try:

@@ -18,7 +18,7 @@
 
 #include "remap/remap.h"
 
-#define HETKV_BACKEND_ABI 1
+#define HETKV_BACKEND_ABI 2
 #define HETKV_BACKEND_SYMBOL "hetkv_backend"
 
 extern "C" {

@@ -17,8 +17,8 @@ enum class Paths : std::uint8_t {
 
 HETKV_INLINE const Job& job_of(const Launch& launch, std::uint32_t& chunk) {
   std::uint32_t i = 0;
-  while (i + 1 < launch.num_jobs && chunk >= launch.jobs[i + 1].first_chunk) ++i;
-  chunk -= launch.jobs[i].first_chunk;
+  while (i + 1 < launch.num_jobs && chunk >= launch.first_chunk[i + 1]) ++i;
+  chunk -= launch.first_chunk[i];
   return launch.jobs[i];
 }
 

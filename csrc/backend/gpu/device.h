@@ -40,13 +40,7 @@ __device__ inline void barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
-__device__ inline void fence() {
-  __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent");
-}
 __device__ inline std::uint64_t add(std::uint64_t* to, std::uint64_t value) {
-  return __hip_atomic_fetch_add(to, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-}
-__device__ inline std::uint32_t add(std::uint32_t* to, std::uint32_t value) {
   return __hip_atomic_fetch_add(to, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 __device__ inline std::uint32_t from_lane_above(std::uint32_t value, std::uint32_t distance) {
@@ -70,14 +64,8 @@ __device__ inline std::uint32_t block_index() {
 __device__ inline void barrier() {
   __syncthreads();
 }
-__device__ inline void fence() {
-  __threadfence();
-}
 __device__ inline std::uint64_t add(std::uint64_t* to, std::uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
-}
-__device__ inline std::uint32_t add(std::uint32_t* to, std::uint32_t value) {
-  return atomicAdd(to, value);
 }
 // A launch may begin while the one before it in the stream ends: it waits here until that one's writes are visible.
 __device__ inline void wait_for_launch_before() {

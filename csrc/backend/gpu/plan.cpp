@@ -147,11 +147,7 @@ void plan_words(const RemapJob& from, Job* job) {
   job->whole_words = from.wire == WireSide::kDestination && canonical.map.base % 8 == 0;
 }
 
-bool plan_job(const RemapJob& from, Job* job) {
-  if (from.tokens >= kIndexLimit / 2 || from.src.first_token >= kIndexLimit / 2 ||
-      from.dst.first_token >= kIndexLimit / 2) {
-    return false;
-  }
+void plan_job(const RemapJob& from, Job* job) {
   job->src = plan_side(from.src);
   job->dst = plan_side(from.dst);
   job->multipliers = from.multipliers;
@@ -162,7 +158,8 @@ bool plan_job(const RemapJob& from, Job* job) {
   job->token_count = FastDiv(static_cast<std::uint32_t>(std::max<std::int64_t>(1, from.tokens)));
   job->heads = FastDiv(static_cast<std::uint32_t>(std::max(1, from.heads)));
   job->channels = FastDiv(static_cast<std::uint32_t>(std::max(1, from.channels)));
-  if (from.tokens == 0 || from.heads == 0 || from.channels == 0) return true;
+  job->path = Path::kMove16;  // with nothing to move: of the smallest kernel
+  if (from.tokens == 0 || from.heads == 0 || from.channels == 0) return;
 
   const std::int64_t size = item_size(from.src.map.dtype);
   const SegmentMap& wire = from.wire == WireSide::kSource ? from.src.map : from.dst.map;
@@ -174,19 +171,18 @@ bool plan_job(const RemapJob& from, Job* job) {
   const auto rows = [&](std::int64_t elements) {
     return sums && fits && has_runs(from.src, from.channels, elements) && has_runs(from.dst, from.channels, elements);
   };
-  if (!job->converts && rows(16 / size) && plan_rows(from, Path::kMove16, 16 / size, job)) return true;
-  if (!job->converts && rows(8 / size) && plan_rows(from, Path::kMove8, 8 / size, job)) return true;
-  if (job->converts && rows(kGroup) && plan_rows(from, Path::kConvert, kGroup, job)) return true;
+  if (!job->converts && rows(16 / size) && plan_rows(from, Path::kMove16, 16 / size, job)) return;
+  if (!job->converts && rows(8 / size) && plan_rows(from, Path::kMove8, 8 / size, job)) return;
+  if (job->converts && rows(kGroup) && plan_rows(from, Path::kConvert, kGroup, job)) return;
   for (const bool tokens_first : {true, false}) {
     const RemapSide& turned = tokens_first ? from.src : from.dst;
     const RemapSide& other = tokens_first ? from.dst : from.src;
     if (sums && fits && has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
         plan_cells(from, tokens_first, job)) {
-      return true;
+      return;
     }
   }
   plan_words(from, job);
-  return true;
 }
 
 std::uint32_t chunks_of(const Job& job) {
@@ -198,18 +194,21 @@ std::uint32_t chunks_of(const Job& job) {
 
 }  // namespace
 
-bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, Launch* launch) {
-  launch->seed = seed;
-  launch->num_jobs = static_cast<std::uint32_t>(std::min(num_jobs, kMaxLaunchJobs));
-  launch->num_chunks = 0;
-  for (std::uint32_t i = 0; i < launch->num_jobs; ++i) {
-    Job& job = launch->jobs[i];
-    job = Job{};
-    if (!plan_job(jobs[i], &job)) return false;
-    job.first_chunk = launch->num_chunks;
-    launch->num_chunks += chunks_of(job);
+bool can_plan(const RemapJob& job) {
+  constexpr std::int64_t limit = kIndexLimit / 2;
+  return job.tokens < limit && job.src.first_token < limit && job.dst.first_token < limit;
+}
+
+Launch plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed) {
+  Launch launch;
+  launch.seed = seed;
+  launch.num_jobs = static_cast<std::uint32_t>(std::min(num_jobs, kMaxLaunchJobs));
+  for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
+    plan_job(jobs[i], &launch.jobs[i]);
+    launch.first_chunk[i] = launch.num_chunks;
+    launch.num_chunks += chunks_of(launch.jobs[i]);
   }
-  return true;
+  return launch;
 }
 
 }  // namespace hetkv::gpu

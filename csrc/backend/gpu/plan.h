@@ -2,8 +2,7 @@
 //
 // A job is cut into chunks, one for a thread block of kThreads threads at a time:
 // - move16, move8, convert: both sides hold runs of channels that are contiguous and aligned. An item is one run of 16
-// or
-//   8 bytes (convert: 8 elements) of kDepth tokens, so that a thread has kDepth loads in flight (rows.h).
+//   or 8 bytes (convert: 8 elements) of kDepth tokens, so that a thread has kDepth loads in flight (rows.h).
 // - cells: one side holds the tokens of a block next to each other (transposed V). An item is a cell of 8 tokens x 8
 //   channels that turns round in registers (cells.h).
 // - words: any map at all, one 8-byte word of the canonical order at a time (words.h).
@@ -41,22 +40,14 @@ struct Side {
   bool tiled = true;  // rows, cells: the tokens of one item lie in one block
 };
 
+// What every item needs lies together, and what only words need at the end: a launch begins with fetching this from
+// memory, a line at a time.
 struct Job {
-  Side src;
-  Side dst;
-  const float* multipliers = nullptr;
-  std::uint64_t wire_origin = 0;  // 1 + index in the payload of the wire side's first word; rows, cells: of address 0
-  std::uint64_t token_key = 0;    // cells: what one token adds to a word's key, words of a token * kChecksumStep
-  std::uint64_t step_key = 0;     // rows: what the tokens from one vector of an item to its next add
-  std::uint64_t elements = 0;     // words: all of the job's
-  std::uint32_t first_chunk = 0;  // of this job in the launch
-  std::uint32_t items = 0;        // rows, cells
+  std::uint32_t items = 0;  // rows, cells
   std::uint32_t tokens = 0;
-  FastDiv token_count;   // words
-  FastDiv heads;         // rows, cells
-  FastDiv channels;      // words
   FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token. cells: in a row
   FastDiv row_parts;     // rows: how many times that is a row
+  FastDiv heads;         // rows, cells
   std::uint8_t log_lane_tokens = 0;  // tokens, or cells along the tokens, that neighbouring lanes take
   std::uint8_t lead = 0;             // cells: tokens of the first one that lie before the job's first
   Path path = Path::kWords;
@@ -65,16 +56,26 @@ struct Job {
   bool tokens_first = false;  // cells: it is the source whose tokens lie together
   bool whole_words = false;   // words: the destination is the wire's and can be stored in words
   bool wide = false;          // words: too many elements for 32-bit indices
+  Side src;
+  Side dst;
+  std::uint64_t wire_origin = 0;  // 1 + index in the payload of the wire side's first word; rows, cells: of address 0
+  std::uint64_t step_key = 0;     // rows: what the tokens from one vector of an item to its next add to a word's key
+  std::uint64_t token_key = 0;    // cells: what one token adds to it, words of a token * kChecksumStep
+  const float* multipliers = nullptr;
+  std::uint64_t elements = 0;  // words: all of the job's
+  FastDiv token_count;         // words
+  FastDiv channels;            // words
 };
 
 constexpr std::size_t kMaxLaunchJobs = kHetkvMaxJobs;
 
 // What one launch gets, by value.
 struct Launch {
-  Job jobs[kMaxLaunchJobs];
   std::uint64_t seed = 0;
   std::uint32_t num_jobs = 0;
   std::uint32_t num_chunks = 0;
+  std::uint32_t first_chunk[kMaxLaunchJobs] = {};  // of each job
+  Job jobs[kMaxLaunchJobs];
 };
 
 // Checksum and saturated elements that one thread has seen.
@@ -93,7 +94,10 @@ struct Scratch {
   std::uint64_t before[kNumbers];  // of launches without a report
 };
 
-// Plans up to kMaxLaunchJobs jobs from `jobs` on. False where a job is beyond what a kernel can index (2^31 tokens).
-bool plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, Launch* launch);
+// Whether a kernel can index the job: its tokens and those before them are fewer than 2^30.
+bool can_plan(const RemapJob& job);
+
+// Plans up to kMaxLaunchJobs jobs from `jobs` on, each of which can be planned.
+Launch plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed);
 
 }  // namespace hetkv::gpu

@@ -59,14 +59,12 @@ std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std
   if (std::any_of(jobs, jobs + num_jobs, [](const RemapJob& job) { return job.scaled(); })) {
     return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
   }
+  if (!std::all_of(jobs, jobs + num_jobs, can_plan)) return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");
   const int multiprocessors = multiprocessors_of(slot->device);
   Scratch* scratch = static_cast<Scratch*>(slot->scratch);
   std::size_t first = 0;
   do {
-    Launch launch;
-    if (!plan_launch(jobs + first, num_jobs - first, seed, &launch)) {
-      return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");
-    }
+    const Launch launch = plan_launch(jobs + first, num_jobs - first, seed);
     first += launch.num_jobs;
     HetkvRemapResult* result = first == num_jobs ? const_cast<HetkvRemapResult*>(slot->result) : nullptr;
     const auto begin = [&](auto function) {
