@@ -34,7 +34,7 @@ def measure(
     rows = _rows_of(path, about["commit"]) if resume else []
     done = {row["seed"] for row in rows}
     left = [task for task in tasks if task[0] not in done]
-    for row in Parallel(n_jobs=jobs, return_as="generator")(delayed(function)(*task) for task in left):
+    for row in Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(function)(*task) for task in left):
         rows = sorted([*rows, row], key=lambda r: int(r["seed"]))
         facts = about | {"load_average": round(os.getloadavg()[0], 1)}
         facts |= {"summary": summary(rows)} if summary else {}
