@@ -141,11 +141,11 @@ def test_a_slack_that_was_not_measured_to_the_end_is_none() -> None:
     counts = {column.key: 1}
     gauge = Gauge(small(), columns, judges, Effort(judges, 0))
     (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
-    assert (reach.scale, reach.exact, reach.cut) == (3.0, False, True)
+    assert (reach.scale, reach.cut) == (3.0, True)
     assert gauge.corrected() == gauge.columns  # a pool that holds may carry any amount more
     gauge.effort = None
     (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
-    assert reach.exact
+    assert not reach.cut
     assert reach.scale > 3.0
 
 

@@ -41,13 +41,9 @@ def part_of(column: Column, count: int) -> float:
 
 @dataclass(frozen=True)
 class Reach:
-    """The largest scale that a pool was seen to carry, 0 where none was found.
-
-    Not `exact` where the steps or the effort ended before it was known to `PRECISION`; `cut` where the effort did.
-    """
+    """The largest scale that a pool was seen to carry, 0 where none was found; `cut` where the effort ended first."""
 
     scale: float
-    exact: bool
     cut: bool = False
 
 
@@ -166,7 +162,7 @@ class Gauge:
         return {k: n for k, n in found.items() if n} or {max(mine, key=lambda k: mine[k]): 1}
 
     def largest(self, model: str, counts: Counts, role: str, start: float) -> Reach:
-        """The largest scale, to `PRECISION`, at which the pool keeps its own target.
+        """The largest scale at which the pool keeps its own target, to `PRECISION` unless it is many times `start`.
 
         Between a scale that holds and one that does not, the next one is where a line through what they use of their
         limits would meet it; TTFT rises too steeply for that, and its interval is halved.
@@ -174,7 +170,7 @@ class Gauge:
         low, high, scale, used = 0.0, 0.0, start, {}
         for _ in range(10):
             if low and self.effort is not None and self.effort.spent:
-                return Reach(low, exact=False, cut=True)
+                return Reach(low, cut=True)
             found = self.role(model, counts, role, scale)
             used[scale] = found.used(role)
             if used[scale] <= 1:
@@ -182,7 +178,7 @@ class Gauge:
             else:
                 high = scale
             if low and high and high <= low * (1 + PRECISION):
-                return Reach(low, exact=True)
+                break
             if not high:
                 scale = low * (1.3 if used[low] < 0.7 else 1.1)
             elif not low:
@@ -192,7 +188,7 @@ class Gauge:
                 if role == "decode" and used[high] < 3:
                     part = min(max((1 - used[low]) / (used[high] - used[low]), 0.2), 0.8)
                 scale = low + part * (high - low)
-        return Reach(low, exact=False)
+        return Reach(low)
 
     def measure(self, model: str, counts: Counts, scale: float, roles: Sequence[str]) -> dict[str, Reach]:
         """Role to the largest scale that its pool carries; the columns' rates are corrected by it from now on.

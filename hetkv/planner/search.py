@@ -201,7 +201,7 @@ class Search:
                 reached[model, role] = replace(reach, scale=reach.scale / candidate.scale)
         if candidate is self.best:
             self.slack = reached
-            self.slack_of = candidate if all(reach.exact for reach in reached.values()) else None
+            self.slack_of = None if any(reach.cut for reach in reached.values()) else candidate
         self.verify_seconds += time.perf_counter() - begin
         return found
 

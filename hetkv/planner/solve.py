@@ -143,8 +143,8 @@ def _slack(search: Search, best: Candidate) -> float | None:
     if not search.slack or search.slack_of is not best:
         search.measure_best()
     search.verify_seconds += time.perf_counter() - begin
-    least = min(search.slack.values(), key=lambda reach: (reach.scale, not reach.exact))
-    return max(0.0, least.scale - 1) if least.exact else None
+    least = min(search.slack.values(), key=lambda reach: (reach.scale, reach.cut))
+    return None if least.cut else max(0.0, least.scale - 1)
 
 
 def _predicted(found: Columns, search: Search, best: Candidate) -> dict[str, ClassLatency]:
