@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,
-        help="of the simulations; the same seed gives the same plan",
+        help="of the simulations; the same seed gives the same plan on one kind of CPU",
     )
     parser.add_argument("--json", metavar="FILE", help="write the plan and all that was worked out, for machines")
     parser.add_argument("--out", metavar="FILE", help="write the deployment as plan.yaml for simulate and demo")

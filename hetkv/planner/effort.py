@@ -1,4 +1,7 @@
-"""How much a search may simulate. Counted in events of the simulator, so that a plan does not depend on the machine."""
+"""How much a search may simulate: counted in events of the simulator, so that a machine's speed does not change a plan.
+
+Between kinds of CPU numpy's `exp` and `log` may differ in the last bit: only figures that close decide otherwise there.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,16 @@ BESIDE_EVENTS = 600_000
 """For each plan that is computed beside it, and for each plan of a sweep."""
 
 SAFETY_SECONDS = 3600.0
-"""An outer limit by the clock. A plan that it cut short says so, and only such a plan may differ between machines."""
+"""An outer limit by the clock. A plan that it cut short says so, and may be another one on a faster machine."""
 
 
 @dataclass
 class Effort:
-    """What a search may still simulate: `events` of the simulator from now on, and nothing after `deadline`.
+    """What a search may still begin: until `events` of the simulator from now on are handled, or `deadline` has passed.
 
-    Judges remember verdicts, and a remembered one costs nothing. `deadline` is of `time.perf_counter`. `short` is
-    "events" or "clock" once `spent` was asked and that limit was met.
+    A simulation that was begun is finished, so both are exceeded by one. Judges remember verdicts, and a remembered one
+    costs nothing. `deadline` is of `time.perf_counter`. `short` is "events" or "clock" once that limit kept something
+    from being begun.
     """
 
     judges: Mapping[str, Judge]
@@ -40,7 +44,7 @@ class Effort:
 
     @property
     def spent(self) -> bool:
-        """Whether nothing more should be begun."""
+        """Whether nothing more should be begun. Ask only where something would be: the answer is kept in `short`."""
         if time.perf_counter() > self.deadline:
             self.short = "clock"
         elif self._simulated() >= self._end:

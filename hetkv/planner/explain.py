@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isinf
 
 import msgspec
 
 from hetkv.costmodel import load_catalogue
 from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.problem import Problem
-from hetkv.planner.result import Instances, Option, Plan
+from hetkv.planner.result import Instances, Option, Plan, Sensitivity
 from hetkv.planner.traffic import samples
 from hetkv.simulator.deployment import build_pools, port_bytes_per_second
 
@@ -233,24 +234,29 @@ def reasons(problem: Problem, plan: Plan) -> list[str]:
         found.append(
             f"In the simulator the traffic could grow by {plan.simulated_slack:.0%} before a target is missed."
         )
-    found += [_sensitivity(plan, s.end, s.meets, s.cost_per_hour, s.rate) for s in plan.sensitivity]
+    found += [_sensitivity(plan, s) for s in plan.sensitivity]
     return found
 
 
 def _bound(plan: Plan) -> str:
     gap = f"Solver gap {plan.gap:.2%}"
+    if not plan.lower_bound or isinf(plan.lower_bound):
+        return f"{gap}; with queueing left out no bound is known."
     if plan.goal == "cost" and plan.cost_per_hour:
-        above = plan.cost_per_hour / plan.lower_bound - 1 if plan.lower_bound else None
-        rest = f", this plan is {above:.0%} above that" if above is not None else ""
+        above = plan.cost_per_hour / plan.lower_bound - 1
+        rest = f", this plan is {above:.0%} above that"
         return f"{gap}; with queueing left out no plan costs less than {plan.lower_bound:,.2f} USD/hour{rest}."
     return f"{gap}; with queueing left out no plan serves more than {plan.lower_bound:,.3g} requests/s."
 
 
-def _sensitivity(plan: Plan, end: str, meets: bool, cost: float | None, rate: float | None) -> str:
-    what = "fast" if end == "low" else "slow"
+def _sensitivity(plan: Plan, said: Sensitivity) -> str:
+    cost, rate = said.cost_per_hour, said.rate
+    what = "fast" if said.end == "low" else "slow"
     text = f"Were every step as {what} as the cost model's 90 % interval allows, this plan would "
-    text += "meet" if meets else "miss"
+    text += "meet" if said.meets else "miss"
     text += " its targets"
+    if said.why:
+        return f"{text}; which plan would be made for that is not known."
     if plan.goal == "cost":
         return text + (
             f", and the plan made for that would cost {cost:,.2f} USD/hour."

@@ -11,6 +11,7 @@ from hetkv.errors import InputError
 from hetkv.planner.effort import BESIDE_EVENTS
 from hetkv.planner.explain import VENDORS, gpus, split
 from hetkv.planner.problem import Objective, PairLimit, Problem
+from hetkv.planner.programme import UndecidedError
 from hetkv.planner.solve import solve
 from hetkv.planner.traffic import samples
 from hetkv.simulator.sweep import run_all
@@ -24,7 +25,8 @@ class Point(msgspec.Struct, frozen=True):
     """One plan for the fleet `fleet` at `scale` times the rates and `target` times the TPOT limits.
 
     `user_tokens_per_s` is 1 / TPOT of the slowest class at its percentile, `gpu_tokens_per_s` output tokens/s per GPU.
-    None where no plan of the fleet meets the targets; `why` says so.
+    None where no plan of the fleet meets the targets; `why` says so. `cut` says which limits ended the search early:
+    the plan is the best until then, and where there is none it is not known whether one exists.
     """
 
     fleet: str
@@ -39,6 +41,7 @@ class Point(msgspec.Struct, frozen=True):
     user_tokens_per_s: float | None = None
     split: str = ""
     why: str = ""
+    cut: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -121,7 +124,7 @@ def _at_least_one_of(point: Point, found: Sequence[Point]) -> Point:
         return point
     same = [p for p in found if (p.scale, p.target) == (point.scale, point.target) and p.cost_per_hour is not None]
     best = min(same, key=lambda p: (bool(p.why), p.cost_per_hour or 0.0, p.fleet != MIXED), default=point)
-    return msgspec.structs.replace(best, fleet=MIXED)
+    return msgspec.structs.replace(best, fleet=MIXED, cut=point.cut or best.cut)
 
 
 def point(name: str, problem: Problem, scale: float, target: float) -> Point:
@@ -133,6 +136,8 @@ def point(name: str, problem: Problem, scale: float, target: float) -> Point:
         plan = solve(problem, beside=False, events=BESIDE_EVENTS)
     except InputError as error:
         return Point(name, scale, target, rate, why=str(error))
+    except UndecidedError as error:
+        return Point(name, scale, target, rate, why=str(error), cut=str(error))
     count = gpus(plan.instances)
     slowest = max((x.tpot_ms or 0.0 for x in plan.simulated.values()), default=0.0)
     tokens = sum(
@@ -151,4 +156,5 @@ def point(name: str, problem: Problem, scale: float, target: float) -> Point:
         1e3 / slowest if slowest else None,
         split(plan.instances),
         "" if plan.meets else "the plan misses a target in the simulator",
+        "; ".join(plan.cut),
     )

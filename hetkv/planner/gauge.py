@@ -39,6 +39,14 @@ def part_of(column: Column, count: int) -> float:
     return rate_of(column, count) or 0.5 * column.relaxed * count
 
 
+@dataclass(frozen=True)
+class Reach:
+    """The largest scale that a pool was seen to carry, 0 where none was found; `cut` where the effort ended first."""
+
+    scale: float
+    cut: bool = False
+
+
 @dataclass
 class Gauge:
     """Simulates the pools of a plan, large ones by a cell of them, and remembers what they carried.
@@ -153,8 +161,8 @@ class Gauge:
         found = {k: floor(n / cells) for k, n in mine.items()}
         return {k: n for k, n in found.items() if n} or {max(mine, key=lambda k: mine[k]): 1}
 
-    def largest(self, model: str, counts: Counts, role: str, start: float) -> float:
-        """The largest scale, to `PRECISION`, at which the pool keeps its own target; 0 where none was found.
+    def largest(self, model: str, counts: Counts, role: str, start: float) -> Reach:
+        """The largest scale at which the pool keeps its own target, to `PRECISION` unless it is many times `start`.
 
         Between a scale that holds and one that does not, the next one is where a line through what they use of their
         limits would meet it; TTFT rises too steeply for that, and its interval is halved.
@@ -162,7 +170,7 @@ class Gauge:
         low, high, scale, used = 0.0, 0.0, start, {}
         for _ in range(10):
             if low and self.effort is not None and self.effort.spent:
-                break
+                return Reach(low, cut=True)
             found = self.role(model, counts, role, scale)
             used[scale] = found.used(role)
             if used[scale] <= 1:
@@ -180,15 +188,21 @@ class Gauge:
                 if role == "decode" and used[high] < 3:
                     part = min(max((1 - used[low]) / (used[high] - used[low]), 0.2), 0.8)
                 scale = low + part * (high - low)
-        return low
+        return Reach(low)
 
-    def measure(self, model: str, counts: Counts, scale: float, roles: Sequence[str]) -> dict[str, float]:
-        """Role to the largest scale that its pool carries; the columns' rates are corrected by it from now on."""
+    def measure(self, model: str, counts: Counts, scale: float, roles: Sequence[str]) -> dict[str, Reach]:
+        """Role to the largest scale that its pool carries; the columns' rates are corrected by it from now on.
+
+        Where the effort ended first, what the pool was seen to carry corrects them only if it is below `scale`: a pool
+        that holds at `scale` may carry any amount more.
+        """
         found = {}
         for role in sorted({k[1] for k in counts if k[0] == model and k[1] in roles}):
             mine = {k: n for k, n in counts.items() if k[:2] == (model, role)}
-            found[role] = self.largest(model, counts, role, scale)
-            factor = found[role] * self.rate(model) / sum(part_of(self._by_key[k], n) for k, n in mine.items())
+            reach = found[role] = self.largest(model, counts, role, scale)
+            if reach.cut and reach.scale >= scale:
+                continue
+            factor = reach.scale * self.rate(model) / sum(part_of(self._by_key[k], n) for k, n in mine.items())
             for key, count in mine.items():
                 self._factors.setdefault(key, {})[count] = max(factor, 0.05)
         return found

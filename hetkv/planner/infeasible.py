@@ -10,7 +10,7 @@ from hetkv.errors import InputError
 from hetkv.planner.capacity import prompt_seconds
 from hetkv.planner.columns import Column, Columns, build_columns
 from hetkv.planner.problem import Problem
-from hetkv.planner.programme import optimise
+from hetkv.planner.programme import UndecidedError, optimise
 from hetkv.planner.result import Tightest
 
 FREE = 1e12
@@ -90,7 +90,10 @@ def _shared(problem: Problem, found: Columns) -> InfeasibleError:
         ),
     }
     for name, other in lifted.items():
-        solution = optimise(other, found.columns, rates, sent)
+        try:
+            solution = optimise(other, found.columns, rates, sent)
+        except UndecidedError:
+            continue
         if solution is None:
             continue
         if name == "GPU caps":

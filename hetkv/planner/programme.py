@@ -27,10 +27,15 @@ MERGE = 0.003
 LARGEST = 1_000_000
 
 NODES = 200_000
-"""Of HiGHS's search tree, at most: the same work on every machine. `Solution.gap` is above 0 where more were needed."""
+"""Of HiGHS's search tree, at most: the same work on every machine. Where more were needed, `Solution.gap` is above 0,
+or `UndecidedError` is raised."""
 
 SAFETY_SECONDS = 600.0
 """An outer limit by the clock, with the same effect."""
+
+
+class UndecidedError(HetkvError):
+    """A limit ended the integer programme before it had counts, or a proof that there are none."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ def optimise(
 ) -> Solution | None:
     """The best counts, None where there are none. `rates` are requests/s of each model, `kv_bytes` of one request.
 
-    With the goals `goodput` and `split`, `value` is the largest multiple of `rates`. `HetkvError` where `NODES` end
-    before anything is found.
+    With the goals `goodput` and `split`, `value` is the largest multiple of `rates`. `UndecidedError` where `NODES`
+    or `SAFETY_SECONDS` end before either is known.
     """
     return _Programme(problem, columns, rates, kv_bytes, relaxed, cuts).solve()
 
 
-LIMIT_MET = 1
-"""The status of `scipy.optimize.milp` where nodes or time ran out."""
+INFEASIBLE = 2
+"""The status of `scipy.optimize.milp` where there is no solution. 1: time ran out; 4: nodes did, or it has no name."""
 
 
 class _Programme:
@@ -300,9 +305,12 @@ class _Programme:
             options={"mip_rel_gap": 0.0, "node_limit": NODES, "time_limit": SAFETY_SECONDS},
         )
         if result.x is None:
-            if result.status == LIMIT_MET:
-                raise HetkvError(f"the integer programme: HiGHS found no counts within {NODES:,} nodes")
-            return None
+            if result.status == INFEASIBLE:
+                return None
+            raise UndecidedError(
+                f"the integer programme: HiGHS found no counts within {NODES:,} nodes and {SAFETY_SECONDS:g} s, "
+                "nor that there are none"
+            )
         # Instances of the way that was not chosen are free in a node that is paid for: leave them out.
         counts = {
             key: round(sum(result.x[x] for x in xs))

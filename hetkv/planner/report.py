@@ -7,13 +7,13 @@ from html import escape
 
 from hetkv.planner import show, trace
 from hetkv.planner.explain import gpus, others, own_option, phase_values, reasons, split, worth
-from hetkv.planner.frontier import Frontier
+from hetkv.planner.frontier import Frontier, Point
 from hetkv.planner.kubernetes import kubernetes_yaml
 from hetkv.planner.launch import sglang_lines, vllm_lines
 from hetkv.planner.plot import draw, svg
 from hetkv.planner.problem import Problem, dump_problem
 from hetkv.planner.result import ClassLatency, Plan
-from hetkv.planner.trace import Replan
+from hetkv.planner.trace import Replan, Window
 from hetkv.simulator.deployment import dump_plan
 from hetkv.simulator.report import STYLE, milliseconds
 
@@ -181,14 +181,20 @@ def _frontier(found: Frontier) -> str:
     rows = [
         f'<tr{"" if p.split else " class=none"}><td>{escape(p.fleet)}</td><td class="n">{p.rate:,.4g}</td>'
         f'<td class="n">{p.target:g} x</td><td>{escape(p.split or p.why)}</td>'
-        f'<td class="n">{_number(p.cost_per_hour)}</td>'
+        f'<td class="n">{_number(p.cost_per_hour)}{show.mark(p)}</td>'
         f'<td class="n">{_number(p.gpu_tokens_per_s)}</td><td class="n">{_number(p.user_tokens_per_s)}</td></tr>'
         for p in dict.fromkeys([*found.rates, *found.users])
     ]
     head = [("fleet", ""), ("requests/s", "n"), ("TPOT limit", "n"), ("instances", ""), ("USD/hour", "n")]
     head += [("tokens/s per GPU", "n"), ("per user", "n")]
     table = _rows(head, rows)
-    return f"<details><summary>All {len(rows)} plans</summary>{table}</details>"
+    said = _cut([*found.rates, *found.users])
+    return f"<details><summary>All {len(rows)} plans</summary>{table}{said}</details>"
+
+
+def _cut(points: Iterable[Point | Window]) -> str:
+    texts = dict.fromkeys(p.cut for p in points if p.cut)
+    return "".join(f'<p class="small">{escape(f"{show.CUT} ({text})")}</p>' for text in texts)
 
 
 def _number(value: float | None) -> str:
@@ -202,7 +208,7 @@ def _windows(found: Replan) -> str:
         rows.append(
             f'<tr><td class="s">{w.start_s / 60:.0f} to {w.end_s / 60:.0f} min</td><td class="n">{w.rate:.3g}</td>'
             f'<td class="n">{w.prompt_mean:,.0f}</td><td class="n">{w.output_mean:,.0f}</td><td class="n">{ratio}</td>'
-            f"<td>{escape(w.split or w.why)}</td><td class=n>{_number(w.cost_per_hour)}</td>"
+            f"<td>{escape(w.split or w.why)}</td><td class=n>{_number(w.cost_per_hour)}{show.mark(w)}</td>"
             f'<td class="{"bad" if w.replay_meets is False else ""}">{show.replayed(w.replay_meets)}</td></tr>'
         )
     head = [("window", ""), ("requests/s", "n"), ("prompt", "n"), ("output", "n"), ("P:D GPUs", "n"), ("plan", "")]
@@ -211,7 +217,11 @@ def _windows(found: Replan) -> str:
         text += (
             f" {found.cost:,.2f} USD with a plan for each window, {found.peak_cost:,.2f} USD with the dearest one held."
         )
-    return _rows([*head, ("USD/hour", "n"), ("own requests", "")], rows) + f'<p class="small">{text}</p>'
+    return (
+        _rows([*head, ("USD/hour", "n"), ("own requests", "")], rows)
+        + f'<p class="small">{text}</p>'
+        + _cut(found.windows)
+    )
 
 
 def _launch(plan: Plan, gpus_per_node: Mapping[str, int] | None) -> list[str]:

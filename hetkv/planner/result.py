@@ -76,7 +76,8 @@ class Tightest(msgspec.Struct, frozen=True):
 class Sensitivity(msgspec.Struct, frozen=True):
     """The same plan with all step times at one end of the cost model's 90 % interval, and what it would cost then.
 
-    `cost_per_hour` and `rate` are those of the plan that would be made if that end were true; None where there is none.
+    `cost_per_hour` and `rate` are those of the plan that would be made if that end were true; None where there is none,
+    or where `why` says that it is not known.
     """
 
     end: Literal["low", "high"]
@@ -84,15 +85,17 @@ class Sensitivity(msgspec.Struct, frozen=True):
     meets: bool
     cost_per_hour: float | None
     rate: float | None
+    why: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True):
     """A plan. `gap`: the solver's relative gap. `lower_bound`: of the full model under relaxed queueing, USD/hour for
     the goal `cost`, requests/s (an upper bound) for the others. `simulated_slack`: the share of the traffic by which
-    the rates could still grow in the simulator before a target is missed (0.1: ten per cent).
+    the rates could still grow in the simulator before a target is missed (0.1: ten per cent), None where not measured.
 
     `rate` is the requests/s of all classes together and `scale` its multiple of the problem's rates.
-    `events` of the simulator were handled to find it. `deployments` holds a plan for the simulator for each model.
+    `events` of the simulator were handled to find it. `cut` are those `notes` that say which limits ended a search
+    early, so that a better plan may exist. `deployments` holds a plan for the simulator for each model.
     """
 
     goal: str
@@ -117,6 +120,7 @@ class Plan(msgspec.Struct, frozen=True):
     deployments: dict[str, Deployment]
     events: int = 0
     notes: list[str] = []
+    cut: list[str] = []
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries, ready for `json.dump`. A latency that never ends is null there."""

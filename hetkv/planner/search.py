@@ -13,10 +13,10 @@ import numpy as np
 
 from hetkv.planner.columns import Column, Columns
 from hetkv.planner.effort import PLAN_EVENTS, Effort
-from hetkv.planner.gauge import Counts, Gauge, Key
+from hetkv.planner.gauge import Counts, Gauge, Key, Reach
 from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
-from hetkv.planner.programme import Cut, Solution, optimise
+from hetkv.planner.programme import Cut, Solution, UndecidedError, optimise
 from hetkv.planner.prune import prune
 from hetkv.planner.verify import Judge, Verdict
 
@@ -43,7 +43,10 @@ class Candidate:
 
 @dataclass
 class Search:
-    """One search over `columns`. After `run`, `best` is the plan, `seen` all that were simulated, and the times."""
+    """One search over `columns`. After `run`, `best` is the plan, `seen` all that were simulated, and the times.
+
+    `undecided` is set where the integer programme's limit ended the rounds: `best` and `seen` are those until then.
+    """
 
     problem: Problem
     found: Columns
@@ -56,9 +59,11 @@ class Search:
     seen: list[Candidate] = field(default_factory=list)
     solve_seconds: float = 0.0
     verify_seconds: float = 0.0
+    seconds: float = 0.0
     iterations: int = 0
-    slack: dict[tuple[str, str], float] = field(default_factory=dict)
-    slack_of: Candidate | None = None  # the plan that `slack` was measured for
+    undecided: UndecidedError | None = None
+    slack: dict[tuple[str, str], Reach] = field(default_factory=dict)  # (model, role) to multiples of the plan's rates
+    slack_of: Candidate | None = None  # the plan that `slack` was measured for to the end
 
     def __post_init__(self) -> None:
         self.effort = Effort(self.judges, self.events, self.deadline)
@@ -67,7 +72,16 @@ class Search:
         self.by_key = {c.key: c for c in self.found.columns}
 
     def run(self) -> Search:
-        """Search; `best` stays None where the programme has no solution."""
+        """Search; `best` stays None where no plan was found that meets the targets."""
+        begin = time.perf_counter()
+        self._rounds()
+        if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
+            self._improve()
+        self.seconds += time.perf_counter() - begin
+        return self
+
+    def _rounds(self) -> None:
+        """Solve, simulate and correct until nothing better comes, or a limit is met."""
         cuts: list[Cut] = []
         reserve, before = 1.0, None
         for _ in range(2 * ITERATIONS):
@@ -76,7 +90,11 @@ class Search:
                 break
             if late:
                 reserve += RESERVE
-            solution = self._solve(self.gauge.corrected(), cuts, reserve)
+            try:
+                solution = self._solve(self.gauge.corrected(), cuts, reserve)
+            except UndecidedError as error:
+                self.undecided = error
+                break
             if solution is None:
                 break
             self.iterations += 1
@@ -92,9 +110,6 @@ class Search:
             if not self.for_cost:
                 self._rescale(candidate, scales)
             cuts += self._cuts(candidate)
-        if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
-            self._improve()
-        return self
 
     def adopt(self, other: Search) -> None:
         """Take over what a search of some of these columns simulated and measured, and its plan if it is better."""
@@ -127,12 +142,15 @@ class Search:
         return solution
 
     def bound(self) -> float | None:
-        """The objective of all columns with queueing relaxed, None where even that is infeasible."""
+        """The objective of all columns with queueing relaxed, None where even that is infeasible or not decided."""
         rates = {m.name: self.gauge.rate(m.name) for m in self.problem.models}
         loose = msgspec.structs.replace(self.problem, spare_instances=0)
         begin = time.perf_counter()
         columns = [replace(c, rates=np.full_like(c.rates, c.relaxed)) for c in self.gauge.corrected()]
-        solution = optimise(loose, prune(columns, loose), rates, kv_bytes(self.found, self.problem), relaxed=True)
+        try:
+            solution = optimise(loose, prune(columns, loose), rates, kv_bytes(self.found, self.problem), relaxed=True)
+        except UndecidedError:
+            solution = None
         self.solve_seconds += time.perf_counter() - begin
         return None if solution is None else solution.bound
 
@@ -168,7 +186,7 @@ class Search:
     def _measure(self, candidate: Candidate) -> dict[str, float]:
         """The least scale over the roles, by model; the next programme uses what was measured."""
         begin = time.perf_counter()
-        found = {}
+        found, reached = {}, {}
         for model in self.judges:
             counts = {k: n for k, n in candidate.counts.items() if k[0] == model}
             if self.problem.spare_instances:
@@ -178,17 +196,18 @@ class Search:
                 r for r in ("prefill", "decode", "aggregated") if candidate.meets or not self.for_cost or used(r) > 1
             ]
             scales = self.gauge.measure(model, counts, candidate.scale, some)
-            found[model] = min(scales.values(), default=0.0)
-            if candidate is self.best:
-                self.slack.update({(model, role): s / candidate.scale - 1 for role, s in scales.items()})
-                self.slack_of = candidate
+            found[model] = min((reach.scale for reach in scales.values()), default=0.0)
+            for role, reach in scales.items():
+                reached[model, role] = replace(reach, scale=reach.scale / candidate.scale)
+        if candidate is self.best:
+            self.slack = reached
+            self.slack_of = None if any(reach.cut for reach in reached.values()) else candidate
         self.verify_seconds += time.perf_counter() - begin
         return found
 
     def measure_best(self) -> None:
         """Find the slack of `best`."""
         assert self.best is not None
-        self.slack.clear()
         self.gauge.effort = Effort(self.judges, self.events // 2, self.deadline)
         self._measure(self.best)
 
@@ -227,8 +246,7 @@ class Search:
         assert self.best is not None
         start = time.perf_counter()
         for model in self.judges:
-            if not self.effort.spent:
-                self.best = cheaper(self, model, self.best)
+            self.best = cheaper(self, model, self.best)
         self.verify_seconds += time.perf_counter() - start
 
 

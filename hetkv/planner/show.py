@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +22,7 @@ from hetkv.planner.explain import (
 from hetkv.planner.frontier import Frontier, Point
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import ClassLatency, Option, Plan
-from hetkv.planner.trace import Replan
+from hetkv.planner.trace import Replan, Window
 from hetkv.simulator.report import milliseconds
 
 
@@ -173,11 +175,28 @@ def show_frontier(console: Console, found: Frontier) -> None:
         own = {p.fleet: p for p in found.rates if p.rate == rate}
         table.add_row(f"{rate:,.4g}", *(_cost(own.get(name)) for name in fleets))
     console.print(table)
+    _say_cut(console, found.rates)
     console.print()
 
 
 def _cost(point: Point | None) -> str:
-    return "none" if point is None or point.cost_per_hour is None else f"{point.cost_per_hour:,.2f}"
+    if point is None:
+        return "none"
+    cost = "none" if point.cost_per_hour is None else f"{point.cost_per_hour:,.2f}"
+    return cost + mark(point)
+
+
+CUT = "* a limit ended the search early: a better plan may exist"
+
+
+def mark(row: Point | Window) -> str:
+    """What stands behind the figure of a plan that was cut short; `CUT` says what it means."""
+    return " *" if row.cut else ""
+
+
+def _say_cut(console: Console, rows: Sequence[Point | Window]) -> None:
+    for text in dict.fromkeys(row.cut for row in rows if row.cut):
+        console.print(f"{CUT} ({text})", highlight=False, soft_wrap=True)
 
 
 def show_replan(console: Console, found: Replan) -> None:
@@ -195,7 +214,7 @@ def show_replan(console: Console, found: Replan) -> None:
     )
     for w in found.windows:
         ratio = "" if w.why else "none" if w.ratio is None else f"{w.prefill_gpus}:{w.decode_gpus}"
-        cost = "" if w.cost_per_hour is None else f"{w.cost_per_hour:,.2f}"
+        cost = ("" if w.cost_per_hour is None else f"{w.cost_per_hour:,.2f}") + mark(w)
         table.add_row(
             f"{w.start_s / 60:.0f} to {w.end_s / 60:.0f}",
             f"{w.rate:.3g}",
@@ -207,6 +226,7 @@ def show_replan(console: Console, found: Replan) -> None:
             replayed(w.replay_meets) or w.why,
         )
     console.print(table)
+    _say_cut(console, found.windows)
     if found.cost is not None and found.peak_cost is not None:
         console.print(
             f"{found.cost:,.2f} USD replanned for each window, {found.peak_cost:,.2f} USD with the dearest plan held",

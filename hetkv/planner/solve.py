@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from hetkv.planner.gauge import part_of
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
-from hetkv.planner.programme import optimise
+from hetkv.planner.programme import UndecidedError, optimise
 from hetkv.planner.result import ClassLatency, Option, Plan, Sensitivity, Tightest
 from hetkv.planner.search import Candidate, Search, kv_bytes, runners_up
 from hetkv.planner.verify import Judge, deployment
@@ -26,11 +27,13 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     """The best plan for `problem` (see `Objective`), verified in the simulator.
 
     `beside` also plans for each vendor alone, disaggregated only and aggregated only, takes one of these plans where it
-    is better, and plans at the ends of the cost model's interval. No simulation is begun for the plan itself after
-    `events` of the simulator, so one problem and seed give one plan; `seconds` is an outer limit, reported where it is
-    met, as is the other.
+    is better, and plans at the ends of the cost model's interval. After `events` of the simulator the search for the
+    plan begins no further measurement, neighbour or round, except rounds that ask for more rate while no plan meets the
+    targets; what is planned beside it and the slack have limits of their own. So one problem and seed give one plan
+    (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met.
 
-    `InfeasibleError` where there is no plan; `meets` is false where none was found whose targets hold in the simulator.
+    `InfeasibleError` where there is no plan, `UndecidedError` where the integer programme's limit left that open;
+    `meets` is false where none was found whose targets hold in the simulator.
     """
     problem = check_problem(problem)
     begin = time.perf_counter()
@@ -39,21 +42,24 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     judges = {m.name: Judge(problem, m) for m in problem.models}
     search = Search(problem, found, judges, events, begin + seconds).run()
     if not search.seen:
-        raise explain(problem, found)
+        raise search.undecided or explain(problem, found)
     parts = _parts(problem, found) if beside else {}
-    spent = {name: _search_part(search, *part) for name, part in parts.items()}
+    others = {name: _search_part(search, *part) for name, part in parts.items()}
     best = search.best or _closest(search.seen)
     bound = search.bound()
     slack = _slack(search, best)
     notes = [] if best.meets else ["no plan was found whose targets hold in the simulator: this one comes closest"]
-    if search.effort.short == "events":
-        notes.append(f"the search ended at its limit of {events:,} simulated events: more may find a better plan")
-    if time.perf_counter() > search.deadline:
-        notes.append(f"the clock stopped the search after {seconds:g} s: on another machine the plan may differ")
-    if search.solution is not None and search.solution.gap > 1e-9:
-        notes.append(f"the integer programme ended {search.solution.gap:.2%} from its bound: cheaper counts may exist")
+    cut = _limits(search, seconds)
+    for name, other in others.items():
+        cut += [f"{name}: {text}" for text in _limits(other, seconds)]
+    notes += cut
+    if bound is None:
+        notes.append("no bound with queueing left out was found")
+    if best.meets and slack is None:
+        least = min(reach.scale for reach in search.slack.values()) - 1
+        notes.append(f"the slack was not measured to the end: at least {max(0.0, least):.0%} more traffic fits")
     notes += _fallbacks(search, best)
-    options = [_alternative(name, *part, search, best, spent[name]) for name, part in parts.items()]
+    options = [_alternative(name, *part, search, best, others[name]) for name, part in parts.items()]
     sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
     total = sum(c.rate for c in problem.classes)
     simulated = _latency(best)
@@ -83,7 +89,24 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
             for m in problem.models
         },
         notes=notes,
+        cut=cut,
     )
+
+
+def _limits(search: Search, seconds: float) -> list[str]:
+    """What ended the search early, each in a sentence."""
+    found = []
+    if search.effort.short == "events":
+        found.append(
+            f"the search ended at its limit of {search.events:,} simulated events: more may find a better plan"
+        )
+    if search.effort.short == "clock":
+        found.append(f"the clock stopped the search after {seconds:g} s: on another machine the plan may differ")
+    if search.undecided is not None:
+        found.append(f"{search.undecided}: the search ended there")
+    if search.solution is not None and search.solution.gap > 1e-9:
+        found.append(f"the integer programme ended {search.solution.gap:.2%} from its bound: cheaper counts may exist")
+    return found
 
 
 def _closest(seen: Sequence[Candidate]) -> Candidate:
@@ -101,21 +124,27 @@ def _cost(problem: Problem, candidate: Candidate) -> float | None:
 
 
 def _bound(bound: float | None, search: Search, best: Candidate, total: float) -> float:
-    """USD/hour no plan goes below, or requests/s none exceeds; never beyond the plan itself, which exists."""
+    """USD/hour no plan goes below, or requests/s none exceeds; never beyond the plan itself, which exists. 0 or
+    infinite where `bound` is not known.
+    """
     if search.for_cost:
         return min(best.cost, bound if bound is not None else 0.0)
-    return max(best.scale, bound if bound is not None else best.scale) * total
+    return max(best.scale, bound if bound is not None else inf) * total
 
 
 def _slack(search: Search, best: Candidate) -> float | None:
-    """The least over models and roles of how much the traffic may still grow, measured in the simulator."""
+    """The least over models and roles of how much the traffic may still grow, measured in the simulator.
+
+    None where `best` misses a target, or where a limit ended the measurement of the role that is least.
+    """
     if not best.meets:
         return None
     begin = time.perf_counter()
     if not search.slack or search.slack_of is not best:
         search.measure_best()
     search.verify_seconds += time.perf_counter() - begin
-    return max(0.0, min(search.slack.values()))
+    least = min(search.slack.values(), key=lambda reach: (reach.scale, reach.cut))
+    return None if least.cut else max(0.0, least.scale - 1)
 
 
 def _predicted(found: Columns, search: Search, best: Candidate) -> dict[str, ClassLatency]:
@@ -199,26 +228,25 @@ def _columns_of(part: Problem, found: Columns) -> Columns:
     return Columns(left, found.refused, found.demands)
 
 
-def _search_part(search: Search, problem: Problem, part: Columns) -> float:
-    """Search some of the columns alone and let `search` adopt what is found; the seconds that it took."""
-    begin = time.perf_counter()
+def _search_part(search: Search, problem: Problem, part: Columns) -> Search:
+    """Search some of the columns alone and let `search` adopt what is found."""
+    other = Search(problem, part, search.judges, BESIDE_EVENTS, search.deadline)
     if search.best is None or not set(search.best.counts) <= {c.key for c in part.columns}:
-        other = Search(problem, part, search.judges, BESIDE_EVENTS, search.deadline)
         other.gauge.learn(search.gauge)
         search.adopt(other.run())
-    return time.perf_counter() - begin  # else the best of all is the best of these
+    return other  # not run where the best of all is the best of these
 
 
-def _alternative(name: str, problem: Problem, part: Columns, search: Search, best: Candidate, seconds: float) -> Option:
+def _alternative(name: str, problem: Problem, part: Columns, search: Search, best: Candidate, other: Search) -> Option:
     """The best of all plans that were simulated and use these columns only."""
     keys = {c.key for c in part.columns}
     seen = [c for c in (best, *search.seen) if set(c.counts) <= keys]
     if not seen:
-        text = str(explain(problem, part))
-        return Option(name, False, why=text.removeprefix("no plan: "), seconds=seconds)
+        text = str(other.undecided or explain(problem, part))
+        return Option(name, False, why=text.removeprefix("no plan: "), seconds=other.seconds)
     met = [c for c in seen if c.meets]
     chosen = min(met, key=lambda c: c.cost if search.for_cost else -c.scale) if met else _closest(seen)
-    return _option(search, chosen, name, seconds)
+    return _option(search, chosen, name, other.seconds)
 
 
 def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal["low", "high"]) -> Sensitivity:
@@ -231,12 +259,16 @@ def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal
         verdicts[model.name] = gauge.verdict(model.name, mine, best.scale)
     columns = build_columns(problem, end)
     rates = {m.name: search.gauge.rate(m.name) for m in problem.models}
-    solution = optimise(problem, columns.columns, rates, kv_bytes(columns, problem))
+    solution, why = None, ""
+    try:
+        solution = optimise(problem, columns.columns, rates, kv_bytes(columns, problem))
+    except UndecidedError as error:
+        why = str(error)
     total = sum(rates.values())
     found = {name: x for verdict in verdicts.values() for name, x in verdict.latency.items()}
     meets = all(v.meets for v in verdicts.values())
     if solution is None:
-        return Sensitivity(end, found, meets, None, None)
+        return Sensitivity(end, found, meets, None, None, why)
     cost = search.price(solution.counts) if problem.prices else None
     return Sensitivity(end, found, meets, cost, total * solution.scale)
 

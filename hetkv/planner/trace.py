@@ -14,6 +14,7 @@ from hetkv.planner.effort import BESIDE_EVENTS
 from hetkv.planner.explain import split
 from hetkv.planner.plot import canvas
 from hetkv.planner.problem import Problem, WorkloadClass
+from hetkv.planner.programme import UndecidedError
 from hetkv.planner.solve import solve
 from hetkv.planner.verify import verdict
 from hetkv.simulator.plot import COLOURS, STYLE
@@ -32,6 +33,7 @@ class Window(msgspec.Struct, frozen=True):
 
     `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the window's own
     requests at their own times, which may come in bursts; the plan was made for Poisson arrivals at their mean rate.
+    `why` says why there is no plan; `cut` which limits ended the search for it early: a better one may exist.
     """
 
     start_s: float
@@ -53,6 +55,7 @@ class Window(msgspec.Struct, frozen=True):
     replayed_tpot_ms: float | None = None
     replay_meets: bool | None = None
     why: str = ""
+    cut: str = ""
 
     @property
     def gpus(self) -> int:
@@ -144,6 +147,8 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
         plan = solve(msgspec.structs.replace(problem, classes=[spec]), beside=False, events=BESIDE_EVENTS)
     except InputError as error:
         return msgspec.structs.replace(found, why=str(error))
+    except UndecidedError as error:
+        return msgspec.structs.replace(found, why=str(error), cut=str(error))
     gpus = dict.fromkeys(("prefill", "decode", "aggregated"), 0)
     for one in plan.instances:
         gpus[one.role] += one.count * one.gpus
@@ -163,6 +168,7 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
         replayed_ttft_ms=_finite(latency.ttft_ms),
         replayed_tpot_ms=_finite(latency.tpot_ms),
         replay_meets=said.meets,
+        cut="; ".join(plan.cut),
     )
 
 
