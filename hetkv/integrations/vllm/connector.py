@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -48,7 +49,11 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             assert transfer.engine_id is not None
             self._scheduler = SchedulerSide(
-                transfer.engine_id, kv_cache_config, transfer.is_kv_producer, transfer.is_kv_consumer
+                transfer.engine_id,
+                kv_cache_config,
+                transfer.is_kv_producer,
+                transfer.is_kv_consumer,
+                paced=vllm_config.parallel_config.data_parallel_size == 1,
             )
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, settings)
@@ -154,6 +159,9 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._at_worker.failed_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._at_worker.repeated()
 
     def get_kv_connector_stats(self) -> HetKVStats | None:
         return self._worker.stats() if self._worker is not None else None

@@ -36,12 +36,9 @@ class Incoming:
     """While the producer is being connected."""
     reception: Reception | None = None
     aborted: bool = False
+    let_go: Load | None = None
+    """What to ask for once this has ended: other ranks began again, and the producer would wait for this one too."""
     started: float = field(default_factory=time.monotonic)
-
-    @property
-    def awaited(self) -> bool:
-        """The scheduler waits for its end; otherwise it only lets the producer go."""
-        return self.load.held < self.load.stop
 
 
 class Results(NamedTuple):
@@ -59,16 +56,20 @@ class Loading:
         self._stats, self._changed = stats, changed
         self._in: dict[str, Incoming] = {}
         self._links: dict[str, Future[None]] = {}
+        self.repeated: set[str] = set()
+        """Requests that were asked for once more. Ranks that have theirs already must let the producer go for them."""
         self._pool = ThreadPoolExecutor(CONNECTS_AT_ONCE, "hetkv-connect")
 
     def begin(self, meta: Metadata) -> None:
         """Start this step's loads and end those whose requests were aborted."""
-        if meta.loads:
+        if any(load.awaited for load in meta.loads):
             self._receive_behind_the_device()
         for load in meta.loads:
-            name = load.request_id if load.held < load.stop else f"{load.request_id} (let go)"
-            now = time.monotonic()
-            self._in[name] = Incoming(load, now + self._receiver.config.lease_s, self._link(load))
+            under_way = self._in.get(load.request_id)
+            if under_way is not None and not load.awaited:
+                under_way.let_go = load
+            else:
+                self._begin(load)
         for request_id in meta.aborted_loads:
             incoming = self._in.get(request_id)
             if incoming is not None:
@@ -88,8 +89,10 @@ class Loading:
             if not done:
                 continue
             del self._in[name]
-            if incoming.awaited:
+            if incoming.load.awaited:
                 results.finished.add(incoming.load.request_id)
+            if incoming.let_go is not None:
+                self._begin(incoming.let_go)
         return results
 
     @property
@@ -101,6 +104,10 @@ class Loading:
     def close(self) -> None:
         """Stop connecting. What is under way ends with the receiver."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, load: Load) -> None:
+        name = load.request_id if load.awaited else f"{load.request_id} (let go)"
+        self._in[name] = Incoming(load, time.monotonic() + self._receiver.config.lease_s, self._link(load))
 
     def _receive_behind_the_device(self) -> None:
         """What vLLM has put into its stream may write these blocks too: it zeroes new ones, and copies within a prefix.
@@ -127,7 +134,7 @@ class Loading:
             return False
         error = reception.future.exception()
         if error is None:
-            if incoming.awaited and not incoming.aborted:
+            if incoming.load.awaited and not incoming.aborted:
                 self._stats.add("loads")
                 self._stats.add("loaded_tokens", incoming.load.stop - incoming.load.held)
                 self._stats.observe("load_seconds", time.monotonic() - incoming.started)
@@ -137,6 +144,7 @@ class Loading:
             raise error
         # The producer computes the request once more, and takes a new ticket for it.
         self._stats.add("repeated_loads")
+        self.repeated.add(incoming.load.request_id)
         self._ask(incoming)
         return False
 
@@ -156,7 +164,7 @@ class Loading:
         incoming.reception.future.add_done_callback(lambda _: self._changed())
 
     def _fail(self, incoming: Incoming, error: HetkvError, results: Results) -> None:
-        if not incoming.awaited:
+        if not incoming.load.awaited:
             _log.warning("transfer %s: the producer was not let go: %s", incoming.load.transfer_id, error)
             return
         if incoming.aborted:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 Blocks = tuple[list[int], ...]
 """Block ids of one request in token order, a list for each cache group that takes part in transfers."""
@@ -35,6 +39,16 @@ class Load:
     held: int
     stop: int
     blocks: Blocks
+
+    @property
+    def awaited(self) -> bool:
+        """There are blocks to fill, and the scheduler waits for it."""
+        return self.held < self.stop
+
+    @property
+    def let_go(self) -> Load:
+        """The same, asking for nothing."""
+        return replace(self, held=self.stop, blocks=tuple([] for _ in self.blocks))
 
 
 @dataclass
@@ -68,3 +82,14 @@ class WorkerAddress(KVConnectorHandshakeMetadata):
     """Where a producer's worker listens; empty for a consumer's."""
 
     address: str
+
+
+@dataclass
+class Repeated(KVConnectorWorkerMetadata):
+    """What a step's workers tell the scheduler side: loads for which a rank asked the producer once more."""
+
+    request_ids: set[str]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Repeated:
+        assert isinstance(other, Repeated)
+        return Repeated(self.request_ids | other.request_ids)

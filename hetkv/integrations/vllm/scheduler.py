@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpec
 from vllm.v1.request import RequestStatus
 
 from hetkv.errors import InputError
-from hetkv.integrations.vllm.metadata import Blocks, Load, Metadata, Send, WorkerAddress
+from hetkv.integrations.vllm.metadata import Blocks, Load, Metadata, Repeated, Send, WorkerAddress
 from hetkv.integrations.vllm.params import Consume, consume, produce
 
 if TYPE_CHECKING:
@@ -45,15 +45,18 @@ class Producing:
 class SchedulerSide:
     """All of it runs in the scheduler's thread. Nothing here talks to a peer, and nothing a client sends may raise."""
 
-    def __init__(self, engine_id: str, cache_config: KVCacheConfig, producer: bool, consumer: bool) -> None:
-        self._engine_id = engine_id
+    def __init__(
+        self, engine_id: str, cache_config: KVCacheConfig, producer: bool, consumer: bool, *, paced: bool = True
+    ) -> None:
+        """`paced`: an engine that only waits may sleep. Not where others step with it, as in data parallelism."""
+        self._engine_id, self._paced = engine_id, paced
         self._cache_config = cache_config
         self._producer, self._consumer = producer, consumer
         self._addresses: tuple[str, ...] = ()
         self._next = Metadata()
         self._producing: dict[str, Producing] = {}
         self._held: set[str] = set()
-        self._loading: dict[str, str] = {}
+        self._loading: dict[str, Load] = {}
         self._idle_since: float | None = None
         specs = [
             inner
@@ -87,7 +90,7 @@ class SchedulerSide:
     def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens that the producer has and this consumer lacks: all but the prompt's last, which is always computed."""
         remote = self._remote(request)
-        if remote is None or remote.transfer_id in self._loading.values():
+        if remote is None or self._loads(remote):
             return 0, False  # a second choice of the same prompt computes it, or finds it in the prefix cache
         count = last_token(request, remote) - num_computed_tokens
         if count <= 0:
@@ -104,14 +107,14 @@ class SchedulerSide:
         assert request.kv_transfer_params is not None
         request.kv_transfer_params["do_remote_prefill"] = False
         held = request.kv_transfer_params.pop(LOCAL, None)
-        if remote.transfer_id in self._loading.values():
+        if self._loads(remote):
             return
         if num_external_tokens == 0 or held is None:
             self._let_go(request, remote)
             return
-        self._loading[request.request_id] = remote.transfer_id
         ids = self._cache_config.select_transfer_block_ids(blocks.get_block_ids())
-        self._next.loads.append(_load(request, remote, held, held + num_external_tokens, ids))
+        load = self._loading[request.request_id] = _load(request, remote, held, held + num_external_tokens, ids)
+        self._next.loads.append(load)
 
     def build_meta(self, output: SchedulerOutput) -> Metadata:
         """This step's orders."""
@@ -169,6 +172,9 @@ class SchedulerSide:
         if output.finished_sending or output.finished_recving:
             self._idle_since = None
         self._held -= output.finished_sending or set()
+        if isinstance(again := output.kv_connector_worker_meta, Repeated):
+            # Each rank lets the producer go once it is done: for one that had its part already nothing is new.
+            self._next.loads += [self._loading[name].let_go for name in again.request_ids if name in self._loading]
         for request_id in output.finished_recving or ():
             self._loading.pop(request_id, None)
 
@@ -179,7 +185,7 @@ class SchedulerSide:
 
     def _pace(self, meta: Metadata) -> None:
         """vLLM steps on without a pause while anything is pending: see `IDLE_SHARE`."""
-        if meta.computes or meta.any_orders:
+        if not self._paced or meta.computes or meta.any_orders:
             self._idle_since = None
             return
         now = time.monotonic()
@@ -200,6 +206,10 @@ class SchedulerSide:
             request.kv_transfer_params["do_remote_prefill"] = False
         return remote
 
+    def _loads(self, remote: Consume) -> bool:
+        """Whether a request of this transfer is being loaded."""
+        return any(load.transfer_id == remote.transfer_id for load in self._loading.values())
+
     def _let_go(self, request: Request, remote: Consume) -> None:
         """The producer may have its blocks back: this consumer needs nothing of them."""
         stop = max(1, last_token(request, remote))
@@ -214,7 +224,7 @@ class SchedulerSide:
         if remote is not None:
             assert request.kv_transfer_params is not None
             request.kv_transfer_params["do_remote_prefill"] = False
-            if remote.transfer_id not in self._loading.values():
+            if not self._loads(remote):
                 self._let_go(request, remote)
 
     def _asks_who(self, request: Request) -> bool:

@@ -38,6 +38,11 @@ class Outgoing:
     ended_at: float | None = None
     """When `tx` ended: nothing reads the request's blocks any more."""
 
+    @property
+    def live(self) -> Transmission | None:
+        """`tx`, where it may still take layers. One that its consumers let go or gave up knows no later blocks."""
+        return None if self.tx is None or self.tx.packed.done() else self.tx
+
     def end(self, _: object) -> None:
         """Callback of `tx.future`."""
         self.ended_at = time.monotonic()
@@ -65,16 +70,19 @@ class Sending:
     def preempt(self, meta: Metadata) -> None:
         """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them.
 
-        One of which all has left stays, as its blocks are not read again. But a consumer that lost one rank's part
-        asks every rank once more, so it stays on all ranks or on none.
+        One of which all has left stays, as its blocks are not read again. But a consumer rank that lost one rank's part
+        asks every rank once more, so it stays on all ranks or on none; consumer ranks that lost nothing let the new
+        ones go (`Loading.repeated`). What a consumer gave up it does not ask for again: that stays ended.
         """
         if not meta.preempted:
             return
         names = sorted(meta.preempted)
-        sent = self._on_all_ranks([self._all_left(name) or self._end(name) for name in names])
-        for name, everywhere in zip(names, sent, strict=True):
-            if not everywhere and name in self._out:
-                self._end(name)
+        sent = self._everywhere(names, lambda name: self._all_left(name) or self._end(name))
+        again = [name for name, all_sent in zip(names, sent, strict=True) if not all_sent]
+        if again:
+            self._everywhere(again, self._end)
+        for name in again:
+            if name in self._out and not self._given_up(name):
                 del self._out[name]
 
     def begin_step(self, meta: Metadata) -> None:
@@ -83,7 +91,7 @@ class Sending:
         for send in meta.computing:
             out = self._out.get(send.request_id) or self._open(send)
             self._extend(out, send)
-            if out.tx is not None and out.sent < send.stop:
+            if out.live is not None and out.sent < send.stop:
                 self._step.append((out, (out.sent, send.stop)))
                 out.sent = send.stop
         self._layers_left = set(self._caches.pool.layers) if self._step else set()
@@ -148,19 +156,16 @@ class Sending:
 
     def _extend(self, out: Outgoing, send: Send) -> None:
         for group, ids in enumerate(self._caches.blocks(send.blocks)):
-            more = ids[out.blocks[group] :] if out.tx is not None else []
-            if more and out.tx is not None:
-                out.tx.extend(more, group)
+            more = ids[out.blocks[group] :]
+            if more and (tx := out.live) is not None:
+                tx.extend(more, group)
                 out.blocks[group] = len(ids)
 
     def _hold(self, send: Send) -> None:
         """The prefill is done. What has not left yet leaves when its ticket comes."""
         out = self._out.get(send.request_id) or self._open(send)
         out.held_since, out.computed_at = time.monotonic(), self._computed_at
-        tx = out.tx
-        if tx is None:
-            return
-        if out.sent < send.stop:
+        if (tx := out.live) is not None and out.sent < send.stop:
             for layer in self._caches.pool.layers:
                 tx.send_layer(layer, (out.sent, send.stop))
             out.sent = send.stop
@@ -171,18 +176,44 @@ class Sending:
         return out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None)
 
     def _end(self, request_id: str) -> bool:
-        """Abort a transmission and await its end, as only then its id can be sent again. Whether it had ended well."""
-        tx = self._out[request_id].tx
-        if tx is None:
+        """Abort a transmission and await its end, as only then its id can be sent again.
+
+        Whether it had ended before: well, or given up by its consumer. Raises `WaitTimeoutError`.
+        """
+        out = self._out.get(request_id)
+        if out is None or out.tx is None:
             return True
-        tx.abort(PREEMPTED)
+        out.tx.abort(PREEMPTED)
         try:
-            tx.wait(DRAIN_S)
+            out.tx.wait(DRAIN_S)
         except WaitTimeoutError:
-            raise  # to go on would send what another request overwrites
+            raise
         except HetkvError:
-            return False
+            return self._given_up(request_id)
         return True
+
+    def _given_up(self, request_id: str) -> bool:
+        """Whether an ended transmission failed by something else than `preempt`."""
+        tx = self._out[request_id].tx
+        error = tx.future.exception() if tx is not None else None
+        return error is not None and PREEMPTED not in str(error)
+
+    def _everywhere(self, names: list[str], ask: Callable[[str], bool]) -> list[bool]:
+        """What is true of these requests on all ranks. Where one rank runs out of time all raise `WaitTimeoutError`.
+
+        To go on would send what another request overwrites; a rank that left alone would let the others wait for it.
+        """
+        answers, in_time = [], True
+        for name in names:
+            try:
+                answers.append(ask(name))
+            except WaitTimeoutError:
+                answers.append(False)
+                in_time = False
+        in_time, *answers = self._on_all_ranks([in_time, *answers])
+        if not in_time:
+            raise WaitTimeoutError(f"the blocks of preempted requests {names} are still read after {DRAIN_S:g} s")
+        return answers
 
     def _send(self, layer: int) -> None:
         """On a device the layer leaves behind what PyTorch's current stream holds, where vLLM has just computed it."""

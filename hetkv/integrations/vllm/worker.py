@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from hetkv.integrations.vllm.layouts import Caches, caches
 from hetkv.integrations.vllm.loading import Loading
-from hetkv.integrations.vllm.metadata import Load, Metadata
+from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.sending import Sending
 from hetkv.integrations.vllm.settings import Settings
@@ -95,11 +95,11 @@ class WorkerSide:
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:
         """What has ended. A step without tokens waits a moment where a load is about to."""
+        self._changed.clear()
         out = self._poll(finished)
         idle = not (self._computes or out.finished_sending or out.finished_recving)
         if idle and self._loading is not None and self._loading.due:
             self._changed.wait(LOAD_WAIT_S)
-            self._changed.clear()
             out = self._poll(finished)
         return out
 
@@ -107,6 +107,13 @@ class WorkerSide:
         """Blocks of the loads that failed since the last call, where ids are unique: in a model of one cache group."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def repeated(self) -> Repeated | None:
+        """Which loads began again since the last call."""
+        if self._loading is None or not self._loading.repeated:
+            return None
+        names, self._loading.repeated = self._loading.repeated, set()
+        return Repeated(names)
 
     def stats(self) -> HetKVStats | None:
         """What was counted since the last call."""
