@@ -136,12 +136,15 @@ def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, An
     return Server(name, folder, arguments, **given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
 
 
+CLIENT = httpx.Client(timeout=600)  # made once: it would cost every request milliseconds
+
+
 def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
     """One greedy request, streamed."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True}  # fmt: skip
     start, first, seen = time.perf_counter(), 0.0, []
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=600) as response:
+    with CLIENT.stream("POST", url + "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise HetkvError(f"{url}: HTTP {response.status_code}: {response.read()[:300]!r}")
         for line in response.iter_lines():
