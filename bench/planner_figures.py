@@ -1,4 +1,4 @@
-"""Writes the tables of docs/planner-baselines.md and docs/planning.md from bench/results, so that none is typed in.
+"""Writes the tables of docs/planner-baselines.md, planner-figures.md and planning.md from bench/results; none is typed.
 
 python bench/planner_figures.py            # rewrites what is behind the markers, and draws the pictures again
 python bench/planner_figures.py --check    # exits with 1 where a document is not what the files say
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,63 @@ def _origin(run: dict[str, Any]) -> str:
         f"{run['cpus']} CPUs, {run['jobs']} at once, load average {run['load_average']}, commit {run['commit']}, "
         f"{run['time'][:10]}"
     )
+
+
+def figures_section() -> str:
+    """How near the planner's plans are to the optimum, and how long large problems take."""
+    run = json.loads((RESULTS / "planner_optimality.json").read_text())
+    facts = run["summary"]
+    text = f"""
+## Optimality
+
+| | |
+|---|---|
+| random small fleets with a plan | {facts["with_a_plan"]} of {facts["fleets"]} |
+| of these the link binds on | {facts["binding_link"]} |
+| have two classes | {facts["several_classes"]} |
+| plans that meet their SLO in the simulator | {facts["meet_their_slo"]} |
+| at the optimum | {facts["at_the_optimum"]} |
+| within 1.05 of it (target 95 %) | {facts["within_1.05"]}, {facts["share_within"]:.1%} |
+| largest ratio | {facts["largest_ratio"]:.2f} |
+| seconds a plan, mean | {facts["planner_seconds_mean"]:.1f} |
+
+From `bench/results/planner_optimality.json`: {_origin(run)}.
+"""
+    path = RESULTS / "planner_speed.json"
+    if not path.exists():
+        return text
+    run = json.loads(path.read_text())
+    rows = run["problems"]
+    first = [r["columns_seconds"] + r["solve_seconds"] for r in rows]
+    verify = [r["verify_seconds"] for r in rows]
+    largest = max(r["gap"] for r in rows)
+    return (
+        text
+        + f"""
+## Speed
+
+5 GPU types of 10,000 GPUs each, 4 classes, {len(rows)} random rates and targets; seconds, median and worst.
+
+| | median | worst | limit |
+|---|---|---|---|
+| columns | {_both(r["columns_seconds"] for r in rows)} | |
+| columns and solve, all rounds | {_both(first)} | 2 |
+| verification | {_both(verify)} | 60 |
+| rounds | {_both((r["iterations"] for r in rows), "g")} | |
+| GPUs of the plan | {_both((r["gpus"] for r in rows), "g")} | |
+
+Largest gap of the integer programme: {largest:.2g}. Plans that meet their targets in the simulator:
+{sum(r["meets"] for r in rows)} of {len(rows)}.
+
+From `bench/results/planner_speed.json`: {run["cpus"]} CPUs, load average {run["load_average"]}, commit {run["commit"]},
+{run["time"][:10]}.
+"""
+    )
+
+
+def _both(values: Iterable[float], kind: str = ".2f") -> str:
+    found = list(values)
+    return f"{statistics.median(found):{kind}} | {max(found):{kind}}"
 
 
 def examples_section() -> str:
@@ -161,7 +219,12 @@ def main() -> int:
     for name in EXAMPLES if "--check" not in sys.argv else ():
         if (RESULTS / f"plan-{name}.json").exists():
             draw(name)
-    for document, section in (("planner-baselines.md", baselines_section), ("planning.md", examples_section)):
+    made_by = {
+        "planner-baselines.md": baselines_section,
+        "planner-figures.md": figures_section,
+        "planning.md": examples_section,
+    }
+    for document, section in made_by.items():
         path = DOCS / document
         text = path.read_text(encoding="utf-8")
         before, marker, _ = text.partition(MARKER)
