@@ -47,7 +47,8 @@ $(STAMP): $(SOURCES)
 $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
-	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e . \
+		-Ccmake.define.HETKV_CUDA=OFF -Ccmake.define.HETKV_HIP=OFF
 	touch $@
 
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.
