@@ -126,6 +126,7 @@ def test_incompatible_models_are_refused(models: Path, model: str) -> None:
     pair.close()
 
 
+@pytest.mark.slow
 def test_other_secret_is_refused(tmp_path: Path, model: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("another secret of thirty-two bytes")
@@ -141,7 +142,7 @@ def test_other_secret_is_refused(tmp_path: Path, model: str) -> None:
     ("extra", "said"),
     [
         ({"secret_file": "/nonexistent/secret"}, "/nonexistent/secret"),
-        ({"transfer": {"lease_s": -1}}, "lease_s"),
+        pytest.param({"transfer": {"lease_s": -1}}, "lease_s", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_settings_end_the_start(model: str, extra: dict[str, Any], said: str) -> None:

@@ -22,6 +22,7 @@ def first_try(pair: Pair, prompt: list[int]) -> Output:
     return output
 
 
+@pytest.mark.slow
 def test_same_tokens_as_nixl(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """128 to 128, the only pair that both serve."""
     pytest.importorskip("nixl", reason="NIXL is not installed")

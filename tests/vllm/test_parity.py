@@ -112,6 +112,7 @@ def test_dtypes(fleet: Fleet, models: Path, prompts: list[list[int]]) -> None:
     producer.close()
 
 
+@pytest.mark.slow  # test_tensor_parallel has both roles too
 def test_both_roles(models: Path, prompts: list[list[int]]) -> None:
     """Two instances that each produce and consume, in both directions."""
     model = checkpoint(models)

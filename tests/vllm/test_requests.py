@@ -188,7 +188,7 @@ def test_abort_of_the_producer(chunked: Pair) -> None:
     chunked.settled()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])  # 2: see test_preemption.py
 def test_preempted_producer(models: Path, ranks: int) -> None:
     """Requests that are preempted in mid-prefill drain, are computed again, and arrive under the same transfer id.
 
