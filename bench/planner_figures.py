@@ -127,8 +127,7 @@ From `bench/results/planner_optimality.json`: {_origin(run)}.
 Largest gap of the integer programme: {largest:.2g}. Plans that meet their targets in the simulator:
 {sum(r["meets"] for r in rows)} of {len(rows)}.
 
-From `bench/results/planner_speed.json`: {run["cpus"]} CPUs, load average {run["load_average"]}, commit {run["commit"]},
-{run["time"][:10]}.
+From `bench/results/planner_speed.json`: {run["cpus"]} CPUs, commit {run["commit"]}, {run["time"][:10]}.
 """
     )
 
