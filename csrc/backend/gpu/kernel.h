@@ -56,8 +56,8 @@ __device__ inline void add_up(Partial partial, std::uint32_t num_blocks, Scratch
   scratch->now[number] = 0;
 }
 
-// Thread blocks that a multiprocessor has to hold: more wait for memory at once, and have fewer registers each. With
-// one more each of these would spill.
+// Thread blocks that a multiprocessor has to hold: more wait for memory at once, and have fewer registers each. A fifth
+// made moves no faster and conversions spill.
 constexpr int blocks_wanted(Paths paths) {
   return paths == Paths::kMoves || paths == Paths::kRows ? 4 : 2;
 }
