@@ -17,7 +17,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow"
 
-# Ten minutes at most, installing included; what is never imported is not compiled.
+# Meant to take ten minutes at most, with the installation; what is never imported is not compiled.
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
 

@@ -71,6 +71,16 @@ def test_other_pools_and_orders(tmp_path: Path, options: tuple[str, ...]) -> Non
         (("--json", "/nonexistent/x.json"), "/nonexistent"),
         (("--trace", "/nonexistent/x.json"), "/nonexistent"),
         (("--tokens", "0"), "0 new tokens"),
+        (("--shape", "llama-9"), "known are llama-2-7b, llama-3-70b, qwen3-32b"),
+        (("--shape", "llama-2-7b", "--layers", "33"), "33 layers of llama-2-7b: it has 32"),
+        (("--shape", "llama-2-7b", "--layers", "0"), "0 layers of llama-2-7b"),
+        (("--shape", "llama-2-7b", "--prompt-tokens", "0"), "0 prompt tokens"),
+        (("--shape", "llama-2-7b", "--prompt-tokens", "32768"), "the context of llama-2-7b is 32768"),
+        (("--shape", "llama-2-7b", "--compute-dtype", "int8"), "compute dtype int8"),
+        (("--shape", "llama-2-7b", "--prefill", "TP2"), "--prefill does not go with --shape"),
+        (("--shape", "llama-2-7b", "--prompt", "so"), "--prompt does not go with --shape"),
+        (("--layers", "1"), "--layers goes with --shape"),
+        (("--prompt-tokens", "1"), "--prompt-tokens goes with --shape"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

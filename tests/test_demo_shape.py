@@ -63,30 +63,6 @@ def test_the_weights_are_those_of_the_named_models() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--shape", "llama-9"), "known are llama-2-7b, llama-3-70b, qwen3-32b"),
-        (("--shape", "llama-2-7b", "--layers", "33"), "33 layers of llama-2-7b: it has 32"),
-        (("--shape", "llama-2-7b", "--layers", "0"), "0 layers of llama-2-7b"),
-        (("--shape", "llama-2-7b", "--prompt-tokens", "0"), "0 prompt tokens"),
-        (("--shape", "llama-2-7b", "--prompt-tokens", "32768"), "the context of llama-2-7b is 32768"),
-        (("--shape", "llama-2-7b", "--compute-dtype", "int8"), "compute dtype int8"),
-        (("--shape", "llama-2-7b", "--prefill", "TP2"), "--prefill does not go with --shape"),
-        (("--shape", "llama-2-7b", "--prompt", "so"), "--prompt does not go with --shape"),
-        (("--layers", "1"), "--layers goes with --shape"),
-        (("--prompt-tokens", "1"), "--prompt-tokens goes with --shape"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(
-    options: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["demo", *options]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hetkv")]
-    assert len(lines) == 1
-    assert said in lines[0]
-
-
 def test_a_shape_that_does_not_fit_is_refused_before_any_start(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
