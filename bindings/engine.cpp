@@ -54,19 +54,30 @@ py::tuple to_tuple(const Event& event) {
                         static_cast<int>(event.status.code), event.status.detail);
 }
 
+// Python collects what a forked child has of its parent's engines; these are the parent's to end.
+struct DeleteWhereMade {
+  template <typename E>
+  void operator()(E* engine) const {
+    if (engine->made_here()) delete engine;
+  }
+};
+
 template <typename E>
-std::unique_ptr<E> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
+using EngineClass = py::class_<E, std::unique_ptr<E, DeleteWhereMade>>;
+
+template <typename E>
+std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
   std::unique_ptr<Mover> mover;
   if (device != nullptr) {
     check(DeviceMover::create(device, config, &mover));
   } else {
     mover = std::make_unique<CpuMover>(config.threads);
   }
-  return std::make_unique<E>(config, std::move(mover), std::move(device));
+  return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(mover), std::move(device)));
 }
 
 template <typename E>
-void bind_common(py::class_<E>& type) {
+void bind_common(EngineClass<E>& type) {
   type.def(
           "start", [](E& self) { check(self.start()); }, py::call_guard<py::gil_scoped_release>())
       .def("stop", &E::stop, py::call_guard<py::gil_scoped_release>(),
@@ -209,7 +220,7 @@ void bind_engine(py::module_& m) {
            py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false);
 
-  py::class_<Sender> sender(m, "Sender");
+  EngineClass<Sender> sender(m, "Sender");
   sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr,
              py::call_guard<py::gil_scoped_release>());
   bind_common(sender);
@@ -248,7 +259,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("id"), py::arg("reason"), "The id will not be sent again.");
 
-  py::class_<Receiver> receiver(m, "Receiver");
+  EngineClass<Receiver> receiver(m, "Receiver");
   receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr,
                py::call_guard<py::gil_scoped_release>());
   bind_common(receiver);

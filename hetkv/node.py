@@ -14,7 +14,7 @@ from hetkv.config import TransferConfig
 from hetkv.control import ControlConnection, connect
 from hetkv.description import Description, Ready, group_layers, host_id
 from hetkv.device import device_of
-from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
+from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, TransportError, from_code, to_code
 from hetkv.handshake import Role, check_secret
 from hetkv.link import link_plans, linked_ranks
 from hetkv.listener import Listener
@@ -64,8 +64,8 @@ class Node(ABC, Generic[P]):
 
     The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; a node that
     is dropped without it works on until the interpreter exits, which closes it. Any thread may call any method, also
-    from a future's callback. A node does not survive a fork: the child has its memory but not its threads, so it must
-    neither use nor close it; start processes with the `spawn` method.
+    from a future's callback. A node does not survive a fork, and where one was open a forked child can make none of its
+    own: it has the memory but not the threads. Start processes with the `spawn` method, or before the first node.
     """
 
     role: Role
@@ -84,10 +84,15 @@ class Node(ABC, Generic[P]):
         """`instance_shards`: the shards of all ranks of this instance where it has several; `rank` is this one's index.
 
         `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel. Raises
-        `InputError`, `TransportError` where UCX does not start, and for a pool on a device what `device_of` raises and
-        `DeviceError` where the device has no memory left for windows.
+        `InputError`, `TransportError` where UCX does not start or the process was forked beside an open node, and for a
+        pool on a device what `device_of` raises and `DeviceError` where the device has no memory left for windows.
         """
         check_secret(secret)
+        if _forked_beside_nodes:
+            raise TransportError(
+                "this process was forked from one with an open Sender or Receiver, whose UCX threads it lacks: "
+                "start it with the spawn method"
+            )
         self.pool = pool
         self.device = device_of(pool)
         """The device that the pool lies on; `None` in host memory."""
@@ -323,12 +328,15 @@ class Node(ABC, Generic[P]):
 
 
 _open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+_forked_beside_nodes = False
 
 
 def _disown_in_child() -> None:
     """A forked child has neither the threads nor the right to say goodbye on its parent's sockets."""
+    global _forked_beside_nodes
     for node in list(_open_nodes):
         node._lock, node._closed = threading.Lock(), True
+        _forked_beside_nodes = True
     _open_nodes.clear()
 
 

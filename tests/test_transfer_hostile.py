@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
+import threading
 from array import array
+from collections.abc import Callable
 
 import pytest
 from transfer_peers import SECRET, connected, randomise, until
 
 from hetkv.config import TransferConfig
-from hetkv.errors import ClosedError, InputError
+from hetkv.errors import ClosedError, InputError, TransportError
 from hetkv.pending import request_key
 from hetkv.pool import KVPool
 from hetkv.spec import KVSpec, LayerSpec
@@ -33,19 +37,53 @@ def test_a_ticket_for_tokens_before_the_window_is_refused() -> None:
         tx.wait(5)
 
 
-def test_a_forked_child_that_exits_leaves_its_parents_links_alone() -> None:
+def in_forked_child(work: Callable[[], None]) -> None:
+    """Run `work` in a forked child, which must end well and soon."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    child.kill()
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_a_forked_child_leaves_its_parents_nodes_alone() -> None:
+    """It may close and collect them, also beside threads of its own; and it is told that it can have none itself."""
     spec = KVSpec.uniform(2, 2, 64)
     source = randomise(KVPool.allocate(spec, 16), 1)
     with connected([source], [KVPool.allocate(spec, 16)], TransferConfig()) as ([sender], [receiver]):
-        child = os.fork()
-        if child == 0:
+
+        def child() -> None:
             sender.close()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+            resting = threading.Event()
+            for _ in range(8):  # where the parent's threads had their stacks
+                threading.Thread(target=resting.wait, daemon=True).start()
+            for node in (sender, receiver):
+                node.__dict__.clear()
+            gc.collect()
+            with pytest.raises(TransportError, match="forked from one with an open Sender or Receiver"):
+                Sender(source, secret=SECRET, instance="p")
+
+        in_forked_child(child)
         tx = sender.send("after", [0, 1], 32)
         tx.send_layers()
         receiver.receive("after", [3, 2], 32).wait(5)
         tx.wait(5)
+
+
+def test_a_forked_child_transfers_where_its_parents_nodes_are_closed() -> None:
+    spec = KVSpec.uniform(2, 2, 64)
+    source, target = randomise(KVPool.allocate(spec, 16), 1), KVPool.allocate(spec, 16)
+
+    def transfer() -> None:
+        with connected([source], [target], TransferConfig()) as ([sender], [receiver]):
+            tx = sender.send("again", [0, 1], 32)
+            tx.send_layers()
+            receiver.receive("again", [3, 2], 32).wait(5)
+            tx.wait(5)
+
+    transfer()
+    in_forked_child(transfer)
 
 
 def test_listen_after_close() -> None:

@@ -24,7 +24,7 @@ std::string silence(std::uint64_t ns) {
 }  // namespace
 
 Engine::Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
-    : config_(config), device_(std::move(device)), mover_(std::move(mover)), trace_(config.trace) {}
+    : config_(config), device_(std::move(device)), mover_(std::move(mover)), trace_(config.trace), process_(getpid()) {}
 
 Engine::~Engine() {
   if (wake_fd_ >= 0) close(wake_fd_);
@@ -39,6 +39,7 @@ Status Engine::start() {
       },
       &worker_);
   if (!status.ok()) return status;
+  address_ = worker_->address();
   wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
@@ -55,8 +56,12 @@ Status Engine::start() {
   return {};
 }
 
+bool Engine::made_here() const {
+  return process_ == getpid();
+}
+
 void Engine::stop() {
-  if (!thread_.joinable()) return;
+  if (!thread_.joinable() || !made_here()) return;
   post([this] { stopping_ = true; });
   thread_.join();
   events_.close();
@@ -110,6 +115,7 @@ void Engine::run() noexcept {
   }
   on_ended();
   mover_.reset();
+  worker_.reset();
 }
 
 void Engine::loop() {

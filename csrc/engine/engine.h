@@ -45,10 +45,14 @@ class Engine {
 
   // Starts UCX and the progress thread. Call once.
   virtual Status start();
-  // Ends all links, fails all requests with kClosed, joins the thread. Derived destructors call it first. Idempotent.
+  // Ends all links, fails all requests with kClosed, joins the thread and ends UCX. Derived destructors call it first.
+  // Idempotent.
   void stop();
+  // False in a forked child of the process that made the engine. It has neither the thread nor UCX's, so that it must
+  // leave the engine as it is, undestroyed.
+  bool made_here() const;
 
-  const std::vector<std::uint8_t>& address() const { return worker_->address(); }
+  const std::vector<std::uint8_t>& address() const { return address_; }
   const EngineConfig& config() const { return config_; }
   const Device* device() const { return device_.get(); }
   EngineStats& stats() { return stats_; }
@@ -124,6 +128,8 @@ class Engine {
   void transmit(Link& link, std::vector<std::uint8_t> message);
   void wake();
 
+  const int process_;
+  std::vector<std::uint8_t> address_;
   std::thread thread_;
   std::mutex mutex_;  // of commands_ and accepting_
   std::vector<std::function<void()>> commands_;

@@ -80,14 +80,16 @@ Status Worker::create(MessageHandler handler, std::unique_ptr<Worker>* out) {
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
   params.name = "hetkv";
-  const auto initialised = ucp_init(&params, config, &self->context_);
+  ucp_context_h context = nullptr;
+  const auto initialised = ucp_init(&params, config, &context);
   ucp_config_release(config);
   if (initialised != UCS_OK) return ucx_error("UCX start", initialised);
+  self->context_.reset(context, ucp_cleanup);
 
   ucp_worker_params_t worker_params{};
   worker_params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   worker_params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
-  if (auto status = ucp_worker_create(self->context_, &worker_params, &self->handle_); status != UCS_OK) {
+  if (auto status = ucp_worker_create(self->context_.get(), &worker_params, &self->handle_); status != UCS_OK) {
     return ucx_error("UCX worker", status);
   }
   if (auto status = ucp_worker_get_efd(self->handle_, &self->event_fd_); status != UCS_OK) {
@@ -123,12 +125,11 @@ void Worker::close() {
 bool Worker::reaches(ucs_memory_type_t type) const {
   ucp_context_attr_t attributes{};
   attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
-  return ucp_context_query(context_, &attributes) == UCS_OK && (attributes.memory_types & (1ull << type)) != 0;
+  return ucp_context_query(context_.get(), &attributes) == UCS_OK && (attributes.memory_types & (1ull << type)) != 0;
 }
 
 Worker::~Worker() {
   close();
-  if (context_ != nullptr) ucp_cleanup(context_);
 }
 
 ucs_status_t Worker::on_message(void* self, const void* header, std::size_t header_size, void* data, std::size_t size,
@@ -149,7 +150,7 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   params.length = bytes;
   params.flags = UCP_MEM_MAP_ALLOCATE;  // UCX picks memory that peers of this host can map
   params.memory_type = UCS_MEMORY_TYPE_HOST;
-  if (auto status = ucp_mem_map(worker.context(), &params, &self->handle_); status != UCS_OK) {
+  if (auto status = ucp_mem_map(worker.context().get(), &params, &self->handle_); status != UCS_OK) {
     return ucx_error("registering memory", status);
   }
   self->context_ = worker.context();
@@ -160,7 +161,7 @@ Status Memory::allocate(Worker& worker, std::size_t bytes, std::unique_ptr<Memor
   }
   self->address_ = reinterpret_cast<std::uint64_t>(attributes.address);
   self->bytes_ = bytes;
-  if (auto status = self->pack_key(worker.context()); !status.ok()) return status;
+  if (auto status = self->pack_key(); !status.ok()) return status;
   *out = std::move(self);
   return {};
 }
@@ -174,21 +175,21 @@ Status Memory::map(Worker& worker, std::uint64_t address, std::size_t bytes, ucs
   params.address = reinterpret_cast<void*>(address);
   params.length = bytes;
   params.memory_type = type;
-  if (auto status = ucp_mem_map(worker.context(), &params, &self->handle_); status != UCS_OK) {
+  if (auto status = ucp_mem_map(worker.context().get(), &params, &self->handle_); status != UCS_OK) {
     return ucx_error("registering memory", status);
   }
   self->context_ = worker.context();
   self->address_ = address;
   self->bytes_ = bytes;
-  if (auto status = self->pack_key(worker.context()); !status.ok()) return status;
+  if (auto status = self->pack_key(); !status.ok()) return status;
   *out = std::move(self);
   return {};
 }
 
-Status Memory::pack_key(ucp_context_h context) {
+Status Memory::pack_key() {
   void* packed = nullptr;
   std::size_t length = 0;
-  if (auto status = ucp_rkey_pack(context, handle_, &packed, &length); status != UCS_OK) {
+  if (auto status = ucp_rkey_pack(context_.get(), handle_, &packed, &length); status != UCS_OK) {
     return ucx_error("packing a remote key", status);
   }
   rkey_.assign(static_cast<std::uint8_t*>(packed), static_cast<std::uint8_t*>(packed) + length);
@@ -197,7 +198,7 @@ Status Memory::pack_key(ucp_context_h context) {
 }
 
 Memory::~Memory() {
-  if (handle_ != nullptr) ucp_mem_unmap(context_, handle_);
+  if (handle_ != nullptr) ucp_mem_unmap(context_.get(), handle_);
 }
 
 RemoteMemory::~RemoteMemory() {

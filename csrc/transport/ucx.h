@@ -27,6 +27,9 @@ using MessageHandler = std::function<void(std::uint64_t link, const std::uint8_t
 
 class Worker;
 
+// Ended with the last of those that need it: the worker and the memory registered through it.
+using Context = std::shared_ptr<ucp_context>;
+
 // Memory that a peer may put into, or that this side puts from. Deregistered, and freed where it was allocated here,
 // with the object.
 class Memory {
@@ -46,8 +49,8 @@ class Memory {
 
  private:
   Memory() = default;
-  Status pack_key(ucp_context_h context);
-  ucp_context_h context_ = nullptr;
+  Status pack_key();
+  Context context_;
   ucp_mem_h handle_ = nullptr;
   std::uint64_t address_ = 0;
   std::size_t bytes_ = 0;
@@ -105,7 +108,7 @@ class Worker {
 
   const std::vector<std::uint8_t>& address() const { return address_; }
   int event_fd() const { return event_fd_; }
-  // Ends all endpoints and operations; only what `Memory` needs is left. Idempotent.
+  // Ends all endpoints and operations. Idempotent.
   void close();
   bool progress() { return ucp_worker_progress(handle_) != 0; }
   // True: nothing is pending and the event fd will wake; false: progress again before sleeping.
@@ -113,13 +116,13 @@ class Worker {
   bool reaches(ucs_memory_type_t type) const;
   bool arm() { return ucp_worker_arm(handle_) == UCS_OK; }
   ucp_worker_h handle() const { return handle_; }
-  ucp_context_h context() const { return context_; }
+  const Context& context() const { return context_; }
 
  private:
   Worker() = default;
   static ucs_status_t on_message(void* self, const void* header, std::size_t header_size, void* data, std::size_t size,
                                  const ucp_am_recv_param_t* param);
-  ucp_context_h context_ = nullptr;
+  Context context_;
   ucp_worker_h handle_ = nullptr;
   int event_fd_ = -1;
   std::vector<std::uint8_t> address_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -208,6 +209,7 @@ class Core:
 def _serve(pipe: Connection, model: str, role: str | None, block_size: int, options: dict[str, Any]) -> None:
     """Body of an engine's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
     try:
         core = Core(model, role, block_size, options)
         pipe.send(None)
@@ -292,7 +294,10 @@ class Engine:
         self.kill()
 
     def _receive(self, what: str) -> Any:
-        assert self._pipe.poll(TIMEOUT_S), f"{what}: no answer within {TIMEOUT_S} s"
+        if not self._pipe.poll(TIMEOUT_S):
+            os.kill(self.process.pid, signal.SIGUSR1)  # its stacks are written to stderr
+            self.process.join(1)
+            raise AssertionError(f"{what}: no answer within {TIMEOUT_S} s")
         return self._pipe.recv()
 
 
