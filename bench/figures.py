@@ -145,6 +145,33 @@ def resharded_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+VLLM_TARGETS = {
+    "ttft, hetkv prefill_first over NixlConnector": 1.05,
+    "exposed, hetkv concurrent over hetkv prefill_first": 0.5,
+}
+
+
+def vllm_table(file: Path) -> str:
+    """TTFT, TPOT, exposed time and throughput of vLLM with and without disaggregation; the targets' ratios."""
+    run = json.loads(file.read_text())
+    options = run["options"]
+    lines = [
+        f"| vLLM, {options['requests']} requests of {options['prompt']} tokens, blocks {options['prefill_block']} to "
+        f"{options['decode_block']} | identical | TTFT ms | TPOT ms | exposed ms | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in run["systems"].items():
+        ms = (f"{1e3 * row[key]['median']:.1f}" if key in row else "" for key in ("ttft_s", "tpot_s", "exposed_s"))
+        rate = f"{row['tokens_per_s']['median']:.0f}" if "tokens_per_s" in row else ""
+        lines.append(f"| {name} | {row['identical']} of {row['of']} | {' | '.join(ms)} | {rate} |")
+    reached = [
+        f"{what} {ratio:.3f} (at most {VLLM_TARGETS[what]:g})"
+        for what, ratio in run["ratios"].items()
+        if what in VLLM_TARGETS
+    ]
+    return "\n".join(lines) + f"\n\nRatios of medians: {'; '.join(reached)}."
+
+
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
     device = ", ".join(run.get("gpus", [])) or run["device"]
@@ -158,6 +185,7 @@ def section() -> str:
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
     more.append(("gpu-remap.json", gpu_remap_table))
     more.append(("overlap.json", overlap_table))
+    more.append(("vllm_pd.json", vllm_table))
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]
     tables = [remap_table(remaps), transfer_table(transfer), *(table(file) for file, table in found)]
     sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *(file for file, _ in found)])
