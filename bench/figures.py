@@ -165,11 +165,10 @@ def vllm_table(file: Path) -> str:
         rate = f"{row['tokens_per_s']['median']:.0f}" if "tokens_per_s" in row else ""
         lines.append(f"| {name} | {row['identical']} of {row['of']} | {' | '.join(ms)} | {rate} |")
     reached = [
-        f"{what} {ratio:.3f} (at most {VLLM_TARGETS[what]:g})"
+        f"{what} {ratio:.3f}" + (f" (at most {VLLM_TARGETS[what]:g})" if what in VLLM_TARGETS else "")
         for what, ratio in run["ratios"].items()
-        if what in VLLM_TARGETS
     ]
-    return "\n".join(lines) + f"\n\nRatios of medians: {'; '.join(reached)}."
+    return "\n".join(lines) + f"\n\nRatios: {'; '.join(reached)}."
 
 
 def origin(file: Path) -> str:

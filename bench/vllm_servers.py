@@ -25,6 +25,10 @@ CPU_BACKEND = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobi
 """What lets two servers share a small host, where the environment does not say otherwise."""
 
 
+UCX = {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
+"""What hetkv sets for itself. Without it NIXL goes over TCP on one host, at the pace of the producer's steps."""
+
+
 class Answer(NamedTuple):
     """One streamed request. Times in seconds."""
 
@@ -95,7 +99,7 @@ def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, An
     arguments += ["--no-enable-prefix-caching", *extra]
     if transfer is not None:
         arguments += ["--kv-transfer-config", json.dumps(transfer)]
-    given = {name: os.environ.get(name, value) for name, value in CPU_BACKEND.items()}
+    given = {name: os.environ.get(name, value) for name, value in {**CPU_BACKEND, **UCX}.items()}
     return Server(name, folder, arguments, **given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port()))
 
 
