@@ -100,6 +100,8 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
     """Counts of up to `LARGEST` instances that carry `rate` with queueing relaxed and cost less than `most`, sorted."""
     columns = sorted(columns, key=lambda c: c.price)
     corrected = {c.key: c for c in search.gauge.corrected()}
+    if LARGEST * max((corrected[c.key].relaxed for c in columns), default=0.0) < rate:
+        return []  # a large deployment: none of the thousands of vectors would do
     found: list[tuple[float, dict[Key, int]]] = []
     todo: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
     serial = 0
