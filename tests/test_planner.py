@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from planner_bruteforce import compare
+from planner_bruteforce import compare, random_problem
 from planner_cases import small
 
 from hetkv.planner import InfeasibleError, Plan, parse_problem, solve
@@ -235,6 +235,13 @@ def test_small_fleets_are_as_cheap_as_brute_force_finds(seeds: range) -> None:
 @pytest.mark.timeout(7200)
 def test_small_fleets_200() -> None:
     near(range(200))
+
+
+def test_a_decode_pool_that_holds_behind_its_own_prefill_alone_is_found():
+    # Behind the strongest prefill pool it uses 1.005 of its TPOT, behind the plan's own 0.996.
+    plan = solve(random_problem(22), beside=False)
+    assert plan.meets
+    assert plan.cost_per_hour == pytest.approx(6.09)
 
 
 def near(seeds: range) -> None:

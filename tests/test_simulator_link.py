@@ -96,6 +96,35 @@ def test_max_min_is_feasible_and_no_flow_can_grow(pairs, fabric):
         assert rate >= flow.cap * (1 - 1e-9) or largest
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 5), st.integers(0, 3), st.integers(0, 2), st.floats(1, 200), st.sampled_from([0.0, 0.5, 3.0])
+        ),
+        min_size=2,
+        max_size=12,
+    ),
+    st.sampled_from([inf, 150.0]),
+)
+def test_rates_in_progress_are_those_of_all_flows_shared_anew(flows, fabric):
+    # A change that moves no other flow is not shared out again: the rates must be as if it were.
+    events = Events()
+    links = Links(events, 100.0, fabric)
+    for start, source, sink, size, over in flows:
+        begin = (f"s{source}", f"d{sink}", size, lambda flow: None, None, over, 8)
+        events.at(start, lambda _, begin=begin: links.start(*begin))
+
+    def look(_):
+        running = list(links._all)
+        shared = max_min(running, 100.0, fabric)
+        assert [f.rate for f in running] == pytest.approx([shared[f] for f in running])
+
+    for tick in range(400):
+        events.at(0.0313 * tick, look)
+    events.run()
+
+
 def test_cancelled_flow_frees_its_share_and_never_ends():
     events = Events()
     links = Links(events, 100)

@@ -13,7 +13,7 @@ from math import inf
 from hetkv.planner.verify import Judge
 
 PLAN_EVENTS = 1_500_000
-"""For the plan itself; an event takes 10 to 25 microseconds on a core of 2025."""
+"""For the plan itself; an event takes 6 to 10 microseconds on a core of 2025."""
 
 BESIDE_EVENTS = 600_000
 """For each plan that is computed beside it, and for each plan of a sweep."""

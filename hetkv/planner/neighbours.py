@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 LARGEST = 8
 """Instances of a role, at most: beyond that the programme's plan stands."""
 
+NEAR = 1.05
+"""Share of a TPOT that a decode pool may use behind the strongest prefill pool and still be tried behind the plan's
+own: KV arrives in other bursts there."""
+
 VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
@@ -26,7 +30,8 @@ def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
     """The cheapest plan found that meets the targets, `best` if there is none.
 
     The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
-    of their cost; each pool is simulated once. A pool below one that failed is not tried: fewer instances serve less.
+    of their cost; each pool is simulated once, and the plan if both hold. A pool below one that failed is not tried:
+    fewer instances serve less.
     """
     rest = {k: n for k, n in best.counts.items() if k[0] != model}
     fixed = search.price(rest)
@@ -41,7 +46,7 @@ def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
         if any(all(n <= bad.get(k, 0) for k, n in counts.items()) for bad in failed[role]):
             return False
         plan = {**strongest, **counts} if role == "decode" else counts
-        good = search.gauge.role(model, plan, role, 1.0).used(role) <= 1
+        good = search.gauge.role(model, plan, role, 1.0).used(role) <= (NEAR if role == "decode" else 1)
         if good:
             passed[role].add(name)
         else:
@@ -100,6 +105,8 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
     """Counts of up to `LARGEST` instances that carry `rate` with queueing relaxed and cost less than `most`, sorted."""
     columns = sorted(columns, key=lambda c: c.price)
     corrected = {c.key: c for c in search.gauge.corrected()}
+    if LARGEST * max((corrected[c.key].relaxed for c in columns), default=0.0) < rate:
+        return []  # a large deployment: none of the thousands of vectors would do
     found: list[tuple[float, dict[Key, int]]] = []
     todo: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
     serial = 0

@@ -64,6 +64,8 @@ class Search:
     undecided: UndecidedError | None = None
     slack: dict[tuple[str, str], Reach] = field(default_factory=dict)  # (model, role) to multiples of the plan's rates
     slack_of: Candidate | None = None  # the plan that `slack` was measured for to the end
+    _asked: tuple[Any, ...] = ()  # the programme before, and its solution
+    _answer: Solution | None = None
 
     def __post_init__(self) -> None:
         self.effort = Effort(self.judges, self.events, self.deadline)
@@ -135,11 +137,13 @@ class Search:
     def _solve(self, columns: Sequence[Column], cuts: Sequence[Cut], reserve: float) -> Solution | None:
         begin = time.perf_counter()
         rates = {m.name: reserve * self.gauge.rate(m.name) for m in self.problem.models}
-        solution = optimise(
-            self.problem, prune(columns, self.problem), rates, kv_bytes(self.found, self.problem), cuts=cuts
-        )
+        asked = (rates, list(cuts), [c.rates.tolist() for c in columns])
+        if asked != self._asked:  # a plan that failed by less than can be measured changes nothing
+            kept = prune(columns, self.problem)
+            self._answer = optimise(self.problem, kept, rates, kv_bytes(self.found, self.problem), cuts=cuts)
+            self._asked = asked
         self.solve_seconds += time.perf_counter() - begin
-        return solution
+        return self._answer
 
     def bound(self) -> float | None:
         """The objective of all columns with queueing relaxed, None where even that is infeasible or not decided."""

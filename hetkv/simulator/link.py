@@ -9,6 +9,7 @@ the link is slower than the prefill.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from math import inf
 
@@ -16,6 +17,9 @@ from hetkv.simulator.events import Events
 from hetkv.simulator.series import Series
 
 Done = Callable[["Flow"], None]
+
+ROOM = 1 - 1e-9
+"""A port whose flows want less than this share of it has room for all of them, whatever rounding does."""
 
 
 class Flow:
@@ -48,7 +52,8 @@ class Links:
         self.count = 0  # flows delivered
         self.flows = Series()  # in progress
         self.throughput = Series()  # bytes per second
-        self._ports: dict[tuple[str, str], dict[Flow, None]] = {}
+        self._outs: dict[str, dict[Flow, None]] = {}  # the flows of each port
+        self._ins: dict[str, dict[Flow, None]] = {}
         self._all: dict[Flow, None] = {}
 
     def start(
@@ -90,8 +95,8 @@ class Links:
         now = self.events.now
         flow.since = now
         self._all[flow] = None
-        for port in (("out", flow.source), ("in", flow.sink)):
-            self._ports.setdefault(port, {})[flow] = None
+        self._outs.setdefault(flow.source, {})[flow] = None
+        self._ins.setdefault(flow.sink, {})[flow] = None
         self.flows.add(now, 1)
         if flow.cap < inf:
             self.events.at(max(produced, now), self._uncap, flow)
@@ -123,14 +128,11 @@ class Links:
     def _remove(self, flow: Flow) -> None:
         now = self.events.now
         del self._all[flow]
-        beside = False
-        for port in (("out", flow.source), ("in", flow.sink)):
-            others = self._ports[port]
-            del others[flow]
-            beside = beside or bool(others)
+        out, into = self._outs[flow.source], self._ins[flow.sink]
+        del out[flow], into[flow]
         self.flows.add(now, -1)
         self.throughput.add(now, -flow.rate)
-        if beside or (self.fabric < inf and self._all):
+        if out or into or (self.fabric < inf and self._all):
             self._share(flow)
 
     def _touched(self, flow: Flow) -> dict[Flow, None]:
@@ -138,28 +140,36 @@ class Links:
         if self.fabric < inf:
             return self._all
         found: dict[Flow, None] = {}
-        ports = [("out", flow.source), ("in", flow.sink)]
-        seen = set(ports)
+        outs, ins = self._outs, self._ins
+        sources, sinks = {flow.source}, {flow.sink}
+        ports = [outs[flow.source], ins[flow.sink]]
         while ports:
-            for other in self._ports[ports.pop()]:
+            for other in ports.pop():
                 if other not in found:
                     found[other] = None
-                    for port in (("out", other.source), ("in", other.sink)):
-                        if port not in seen:
-                            seen.add(port)
-                            ports.append(port)
+                    if other.source not in sources:
+                        sources.add(other.source)
+                        ports.append(outs[other.source])
+                    if other.sink not in sinks:
+                        sinks.add(other.sink)
+                        ports.append(ins[other.sink])
         return found
 
     def _share(self, changed: Flow) -> None:
         """Give every flow that `changed` touches its max-min fair rate from now on."""
         now = self.events.now
-        alone = (
-            changed in self._all
-            and len(self._ports["out", changed.source]) == len(self._ports["in", changed.sink]) == 1
-        )
-        if alone and self.fabric == inf:
-            self._set(changed, min(self.port, changed.cap), now)
-            return
+        if self.fabric == inf:
+            out, into = self._outs[changed.source], self._ins[changed.sink]
+            present = changed in self._all
+            if present and len(out) == len(into) == 1:
+                self._set(changed, min(self.port, changed.cap), now)
+                return
+            # Ports with room for the caps of all their flows, a flow that left included, hold none of them back.
+            gone = 0.0 if present else changed.cap
+            if all(gone + sum([f.cap for f in port]) < ROOM * self.port for port in (out, into)):
+                if present:
+                    self._set(changed, changed.cap, now)
+                return
         for flow, rate in max_min(list(self._touched(changed)), self.port, self.fabric).items():
             self._set(flow, rate, now)
 
@@ -176,26 +186,67 @@ class Links:
 
 def max_min(flows: list[Flow], port: float, fabric: float = inf) -> dict[Flow, float]:
     """Max-min fair rates: all rise together, and stop at their cap or when a port or the fabric is full."""
-    left: dict[tuple[str, str], float] = {}
-    users: dict[tuple[str, str], dict[Flow, None]] = {}
-    whole = ("fabric", "")
-    for flow in flows:
-        for key, capacity in ((("out", flow.source), port), (("in", flow.sink), port), (whole, fabric)):
-            left[key] = capacity
-            users.setdefault(key, {})[flow] = None
+    users, left, paths = _paths(flows, port, fabric)
+    rising = [len(mine) for mine in users]
+    shares = [room / n for room, n in zip(left, rising, strict=True)]
     rates: dict[Flow, float] = {}
-    open_flows = dict.fromkeys(flows)
-    while open_flows:
-        narrow = min(users, key=lambda key: left[key] / len(users[key]))
-        level = max(left[narrow], 1e-9 * port) / len(users[narrow])  # rounding may leave a full port below zero
-        lowest = min(open_flows, key=lambda flow: flow.cap)
-        stopped = [lowest] if lowest.cap < level else list(users[narrow])
-        for flow in stopped:
-            rate = rates[flow] = min(flow.cap, level)
-            del open_flows[flow]
-            for key in (("out", flow.source), ("in", flow.sink), whole):
-                left[key] -= rate
-                del users[key][flow]
-                if not users[key]:
-                    del users[key]
+
+    def stop(flow: Flow, rate: float) -> float:
+        """Returns the least share that is left on its path."""
+        rates[flow] = rate
+        least = inf
+        for i in paths[flow]:
+            room = left[i] = left[i] - rate
+            n = rising[i] = rising[i] - 1
+            share = shares[i] = room / n if n else inf
+            least = min(least, share)
+        return least
+
+    waiting = deque(sorted(flows, key=lambda flow: flow.cap))
+    while len(rates) < len(flows):
+        least = min(shares)
+        narrow = shares.index(least)
+        level = max(left[narrow], 1e-9 * port) / rising[narrow]  # rounding may leave a full port below zero
+        while waiting[0] in rates:
+            waiting.popleft()
+        if waiting[0].cap >= level:
+            for flow in users[narrow]:
+                if flow not in rates:
+                    stop(flow, level)
+            continue
+        least = min(least, stop(waiting[0], waiting[0].cap))
+        # Shares rise as flows stop below them: caps below the least of all need no other look at the ports.
+        while waiting and (waiting[0] in rates or waiting[0].cap < least):
+            flow = waiting.popleft()
+            if flow not in rates:
+                least = min(least, stop(flow, flow.cap))
     return rates
+
+
+def _paths(
+    flows: list[Flow], port: float, fabric: float
+) -> tuple[list[list[Flow]], list[float], dict[Flow, tuple[int, ...]]]:
+    """The flows and the bandwidth of each port, and of a fabric that is a bound; and which of them each flow uses."""
+    users: list[list[Flow]] = []
+    room: list[float] = []
+    paths: dict[Flow, tuple[int, ...]] = {}
+    outs: dict[str, int] = {}
+    ins: dict[str, int] = {}
+    whole: tuple[int, ...] = ()
+    for flow in flows:
+        out = outs.setdefault(flow.source, len(users))
+        if out == len(users):
+            users.append([])
+            room.append(port)
+        into = ins.setdefault(flow.sink, len(users))
+        if into == len(users):
+            users.append([])
+            room.append(port)
+        if fabric < inf and not whole:
+            whole = (len(users),)
+            users.append([])
+            room.append(fabric)
+        paths[flow] = path = (out, into, *whole)
+        for i in path:
+            users[i].append(flow)
+    return users, room, paths
