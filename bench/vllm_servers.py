@@ -34,7 +34,15 @@ class Answer(NamedTuple):
 
     tokens: list[int]
     ttft: float
-    tpot: float
+    whole: float
+    first: int
+    """Tokens of the first piece: a server that lags behind its engine sends several at once, so the first one late."""
+
+    @property
+    def tpot(self) -> float | None:
+        """From the first piece to the last, by the tokens between; `None` where all came at once."""
+        later = len(self.tokens) - self.first
+        return (self.whole - self.ttft) / later if later else None
 
 
 class Server:
@@ -62,24 +70,31 @@ class Server:
             time.sleep(0.5)
         raise HetkvError(f"{self.name} did not start; see {self.log}")
 
-    def stop(self) -> None:
-        """End the group."""
+    def signal(self, number: int) -> None:
+        """To the whole group, where there still is one."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        """End the group: what is left of it after `STOP_S` is killed."""
         try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+        finally:
+            self.signal(signal.SIGKILL)  # also what its leader left behind
             self.process.wait()
 
-    def observed(self, name: str, after: tuple[float, float] | None = None) -> tuple[float, float]:
-        """Sum and count of a histogram of its metrics; with `after`, once there is one observation more."""
+    def observed(self, name: str, after: tuple[float, float]) -> tuple[float, float]:
+        """Sum and count of a histogram of its metrics, once there is one observation more than `after` had."""
         for _ in range(METRIC_TRIES):
             text = httpx.get(self.url + "/metrics", timeout=30).text
             found = [re.search(rf"^{name}_{part}\{{.*\}} (\S+)$", text, re.MULTILINE) for part in ("sum", "count")]
             total, count = (float(match[1]) if match else 0.0 for match in found)
-            if after is None or count > after[1]:
+            if count == after[1] + 1:
                 return total, count
+            if count > after[1]:
+                raise HetkvError(f"{self.name}: several observations of {name} for one request: it has several workers")
             time.sleep(0.05)
         raise HetkvError(f"{self.name}: no further observation of {name}")
 
@@ -116,7 +131,8 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
     """One greedy request, streamed."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True}  # fmt: skip
-    start, first, seen = time.perf_counter(), 0.0, []
+    start, ttft, first = time.perf_counter(), 0.0, 0
+    seen: list[int] = []
     with CLIENT.stream("POST", url + "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise HetkvError(f"{url}: HTTP {response.status_code}: {response.read()[:300]!r}")
@@ -127,9 +143,9 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> Answer:
             if "choices" not in piece:
                 raise HetkvError(f"{url}: {str(piece)[:300]}")
             seen += piece["choices"][0]["token_ids"]
-            first = first or time.perf_counter()
-    stop = time.perf_counter()
-    return Answer(seen, first - start, (stop - first) / max(1, tokens - 1))
+            if seen and not first:
+                ttft, first = time.perf_counter() - start, len(seen)
+    return Answer(seen, ttft, time.perf_counter() - start, first)
 
 
 def connect(url: str, model: str, prompt: list[int]) -> None:

@@ -67,6 +67,7 @@ using EngineClass = py::class_<E, std::unique_ptr<E, DeleteWhereMade>>;
 
 template <typename E>
 std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
+  const py::gil_scoped_release release;  // here and not around the constructor, which registers the new object
   std::unique_ptr<Mover> mover;
   if (device != nullptr) {
     check(DeviceMover::create(device, config, &mover));
@@ -221,8 +222,7 @@ void bind_engine(py::module_& m) {
            py::arg("device_windows") = false, py::arg("rdma_windows") = false);
 
   EngineClass<Sender> sender(m, "Sender");
-  sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr,
-             py::call_guard<py::gil_scoped_release>());
+  sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr);
   bind_common(sender);
   sender
       .def(
@@ -260,8 +260,7 @@ void bind_engine(py::module_& m) {
           py::arg("id"), py::arg("reason"), "The id will not be sent again.");
 
   EngineClass<Receiver> receiver(m, "Receiver");
-  receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr,
-               py::call_guard<py::gil_scoped_release>());
+  receiver.def(py::init(&make_engine<Receiver>), py::arg("config"), py::arg("device") = nullptr);
   bind_common(receiver);
   receiver
       .def(

@@ -110,8 +110,9 @@ class Node(ABC, Generic[P]):
         self.engine: Any = self._make_engine(
             self.config.engine(on_device, self.role), self.device.core if self.device is not None else None
         )
-        self.engine.start()
+        _starting.add(self)
         try:
+            self.engine.start()
             self.description = Description(
                 role=self.role,
                 instance=instance,
@@ -129,12 +130,14 @@ class Node(ABC, Generic[P]):
                 instance_shards=tuple(instance_shards),
                 device=self.device.backend if self.device else "cpu",
             )
+            self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
+            self._dispatcher.start()
+            _open_nodes.add(self)
         except BaseException:
             self.engine.stop()
             raise
-        self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
-        self._dispatcher.start()
-        _open_nodes.add(self)
+        finally:
+            _starting.discard(self)
 
     @abstractmethod
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
@@ -328,16 +331,19 @@ class Node(ABC, Generic[P]):
 
 
 _open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+_starting: set[Node[Any]] = set()
 _forked_beside_nodes = False
 
 
 def _disown_in_child() -> None:
     """A forked child has neither the threads nor the right to say goodbye on its parent's sockets."""
     global _forked_beside_nodes
-    for node in list(_open_nodes):
+    nodes = [*_open_nodes, *_starting]
+    _forked_beside_nodes = _forked_beside_nodes or bool(nodes)
+    for node in nodes:
         node._lock, node._closed = threading.Lock(), True
-        _forked_beside_nodes = True
     _open_nodes.clear()
+    _starting.clear()
 
 
 os.register_at_fork(after_in_child=_disown_in_child)

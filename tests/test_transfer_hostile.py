@@ -55,6 +55,7 @@ def test_a_forked_child_leaves_its_parents_nodes_alone() -> None:
 
         def child() -> None:
             sender.close()
+            sender.engine.stop()
             resting = threading.Event()
             for _ in range(8):  # where the parent's threads had their stacks
                 threading.Thread(target=resting.wait, daemon=True).start()

@@ -21,7 +21,7 @@ Receiver::~Receiver() {
 
 Status Receiver::start() {
   if (auto status = Engine::start(); !status.ok() || device_ == nullptr) return status;
-  Status status;
+  auto status = Status::error(Code::kClosed, "the receiver's progress thread has ended");
   call([&] { status = slots_.reserve(*worker_, Where::kDevice); });
   if (!status.ok()) stop();
   return status;

@@ -111,9 +111,9 @@ class Worker {
   // Ends all endpoints and operations. Idempotent.
   void close();
   bool progress() { return ucp_worker_progress(handle_) != 0; }
-  // True: nothing is pending and the event fd will wake; false: progress again before sleeping.
   // UCX can put from and into memory of this type.
   bool reaches(ucs_memory_type_t type) const;
+  // True: nothing is pending and the event fd will wake; false: progress again before sleeping.
   bool arm() { return ucp_worker_arm(handle_) == UCS_OK; }
   ucp_worker_h handle() const { return handle_; }
   const Context& context() const { return context_; }

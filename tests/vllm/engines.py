@@ -7,6 +7,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -209,7 +210,7 @@ class Core:
 def _serve(pipe: Connection, model: str, role: str | None, block_size: int, options: dict[str, Any]) -> None:
     """Body of an engine's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     try:
         core = Core(model, role, block_size, options)
         pipe.send(None)
