@@ -178,6 +178,9 @@ class Instance:
             chunks = self._schedule()
             if not chunks or not pool.chunked_prefill:
                 self.kv.give(claim)
+            if not chunks and not size and self.ready:
+                self._plan()  # the prompt that had the last place was preempted: what is ready takes it
+                return
         self._chunks = chunks
         self._decodes = size > 0 and (not chunks or pool.chunked_prefill)
         if chunks:
