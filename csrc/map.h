@@ -1,5 +1,5 @@
 // A map says where element (token, head, channel) of one segment lives. Every layout is a map, the wire's own included,
-// so pack, unpack and re-layout are one operation: remap (remap/remap.h). Python's side of it is hetkv/layout.py.
+// so pack, unpack and re-layout are one operation: remap (remap/remap.h). Python's side of it is hetkv/kv/layout.py.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace hetkv {
 
-// Codes are those of the wire (docs/wire-format.md) and of hetkv/dtypes.py.
+// Codes are those of the wire (docs/wire-format.md) and of hetkv/kv/dtypes.py.
 enum class DType : std::uint8_t {
   kFloat32 = 1,
   kFloat16 = 2,

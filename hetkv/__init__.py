@@ -10,24 +10,24 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from hetkv._version import __version__
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library does not print
 
-_HOME = {
-    "DType": "dtypes",
-    "Exchange": "exchange",
-    "KVLayout": "layout",
-    "KVPool": "pool",
-    "KVSpec": "spec",
-    "LayerSpec": "spec",
-    "Receiver": "transfer",
-    "Reception": "transfer",
-    "ScaleLayout": "scale",
-    "Sender": "transfer",
-    "Shard": "spec",
-    "TransferConfig": "config",
-    "Transmission": "transfer",
+_MODULES = {
+    "DType": "kv.dtypes",
+    "Exchange": "transport.exchange",
+    "KVLayout": "kv.layout",
+    "KVPool": "kv.pool",
+    "KVSpec": "kv.spec",
+    "LayerSpec": "kv.spec",
+    "Receiver": "transport.receiver",
+    "RecvHandle": "transport.receiver",
+    "ScaleLayout": "kv.scale",
+    "SendHandle": "transport.sender",
+    "Sender": "transport.sender",
+    "Shard": "kv.spec",
+    "TransferConfig": "transport.config",
 }
 
 __all__ = [
@@ -38,26 +38,32 @@ __all__ = [
     "KVSpec",
     "LayerSpec",
     "Receiver",
-    "Reception",
+    "RecvHandle",
     "ScaleLayout",
+    "SendHandle",
     "Sender",
     "Shard",
     "TransferConfig",
-    "Transmission",
+    "__version__",
 ]
 
 if TYPE_CHECKING:
-    from hetkv.config import TransferConfig
-    from hetkv.dtypes import DType
-    from hetkv.exchange import Exchange
-    from hetkv.layout import KVLayout
-    from hetkv.pool import KVPool
-    from hetkv.scale import ScaleLayout
-    from hetkv.spec import KVSpec, LayerSpec, Shard
-    from hetkv.transfer import Receiver, Reception, Sender, Transmission
+    from hetkv.kv.dtypes import DType
+    from hetkv.kv.layout import KVLayout
+    from hetkv.kv.pool import KVPool
+    from hetkv.kv.scale import ScaleLayout
+    from hetkv.kv.spec import KVSpec, LayerSpec, Shard
+    from hetkv.transport.config import TransferConfig
+    from hetkv.transport.exchange import Exchange
+    from hetkv.transport.receiver import Receiver, RecvHandle
+    from hetkv.transport.sender import Sender, SendHandle
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'hetkv' has no attribute {name!r}")
-    return getattr(import_module(f"hetkv.{_HOME[name]}"), name)
+    return getattr(import_module(f"hetkv.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hetkv.bench.pair import REPLY_S, TICKET_S, _Child, synchronize, use_device
-from hetkv.config import TransferConfig
 from hetkv.errors import InputError
+from hetkv.transport.config import TransferConfig
 
 TARGETS = {"exposed_layers": 1.5, "slowdown": 0.03, "ttft_ratio": 1.03}
 """Most that is allowed: exposed time in times of one layer's transfer, prefill slowed, TTFT over that of one GPU."""
@@ -48,11 +48,11 @@ class _Prefill:
     def __init__(self, shape: str, prompt: int, batch: int, device: str, config: TransferConfig, secret: bytes) -> None:
         import torch
 
-        from hetkv.pool import KVPool
+        from hetkv.kv.pool import KVPool
         from hetkv.runtime.paged import BlockAllocator, Pages
         from hetkv.runtime.synthetic import random_decoder
         from hetkv.runtime.synthetic import shape as named
-        from hetkv.transfer import Sender
+        from hetkv.transport.sender import Sender
 
         self.device = use_device(device)
         self.model = random_decoder(named(shape), torch.bfloat16, device)
@@ -114,10 +114,10 @@ class _Prefill:
 
 class _Decode:
     def __init__(self, shape: str, prompt: int, batch: int, device: str, config: TransferConfig, secret: bytes) -> None:
-        from hetkv.pool import KVPool
+        from hetkv.kv.pool import KVPool
         from hetkv.runtime.paged import BlockAllocator
         from hetkv.runtime.synthetic import shape as named
-        from hetkv.transfer import Receiver
+        from hetkv.transport.receiver import Receiver
 
         use_device(device)
         spec = named(shape).kv_spec()

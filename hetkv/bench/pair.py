@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError
+from hetkv.transport.config import TransferConfig
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from hetkv.pool import KVPool
-    from hetkv.spec import KVSpec, Shard
+    from hetkv.kv.pool import KVPool
+    from hetkv.kv.spec import KVSpec, Shard
 
 HEADS, HEAD_DIM = 8, 128
 TOKEN_BYTES = HEADS * HEAD_DIM * 2
@@ -50,13 +50,13 @@ class Shape(NamedTuple):
 
     @property
     def spec(self) -> KVSpec:
-        from hetkv.spec import KVSpec
+        from hetkv.kv.spec import KVSpec
 
         return KVSpec.uniform(self.layers, HEADS, HEAD_DIM)
 
     def shards(self, side: int) -> list[Shard]:
         """Of all ranks of the sender (0) or the receiver (1)."""
-        from hetkv.spec import Shard
+        from hetkv.kv.spec import Shard
 
         return [Shard.of(self.spec, self.tp[side], rank) for rank in range(self.tp[side])]
 
@@ -98,7 +98,7 @@ def make_pool(
     """A rank's pool that holds one request exactly, and the request's block ids in shuffled order."""
     import torch
 
-    from hetkv.pool import KVPool
+    from hetkv.kv.pool import KVPool
 
     layout, block_size = side
     blocks = -(-shape.tokens // block_size)
@@ -172,7 +172,7 @@ class _Side:
 
 class _SenderSide(_Side):
     def __init__(self, *arguments: Any) -> None:
-        from hetkv.transfer import Sender
+        from hetkv.transport.sender import Sender
 
         super().__init__(Sender, 0, *arguments)
         shape = self.shape
@@ -210,14 +210,14 @@ class _SenderSide(_Side):
 
 class _ReceiverSide(_Side):
     def __init__(self, *arguments: Any) -> None:
-        from hetkv.transfer import Receiver
+        from hetkv.transport.receiver import Receiver
 
         super().__init__(Receiver, 1, *arguments)
         self.receptions: list[Any] = []
 
     def connect(self, addresses: list[str]) -> None:
         """To every rank of the sender that holds heads of a rank here."""
-        from hetkv.reshard import overlap
+        from hetkv.kv.reshard import overlap
 
         for node in self.nodes:
             for address, shard in zip(addresses, self.shape.shards(0), strict=True):

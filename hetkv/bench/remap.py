@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import KVLayout
-from hetkv.spec import LayerSpec
+from hetkv.kv.dtypes import DType
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.spec import LayerSpec
 
 if TYPE_CHECKING:
     import torch

@@ -94,9 +94,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from hetkv.backends import backends
     from hetkv.bench.environment import environment
     from hetkv.core import core as _core
+    from hetkv.transport.backends import backends
 
     try:
         device = torch.device(args.device)

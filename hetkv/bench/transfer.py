@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from hetkv.bench import peers as others
 from hetkv.bench import ucx
 from hetkv.bench.pair import HEADS, TOKEN_BYTES, Pair, Sent, Shape
-from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError
+from hetkv.transport.config import TransferConfig
 
 MIB, KIB = 1 << 20, 1 << 10
 TARGETS = {"ratio_ucx": 0.45, "ratio_nixl": 2.5, "ratio_unsharded": 0.75}
@@ -73,8 +73,8 @@ class Subject:
 
 def parse_layout(text: str) -> tuple[str, int]:
     """`LAYOUT:BLOCK_SIZE`."""
-    from hetkv.layout import KVLayout
-    from hetkv.spec import LayerSpec
+    from hetkv.kv.layout import KVLayout
+    from hetkv.kv.spec import LayerSpec
 
     name, _, size = text.partition(":")
     if not size.isdigit() or int(size) < 1:

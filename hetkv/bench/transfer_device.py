@@ -18,8 +18,8 @@ from typing import Any
 from hetkv.bench import peers as others
 from hetkv.bench import ucx
 from hetkv.bench.pair import Pair, Shape
-from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError
+from hetkv.transport.config import TransferConfig
 
 MIB = 1 << 20
 TARGETS = {"gb_s": 250.0, "ratio_nixl": 25.0, "ratio_nixl_5mib": 1.0, "ratio_pinned_copy": 0.6}

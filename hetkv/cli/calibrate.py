@@ -12,10 +12,10 @@ from typing import Any
 from hetkv.errors import InputError
 
 SECTIONS = (
-    "hetkv.costmodel.accuracy_splitwise",
-    "hetkv.costmodel.accuracy_bench",
-    "hetkv.costmodel.accuracy_serving",
-    "hetkv.simulator.accuracy",
+    "hetkv.costmodel.calibration.splitwise",
+    "hetkv.costmodel.calibration.llm_inference_bench",
+    "hetkv.costmodel.calibration.serving_runs",
+    "hetkv.simulator.validation.accuracy",
 )
 """Modules that register sections of docs/accuracy.md."""
 
@@ -76,10 +76,10 @@ def _data(args: argparse.Namespace) -> Path:
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    from hetkv.costmodel.calibrate import from_rows, read_csv, ship
+    from hetkv.costmodel.calibration.calibrate import from_rows, read_csv, ship
+    from hetkv.costmodel.calibration.link_constants import LinkFit, dump_links, from_bench_json
     from hetkv.costmodel.catalogue import load_catalogue
     from hetkv.costmodel.efficiency import Efficiency, dump_efficiencies, load_efficiencies
-    from hetkv.costmodel.links import LinkFit, dump_links, from_bench_json
 
     catalogue = load_catalogue(args.catalogue)
     entries: list[Efficiency] = []
@@ -123,7 +123,7 @@ def _print(entries: list[Any], links: list[Any]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from hetkv.costmodel.report import render
+    from hetkv.costmodel.calibration.report import render
 
     data = _data(args)
     for name in SECTIONS:

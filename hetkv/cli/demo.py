@@ -19,13 +19,13 @@ from rich.table import Table
 
 from hetkv.cli import check_outputs
 from hetkv.errors import InputError
+from hetkv.kv.spec import Interval
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.demo import DECODE_POOL, PREFILL_POOL, DemoOptions, DemoResult, run_demo
 from hetkv.runtime.plan import GRAMMAR, LAYOUTS, InstancePlan, SideOptions, parse_side, read_plan
 from hetkv.runtime.synthetic import SHAPES
+from hetkv.runtime.timeline import Span, draw, write_perfetto
 from hetkv.runtime.timing import TimingOptions, TimingResult, run_timing
-from hetkv.spec import Interval
-from hetkv.trace import Span, draw, write_perfetto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ LAUNCHERS = ("vllm", "sglang", "kubernetes")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from hetkv.simulator.lengths import GRAMMAR
+    from hetkv.simulator.traffic.lengths import GRAMMAR
 
     parser.add_argument(
         "--problem",
@@ -142,12 +142,12 @@ def run(args: argparse.Namespace) -> int:
     """Solve, print, write what was asked for."""
     from rich.console import Console
 
-    from hetkv.planner import show
     from hetkv.planner.frontier import SCALES, TARGETS, frontier, split_fleet
-    from hetkv.planner.report import html
+    from hetkv.planner.output import terminal as show
+    from hetkv.planner.output.html import html
+    from hetkv.planner.replay import replan, rows_of
     from hetkv.planner.solve import solve
-    from hetkv.planner.trace import replan, rows_of
-    from hetkv.simulator.plot import check_format
+    from hetkv.simulator.output.plot import check_format
 
     check_outputs({"out": args.out, "trace-plot": args.trace_plot})
     for name in ("plot", "trace_plot"):
@@ -219,7 +219,7 @@ def _facts(problem: Any, plan: Any, found: Any, replanned: Any) -> dict[str, Any
     """What was printed and drawn, as plain data."""
     import msgspec
 
-    from hetkv.planner.explain import link_use, phase_values, reasons, worth
+    from hetkv.planner.output.explain import link_use, phase_values, reasons, worth
 
     facts: dict[str, Any] = plan.as_json()
     facts["problem"] = msgspec.to_builtins(problem)
@@ -233,8 +233,8 @@ def _facts(problem: Any, plan: Any, found: Any, replanned: Any) -> dict[str, Any
 
 
 def _draw(args: argparse.Namespace, problem: Any, found: Any, replanned: Any) -> None:
-    from hetkv.planner import trace
-    from hetkv.planner.plot import save, save_frontier
+    from hetkv.planner import replay as trace
+    from hetkv.planner.output.plot import save, save_frontier
 
     names = ", ".join(m.name for m in problem.models)
     if args.plot:
@@ -244,8 +244,8 @@ def _draw(args: argparse.Namespace, problem: Any, found: Any, replanned: Any) ->
 
 
 def _launch(console: Any, plan: Any, which: str, nodes: dict[str, int]) -> None:
-    from hetkv.planner.kubernetes import kubernetes_yaml
-    from hetkv.planner.launch import sglang_lines, vllm_lines
+    from hetkv.planner.output.kubernetes import kubernetes_yaml
+    from hetkv.planner.output.launch import sglang_lines, vllm_lines
 
     makers = {"vllm": vllm_lines, "sglang": sglang_lines, "kubernetes": kubernetes_yaml}
     for name in LAUNCHERS if which == "all" else [which]:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Probe, print, write the JSON. Warnings do not change the exit status."""
     from rich.console import Console
 
-    from hetkv import probe
+    from hetkv.bench import probe
 
     if not 0 < args.mib <= 4096:
         raise InputError(f"--mib {args.mib:g}: more than 0, at most 4096")

@@ -14,7 +14,7 @@ from hetkv.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from hetkv.simulator.lengths import GRAMMAR
+    from hetkv.simulator.traffic.lengths import GRAMMAR
 
     parser.add_argument("--plan", required=True, metavar="FILE", help="the deployment: plan.yaml (docs/simulator.md)")
     traffic = parser.add_argument_group("traffic (one of --trace and --rate)")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Simulate, print a table, write what was asked for."""
     from hetkv.simulator.deployment import load_plan
     from hetkv.simulator.metrics import Slo
-    from hetkv.simulator.sources import Traffic
+    from hetkv.simulator.traffic.sources import Traffic
 
     for name in ("slo_ttft_ms", "slo_tpot_ms"):
         if not getattr(args, name) > 0:
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
 def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     from rich.console import Console
 
-    from hetkv.simulator.plot import check_format, save
-    from hetkv.simulator.report import html
+    from hetkv.simulator.output.html import html
+    from hetkv.simulator.output.plot import check_format, save
     from hetkv.simulator.run import interval, simulate
 
     if args.plot:
@@ -118,9 +118,9 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from hetkv.simulator.plot import check_format
+    from hetkv.simulator.output.plot import check_format
+    from hetkv.simulator.output.sweep_plot import save_sweep
     from hetkv.simulator.sweep import grid, parse_axis, sweep
-    from hetkv.simulator.sweepplot import save_sweep
 
     for option in ("csv", "report", "interval"):
         if getattr(args, option):
@@ -164,7 +164,7 @@ def _print(summary: dict[str, Any], slo: Any) -> None:
     from rich.table import Table
 
     from hetkv.simulator.metrics import METRICS
-    from hetkv.simulator.report import milliseconds
+    from hetkv.simulator.output.html import milliseconds
 
     console = _console()
     table = Table(title=summary["workload"], title_justify="left", title_style="bold", box=None, pad_edge=False)

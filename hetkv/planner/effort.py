@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from hetkv.planner.verify import Judge
+from hetkv.planner.slo_checker import SloChecker
 
 PLAN_EVENTS = 1_500_000
 """For the plan itself; an event takes 6 to 10 microseconds on a core of 2025."""
@@ -31,7 +31,7 @@ class Effort:
     from being begun.
     """
 
-    judges: Mapping[str, Judge]
+    judges: Mapping[str, SloChecker]
     events: int
     deadline: float = inf
     short: str = field(default="", init=False)

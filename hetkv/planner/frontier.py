@@ -9,9 +9,9 @@ import msgspec
 from hetkv.costmodel import load_catalogue
 from hetkv.errors import InputError
 from hetkv.planner.effort import BESIDE_EVENTS
-from hetkv.planner.explain import VENDORS, gpus, split
+from hetkv.planner.milp import UndecidedError
+from hetkv.planner.output.explain import VENDORS, gpus, split
 from hetkv.planner.problem import Objective, PairLimit, Problem
-from hetkv.planner.programme import UndecidedError
 from hetkv.planner.solve import solve
 from hetkv.planner.traffic import samples
 from hetkv.simulator.sweep import run_all

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from hetkv.errors import InputError
 from hetkv.planner.capacity import prompt_seconds
 from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.problem import Problem
-from hetkv.planner.programme import UndecidedError, optimise
 from hetkv.planner.result import Tightest
 
 FREE = 1e12

@@ -9,8 +9,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from hetkv.planner.calibrator import Counts, Key, rate_of
 from hetkv.planner.columns import Column
-from hetkv.planner.gauge import Counts, Key, rate_of
 
 if TYPE_CHECKING:
     from hetkv.planner.search import Candidate, Search

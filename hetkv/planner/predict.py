@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from hetkv.planner.calibrator import Counts, part_of
 from hetkv.planner.capacity import Demand, prompt_seconds, step_times
 from hetkv.planner.columns import Column
-from hetkv.planner.gauge import Counts, part_of
 from hetkv.planner.queueing import COUNTS, LOADS, busy_batch, erlang_c
 from hetkv.planner.result import ClassLatency
-from hetkv.planner.verify import latency_of
+from hetkv.planner.slo_checker import latency_of
 
 
 def predict(demand: Demand, columns: Mapping[Any, Column], counts: Counts, rate: float) -> dict[str, ClassLatency]:

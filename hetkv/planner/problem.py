@@ -16,7 +16,7 @@ import yaml
 from hetkv.costmodel import Catalogue, load_catalogue, model_shape
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import Engine, LinkPlan, Price, engine_of, parse_plan
-from hetkv.simulator.lengths import parse_lengths
+from hetkv.simulator.traffic.lengths import parse_lengths
 
 Basis = Literal["on_demand", "reserved", "rental_model"]
 Goal = Literal["cost", "goodput", "split"]

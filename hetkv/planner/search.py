@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hetkv.planner.calibrator import Counts, Gauge, Key, Reach
 from hetkv.planner.columns import Column, Columns
 from hetkv.planner.effort import PLAN_EVENTS, Effort
-from hetkv.planner.gauge import Counts, Gauge, Key, Reach
+from hetkv.planner.milp import Cut, Solution, UndecidedError, optimise
 from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
-from hetkv.planner.programme import Cut, Solution, UndecidedError, optimise
 from hetkv.planner.prune import prune
-from hetkv.planner.verify import Judge, Verdict
+from hetkv.planner.slo_checker import SloChecker, Verdict
 
 ITERATIONS = 6
 """Rounds of solving and simulating, at most."""
@@ -50,7 +50,7 @@ class Search:
 
     problem: Problem
     found: Columns
-    judges: Mapping[str, Judge]
+    judges: Mapping[str, SloChecker]
     events: int = PLAN_EVENTS
     deadline: float = inf
     neighbours: bool = True

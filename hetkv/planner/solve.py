@@ -10,16 +10,16 @@ from typing import Literal
 import msgspec
 
 from hetkv.costmodel import load_catalogue
+from hetkv.planner.calibrator import part_of
 from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.effort import BESIDE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
-from hetkv.planner.gauge import part_of
 from hetkv.planner.infeasible import InfeasibleError, explain
+from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
-from hetkv.planner.programme import UndecidedError, optimise
 from hetkv.planner.result import ClassLatency, Option, Plan, Sensitivity, Tightest
 from hetkv.planner.search import Candidate, Search, kv_bytes, runners_up
-from hetkv.planner.verify import Judge, deployment
+from hetkv.planner.slo_checker import SloChecker, deployment
 from hetkv.simulator.scaled import ScaledStepModel
 
 
@@ -39,7 +39,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     begin = time.perf_counter()
     found = build_columns(problem, every=True)
     columns_seconds = time.perf_counter() - begin
-    judges = {m.name: Judge(problem, m) for m in problem.models}
+    judges = {m.name: SloChecker(problem, m) for m in problem.models}
     search = Search(problem, found, judges, events, begin + seconds).run()
     if not search.seen:
         raise search.undecided or explain(problem, found)
@@ -255,7 +255,7 @@ def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal
     for model in problem.models:
         mine = {k: n for k, n in best.counts.items() if k[0] == model.name}
         steps = {(c.gpu, c.tp, c.pp, c.budget): ScaledStepModel(c.steps, end) for c in (search.by_key[k] for k in mine)}
-        gauge = search.gauge.with_judge(model.name, Judge(problem, model, dict(steps)))
+        gauge = search.gauge.with_judge(model.name, SloChecker(problem, model, dict(steps)))
         verdicts[model.name] = gauge.verdict(model.name, mine, best.scale)
     columns = build_columns(problem, end)
     rates = {m.name: search.gauge.rate(m.name) for m in problem.models}

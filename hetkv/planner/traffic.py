@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetkv.planner.problem import WorkloadClass
-from hetkv.simulator.lengths import parse_lengths
 from hetkv.simulator.request import Request
+from hetkv.simulator.traffic.lengths import parse_lengths
 
 Array = NDArray[np.float64]
 DRAWS, POINTS = 20_000, 200

@@ -7,8 +7,8 @@ from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
 from hetkv.runtime.model import Decoder, Span
 from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
+from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part
-from hetkv.runtime.team import Team
 from hetkv.runtime.tokenizer import TextTokenizer
 
 __all__ = [
@@ -16,10 +16,10 @@ __all__ = [
     "Decoder",
     "ModelConfig",
     "Pages",
+    "ParallelGroup",
     "Part",
     "PoolFull",
     "Span",
-    "Team",
     "TextTokenizer",
     "choose",
     "decode",

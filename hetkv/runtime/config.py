@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.kv.spec import KVSpec, LayerSpec
 from hetkv.runtime import deepseek
-from hetkv.spec import KVSpec, LayerSpec
 
 _T = TypeVar("_T")
 

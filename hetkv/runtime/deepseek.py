@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from hetkv.errors import InputError
-from hetkv.spec import Interval
+from hetkv.kv.spec import Interval
 
 if TYPE_CHECKING:
     from hetkv.runtime.config import ModelConfig

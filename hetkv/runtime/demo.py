@@ -11,19 +11,19 @@ from pathlib import Path
 import msgspec
 import torch
 
-from hetkv.config import TransferConfig
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.pool import KVPool
+from hetkv.kv.dtypes import DType
+from hetkv.kv.pool import KVPool
 from hetkv.runtime.config import read_config
 from hetkv.runtime.generate import generate
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
 from hetkv.runtime.processes import link, running
-from hetkv.runtime.routes import RouteBytes
-from hetkv.runtime.routing import Rendezvous, Request, Run, Times, counted, route, times
+from hetkv.runtime.request_flow import Rendezvous, Request, Run, Times, counted, route, times
+from hetkv.runtime.route_bytes import RouteBytes
+from hetkv.runtime.timeline import Span
 from hetkv.runtime.tokenizer import TextTokenizer
-from hetkv.trace import Span
+from hetkv.transport.config import TransferConfig
 
 MODEL = Path(__file__).parents[1] / "models" / "demo"
 PROMPT = """\

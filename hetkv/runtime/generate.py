@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from hetkv.errors import InputError
-from hetkv.pool import KVPool
+from hetkv.kv.pool import KVPool
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 

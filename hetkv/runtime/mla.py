@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.deepseek import Experts, Latent
 from hetkv.runtime.model import Decoder, Linear, Span, _mask, _rms_norm
+from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part
 from hetkv.runtime.rope import rotate_pairs, yarn_scale
-from hetkv.runtime.team import Team
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside attention: the architecture fixes it, whatever `rms_norm_eps` says."""
@@ -91,7 +91,7 @@ class LatentDecoder(Decoder):
         config: ModelConfig,
         weights: dict[str, torch.Tensor],
         part: Part | None = None,
-        team: Team | None = None,
+        team: ParallelGroup | None = None,
     ) -> None:
         assert config.latent is not None
         self._mla: Latent = config.latent

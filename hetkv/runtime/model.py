@@ -3,9 +3,10 @@
 One forward pass takes any number of `Span`s (a prompt, a chunk of one, or one token to decode from) and runs the dense
 products over all their tokens at once; attention is per sequence, over keys and values gathered from its pages.
 
-A model may be split over the ranks of a `Team`: each has its `Part`, makes the same calls with the same arguments, and
-keeps its part's keys and values. Products into heads and channels are split by output; those out of them by input, and
-the parts are summed (Megatron-LM, arXiv:1909.08053). Hidden states pass from pipeline stage to pipeline stage.
+A model may be split over the ranks of a `ParallelGroup`: each has its `Part`, makes the same calls with the same
+arguments, and keeps its part's keys and values. Products into heads and channels are split by output; those out of
+them by input, and the parts are summed (Megatron-LM, arXiv:1909.08053). Hidden states pass from pipeline stage to
+pipeline stage.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from hetkv.errors import InputError
+from hetkv.kv.spec import KVSpec, Shard
 from hetkv.runtime.config import ModelConfig, read_config
 from hetkv.runtime.paged import Pages
+from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part, even
 from hetkv.runtime.rope import amplitude, inverse_frequencies, rotate, rotation
-from hetkv.runtime.team import Team
 from hetkv.runtime.weights import load_weights, rank_tensors
-from hetkv.spec import KVSpec, Shard
 
 OnLayer = Callable[[int], None]
 """Called with layer `i` once its keys and values of this pass are in the pool, before its attention is computed."""
@@ -73,9 +74,9 @@ class Decoder:
         config: ModelConfig,
         weights: dict[str, torch.Tensor],
         part: Part | None = None,
-        team: Team | None = None,
+        team: ParallelGroup | None = None,
     ) -> None:
-        self.part, self.team = part or Part.of(config), team or Team()
+        self.part, self.team = part or Part.of(config), team or ParallelGroup()
         missing = [name for name in rank_tensors(config, self.part) if name not in weights]
         if missing:
             raise InputError(f"tensor {missing[0]!r} is missing from the weights")
@@ -97,7 +98,7 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
-        team: Team | None = None,
+        team: ParallelGroup | None = None,
         stages: Sequence[int] | None = None,
     ) -> Decoder:
         """Read a Hugging Face directory (config.json, safetensors). `InputError` names what is missing or wrong.
@@ -108,7 +109,7 @@ class Decoder:
         path = Path(directory)
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint directory")
-        config, team = read_config(path), team or Team()
+        config, team = read_config(path), team or ParallelGroup()
         part = Part.of(config, team.tp, team.rank % team.tp, team.pp, team.rank // team.tp, stages)
         if config.latent is not None:
             from hetkv.runtime.mla import LatentDecoder as cls  # it is a Decoder, so it cannot be imported above

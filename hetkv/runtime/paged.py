@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.layout import SegmentLayout
-from hetkv.pool import KVPool
-from hetkv.scale import ScaleLayout
+from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.pool import KVPool
+from hetkv.kv.scale import ScaleLayout
 
 
 class PoolFull(HetkvError):

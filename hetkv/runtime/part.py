@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hetkv.errors import InputError
+from hetkv.kv.spec import Interval, Shard, head_interval
 from hetkv.runtime.config import ModelConfig
-from hetkv.spec import Interval, Shard, head_interval
 
 
 class Part(NamedTuple):

@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import torch
 
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.presets import PRESETS
+from hetkv.kv.dtypes import DType
+from hetkv.kv.presets import PRESETS
+from hetkv.kv.spec import Shard
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.part import Part
-from hetkv.spec import Shard
 
 GRAMMAR = "[Nx]TPa[PPb[:l+l+...]]"
 MAX_RANKS = 64

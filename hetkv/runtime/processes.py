@@ -14,11 +14,11 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from hetkv.config import TransferConfig
 from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.worker import WorkerConfig, serve
+from hetkv.transport.config import TransferConfig
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that a user or a terminal ends a command with."""

@@ -13,16 +13,16 @@ from collections import Counter
 import msgspec
 import torch
 
-from hetkv.config import TransferConfig
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
+from hetkv.kv.dtypes import DType
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
 from hetkv.runtime.processes import link, running
-from hetkv.runtime.routing import Rendezvous, Request, Times, counted, route, times
+from hetkv.runtime.request_flow import Rendezvous, Request, Times, counted, route, times
 from hetkv.runtime.synthetic import shape, weight_bytes
+from hetkv.runtime.timeline import Span
 from hetkv.runtime.worker import pool_blocks
-from hetkv.trace import Span
+from hetkv.transport.config import TransferConfig
 
 
 class TimingOptions(msgspec.Struct, frozen=True, kw_only=True):

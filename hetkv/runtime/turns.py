@@ -11,14 +11,14 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from hetkv.config import TransferConfig
-from hetkv.exchange import Exchange
-from hetkv.pending import Pending
-from hetkv.pool import KVPool
+from hetkv.kv.pool import KVPool
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
-from hetkv.transfer import Transmission
+from hetkv.transport.config import TransferConfig
+from hetkv.transport.exchange import Exchange
+from hetkv.transport.handle import Handle
+from hetkv.transport.sender import SendHandle
 
 WAIT_S = 60.0
 
@@ -123,10 +123,10 @@ class Conversation:
         here.held = there.held
 
     @contextmanager
-    def _transfer(self, source: Station, destination: Station, num_tokens: int, held: int) -> Iterator[Transmission]:
+    def _transfer(self, source: Station, destination: Station, num_tokens: int, held: int) -> Iterator[SendHandle]:
         """Send the KV of tokens `held` to `num_tokens`; both sides are done on leaving, also where it fails."""
         name = f"turn {self.turns}"
-        ends: list[Pending] = []
+        ends: list[Handle] = []
         try:
             ends.append(destination.exchange.receiver.receive(name, destination.blocks, num_tokens, held=held))
             sending = source.exchange.sender.send(name, source.blocks, num_tokens)

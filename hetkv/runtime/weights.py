@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hetkv.errors import InputError
+from hetkv.kv.spec import Interval
 from hetkv.runtime import deepseek
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.part import Part
-from hetkv.spec import Interval
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,22 +18,23 @@ from typing import Any
 import msgspec
 import torch
 
-from hetkv.config import TransferConfig
-from hetkv.dtypes import DType
 from hetkv.errors import HetkvError, InputError
-from hetkv.pool import KVPool
-from hetkv.reshard import overlap
+from hetkv.kv.dtypes import DType
+from hetkv.kv.pool import KVPool
+from hetkv.kv.reshard import overlap
 from hetkv.runtime.clock import WorkClock
 from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
+from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.plan import InstancePlan
-from hetkv.runtime.routes import RouteBytes, route_bytes
+from hetkv.runtime.route_bytes import RouteBytes, route_bytes
 from hetkv.runtime.synthetic import random_decoder
-from hetkv.runtime.team import Team
-from hetkv.trace import Span, engine_spans
-from hetkv.transfer import Receiver, Reception, Sender, Transmission
+from hetkv.runtime.timeline import Span, engine_spans
+from hetkv.transport.config import TransferConfig
+from hetkv.transport.receiver import Receiver, RecvHandle
+from hetkv.transport.sender import Sender, SendHandle
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     plan: InstancePlan
     rank: int
     meeting: str
-    """Where the ranks of the instance meet: see `Team.join`."""
+    """Where the ranks of the instance meet: see `ParallelGroup.join`."""
     model: str | ModelConfig
     """Checkpoint directory, or the shape of a model of one rank with random weights."""
     compute_dtype: str = "float32"
@@ -97,7 +98,7 @@ class Worker:
         device = plan.rank_device(config.rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        team = Team.join(config.meeting, plan.tp, plan.pp, config.rank, device)
+        team = ParallelGroup.join(config.meeting, plan.tp, plan.pp, config.rank, device)
         self._stack.callback(team.leave)
         dtype = DType.parse(config.compute_dtype).torch
         if isinstance(config.model, ModelConfig):
@@ -125,10 +126,10 @@ class Worker:
                 config=config.transfer,
             )
         )
-        self.sending: dict[str, tuple[Transmission, list[list[int]]]] = {}
+        self.sending: dict[str, tuple[SendHandle, list[list[int]]]] = {}
         self.kv_ns: dict[str, int] = {}
         self.trace: list[tuple[int, int, int, int, int, int]] = []
-        self.accepted: dict[str, tuple[Reception, list[list[int]], int]] = {}
+        self.accepted: dict[str, tuple[RecvHandle, list[list[int]], int]] = {}
 
     def close(self) -> None:
         """End the node's links, then leave the team."""
@@ -150,7 +151,7 @@ class Worker:
         blocks = self.allocator.allocate(len(prompt))
         clock, layers = WorkClock(self.model.device), []
         try:
-            sending: Transmission = self.node.send(request_id, blocks, len(prompt))
+            sending: SendHandle = self.node.send(request_id, blocks, len(prompt))
         except BaseException:
             self.allocator.free(blocks)
             raise

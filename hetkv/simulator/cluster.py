@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hetkv.simulator.events import Events
 from hetkv.simulator.instance import Instance
-from hetkv.simulator.link import Flow, Links
+from hetkv.simulator.kv_links import Flow, Links
 from hetkv.simulator.pool import DECODE, PREFILL, Pool
 from hetkv.simulator.records import Records
 from hetkv.simulator.request import FAILED, FINISHED, REJECTED, Request

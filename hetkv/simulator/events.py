@@ -11,7 +11,7 @@ Handler = Callable[[Any], None]
 
 
 class Events:
-    """Pending events in time order; events of the same time run in the order in which they were pushed.
+    """Handle events in time order; events of the same time run in the order in which they were pushed.
 
     `now` is the simulated time in seconds. It never goes back.
     """

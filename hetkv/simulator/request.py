@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hetkv.simulator.instance import Instance
-    from hetkv.simulator.link import Flow
+    from hetkv.simulator.kv_links import Flow
 
 FINISHED, REJECTED, FAILED = 0, 1, 2
 STATUS_NAMES = ("finished", "rejected", "failed")

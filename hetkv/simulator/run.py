@@ -13,13 +13,13 @@ from hetkv.simulator.cluster import Cluster
 from hetkv.simulator.deployment import Engine, Plan, PoolPlan, StepModels, build_pools, port_bytes_per_second
 from hetkv.simulator.events import Events
 from hetkv.simulator.failure import Failures, Hazard, Outage
-from hetkv.simulator.link import Links
+from hetkv.simulator.kv_links import Links
 from hetkv.simulator.metrics import Columns, Slo, summarise
 from hetkv.simulator.pool import Pool
 from hetkv.simulator.records import Records
 from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.series import Series
-from hetkv.simulator.workload import Workload
+from hetkv.simulator.traffic.workload import Workload
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hetkv.errors import InputError
 from hetkv.simulator.deployment import Plan, build_pools, parse_plan
 from hetkv.simulator.metrics import Slo
 from hetkv.simulator.run import simulate
-from hetkv.simulator.sources import Traffic
+from hetkv.simulator.traffic.sources import Traffic
 
 TRAFFIC_FIELDS = tuple(f.name for f in msgspec.structs.fields(Traffic))
 MAX_POINTS = 100_000

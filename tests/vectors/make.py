@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 import msgspec
 from window_keys import key_vectors
 
-from hetkv.dtypes import DType
-from hetkv.framefile import FrameWriter
-from hetkv.payload import payload_parts
-from hetkv.wire import encode, seal
-from hetkv.wire_types import (
+from hetkv.kv.dtypes import DType
+from hetkv.reference.framefile import FrameWriter
+from hetkv.reference.messages import (
     Abort,
     Body,
     Done,
@@ -37,6 +35,8 @@ from hetkv.wire_types import (
     Ticket,
     Type,
 )
+from hetkv.reference.payload import payload_parts
+from hetkv.reference.wire import encode, seal
 
 KEY = bytes(range(16))
 REQUEST = bytes.fromhex("0f1e2d3c4b5a69788796a5b4c3d2e1f0")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hetkv.window_key import WindowKey, encode
+from hetkv.reference.window_key import WindowKey, encode
 
 CUDA_KEY = WindowKey(
     process=bytes(range(16)),

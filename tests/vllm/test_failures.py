@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Pair, checkpoint, until
+
+from tests.vllm.engines import Engine, Pair, checkpoint, until
 
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}

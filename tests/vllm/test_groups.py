@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import DTYPE, Engine, Pair
+
+from tests.vllm.engines import DTYPE, Engine, Pair
 
 TOKENS = 12
 WINDOW = 128

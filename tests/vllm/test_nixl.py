@@ -1,4 +1,4 @@
-"""Beside vLLM's NixlConnector on the same checkpoint. Their times are compared by `bench/vllm_pd.py`, not here."""
+"""Beside vLLM's NixlConnector on the same checkpoint. Their times are compared by `bench/vllm/pd.py`, not here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from engines import Engine, Output, Pair, checkpoint
+
+from tests.vllm.engines import Engine, Output, Pair, checkpoint
 
 TOKENS = 8
 TRIES = 3

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from engines import DTYPE, Engine, Output, Pair, checkpoint, until
+
+from tests.vllm.engines import DTYPE, Engine, Output, Pair, checkpoint, until
 
 TOKENS = 12
 MODES = ("prefill_first", "concurrent")

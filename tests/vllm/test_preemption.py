@@ -20,9 +20,10 @@ from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.scheduler import SchedulerSide
 from hetkv.integrations.vllm.sending import Outgoing, Sending
-from hetkv.pool import KVPool
-from hetkv.spec import KVSpec, Shard
-from hetkv.transfer import Receiver, Sender
+from hetkv.kv.pool import KVPool
+from hetkv.kv.spec import KVSpec, Shard
+from hetkv.transport.receiver import Receiver
+from hetkv.transport.sender import Sender
 
 SPEC = KVSpec.uniform(2, 4, 16)
 SECRET = b"a secret of this test alone."

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import DTYPE, Engine, Pair, checkpoint, until
+
+from tests.vllm.engines import DTYPE, Engine, Pair, checkpoint, until
 
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}

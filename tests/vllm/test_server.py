@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import DTYPE, checkpoint
+
+from tests.vllm.engines import DTYPE, checkpoint
 
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The servers are on this host, whatever the environment says of proxies."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from vllm import _custom_ops as ops
 
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import KVLayout, ScaleLayout, SegmentLayout
+from hetkv.kv.dtypes import DType
+from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
 
 
 class Kernel(NamedTuple):

@@ -24,11 +24,11 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from hetkv.dtypes import DType
 from hetkv.errors import InputError
-from hetkv.layout import KVLayout, ScaleLayout, SegmentLayout
-from hetkv.pool import KVPool, LayerMemory
-from hetkv.spec import KVSpec, LayerSpec, Segment, Shard
+from hetkv.kv.dtypes import DType
+from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
+from hetkv.kv.pool import KVPool, LayerMemory
+from hetkv.kv.spec import KVSpec, LayerSpec, Segment, Shard
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.sending import PREEMPTED
-from hetkv.reshard import overlap
-from hetkv.spec import Shard
-from hetkv.transfer import Receiver, Reception
+from hetkv.kv.reshard import overlap
+from hetkv.kv.spec import Shard
+from hetkv.transport.receiver import Receiver, RecvHandle
 
 _log = logging.getLogger(__name__)
 CONNECTS_AT_ONCE = 4
@@ -34,7 +34,7 @@ class Incoming:
     deadline: float
     link: Future[None] | None = None
     """While the producer is being connected."""
-    reception: Reception | None = None
+    reception: RecvHandle | None = None
     aborted: bool = False
     let_go: Load | None = None
     """What to ask for once this has ended: other ranks began again, and the producer would wait for this one too."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hetkv.control import Address
+from hetkv.control.connection import Address
 from hetkv.errors import InputError
 
 MAX_TEXT = 256

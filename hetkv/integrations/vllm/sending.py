@@ -11,7 +11,7 @@ from hetkv.errors import HetkvError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Metadata, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
-from hetkv.transfer import Sender, Transmission
+from hetkv.transport.sender import Sender, SendHandle
 
 _log = logging.getLogger(__name__)
 PREEMPTED = "preempted, will be computed again"
@@ -26,7 +26,7 @@ NO_LIMIT_S = 1e6
 class Outgoing:
     """A request under way. `tx` is `None` where it could not even be begun."""
 
-    tx: Transmission | None
+    tx: SendHandle | None
     blocks: list[int] = field(default_factory=list)
     """Per cache group: blocks that `tx` knows."""
     sent: int = 0
@@ -39,7 +39,7 @@ class Outgoing:
     """When `tx` ended: nothing reads the request's blocks any more."""
 
     @property
-    def live(self) -> Transmission | None:
+    def live(self) -> SendHandle | None:
         """`tx`, where it may still take layers. One that its consumers let go or gave up knows no later blocks."""
         return None if self.tx is None or self.tx.packed.done() else self.tx
 

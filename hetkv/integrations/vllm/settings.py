@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from hetkv.config import TransferConfig
+from hetkv.control.handshake import MIN_SECRET_BYTES
 from hetkv.errors import InputError
-from hetkv.handshake import MIN_SECRET_BYTES
+from hetkv.transport.config import TransferConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET_ENV = "HETKV_SECRET_FILE"

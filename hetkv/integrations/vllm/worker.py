@@ -16,7 +16,8 @@ from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.sending import Sending
 from hetkv.integrations.vllm.settings import Settings
-from hetkv.transfer import Receiver, Sender
+from hetkv.transport.receiver import Receiver
+from hetkv.transport.sender import Sender
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,7 +12,7 @@ from hetkv.planner.baselines.distserve import DistServe
 from hetkv.planner.baselines.melange import Melange
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import ClassLatency, Instances, Option
-from hetkv.planner.verify import Judge
+from hetkv.planner.slo_checker import SloChecker
 
 Sizer = Callable[[float], "list[Instances] | None"]
 """The instances for a multiple of the problem's rates; None where the method finds none."""
@@ -71,7 +71,7 @@ def judged(name: str, problem: Problem, instances: list[Instances] | None, scale
         return Option(name, False, why="the method finds no deployment that meets the targets", seconds=seconds)
     found: dict[str, ClassLatency] = {}
     for model in problem.models:
-        found |= Judge(problem, model)([i for i in instances if i.model == model.name], scale).latency
+        found |= SloChecker(problem, model)([i for i in instances if i.model == model.name], scale).latency
     missed = [
         f"{kind} of {name}: {value:.3g} ms, limit {limit:.3g}"
         for name, x in found.items()

@@ -21,8 +21,8 @@ from hetkv.costmodel import StepModel
 from hetkv.planner.baselines.candidates import Candidate, candidates, hourly
 from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import Instances
+from hetkv.planner.slo_checker import run
 from hetkv.planner.traffic import Mix
-from hetkv.planner.verify import run
 from hetkv.simulator.deployment import Plan as Deployment
 from hetkv.simulator.deployment import PoolPlan
 from hetkv.simulator.request import FINISHED

@@ -1,0 +1,250 @@
+"""What a pair of hosts, or of processes of one host, would get: `probe`, and `listen` and `connect` between two hosts.
+
+Nothing is inferred that can be tried: two processes move a small request in each reach and count how its frames went.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hetkv.bench import ucx
+from hetkv.bench.pair import Pair, Shape, make_pool
+from hetkv.errors import HetkvError
+from hetkv.transport.backends import folder
+from hetkv.transport.config import TransferConfig
+
+MIB = 1 << 20
+CAPABILITIES = (
+    "ipc", "host-register", "host-same-pointer", "rdma", "rdma-ordered", "rdma-flush", "stream-device",
+    "relaxed-capture", "hardware-conversion", "host-atomic-stores", "stream-wait-value",
+)  # fmt: skip
+"""Names of the bits of `HetkvCapability` (`csrc/backend/backend.h`), from bit 0."""
+LAYERS = 4
+REPEATS = 5
+FAST_NETWORKS = re.compile(r"rc|dc|ud|gga|srd|gdaki")
+"""UCX transports of RDMA hardware, by the start of their name."""
+
+
+def probe(mib: float = 64) -> dict[str, Any]:
+    """Everything about this host, with a request of `mib` MiB moved between two of its processes; JSON types."""
+    from hetkv.bench.environment import environment
+
+    found: dict[str, Any] = {**environment(), "cpu": cpu(), "gpu": gpus(), "ucx": ucx_facts(), "limits": limits()}
+    found["devices"] = {
+        f"{source} to {destination}": attempt(partial(local, mib, True, (source, destination)))
+        for source, destination in device_pairs(found["gpu"])
+    }
+    found["local"] = {"auto": attempt(lambda: local(mib, True)), "put": attempt(lambda: local(mib, False))}
+    found["warnings"] = warnings(found)
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """Instruction sets that remap can use, narrowest first, and the one that it does."""
+    from hetkv.core import core
+
+    return {
+        "available_isas": core.available_isas(),
+        "isa": core.isa(),
+        "default_window_bytes": TransferConfig().engine().window_bytes,
+    }
+
+
+def gpus() -> dict[str, dict[str, Any]]:
+    """By vendor: its devices as hetkv's backend sees them, or why there are none."""
+    from hetkv.core import core
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, count, why in core.load_backends(folder()):
+        devices = [core.device_info(name, index) for index in range(count)]
+        for device in devices:
+            bits = device["capabilities"]
+            device["capabilities"] = [text for bit, text in enumerate(CAPABILITIES) if bits >> bit & 1]
+        found[name] = {"present": count > 0, "why_not": why, "devices": devices}
+    for name, node in (("cuda", "/dev/nvidiactl"), ("hip", "/dev/kfd")):
+        found.setdefault(name, {"present": False, "why_not": "no backend was built", "devices": []})
+        if not Path(node).exists() and not found[name]["present"]:
+            found[name]["why_not"] = f"no {node}"
+    return found
+
+
+def device_pairs(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of places to try on this host: PyTorch calls the devices of either vendor `cuda`."""
+    count = max((len(gpu["devices"]) for gpu in found.values()), default=0)
+    if count == 0:
+        return []
+    return [("cuda:0", f"cuda:{min(1, count - 1)}"), ("cuda:0", "cpu"), ("cpu", "cuda:0")]
+
+
+def ucx_facts() -> dict[str, Any]:
+    """UCX's version, the user's UCX settings, and the lanes that UCX chooses inside a host and between hosts."""
+    try:
+        return {
+            "version": ucx.version(),
+            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("UCX_")},
+            "transports": sorted(set(re.findall(r"Transport: (\S+)", ucx.info("-d")))),
+            "lanes": {place: lanes(ucx.info("-e", "-w", "-u", "mrwe", "-P", place)) for place in ("intra", "inter")},
+        }
+    except HetkvError as error:
+        return {"error": str(error)}
+
+
+def lanes(text: str) -> list[str]:
+    """`transport/device` of each lane that `ucx_info -e` lists."""
+    return re.findall(r"lane\[\d+\]:\s+\d+:(\S+)", text)
+
+
+def limits() -> dict[str, Any]:
+    """What bounds registered and shared memory. `None`: no limit."""
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shared: dict[str, int] | None = None
+    try:
+        stat = os.statvfs("/dev/shm")
+        shared = {"bytes": stat.f_frsize * stat.f_blocks, "free_bytes": stat.f_frsize * stat.f_bavail}
+    except OSError:
+        pass
+    return {
+        "memlock_bytes": None if locked == resource.RLIM_INFINITY else locked,
+        "dev_shm": shared,
+        "rdma_devices": rdma_devices(),
+    }
+
+
+def rdma_devices() -> list[str]:
+    """Names of the host's RDMA devices."""
+    try:
+        return sorted(entry.name for entry in Path("/sys/class/infiniband").iterdir())
+    except OSError:
+        return []
+
+
+def shape(mib: float) -> Shape:
+    """A request of about `mib` MiB, at least a token a layer."""
+    return Shape(LAYERS, max(1, round(mib * MIB / Shape(LAYERS, 1).payload_bytes)))
+
+
+def local(mib: float, direct: bool, devices: tuple[str, str] = ("cpu", "cpu")) -> dict[str, Any]:
+    """Two processes of this host, NHD 16 to HND 64: how payloads travel, how fast, and whether they arrive whole."""
+    with Pair(shape(mib)._replace(devices=devices), TransferConfig(direct=direct)) as pair:
+        pair.send()
+        seconds = [pair.send().seconds for _ in range(REPEATS)]
+        verified = pair.verify()
+        return {"reach": pair.reach(), "gb_s": rate(mib, seconds), "verified_bytes": verified}
+
+
+def rate(mib: float, seconds: list[float]) -> float:
+    """10^9 payload bytes a second at the median."""
+    return round(shape(mib).payload_bytes / statistics.median(seconds) / 1e9, 3)
+
+
+def attempt(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result, or the error in its place: a probe goes on."""
+    try:
+        return what()
+    except HetkvError as error:
+        return {"error": str(error)}
+
+
+def listen(address: str, secret: bytes, mib: float, timeout: float, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The receiving end: waits for one `connect` and takes what it sends. `tell` hears the address once it listens."""
+    from hetkv.transport.receiver import Receiver
+
+    pool, blocks = make_pool(shape(mib), shape(mib).destination, 2)
+    with Receiver(pool, secret=secret, instance="probe-receiver") as receiver:
+        tell(receiver.listen(address))
+        deadline = time.monotonic() + timeout
+        while not receiver.peers:
+            if time.monotonic() > deadline:
+                raise HetkvError(f"no one connected to {address} within {timeout:g} s")
+            time.sleep(0.05)
+        peer, seconds = receiver.peers[0], []
+        for turn in range(REPEATS + 1):
+            began = time.perf_counter()
+            receiver.receive(f"probe-{turn}", blocks, shape(mib).tokens).wait(timeout)
+            seconds.append(time.perf_counter() - began)
+        deadline = time.monotonic() + timeout
+        while not peer.lost and time.monotonic() < deadline:  # it ends first, when it has heard of the last
+            time.sleep(0.01)
+        return {"peer": peer.description.host, "same_host": peer.same_host, "gb_s": rate(mib, seconds[1:])}
+
+
+def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str, Any]:
+    """The sending end: what this host reaches at `address`, where `listen` runs with the same secret and size."""
+    from hetkv.transport.sender import Sender
+
+    pool, blocks = make_pool(shape(mib), shape(mib).source, 1)
+    with Sender(pool, secret=secret, instance="probe-sender") as sender:
+        peer = sender.connect(address)
+        seconds = []
+        for turn in range(REPEATS + 1):
+            began = time.perf_counter()
+            transmission = sender.send(f"probe-{turn}", blocks, shape(mib).tokens)
+            transmission.send_layers()
+            transmission.wait(timeout)
+            seconds.append(time.perf_counter() - began)
+        stats = sender.stats()
+        reach = "shared" if stats["direct_frames"] == stats["frames"] else "put"
+        found: dict[str, Any] = {"peer": peer.description.host, "same_host": peer.same_host, "reach": reach}
+        found["gb_s"] = rate(mib, seconds[1:])
+    facts = ucx_facts()
+    found["lanes"] = facts.get("lanes", {}).get("intra" if found["same_host"] else "inter", [])
+    found["warnings"] = lane_warnings("between the two", found["lanes"]) if reach == "put" else []
+    return found
+
+
+def lane_warnings(where: str, chosen: list[str]) -> list[str]:
+    """Says so where UCX would move payloads over TCP alone."""
+    names = [lane.split("/")[0] for lane in chosen]
+    if not names or any(name != "tcp" for name in names):
+        return []
+    setting = os.environ.get("UCX_TLS")
+    why = f" because UCX_TLS={setting}" if setting else ": it found nothing faster"
+    return [f"{where}, UCX uses TCP alone ({', '.join(chosen)}){why}"]
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What an operator should know: slow lanes where fast ones were due, limits that will hurt."""
+    said: list[str] = []
+    facts, bounds = found["ucx"], found["limits"]
+    if "error" in facts:
+        said.append(f"the lanes of UCX are unknown: {facts['error']}")
+    else:
+        said += lane_warnings("between processes of this host", facts["lanes"]["intra"])
+        fast = [name for name in facts["transports"] if FAST_NETWORKS.match(name)]
+        if bounds["rdma_devices"] and not fast:
+            said.append(
+                f"RDMA devices {', '.join(bounds['rdma_devices'])} are here but this UCX has no transport for them: "
+                "build hetkv against the system's UCX (-DHETKV_UCX=system)"
+            )
+        if fast:
+            said += lane_warnings("between hosts", facts["lanes"]["inter"])
+    for reach, result in found["local"].items():
+        if "error" in result:
+            said.append(f"two processes of this host, {reach}: {result['error']}")
+    if found["local"]["auto"].get("reach", "shared") != "shared":
+        said.append("two processes of this host do not reach each other's memory: payloads are staged and put by UCX")
+    for pair, result in found.get("devices", {}).items():
+        if "error" in result:
+            said.append(f"{pair}: {result['error']}")
+        elif "cpu" not in pair and result["reach"] != "peer":
+            said.append(f"{pair}: the two GPUs do not reach each other's memory: payloads pass through the host")
+        elif result["reach"] == "put":
+            said.append(f"{pair}: payloads are staged and put, as the GPU does not map the other side's memory")
+    window, shared, locked = found["cpu"]["default_window_bytes"], bounds["dev_shm"], bounds["memlock_bytes"]
+    if shared is not None and shared["free_bytes"] < 2 * window:
+        said.append(
+            f"/dev/shm has {shared['free_bytes'] // MIB} MiB free; a receiver's window takes {window // MIB} MiB"
+        )
+    if bounds["rdma_devices"] and locked is not None and locked < 2 * window:
+        said.append(
+            f"at most {locked // 1024} KiB of memory can be locked (ulimit -l), a window takes {window // MIB} MiB"
+        )
+    return said

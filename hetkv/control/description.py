@@ -1,0 +1,198 @@
+"""What two ranks tell each other after authentication: `Description`, and the few other control messages."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from hetkv.control.handshake import Role
+from hetkv.errors import InputError, MessageError
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.reshard import check_shard
+from hetkv.kv.spec import KVSpec, Shard
+
+MAX_TEXT = 512
+MAX_WORKER_ADDRESS_BYTES = 64 * 1024
+
+
+class _Memory(Protocol):
+    @property
+    def layout(self) -> KVLayout: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+
+class LayerGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers of one rank that are alike: same layout, same block count."""
+
+    layers: tuple[int, ...]
+    """Global layer indices, rising."""
+    num_blocks: int
+    layout: KVLayout
+
+
+def group_layers(layers: Mapping[int, _Memory]) -> tuple[LayerGroup, ...]:
+    """Groups of `KVPool.layers`, so that layers that are alike are sent once."""
+    groups: list[tuple[KVLayout, int, list[int]]] = []
+    for index in sorted(layers):
+        layout, num_blocks = layers[index].layout, layers[index].num_blocks
+        for known, blocks, members in groups:
+            if blocks == num_blocks and known == layout:
+                members.append(index)
+                break
+        else:
+            groups.append((layout, num_blocks, [index]))
+    return tuple(LayerGroup(tuple(members), blocks, layout) for layout, blocks, members in groups)
+
+
+class Description(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="description", kw_only=True
+):
+    """One rank, as its peer needs to know it. Checked when made and when received: `InputError` names the field."""
+
+    role: Role
+    instance: str
+    """Name of the engine instance, for people."""
+    pid: int
+    host: str
+    """Equal on both sides where they run on one host: see `host_id`."""
+    spec: KVSpec
+    shard: Shard
+    layers: tuple[LayerGroup, ...]
+    worker_address: bytes
+    """UCX worker address of the data plane."""
+    slot_bytes: int
+    """Receiver: bytes of one window slot. Sender: 0."""
+    heartbeat_interval_ms: int
+    heartbeat_timeout_ms: int
+    """This side gives the peer up after so long without a heartbeat."""
+    lease_ms: int
+    """Receiver: lease of a ticket. Sender: longest lease that it accepts to wait for."""
+    rank: int = 0
+    """Index of this rank in `instance_shards`."""
+    instance_shards: tuple[Shard, ...] = ()
+    """Shards of all ranks of the instance, so that one peer can compute all routes; empty: this rank is alone."""
+    device: str = "cpu"
+    """Where the pool lies: `cpu`, or the backend of its GPU. From minor 1 on."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:
+            raise InputError(f"instance and host are names of 1 to {MAX_TEXT} characters")
+        if len(self.worker_address) > MAX_WORKER_ADDRESS_BYTES:
+            raise InputError(f"worker_address has {len(self.worker_address)} bytes, over {MAX_WORKER_ADDRESS_BYTES}")
+        if not 0 < len(self.device) <= MAX_TEXT:
+            raise InputError(f"device is a name of 1 to {MAX_TEXT} characters")
+        for field in ("heartbeat_interval_ms", "heartbeat_timeout_ms", "lease_ms"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}, must be at least 1")
+        for field in ("pid", "slot_bytes", "rank"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field} is {getattr(self, field)}, must not be negative")
+        shards = self.shards
+        if self.rank >= len(shards) or shards[self.rank] != self.shard:
+            raise InputError(f"shard is not that of rank {self.rank} in instance_shards, which has {len(shards)}")
+        for index, shard in enumerate(shards):
+            check_shard(self.spec, shard, f"instance_shards[{index}]" if self.instance_shards else "shard")
+        self._check_layers()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Shards of the whole instance, by rank."""
+        return self.instance_shards or (self.shard,)
+
+    def layout(self, layer: int) -> KVLayout:
+        """Layout of a global layer that this rank holds; `KeyError` otherwise."""
+        for group in self.layers:
+            if layer in group.layers:
+                return group.layout
+        raise KeyError(layer)
+
+    def _check_layers(self) -> None:
+        owned = [index for index in range(*self.shard.layers) if self.spec.layers[index].shares is None]
+        given = sorted(index for group in self.layers for index in group.layers)
+        if given != owned:
+            raise InputError(f"layers are {given}, the shard has {owned}")
+        for group in self.layers:
+            if group.num_blocks < 1:
+                raise InputError(f"layers[{group.layers[0]}].num_blocks is {group.num_blocks}")
+            for index in group.layers:
+                self._check_layout(index, group.layout)
+
+    def _check_layout(self, index: int, layout: KVLayout) -> None:
+        layer = self.spec.layers[index]
+        if set(layout.segments) != {segment.name for segment in layer.segments}:
+            raise InputError(
+                f"layers[{index}] has segments {list(layout.segments)}, the spec {[s.name for s in layer.segments]}"
+            )
+        for segment in layer.segments:
+            part, heads = layout.segments[segment.name], min(self.shard.heads[index].size, segment.heads)
+            if (part.heads, part.channels) != (heads, segment.channels):
+                raise InputError(
+                    f"layers[{index}].{segment.name} has {part.heads} heads of {part.channels} channels, "
+                    f"the shard {heads} of {segment.channels}"
+                )
+            scales = len(part.scale.values) if part.scale is not None else 0
+            if scales not in (0, 1, heads):
+                raise InputError(f"layers[{index}].{segment.name}.scale has {scales} values for {heads} heads")
+
+
+class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accept"):
+    """The peer's description fits."""
+
+
+class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
+    """The peer's description does not fit; values as the side that refuses sees them."""
+
+    field: str
+    mine: str
+    theirs: str
+    why: str = ""
+
+
+class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
+    """The data plane has the keys of this connection: messages of the link may come from now on."""
+
+
+class Bye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bye"):
+    """Orderly end; the last message of its direction."""
+
+    reason: str = ""
+
+
+Message = Description | Accept | Refusal | Ready | Bye
+
+_decoder = msgspec.msgpack.Decoder(Message)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def for_minor(description: Description, minor: int) -> Description:
+    """The description without what a reader of an older minor version would refuse."""
+    return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")
+
+
+def encode(message: Message) -> bytes:
+    """Msgpack of one message, its type under the key `type`."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes, peer: str) -> Message:
+    """One message; `MessageError` on an unknown type, an unknown or missing field, or a value that cannot be."""
+    try:
+        message: Message = _decoder.decode(payload)
+        return message
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise MessageError(f"{peer}: control message is malformed: {error}") from None
+
+
+def host_id() -> str:
+    """Boot id and host name: equal for processes that share one running kernel and its host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = f"{uuid.getnode():012x}"
+    return f"{boot}/{socket.gethostname()}"[:MAX_TEXT]

@@ -1,0 +1,177 @@
+"""Mutual authentication of the control channel by a shared secret: hello, key schedule, proofs.
+
+`docs/control-channel.md` is normative. Nothing but fixed-size records is read before the peer has proved the secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import struct
+import time
+from typing import Literal, NamedTuple
+
+from hetkv._version import __version__
+from hetkv.control.channel import Channel
+from hetkv.errors import AuthenticationError, HandshakeError, InputError, VersionError
+
+Role = Literal["sender", "receiver"]
+
+MAJOR = 1
+MINOR = 1
+MIN_SECRET_BYTES = 16
+MAGIC = b"hetkvctl"
+NONCE_BYTES = 32
+
+_FIXED = struct.Struct("<8sHHI")
+"""First 16 bytes of every hello of every version: magic, major, minor, length of the whole hello."""
+_HELLO = struct.Struct("<8sHHIB7x32s32s")
+_PROOF = struct.Struct("<B3x32s")
+_PROVE, _ALERT = 1, 2
+_ROLES: dict[Role, int] = {"sender": 1, "receiver": 2}
+WRONG_SECRET = "authentication failed: the two sides do not have the same secret"
+
+
+class Hello(NamedTuple):
+    """What each side says before anything is proved."""
+
+    major: int
+    minor: int
+    role: Role
+    nonce: bytes
+    version: str
+    """Version of hetkv, for the error text."""
+
+    def encode(self) -> bytes:
+        """The hello's bytes; they are the transcript."""
+        version = self.version.encode()[:32]
+        return _HELLO.pack(MAGIC, self.major, self.minor, _HELLO.size, _ROLES[self.role], self.nonce, version)
+
+
+class Keys(NamedTuple):
+    """Keys of one connection, as one side uses them."""
+
+    control_send: bytes
+    control_receive: bytes
+    data_send: bytes
+    """SipHash key of the messages that this side sends on the data plane: 16 bytes."""
+    data_receive: bytes
+    link_id: int
+    """64-bit number of this connection, the same on both sides and different for every connection. Not secret."""
+    minor: int
+    """The lower of the two sides' minor versions, for the data plane too."""
+
+
+def hkdf_extract(salt: bytes, secret: bytes) -> bytes:
+    """HKDF-Extract with SHA-256 (RFC 5869, 2.2)."""
+    return hmac.digest(salt, secret, "sha256")
+
+
+def hkdf_expand(key: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-Expand with SHA-256 (RFC 5869, 2.3); at most 8160 bytes."""
+    block, output = b"", b""
+    for counter in range(1, -(-length // 32) + 1):
+        block = hmac.digest(key, block + info + bytes([counter]), "sha256")
+        output += block
+    return output[:length]
+
+
+class Schedule:
+    """All keys of one connection, from the secret and both hellos. Both sides compute the same."""
+
+    def __init__(self, secret: bytes, sender_hello: bytes, receiver_hello: bytes) -> None:
+        self.transcript = hashlib.sha256(sender_hello + receiver_hello).digest()
+        self._key = hkdf_extract(self.transcript, secret)
+
+    def key(self, label: str, length: int) -> bytes:
+        """`length` bytes for one label of the key table."""
+        return hkdf_expand(self._key, f"hetkv control {MAJOR} {label}".encode(), length)
+
+    def proof(self, role: Role) -> bytes:
+        """What the side of that role sends to show that it has the secret: 32 bytes."""
+        return hmac.digest(self.key(f"proof {role}", 32), self.transcript, "sha256")
+
+    def keys(self, role: Role, minor: int = MINOR) -> Keys:
+        """The keys as the side of that role uses them, for a connection of that minor version."""
+        other = other_role(role)
+        return Keys(
+            self.key(f"control {role}", 32),
+            self.key(f"control {other}", 32),
+            self.key(f"data {role}", 16),
+            self.key(f"data {other}", 16),
+            int.from_bytes(self.key("link", 8), "little"),
+            minor,
+        )
+
+
+def other_role(role: Role) -> Role:
+    """The peer's role."""
+    return "receiver" if role == "sender" else "sender"
+
+
+def check_secret(secret: bytes) -> None:
+    """Raise `InputError` unless the secret is bytes and long enough."""
+    if not isinstance(secret, (bytes, bytearray)) or len(secret) < MIN_SECRET_BYTES:
+        raise InputError(f"the shared secret must be bytes, {MIN_SECRET_BYTES} or more")
+
+
+def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float) -> Keys:
+    """Run the handshake up to the keys. Each step may take `timeout` seconds, however slowly the bytes trickle.
+
+    The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from.
+    Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`.
+    """
+    mine = Hello(MAJOR, MINOR, role, os.urandom(NONCE_BYTES), __version__)
+    sent = mine.encode()
+    channel.write(sent, time.monotonic() + timeout)
+    theirs, received = read_hello(channel, time.monotonic() + timeout)
+    if hmac.compare_digest(theirs.nonce, mine.nonce):
+        raise AuthenticationError(f"{channel.peer}: handshake was reflected: the peer sent this side's own nonce")
+    if theirs.role == role:
+        raise HandshakeError(f"{channel.peer}: both sides are {role}s")
+    schedule = Schedule(secret, *((sent, received) if role == "sender" else (received, sent)))
+    if connecting:
+        _prove(channel, schedule.proof(role), timeout)
+    _verify(channel, schedule.proof(other_role(role)), timeout)
+    if not connecting:
+        _prove(channel, schedule.proof(role), timeout)
+    return schedule.keys(role, min(mine.minor, theirs.minor))
+
+
+def read_hello(channel: Channel, deadline: float) -> tuple[Hello, bytes]:
+    """The peer's hello, checked, and its bytes."""
+    start = channel.read(_FIXED.size, deadline, "hello")
+    magic, major, minor, length = _FIXED.unpack(start)
+    if magic != MAGIC:
+        raise HandshakeError(f"{channel.peer}: not a hetkv control channel: the peer began with {magic!r}")
+    if major != MAJOR:
+        raise VersionError(
+            f"{channel.peer}: the peer speaks control protocol {major}.{minor}, this side {MAJOR}.{MINOR}"
+        )
+    if length != _HELLO.size:
+        raise HandshakeError(f"{channel.peer}: hello of {length} bytes, expected {_HELLO.size}")
+    data = start + channel.read(length - len(start), deadline, "hello")
+    code, nonce, version = _HELLO.unpack(data)[4:]
+    role = next((name for name, number in _ROLES.items() if number == code), None)
+    if role is None:
+        raise HandshakeError(f"{channel.peer}: hello with unknown role {code}")
+    text = version.rstrip(b"\0").decode("ascii", "replace")
+    hello = Hello(major, minor, role, nonce, text)
+    if hello.encode() != data:
+        raise HandshakeError(f"{channel.peer}: hello with reserved bytes that are not zero")
+    return hello, data
+
+
+def _prove(channel: Channel, proof: bytes, timeout: float) -> None:
+    channel.write(_PROOF.pack(_PROVE, proof), time.monotonic() + timeout)
+
+
+def _verify(channel: Channel, expected: bytes, timeout: float) -> None:
+    """Read the peer's proof; on a wrong one say so, so that both sides report the same."""
+    kind, proof = _PROOF.unpack(channel.read(_PROOF.size, time.monotonic() + timeout, "proof"))
+    if kind == _PROVE and hmac.compare_digest(proof, expected):
+        return
+    if kind == _PROVE:
+        channel.write(_PROOF.pack(_ALERT, bytes(32)), time.monotonic() + timeout)
+    raise AuthenticationError(f"{channel.peer}: {WRONG_SECRET}")

@@ -1,0 +1,124 @@
+"""How predictions are judged: errors, interval coverage, splits, and tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetkv.costmodel.calibration.fit import Array
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of `n` predictions relative to the measurement, and the share of measurements inside the 90 % interval."""
+
+    n: int
+    bias: float
+    median: float
+    p90: float
+    coverage: float
+
+    def cells(self) -> list[str]:
+        return [
+            str(self.n),
+            f"{self.bias:+.1%}",
+            f"{self.median:.1%}",
+            f"{self.p90:.1%}",
+            f"{self.coverage:.0%}",
+        ]
+
+
+HEADER = ["rows", "bias", "median error", "p90 error", "in 90 % interval"]
+
+
+def score(predicted: Array, measured: Array, low: Array, high: Array) -> Score:
+    """`low` and `high` are the interval's factors: it spans `predicted * low` to `predicted * high`."""
+    relative = predicted / measured - 1
+    inside = (measured >= predicted * low) & (measured <= predicted * high)
+    error = np.abs(relative)
+    return Score(
+        len(measured),
+        float(np.mean(relative)),
+        float(np.median(error)),
+        float(np.quantile(error, 0.9)),
+        float(np.mean(inside)),
+    )
+
+
+class Intervals:
+    """Factors of measured over predicted time that hold 90 % of the rows, by group where that has enough rows."""
+
+    ENOUGH = 30
+
+    def __init__(self, rows: Sequence[Any], ratio: Array, group: Callable[[Any], Hashable]) -> None:
+        self.group = group
+        self.common = self._span(ratio)
+        members: dict[Hashable, list[float]] = {}
+        for row, value in zip(rows, ratio, strict=True):
+            members.setdefault(group(row), []).append(float(value))
+        self.own = {key: self._span(np.array(v)) for key, v in members.items() if len(v) >= self.ENOUGH}
+
+    @staticmethod
+    def _span(ratio: Array) -> tuple[float, float]:
+        """Conformal: with n rows the (n + 1)/n-fold tail holds 90 % of new ones."""
+        tail = max(0.0, 1 - 0.95 * (1 + 1 / len(ratio)))
+        return min(0.99, float(np.quantile(ratio, tail))), max(1.01, float(np.quantile(ratio, 1 - tail)))
+
+    def of(self, row: Any) -> tuple[float, float]:
+        return self.own.get(self.group(row), self.common)
+
+    def factors(self, rows: Sequence[Any], widen: float = 1.0) -> tuple[Array, Array]:
+        spans = [self.of(row) for row in rows]
+        return np.array([s[0] for s in spans]) / widen, np.array([s[1] for s in spans]) * widen
+
+
+def folds(rows: Sequence[Any], key: Callable[[Any], Hashable], count: int = 5, seed: int = 0) -> list[Mask]:
+    """Masks of held-out rows: every row is held out once, and rows of one key always together."""
+    groups = sorted({key(row) for row in rows}, key=str)
+    order = np.random.default_rng(seed).permutation(len(groups)) % count
+    fold = dict(zip(groups, order, strict=True))
+    of_row = np.array([fold[key(row)] for row in rows])
+    return [of_row == k for k in range(count)]
+
+
+def cross_predict(
+    rows: Sequence[Any], key: Callable[[Any], Hashable], run: Callable[[Sequence[Any], Sequence[Any]], Array]
+) -> Array:
+    """Predict every row from a fit without its fold. `run(train, test)` returns one column for each test row."""
+    columns: Array | None = None
+    for mask in folds(rows, key, seed=1):
+        found = run(pick(rows, ~mask), pick(rows, mask))
+        if columns is None:
+            columns = np.zeros((*found.shape[:-1], len(rows)))
+        columns[..., mask] = found
+    assert columns is not None
+    return columns
+
+
+def holdouts(rows: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[str, Mask]:
+    """One mask for each value of `key`: all its rows are held out."""
+    values = np.array([str(key(row)) for row in rows])
+    return {value: values == value for value in sorted(set(values))}
+
+
+def pick(rows: Sequence[Any], mask: Mask) -> list[Any]:
+    """The rows where `mask` holds."""
+    return [row for row, chosen in zip(rows, mask, strict=True) if chosen]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first column is text, the others numbers."""
+    head = "| " + " | ".join(header) + " |"
+    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|"
+    return "\n".join([head, rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def verdict(found: float, target: float) -> str:
+    """Whether an error reaches a target, with both numbers."""
+    return f"{found:.1%}, target {target:.0%}: {'met' if found <= target else 'not met'}"

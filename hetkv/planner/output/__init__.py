@@ -1,0 +1,4 @@
+"""Plans for people and machines: terminal, pages, pictures, launch lines, manifests.
+
+Imports the planner and the simulator's output.
+"""

@@ -1,0 +1,222 @@
+"""Planning again as a trace goes on: windows of the traffic, a plan for each, and how prefill and decode move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from hetkv.errors import InputError
+from hetkv.planner.effort import BESIDE_EVENTS
+from hetkv.planner.milp import UndecidedError
+from hetkv.planner.output.explain import split
+from hetkv.planner.output.plot import canvas
+from hetkv.planner.problem import Problem, WorkloadClass
+from hetkv.planner.slo_checker import verdict
+from hetkv.planner.solve import solve
+from hetkv.simulator.output.plot import COLOURS, STYLE
+from hetkv.simulator.request import Request
+from hetkv.simulator.run import simulate
+from hetkv.simulator.sweep import run_all
+from hetkv.simulator.traffic.trace import Row, read_rows
+
+WINDOWS = 12
+FEWEST = 50
+"""Requests that a window needs for its lengths to be told."""
+
+
+class Window(msgspec.Struct, frozen=True):
+    """One window and its plan. GPUs by role; `ratio` is prefill over decode GPUs, None where nothing is split.
+
+    `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the window's own
+    requests at their own times, which may come in bursts; the plan was made for Poisson arrivals at their mean rate.
+    `why` says why there is no plan; `cut` which limits ended the search for it early: a better one may exist.
+    """
+
+    start_s: float
+    end_s: float
+    requests: int
+    rate: float
+    prompt_mean: float
+    prompt_cv: float
+    output_mean: float
+    output_cv: float
+    prefill_gpus: int = 0
+    decode_gpus: int = 0
+    aggregated_gpus: int = 0
+    ratio: float | None = None
+    cost_per_hour: float | None = None
+    served_rate: float | None = None
+    split: str = ""
+    replayed_ttft_ms: float | None = None
+    replayed_tpot_ms: float | None = None
+    replay_meets: bool | None = None
+    why: str = ""
+    cut: str = ""
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs of the plan."""
+        return self.prefill_gpus + self.decode_gpus + self.aggregated_gpus
+
+
+class Replan(msgspec.Struct, frozen=True):
+    """The windows of a trace. `cost` is USD for the whole trace, replanned; `peak_cost` with the dearest plan held."""
+
+    trace: str
+    windows: list[Window]
+    cost: float | None
+    peak_cost: float | None
+
+
+class _Slice:
+    """Some rows of a trace as a workload, from time 0."""
+
+    hash_tokens = 0
+
+    def __init__(self, rows: Sequence[Row], start: float) -> None:
+        self.rows, self.start = rows, start
+        self.about = f"{len(rows):,} requests of a trace"
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        for number, (arrival, prompt, output, _) in enumerate(self.rows):
+            yield Request(number, arrival - self.start, prompt, output)
+
+
+def rows_of(problem: Problem, path: str, window_s: float | None = None) -> list[Row]:
+    """The requests of the trace in `path`. `InputError` where they cannot be planned for in windows of `window_s`."""
+    if len(problem.classes) != 1:
+        raise InputError(
+            f"--trace has one kind of request, but the problem has {len(problem.classes)} classes "
+            f"({', '.join(c.name for c in problem.classes)}): keep the one whose targets it should meet"
+        )
+    if window_s is not None and not window_s > 0:
+        raise InputError(f"--window must be greater than 0, got {window_s}")
+    return read_rows(path)
+
+
+def replan(
+    problem: Problem,
+    path: str,
+    window_s: float | None = None,
+    jobs: int = -1,
+    backend: str = "loky",
+    on_done: Callable[[int, int], None] = lambda done, of: None,
+) -> Replan:
+    """Plan for each window of `window_s` seconds (default: a twelfth of the trace) of the trace in `path`.
+
+    The problem's one class gives the targets; rate and lengths are the window's. `InputError` where the trace is broken
+    or the problem has several classes.
+    """
+    rows = rows_of(problem, path, window_s)
+    begin, length = rows[0][0], rows[-1][0] - rows[0][0]
+    if window_s is None:
+        window_s = max(length / WINDOWS, 1.0)
+    count = max(1, ceil(length / window_s - 1e-9))
+    tasks = []
+    for index in range(count):
+        start, end = index * window_s, min((index + 1) * window_s, length)
+        last = index == count - 1
+        own = [r for r in rows if start <= r[0] - begin < end or (last and r[0] - begin == length)]
+        tasks.append((problem, start, max(end, start + 1e-9), own, begin))
+    windows = run_all(window, tasks, jobs, backend, lambda done: on_done(done, len(tasks)))
+    costs = [w.cost_per_hour for w in windows]
+    known = [c for c in costs if c is not None]
+    hours = [(w.end_s - w.start_s) / 3600 for w in windows]
+    total = sum(c * h for c, h in zip(costs, hours, strict=True) if c is not None)
+    return Replan(path, windows, total if known else None, max(known) * sum(hours) if known else None)
+
+
+def window(problem: Problem, start: float, end: float, rows: list[Row], begin: float) -> Window:
+    """The plan of one window; runs in a worker."""
+    prompts, outputs = (np.array([r[i] for r in rows], dtype=float) for i in (1, 2))
+    rate = len(rows) / (end - start)
+    if len(rows) < FEWEST:
+        mean = [float(x.mean()) if x.size else 0.0 for x in (prompts, outputs)]
+        return Window(start, end, len(rows), rate, mean[0], 0.0, mean[1], 0.0, why=f"fewer than {FEWEST} requests")
+    shape = [(float(x.mean()), float(x.std() / x.mean())) for x in (prompts, outputs)]
+    texts = [f"lognormal:{mean:.6g}:{cv:.4g}" if cv > 1e-3 else f"{mean:.0f}" for mean, cv in shape]
+    spec: WorkloadClass = msgspec.structs.replace(
+        problem.classes[0], rate=rate, prompt_tokens=texts[0], output_tokens=texts[1]
+    )
+    found = Window(start, end, len(rows), rate, *shape[0], *shape[1])
+    try:
+        plan = solve(msgspec.structs.replace(problem, classes=[spec]), beside=False, events=BESIDE_EVENTS)
+    except InputError as error:
+        return msgspec.structs.replace(found, why=str(error))
+    except UndecidedError as error:
+        return msgspec.structs.replace(found, why=str(error), cut=str(error))
+    gpus = dict.fromkeys(("prefill", "decode", "aggregated"), 0)
+    for one in plan.instances:
+        gpus[one.role] += one.count * one.gpus
+    (deployment,) = plan.deployments.values()
+    columns = simulate(deployment, _Slice(rows, begin + start), problem.seed).columns
+    said = verdict(columns, [spec], np.zeros(len(rows), dtype=int))
+    latency = said.latency[spec.name]
+    return msgspec.structs.replace(
+        found,
+        prefill_gpus=gpus["prefill"],
+        decode_gpus=gpus["decode"],
+        aggregated_gpus=gpus["aggregated"],
+        ratio=gpus["prefill"] / gpus["decode"] if gpus["decode"] else None,
+        cost_per_hour=plan.cost_per_hour,
+        served_rate=plan.rate,
+        split=split(plan.instances),
+        replayed_ttft_ms=_finite(latency.ttft_ms),
+        replayed_tpot_ms=_finite(latency.tpot_ms),
+        replay_meets=said.meets,
+        cut="; ".join(plan.cut),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value < float("inf") else None
+
+
+def draw(found: Replan) -> Any:
+    """A matplotlib figure over the trace's time: traffic, GPUs by role, and the ratio of prefill to decode GPUs."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure, (traffic, gpus, ratio) = canvas(3, 3.9)
+        end = max(w.end_s for w in found.windows)
+        unit, scale = ("hours", 3600.0) if end > 4 * 3600 else ("min", 60.0)
+        edges = [w.start_s / scale for w in found.windows] + [found.windows[-1].end_s / scale]
+        traffic.set_title("Traffic (tokens/s)")
+        for label, values, colour in (
+            ("prompt", [w.rate * w.prompt_mean for w in found.windows], COLOURS[0]),
+            ("output", [w.rate * w.output_mean for w in found.windows], COLOURS[1]),
+        ):
+            traffic.stairs(values, edges, label=label, color=colour, linewidth=1.8)
+        traffic.legend(loc="upper right")
+        gpus.set_title("GPUs of the plan")
+        below = np.zeros(len(found.windows))
+        for label, counts, colour in (
+            ("prefill", [w.prefill_gpus for w in found.windows], COLOURS[0]),
+            ("decode", [w.decode_gpus for w in found.windows], COLOURS[1]),
+            ("aggregated", [w.aggregated_gpus for w in found.windows], COLOURS[5]),
+        ):
+            if any(counts):
+                above = below + np.array(counts)
+                gpus.stairs(above, edges, baseline=below, label=label, color=colour, fill=True, alpha=0.75)
+                below = above
+        gpus.legend(loc="upper right")
+        ratio.set_title("Prefill to decode GPUs")
+        ratio.stairs(
+            [np.nan if w.ratio is None else w.ratio for w in found.windows],
+            edges,
+            baseline=None,
+            color=COLOURS[2],
+            linewidth=2,
+        )
+        if all(w.ratio is None for w in found.windows):
+            ratio.text(0.5, 0.5, "no window is disaggregated", transform=ratio.transAxes, ha="center")
+        for axis in (traffic, gpus, ratio):
+            axis.set_xlabel(f"time of the trace ({unit})")
+            axis.set_xlim(edges[0], edges[-1])
+            axis.set_ylim(bottom=0)
+            axis.margins(y=0.25)
+        return figure

@@ -1,0 +1,4 @@
+"""The simulator against closed forms and measured runs, for docs/accuracy.md.
+
+Imports the simulator and `hetkv.costmodel.calibration`.
+"""

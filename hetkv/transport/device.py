@@ -1,0 +1,90 @@
+"""The device that a pool lies on: its backend, its streams, and what its driver says of the pool's memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hetkv.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hetkv import _core
+    from hetkv.kv.pool import KVPool
+
+_NOT_DEVICE = {"host": "pageable host memory", "pinned": "pinned host memory", "managed": "managed memory"}
+
+
+class PoolDevice:
+    """One GPU as a `Sender` or `Receiver` uses it."""
+
+    def __init__(self, core_device: _core.Device, torch_device: torch.device | None) -> None:
+        self.core = core_device
+        self.torch = torch_device
+        self.info: dict[str, Any] = core_device.info
+        self.backend: str = self.info["backend"]
+        self.index: int = self.info["index"]
+
+    def stream(self, stream: Any) -> int | None:
+        """A stream as the extension takes it: from an integer (`cudaStream_t`), or from an object of PyTorch's.
+
+        `None` is PyTorch's current stream on this device. Raises `InputError` for a stream of another device.
+        """
+        if stream is None:
+            if self.torch is None:
+                return None
+            import torch
+
+            return int(torch.cuda.current_stream(self.torch).cuda_stream)
+        if isinstance(stream, int):
+            return stream
+        number, device = getattr(stream, "cuda_stream", None), getattr(stream, "device", None)
+        if not isinstance(number, int):
+            raise InputError(f"a stream is an integer or a torch.cuda.Stream, not {type(stream).__name__}")
+        if device is not None and device.index != self.index:
+            raise InputError(f"the stream is one of {device}, the pool lies on {self}")
+        return number
+
+    def check(self, pool: KVPool) -> None:
+        """Raise `InputError` where the driver sees the pool's memory elsewhere. Any device memory will do, PyTorch's
+        expandable segments too: peers store into windows of hetkv's own and never into the pool."""
+        seen: set[int] = set()
+        for layer, memory in pool.layers.items():
+            for name, tensor in memory.tensors.items():
+                address = tensor.data_ptr()
+                if address in seen:
+                    continue
+                seen.add(address)
+                found = self.core.pointer_info(address)
+                if found["kind"] != "device":
+                    raise InputError(f"layer {layer}, segment {name!r}: the tensor is {_NOT_DEVICE[found['kind']]}")
+                if found["device"] != self.index:
+                    raise InputError(
+                        f"layer {layer}, segment {name!r}: the tensor lies on device {found['device']}, not on {self}"
+                    )
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.index}"
+
+
+def device_of(pool: KVPool) -> PoolDevice | None:
+    """The device of a pool; `None` in host memory.
+
+    Raises `InputError` for a device without a backend, or memory that its driver sees elsewhere, `UnsupportedError`
+    where the backend cannot be used here (with the reason), `DeviceError` where the driver refuses.
+    """
+    where = pool.device
+    if where is None or where.type == "cpu":
+        return None
+    if where.type != "cuda":
+        raise InputError(f"a pool on {where}: pools lie in host memory or on a CUDA or HIP device")
+    import torch
+
+    from hetkv.core import core
+    from hetkv.transport.backends import folder
+
+    name = "hip" if torch.version.hip else "cuda"
+    index = where.index if where.index is not None else torch.cuda.current_device()
+    device = PoolDevice(core.open_device(folder(), name, index), torch.device("cuda", index))
+    device.check(pool)
+    return device

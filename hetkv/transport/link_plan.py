@@ -1,0 +1,105 @@
+"""From two descriptions to the plan of a link: which layers and heads travel, and where they lie in this pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetkv.control.compat import layer_conversions
+from hetkv.control.description import Description
+from hetkv.kv.dtypes import DType
+from hetkv.kv.pool import KVPool
+from hetkv.kv.reshard import Route, overlap, routes
+from hetkv.kv.spec import Interval
+
+if TYPE_CHECKING:
+    from hetkv import _core
+
+
+def link_routes(mine: Description, theirs: Description) -> list[Route]:
+    """Routes between exactly these two ranks, computed from all ranks of both instances."""
+    sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
+    between = routes(mine.spec, sender.shards, receiver.shards)
+    return [route for route in between if (route.source, route.destination) == (sender.rank, receiver.rank)]
+
+
+def linked_ranks(mine: Description, theirs: Description) -> list[int]:
+    """Ranks of the peer's instance that hold something this rank holds too: a request involves a link to each."""
+    return [rank for rank, shard in enumerate(theirs.shards) if any(overlap(mine.spec, mine.shard, shard))]
+
+
+def link_plans(pool: KVPool, mine: Description, theirs: Description) -> list[_core.LayerPlan]:
+    """Plans of this rank's side of a link, in rising layer order."""
+    plans = [
+        (layer, _layer_plan(pool, mine, theirs, layer, route.heads))
+        for route in link_routes(mine, theirs)
+        for layer in range(*route.layers)
+    ]
+    return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
+
+
+def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int, heads: Interval) -> _core.LayerPlan:
+    """The spec's segments, then the scales of those whose scales travel, in the same order."""
+    from hetkv.core import core
+
+    sends = mine.role == "sender"
+    found = layer_conversions(mine if sends else theirs, theirs if sends else mine, layer, heads)
+    layout = mine.layout(layer)
+    first_head = heads.start - mine.shard.heads[layer].start
+    segments: list[_core.SegmentPlan] = []
+    scales: list[_core.SegmentPlan] = []
+    fills: list[_core.ScaleFill] = []
+    encoding = 0
+    for index, (name, how) in enumerate(found.items()):
+        part, base = layout.segments[name], pool.base(layer, name)
+        step = how.pack_scales if sends else how.unpack_scales
+        place = None
+        if part.groups:
+            place = core.SegmentMap.of(part.scales, layout.block_size, pool.scale_base(layer, name))
+        found_here = step in ("apply", "quantise")
+        segments.append(
+            core.SegmentPlan(
+                pool=core.SegmentMap.of(part, layout.block_size, base),
+                first_head=first_head,
+                channels=part.channels,
+                wire_dtype=how.wire.code,
+                multipliers=list((how.pack if sends else how.unpack) or ()),
+                pool_scales=place if step == "quantise" else None,
+                channels_per_scale=part.channels // max(part.groups, 1),
+                wire_scales=len(found) + len(scales) if found_here and how.groups else -1,
+                joint=how.joint,
+            )
+        )
+        if step == "fill":
+            assert place is not None
+            fills.append(core.ScaleFill(place, first_head, part.groups, list(how.fill)))
+        if not how.groups:
+            continue
+        encoding |= 1 << index
+        factor = [how.factor] * heads.size if not sends and step == "keep" and how.factor != 1.0 else []
+        nowhere = core.SegmentMap.canonical(base, 1, how.groups, DType.FLOAT32.code)
+        scales.append(
+            core.SegmentPlan(
+                pool=place if place is not None and not found_here else nowhere,
+                first_head=first_head,
+                channels=how.groups,
+                wire_dtype=DType.FLOAT32.code,
+                multipliers=factor,
+                carried=found_here,
+            )
+        )
+    group = mine.spec.group_of(layer)
+    return core.LayerPlan(layer, group, *heads, [*segments, *scales], fills, encoding)
+
+
+def wanted(mine: Description, stops: list[int], held: list[int]) -> list[Interval]:
+    """Tokens to ask for, per cache group: what is not held, and of a sliding-window group only the window's reach."""
+    ranges = []
+    for group, (stop, start) in enumerate(zip(stops, held, strict=True)):
+        members = [layer for layer in mine.spec.layers if layer.group == group]
+        windows = [layer.window for layer in members]
+        first = start
+        if windows and all(window is not None for window in windows):
+            # The next token, number `stop`, sees keys from `stop - window + 1` on.
+            first = max(start, stop + 1 - max(window for window in windows if window is not None))
+        ranges.append(Interval(min(first, stop), stop))
+    return ranges

@@ -1,0 +1,138 @@
+"""The decode side of one rank: `Receiver`, and `RecvHandle` for each request.
+
+receiver = Receiver(decode_pool, secret=secret, instance="decode-0")
+receiver.connect(address)
+receiver.receive("request-1", block_ids, num_tokens).wait()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from hetkv.errors import HetkvError, InputError, PeerLostError
+from hetkv.transport.blocks import BlockIds, milliseconds, per_group, state_groups
+from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
+from hetkv.transport.link_plan import linked_ranks, wanted
+from hetkv.transport.node import LAYER, Node, Peer
+
+if TYPE_CHECKING:
+    from hetkv import _core
+
+
+class RecvHandle(Handle):
+    """A request that this side receives. Complete when every layer is verified and in the pool."""
+
+    def __init__(self, request_id: RequestId, receiver: Receiver, handle: int, layers: Sequence[int]) -> None:
+        super().__init__(request_id, receiver.engine, handle)
+        self._device = receiver.device
+        self.layers: dict[int, Future[None]] = {layer: running() for layer in layers}
+        """By global layer: done when that layer is verified and in the pool."""
+
+    def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
+        """Block until the request is complete, or make `stream` wait for that while the host goes on.
+
+        What is put into the stream later runs behind it. It also runs once the request has failed, over undefined
+        blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`.
+
+        Raises the request's `HetkvError`, and `WaitTimeoutError` after `timeout` seconds, which a stream does not
+        count. With `stream`: `InputError` where the pool lies in host memory or the stream on another device,
+        `UnsupportedError` where the device cannot do that (`hetkv probe` says so).
+        """
+        if stream is None:
+            super().wait(timeout)
+        else:
+            self._stream_waits(stream, -1)
+
+    def wait_layer(self, layer: int, timeout: float | None = None, *, stream: Any = None) -> None:
+        """As `wait`, for one layer: a decoder can start on it while others travel."""
+        if layer not in self.layers:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
+        if stream is None:
+            wait_for(self.layers[layer], timeout)
+        else:
+            self._stream_waits(stream, layer)
+
+    def _stream_waits(self, stream: Any, layer: int) -> None:
+        if self._device is None:
+            raise InputError("the pool lies in host memory: wait on the host")
+        self._engine.wait_stream(self.handle, layer, self._device.stream(stream))
+
+    def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
+        if kind == LAYER:
+            settle(self.layers[layer])
+        else:
+            for future in self.layers.values():
+                settle(future, error)
+        super().on_event(kind, layer, error)
+
+
+class Receiver(Node[RecvHandle]):
+    """The decode side of one rank. Until a request is complete its blocks are undefined; no other byte ever changes."""
+
+    role = "receiver"
+
+    def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
+        from hetkv.core import core
+
+        return core.Receiver(config, device)
+
+    def receive(
+        self,
+        request_id: RequestId,
+        block_ids: BlockIds,
+        num_tokens: int | Sequence[int],
+        *,
+        held: int | Sequence[int] = 0,
+        source: str | None = None,
+        lease_s: float | None = None,
+    ) -> RecvHandle:
+        """Ask for a request's KV: give its senders a ticket. Returns at once.
+
+        `block_ids` cover `num_tokens` tokens; the first `held` of them are in the pool already and are not sent (one
+        number leaves the record of a `state` group to be sent: it belongs to the last token). `source` names the
+        sending instance; it may be left out where only one is connected. Block ids that cannot be, and the id of a
+        request that is under way, raise `InputError`, a rank of the source that is not connected `PeerLostError`.
+        """
+        key = request_key(request_id)
+        tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
+        if isinstance(held, SupportsIndex):
+            states = state_groups(self.pool.spec)
+            kept = [0 if group in states else index(held) for group in range(len(tokens))]
+        else:
+            kept = [index(count) for count in held]
+        if len(kept) != len(tokens) or any(not 0 <= a <= b for a, b in zip(kept, tokens, strict=True)):
+            raise InputError(f"{held} tokens held of {num_tokens}")
+        want = wanted(self.description, tokens, kept)
+        for group, ids in enumerate(blocks):
+            self.pool.check_blocks(group, ids, *want[group])
+        links = [peer.link for peer in self._sources(source)]
+        lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
+
+        def make() -> RecvHandle:
+            handle = self.engine.receive(key, want, blocks, links, lease_ms)
+            return RecvHandle(request_id, self, handle, list(self.pool.layers))
+
+        return self._submit(key, make)
+
+    def _sources(self, source: str | None) -> list[Peer]:
+        """Every rank of the source instance that holds something this rank holds too."""
+        peers = self.peers
+        names = sorted({peer.description.instance for peer in peers})
+        if source is None and len(names) != 1:
+            raise PeerLostError(
+                f"connected instances are {names}: " + ("name the source" if names else "connect one first")
+            )
+        chosen = {peer.description.rank: peer for peer in peers if peer.description.instance == (source or names[0])}
+        if not chosen:
+            raise PeerLostError(f"instance {source!r} is not connected; connected are {names}")
+        theirs = next(iter(chosen.values())).description
+        missing = [rank for rank in linked_ranks(self.description, theirs) if rank not in chosen]
+        if missing:
+            raise PeerLostError(f"ranks {missing} of instance {theirs.instance!r} are not connected")
+        return list(chosen.values())
+
+    def _retire(self, peer: Peer) -> None:
+        self.engine.retire_link(peer.link)

@@ -1,0 +1,156 @@
+"""The prefill side of one rank: `Sender`, and `SendHandle` for each request.
+
+sender = Sender(prefill_pool, secret=secret, instance="prefill-0")
+address = sender.listen("0.0.0.0:7000")
+tx = sender.send("request-1", block_ids, num_tokens)       # before or after the ticket
+for layer in range(num_layers):
+    ...                                                    # compute the layer
+    tx.send_layer(layer)                                   # microseconds: the rest runs during the compute
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from hetkv.errors import HetkvError, InputError
+from hetkv.kv.spec import Interval
+from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group, plain
+from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
+from hetkv.transport.link_plan import wanted
+from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node, Peer
+
+if TYPE_CHECKING:
+    from hetkv import _core
+
+Reach = Literal["put", "shared", "peer"]
+"""`peer`: packed straight into memory of the peer's device. `shared`: packed straight into host memory that both sides
+map. `put`: packed into staging, and put by UCX."""
+_REACHES: tuple[Reach | None, ...] = (None, "put", "shared", "peer")
+
+
+class SendHandle(Handle):
+    """A request that this side sends. Complete when every receiver of the request has verified its part."""
+
+    def __init__(
+        self, request_id: RequestId, sender: Sender, handle: int, tokens: list[Interval], blocks: list[array[int]]
+    ) -> None:
+        super().__init__(request_id, sender.engine, handle)
+        self.packed = running()
+        """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
+        self._pool, self._device = sender.pool, sender.device
+        self._tokens, self._blocks = tokens, blocks
+        self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
+
+    def send_layer(self, layer: int, tokens: tuple[int, int] | None = None, *, stream: Any = None) -> None:
+        """The KV of a global layer is in the pool, for `tokens` `[start, stop)` or the whole request; returns at once.
+
+        Legal before any ticket. Those tokens of the layer must not change until `packed`. Tokens of one layer are sent
+        once; chunks may come in any order. A `state` layer is one record: leave `tokens` out.
+
+        Where the pool lies on a device, the layer will be in it once the work that `stream` holds now has run: an
+        integer (`cudaStream_t`, `hipStream_t`), a `torch.cuda.Stream`, or PyTorch's current stream by default. Raises
+        `InputError` for a stream of another device, or one that captures a graph.
+        """
+        group = self._group_of.get(layer)
+        if group is None:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
+        start, stop = tokens or (0, self._tokens[group].stop)
+        if not 0 <= start <= stop <= self._tokens[group].stop:
+            raise InputError(
+                f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group].stop} tokens"
+            )
+        if stop > len(self._blocks[group]) * self._pool.groups[group][0]:
+            raise InputError(
+                f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
+            )
+        if self._device is None and stream is not None:
+            raise InputError("the pool lies in host memory: no stream has to be waited for")
+        if stop > start:
+            behind = self._device.stream(stream) if self._device else None
+            self._engine.send_layer(self.handle, layer, start, stop, behind)
+
+    def send_layers(self, *, stream: Any = None) -> None:
+        """`send_layer` for every layer of the pool: what a prefill did that finished before."""
+        for layer in self._group_of:
+            self.send_layer(layer, stream=stream)
+
+    def extend(self, block_ids: Sequence[int], group: int = 0) -> None:
+        """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
+        if group not in self._pool.groups:
+            raise InputError(f"cache group {group} has no layers in this pool")
+        more = block_array(plain(block_ids))
+        blocks = self._blocks[group] + more
+        span, room = self._tokens[group], len(blocks) * self._pool.groups[group][0]
+        self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
+        self._engine.extend(self.handle, group, more)
+        self._blocks[group] = blocks  # only now may a thread send layers that lie in them
+
+    def wait_packed(self, timeout: float | None = None) -> None:
+        """Block until the request's blocks may be freed."""
+        wait_for(self.packed, timeout)
+
+    def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
+        if kind in (PACKED, COMPLETE):
+            settle(self.packed)
+        elif kind == FAILED:
+            settle(self.packed, error)
+        super().on_event(kind, layer, error)
+
+
+class Sender(Node[SendHandle]):
+    """The prefill side of one rank."""
+
+    role = "sender"
+
+    def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
+        from hetkv.core import core
+
+        return core.Sender(config, device)
+
+    def send(
+        self,
+        request_id: RequestId,
+        block_ids: BlockIds,
+        num_tokens: int | Sequence[int],
+        *,
+        hold_s: float | None = None,
+    ) -> SendHandle:
+        """Announce a request of `num_tokens` tokens (of each cache group) in these blocks; returns at once.
+
+        It takes no slot and no copy, and needs no receiver yet: the first instance that asks for it gets it, on all its
+        ranks. The request fails with `LeaseExpiredError` when it is not complete within `hold_s` seconds (default: the
+        configuration's). Block ids that cannot be, and the id of a request that is under way, raise `InputError`. With
+        chunked prefill, `block_ids` may be only the first blocks: see `SendHandle.extend`. Of a sliding-window group
+        only the blocks that the window reaches are looked at.
+        """
+        key = request_key(request_id)
+        tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
+        spans = wanted(self.description, tokens, [0] * len(tokens))
+        for group, (start, _) in enumerate(spans):
+            room = len(blocks[group]) * self.pool.groups[group][0] if group in self.pool.groups else 0
+            self.pool.check_blocks(group, blocks[group], start, min(tokens[group], room))
+        hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
+
+        def make() -> SendHandle:
+            handle = self.engine.submit(key, spans, blocks, hold_ms)
+            return SendHandle(request_id, self, handle, spans, blocks)
+
+        return self._submit(key, make)
+
+    def refuse(self, request_id: RequestId, reason: str) -> None:
+        """The request has ended and will not be sent again: who asks for it is refused at once with `AbortedError`.
+
+        Without this a ticket for an id that is not under way waits for it until its lease is over. Remembered for ten
+        minutes, of the last 4,096 ids; sending the id after all forgets it. Nothing happens where it is under way.
+        """
+        self.engine.refuse(request_key(request_id), reason)
+
+    def reach(self, peer: Peer) -> Reach | None:
+        """How payloads get to a peer, once it has lent a slot: see `Reach`."""
+        code: int = self.engine.reach(peer.link)
+        return _REACHES[code]
+
+    def _retire(self, peer: Peer) -> None:
+        pass  # what a receiver that ended leaves behind is its own

@@ -1,0 +1,146 @@
+"""`hetkv probe`: what it finds by trying, under usual settings and under TCP alone, and between two of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetkv.bench import probe
+from hetkv.cli import main
+
+SECRET = "a secret for the tests"
+
+
+def run(tmp_path: Path, **environment: str) -> tuple[dict[str, Any], str]:
+    """The JSON and the text of one probe in a process of its own: UCX reads its settings once."""
+    out = tmp_path / "probe.json"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    command = [sys.executable, "-m", "hetkv", "probe", "--mib", "1", "--json", str(out)]
+    done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), " ".join(done.stdout.split())
+
+
+def test_usual_settings(tmp_path: Path) -> None:
+    found, text = run(tmp_path)
+    assert found["ucx"]["version"] in text
+    assert "tcp" in found["ucx"]["transports"]
+    assert found["local"]["put"]["reach"] == "put"
+    for result in found["local"].values():
+        assert result["gb_s"] > 0
+        assert result["verified_bytes"] == 1 << 20
+    assert found["cpu"]["isa"] in found["cpu"]["available_isas"]
+    assert set(found["gpu"]) == {"cuda", "hip"}
+    for name, gpu in found["gpu"].items():
+        assert gpu["present"] == (not gpu["why_not"])
+        assert name.upper() in text
+    shared = any(lane.startswith(("posix", "sysv")) for lane in found["ucx"]["lanes"]["intra"])
+    assert found["local"]["auto"]["reach"] == ("shared" if shared else "put")
+    assert not shared or not any("TCP alone" in warning for warning in found["warnings"])
+
+
+def test_tcp_alone_is_warned_of(tmp_path: Path) -> None:
+    found, text = run(tmp_path, UCX_TLS="tcp")
+    assert all(lane.startswith("tcp/") for lane in found["ucx"]["lanes"]["intra"])
+    assert found["local"]["auto"]["reach"] == "put"
+    assert found["local"]["auto"]["verified_bytes"] == 1 << 20
+    assert found["ucx"]["environment"] == {"UCX_TLS": "tcp"}
+    assert any("TCP alone" in warning and "UCX_TLS=tcp" in warning for warning in found["warnings"])
+    assert any("do not reach each other's memory" in warning for warning in found["warnings"])
+    assert text.count("warning:") == len(found["warnings"])
+
+
+def test_two_ends(tmp_path: Path) -> None:
+    environment = {**os.environ, "HETKV_SECRET": SECRET}
+    command = [sys.executable, "-m", "hetkv", "probe", "--mib", "1", "--timeout", "30", "--json"]
+    listening = subprocess.Popen(
+        [*command, str(tmp_path / "listen.json"), "--listen", "127.0.0.1:0"],
+        env=environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert listening.stdout is not None
+        line = listening.stdout.readline()
+        address = re.search(r"--connect (\S+)", line)
+        assert address is not None
+        assert SECRET not in line
+        done = subprocess.run(
+            [*command, str(tmp_path / "connect.json"), "--connect", address[1]],
+            env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert listening.wait(30) == 0
+    finally:
+        listening.kill()
+        listening.communicate()
+    connect, listen = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("connect", "listen"))
+    assert connect["same_host"]
+    assert listen["same_host"]
+    assert connect["reach"] in ("shared", "put")
+    assert connect["gb_s"] > 0
+    assert listen["gb_s"] > 0
+    assert connect["lanes"]
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """A host with nothing to warn of, but for `changes`."""
+    return {
+        "ucx": {
+            "transports": ["posix", "rc_mlx5", "tcp"],
+            "lanes": {"intra": ["posix/memory.0"], "inter": ["rc_mlx5/mlx5_0:1.0"]},
+        },
+        "limits": {
+            "rdma_devices": ["mlx5_0"],
+            "memlock_bytes": None,
+            "dev_shm": {"bytes": 1 << 34, "free_bytes": 1 << 34},
+        },
+        "local": {"auto": {"reach": "shared"}, "put": {"reach": "put"}},
+        "cpu": {"default_window_bytes": 32 << 20},
+        **changes,
+    }  # fmt: skip
+
+
+def test_warnings_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UCX_TLS", raising=False)
+    assert probe.warnings(facts()) == []
+    lanes = {"intra": ["posix/memory.0"], "inter": ["tcp/eth0.0"]}
+    (said,) = probe.warnings(facts(ucx={"transports": ["rc_mlx5", "tcp"], "lanes": lanes}))
+    assert "between hosts, UCX uses TCP alone (tcp/eth0.0)" in said
+    (said,) = probe.warnings(facts(ucx={"transports": ["posix", "tcp"], "lanes": lanes}))
+    assert "mlx5_0" in said
+    assert "HETKV_UCX=system" in said
+    small = {
+        "rdma_devices": ["mlx5_0"],
+        "memlock_bytes": 64 << 10,
+        "dev_shm": {"bytes": 1 << 26, "free_bytes": 1 << 20},
+    }
+    shared, locked = probe.warnings(facts(limits=small))
+    assert "/dev/shm has 1 MiB free" in shared
+    assert "64 KiB of memory can be locked" in locked
+    failed = {"auto": {"error": "the sender: it broke"}, "put": {"reach": "put"}}
+    assert probe.warnings(facts(local=failed)) == ["two processes of this host, auto: the sender: it broke"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mib", "0"], "--mib 0"),
+        (["--timeout", "-1"], "--timeout -1"),
+        (["--connect", "127.0.0.1:1"], "HETKV_SECRET"),
+        (["--listen", "no port"], "no port"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HETKV_SECRET", raising=False)
+    assert main(["probe", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

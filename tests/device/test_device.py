@@ -1,0 +1,214 @@
+"""Pools on a device, through the real engine over a host implementation of the backend contract: what arrives, in what
+order, and what waits for what. Kernels have tests of their own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from hetkv.errors import (
+    AbortedError,
+)
+from hetkv.kv.layout import ScaleLayout
+from hetkv.transport.config import TransferConfig
+from hetkv.transport.sender import Sender
+from tests.device.host import SMALL, HostStream, on_device, options, pools
+from tests.transport.peers import WAIT_S, check_transfer, connected, duplicate, randomise, same_bytes, settled, until
+
+
+@pytest.fixture(params=["device-device", "device-host", "host-device"])
+def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which side's pool lies on a device: the sender's on device 0, the receiver's on device 1."""
+    on_device(monkeypatch, *(name == "device" for name in request.param.split("-")))
+    return str(request.param)
+
+
+REACHES = {
+    "device-device": {"auto": "peer", "put": "put", "host windows": "shared"},
+    "device-host": {"auto": "shared", "put": "put", "host windows": "shared"},
+    "host-device": {"auto": "shared", "put": "put", "host windows": "shared"},
+}
+
+
+@pytest.mark.parametrize("how", ["auto", "put", "host windows"])
+def test_every_reach(sides: str, how: str) -> None:
+    settings = {"auto": {}, "put": {"direct": False, "window": "host"}, "host windows": {"window": "host"}}[how]
+    config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, staging_slots=2, **settings)  # type: ignore[arg-type]
+    if sides == "device-host" and how == "host windows":
+        config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096)
+    source, destination = pools()
+    with connected([source], [destination], config) as ([sender], [receiver]):
+        for number in range(3):
+            check_transfer(source, destination, sender, receiver, 201, request=f"{number}", seed=number)
+        assert sender.reach(sender.peers[0]) == REACHES[sides][how]
+        stats = sender.stats()
+        assert stats["peer_frames"] == (stats["frames"] if REACHES[sides][how] == "peer" else 0)
+        settled(sender, receiver)
+
+
+def test_conversion_with_scales_per_head(sides: str) -> None:
+    scales = ScaleLayout((0.5, 2.0))
+    source, _ = pools(dtype="fp8_e4m3fn", scale=scales)
+    _, destination = pools(dtype="bfloat16")
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        check_transfer(source, destination, sender, receiver, 77)
+        settled(sender, receiver)
+
+
+def test_prefill_first_chunks_and_a_held_prefix(sides: str) -> None:
+    source, destination = pools()
+
+    def chunks(tx: object) -> None:
+        for start in range(0, 300, 100):
+            for layer in range(3):
+                tx.send_layer(layer, (start, start + 100))  # type: ignore[attr-defined]
+
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        check_transfer(source, destination, sender, receiver, 300, held=37, tickets_first=False, send=chunks)
+        settled(sender, receiver)
+
+
+def test_a_layer_leaves_behind_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is filled by work that is still in the stream when `send_layer` returns."""
+    on_device(monkeypatch)
+    source, destination = pools()
+    later = randomise(duplicate(source), 99)
+    stream = HostStream()
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        expected = duplicate(destination)
+        blocks, to_blocks = [3, 1, 2], [7, 5]
+        tx, rx = sender.send("r", blocks, 40), receiver.receive("r", to_blocks, 40)
+        began = time.perf_counter()
+        for layer in range(3):
+            stream.delay(30_000)
+            for name in "kv":
+                stream.copy(source.layers[layer].tensors[name], later.layers[layer].tensors[name])
+            tx.send_layer(layer, stream=stream.number)
+        calls = time.perf_counter() - began
+        assert calls < 0.03, "send_layer waited for the stream"
+        time.sleep(0.01)
+        assert not rx.layers[0].done()
+        rx.wait(WAIT_S)
+        assert time.perf_counter() - began > 0.09
+        from tests.transport.peers import deliver
+
+        deliver([(later, [blocks])], expected, [to_blocks], [(0, 40)])
+        assert same_bytes(destination, expected)
+        tx.wait(WAIT_S)
+        settled(sender, receiver)
+    stream.close()
+
+
+def test_what_waits_for_one_stream_holds_no_other_request_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device(monkeypatch)
+    source, destination = pools()
+    slow, fast = HostStream(), HostStream()
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        late, soon = sender.send("late", [0, 1, 2], 40), sender.send("soon", [3, 4, 5], 40)
+        rx_late, rx_soon = receiver.receive("late", [0, 1], 40), receiver.receive("soon", [2, 3], 40)
+        slow.delay(2_500_000)
+        late.send_layers(stream=slow.number)
+        soon.send_layers(stream=fast.number)
+        rx_soon.wait(2)
+        assert not rx_late.done()
+        assert receiver.stats()["lent_slots"] <= 4
+        rx_late.wait(WAIT_S)
+        late.wait(WAIT_S)
+        settled(sender, receiver)
+    slow.close()
+    fast.close()
+
+
+def test_a_stream_waits_for_layers_that_have_not_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device(monkeypatch)
+    source, destination = pools()
+    stream = HostStream(1)
+    seen = [torch.zeros_like(destination.layers[layer].tensors["k"]) for layer in range(3)]
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        rx = receiver.receive("r", [7, 5], 40)
+        began = time.perf_counter()
+        for layer in (1, 2):
+            rx.wait_layer(layer, stream=stream.number)
+            stream.copy(seen[layer], destination.layers[layer].tensors["k"])
+        rx.wait(stream=stream.number)
+        assert time.perf_counter() - began < 0.1
+        time.sleep(0.02)
+        assert not seen[1].any()
+        tx = sender.send("r", [3, 1, 2], 40)
+        for layer in (1, 0, 2):
+            tx.send_layer(layer)
+        stream.wait()
+        assert rx.done() or rx.wait(1) is None
+        for layer in (1, 2):
+            assert torch.equal(seen[layer], destination.layers[layer].tensors["k"])
+        rx.wait_layer(0, stream=stream.number)  # has arrived: nothing to wait for
+        stream.wait()
+        tx.wait(WAIT_S)
+    stream.close()
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_a_stream_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    on_device(monkeypatch)
+    source, destination = pools()
+    stream = HostStream(1)
+    with connected([source], [destination], SMALL) as ([_], [receiver]):
+        rx = receiver.receive("r", [7, 5], 40)
+        rx.wait_layer(1, stream=stream.number)
+        rx.wait(stream=stream.number)
+        rx.abort() if end == "abort" else receiver.close()
+        stream.wait()
+    stream.close()
+
+
+def test_no_block_goes_back_while_a_kernel_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abort is told only after the packs in flight have ended; so is a close."""
+    on_device(monkeypatch)
+    source, destination = pools()
+    for end in ("abort", "close"):
+        with options("slow=150000"), connected([source], [destination], SMALL) as ([sender], [receiver]):
+            tx, rx = sender.send("r", [3, 1, 2], 40), receiver.receive("r", [7, 5], 40)
+            tx.send_layer(0)
+            until(lambda receiver=receiver: receiver.stats()["lent_slots"] > 0)
+            time.sleep(0.05)
+            began = time.perf_counter()
+            if end == "abort":
+                tx.abort()
+                with pytest.raises(AbortedError):
+                    tx.wait_packed(WAIT_S)
+                assert time.perf_counter() - began > 0.02
+                with pytest.raises(AbortedError):
+                    rx.wait(WAIT_S)
+            else:
+                sender.close()
+                assert time.perf_counter() - began > 0.02
+                assert tx.done()
+
+
+def test_spans_come_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device(monkeypatch)
+    source, destination = pools()
+    with options("slow=20000"), connected([source], [destination], SMALL) as ([sender], [receiver]):
+        check_transfer(source, destination, sender, receiver, 40)
+        spans = [*sender.engine.take_trace(), *receiver.engine.take_trace()]
+        packs = [stop - start for kind, _, _, start, stop, _ in spans if kind in (1, 3)]
+        assert len(packs) >= 6
+        assert min(packs) > 15e6, packs
+        assert statistics.median(packs) < 60e6, packs
+
+
+def test_at_rest_nothing_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device(monkeypatch)
+    source, destination = pools()
+    with connected([source], [destination], SMALL) as ([sender], [receiver]):
+        check_transfer(source, destination, sender, receiver, 100)
+        time.sleep(0.1)
+        before = sender.engine.stats()["wakeups"], receiver.engine.stats()["wakeups"]
+        time.sleep(0.5)
+        after = sender.engine.stats()["wakeups"], receiver.engine.stats()["wakeups"]
+        assert max(b - a for a, b in zip(before, after, strict=True)) < 20
+        assert isinstance(sender, Sender)

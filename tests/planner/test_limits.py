@@ -1,0 +1,163 @@
+"""What a limit ends early: the plan until then stays, and says so; what is not known is not called infeasible."""
+
+from __future__ import annotations
+
+from io import StringIO
+from sys import modules
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from hetkv.planner import InfeasibleError, search, solve
+from hetkv.planner import frontier as sweep
+from hetkv.planner import milp as programme
+from hetkv.planner import replay as trace
+from hetkv.planner.calibrator import Gauge
+from hetkv.planner.columns import build_columns
+from hetkv.planner.effort import Effort
+from hetkv.planner.frontier import Frontier, Point, point
+from hetkv.planner.milp import UndecidedError, optimise
+from hetkv.planner.output.explain import reasons
+from hetkv.planner.output.html import html
+from hetkv.planner.output.terminal import CUT, show_frontier, show_replan
+from hetkv.planner.replay import Replan, window
+from hetkv.planner.search import Search
+from hetkv.planner.slo_checker import SloChecker
+from tests.planner.cases import small
+from tests.planner.test_planner import problem
+
+SENT = {"Llama-3.1-8B": 1e8}
+
+
+def undecided_after(monkeypatch: Any, calls: int) -> None:
+    """HiGHS answers `calls` times and then meets its limit."""
+    left = [calls]
+
+    def few(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise UndecidedError("no answer")
+        return optimise(*args, **options)
+
+    for module in (search, modules["hetkv.planner.solve"]):
+        monkeypatch.setattr(module, "optimise", few)
+
+
+def goodput() -> Any:
+    return small(objective={"goal": "goodput", "budget_usd_per_hour": 12.0})
+
+
+def shown(show: Any, found: Any) -> str:
+    console = Console(file=StringIO(), width=200)
+    show(console, found)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_nodes_that_run_out_prove_nothing(monkeypatch: Any) -> None:
+    columns = build_columns(problem()).columns
+    monkeypatch.setattr(programme, "NODES", 0)
+    with pytest.raises(UndecidedError, match="found no counts within 0 nodes"):
+        optimise(problem(), columns, {"Llama-3.1-8B": 61.0}, SENT)
+    (chat,) = small().classes
+    with pytest.raises(UndecidedError) as raised:
+        solve(msgspec.structs.replace(small(), classes=[msgspec.structs.replace(chat, rate=200.0)]), beside=False)
+    assert not isinstance(raised.value, InfeasibleError)
+
+
+def test_a_cap_that_is_too_small_is_still_infeasible() -> None:
+    offers = [msgspec.structs.replace(o, cap=1) for o in small().gpus]
+    (chat,) = small().classes
+    asked = msgspec.structs.replace(small(), gpus=offers, classes=[msgspec.structs.replace(chat, rate=500.0)])
+    with pytest.raises(InfeasibleError, match="GPU caps"):
+        solve(asked, beside=False)
+
+
+def test_a_plan_outlives_a_later_round_that_is_not_decided(monkeypatch: Any) -> None:
+    whole = solve(goodput(), beside=False)
+    assert whole.cut == []
+    undecided_after(monkeypatch, 1)
+    plan = solve(goodput(), beside=False)
+    assert plan.meets
+    assert plan.cut == ["no answer: the search ended there"]
+    assert set(plan.cut) <= set(plan.notes)
+    assert plan.lower_bound == float("inf")  # not known, and no claim that nothing serves more
+    assert plan.as_json()["lower_bound"] is None
+    assert any("no bound is known" in text for text in reasons(goodput(), plan))
+
+
+def test_what_is_planned_beside_it_may_be_undecided(monkeypatch: Any) -> None:
+    whole = solve(small())
+    undecided_after(monkeypatch, 1)
+    plan = solve(small())
+    assert plan.instances == whole.instances
+    assert plan.lower_bound == 0
+    assert any(text.endswith(" only: no answer: the search ended there") for text in plan.cut)
+    unknown = [b for b in plan.baselines if not b.instances]
+    assert unknown
+    assert {b.why for b in unknown} == {"no answer"}
+    assert [s.why for s in plan.sensitivity] == ["no answer", "no answer"]
+    assert sum("not known" in text for text in reasons(small(), plan)) == 2
+
+
+def test_a_point_that_is_undecided_leaves_the_others(monkeypatch: Any) -> None:
+    undecided_after(monkeypatch, 0)
+    found = point("AMD only", small(), 1.0, 1.0)
+    assert (found.cost_per_hour, found.why, found.cut) == (None, "no answer", "no answer")
+    assert "none *" in shown(show_frontier, Frontier([found], []))
+    rows: Any = [(0.1 * i, 800, 64, ()) for i in range(60)]
+    assert window(small(), 0.0, 6.0, rows, 0.0).why == "no answer"
+
+
+def test_a_point_that_was_cut_short_is_marked(monkeypatch: Any) -> None:
+    whole = point("mixed", small(), 1.0, 1.0)
+    assert whole.cut == ""
+    for module in (sweep, trace):
+        monkeypatch.setattr(module, "BESIDE_EVENTS", 0)
+    found = point("mixed", small(), 1.0, 1.0)
+    assert found.cost_per_hour is not None
+    assert "limit of 0 simulated events" in found.cut
+    for points, marked in ((found, True), (whole, False)):
+        assert (f"{points.cost_per_hour:,.2f} *" in shown(show_frontier, Frontier([points], []))) is marked
+        page = html(small(), solve(small(), beside=False), Frontier([points], [points]))
+        assert (CUT in page) is marked
+    rows: Any = [(0.1 * i, 800, 64, ()) for i in range(60)]
+    cut = window(small(), 0.0, 6.0, rows, 0.0)
+    assert cut.cut == found.cut
+    assert CUT in shown(show_replan, Replan("trace.csv", [cut], None, None))
+    single = Point("AMD only", 1.0, 1.0, 4.0, 0.5)
+    mixed = sweep._at_least_one_of(found, [found, single])
+    assert (mixed.cost_per_hour, mixed.cut) == (0.5, found.cut)
+
+
+def test_a_slack_that_was_not_measured_to_the_end_is_none() -> None:
+    plan = solve(small(), beside=False, events=0)
+    assert plan.meets
+    assert plan.simulated_slack is None
+    assert any("slack was not measured to the end: at least 0%" in note for note in plan.notes)
+    judges = {m.name: SloChecker(small(), m) for m in small().models}
+    columns = build_columns(small()).columns
+    column = next(c for c in columns if c.role == "aggregated")
+    counts = {column.key: 1}
+    gauge = Gauge(small(), columns, judges, Effort(judges, 0))
+    (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
+    assert (reach.scale, reach.cut) == (3.0, True)
+    assert gauge.corrected() == gauge.columns  # a pool that holds may carry any amount more
+    gauge.effort = None
+    (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
+    assert not reach.cut
+    assert reach.scale > 3.0
+
+
+def test_a_search_that_ended_by_itself_met_no_limit() -> None:
+    judges = {m.name: SloChecker(small(), m) for m in small().models}
+    columns = build_columns(small(), every=True)
+    whole = Search(small(), columns, judges).run()
+    events = sum(j.events for j in judges.values())
+    judges = {m.name: SloChecker(small(), m) for m in small().models}
+    again = Search(small(), columns, judges, events).run()
+    assert again.best == whole.best
+    assert again.effort.short == ""
+    assert again.effort.spent  # all of it was used
