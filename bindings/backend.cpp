@@ -96,7 +96,7 @@ class DeviceRemap {
       status = backend_.event_synchronize(event_);
     }
     ok(status, "waiting for a remap");
-    const RemapResult found = slot_.result->sum();
+    const hetkv::remap::Result found = slot_.result->sum();
     return {found.checksum, found.saturated};
   }
 
@@ -111,8 +111,8 @@ class DeviceRemap {
     return there;
   }
 
-  RemapJob place(const OwnedJob& from, char*& next) const {
-    RemapJob job = from.view();
+  hetkv::remap::Job place(const OwnedJob& from, char*& next) const {
+    hetkv::remap::Job job = from.view();
     const void* src = put(from.src.blocks.data(), from.src.blocks.size() * 4, next);
     const void* dst = put(from.dst.blocks.data(), from.dst.blocks.size() * 4, next);
     const void* multipliers = put(from.multipliers.data(), from.multipliers.size() * 4, next);
@@ -139,7 +139,7 @@ class DeviceRemap {
   void* stream_ = nullptr;  // of the last launch
   void* staging_ = nullptr;
   void* tables_ = nullptr;
-  std::vector<RemapJob> jobs_;
+  std::vector<hetkv::remap::Job> jobs_;
 };
 
 }  // namespace

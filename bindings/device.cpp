@@ -6,6 +6,7 @@
 #include "engine/window_key.h"
 
 namespace hetkv {
+using namespace engine;
 namespace {
 
 const char* kind_name(std::int32_t kind) {

@@ -9,6 +9,7 @@
 #include "engine/sender.h"
 
 namespace hetkv {
+using namespace engine;
 namespace {
 
 std::vector<std::uint8_t> to_vector(const py::bytes& bytes) {
@@ -48,7 +49,8 @@ std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_
   return out;
 }
 
-// Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transport/sender.py unpacks it.
+// Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transport/sender.py
+// unpacks it.
 py::tuple to_tuple(const Event& event) {
   return py::make_tuple(static_cast<int>(event.kind), event.handle, event.link, event.layer,
                         static_cast<int>(event.status.code), event.status.detail);

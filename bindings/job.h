@@ -21,7 +21,7 @@ struct OwnedSide {
   std::vector<std::int32_t> blocks;
   std::int64_t first_token = 0;
   std::int32_t first_head = 0;
-  RemapScales scales;
+  hetkv::remap::Scales scales;
 };
 
 struct OwnedJob {
@@ -30,15 +30,15 @@ struct OwnedJob {
   std::int32_t heads = 0;
   std::int32_t channels = 0;
   std::vector<float> multipliers;
-  WireSide wire = WireSide::kNone;
+  hetkv::remap::WireSide wire = hetkv::remap::WireSide::kNone;
   std::uint64_t wire_offset = 0;
   bool joint = false;
   std::uint64_t wire_scale_offset = 0;
 
   bool scaled() const { return src.scales.map.base != 0 || dst.scales.map.base != 0; }
 
-  RemapJob view() const {
-    RemapJob job;
+  hetkv::remap::Job view() const {
+    hetkv::remap::Job job;
     job.src = {src.map, src.map.block_size > 0 ? src.blocks.data() : nullptr, src.first_token, src.first_head};
     job.dst = {dst.map, dst.map.block_size > 0 ? dst.blocks.data() : nullptr, dst.first_token, dst.first_head};
     job.tokens = tokens;

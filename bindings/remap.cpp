@@ -25,10 +25,10 @@ void raise_input_error(const std::string& text) {
 
 namespace {
 
-using hetkv::RemapJob;
 using hetkv::require;
 using hetkv::SegmentMap;
-using hetkv::WireSide;
+using hetkv::remap::Job;
+using hetkv::remap::WireSide;
 using Job = hetkv::OwnedJob;
 using Side = hetkv::OwnedSide;
 
@@ -65,7 +65,7 @@ void check_side(const Side& side, const Job& job, const char* name) {
 void check_scales(const Job& job) {
   for (const Side* side : {&job.src, &job.dst}) {
     require(side->map.dtype != hetkv::DType::kUInt8, "uint8 has no scales and is never converted");
-    const hetkv::RemapScales& scales = side->scales;
+    const hetkv::remap::Scales& scales = side->scales;
     if (scales.map.base == 0) continue;
     require(scales.map.dtype == hetkv::DType::kFloat32 && scales.map.block_size == side->map.block_size,
             "scales are float32, in blocks as large as their side's");
@@ -82,11 +82,20 @@ void check_scales(const Job& job) {
 Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::int32_t channels,
              std::vector<float> multipliers, const std::string& wire, std::uint64_t wire_offset, bool joint,
              std::uint64_t wire_scale_offset) {
-  Job job{std::move(src),         std::move(dst),  tokens,      heads, channels,
-          std::move(multipliers), WireSide::kNone, wire_offset, joint, wire_scale_offset};
+  Job job{std::move(src),
+          std::move(dst),
+          tokens,
+          heads,
+          channels,
+          std::move(multipliers),
+          hetkv::remap::WireSide::kNone,
+          wire_offset,
+          joint,
+          wire_scale_offset};
   require(tokens >= 0 && heads >= 0 && channels >= 0, "tokens, heads and channels must not be negative");
   require(wire.empty() || wire == "source" || wire == "destination", "wire is 'source', 'destination' or ''");
-  if (!wire.empty()) job.wire = wire == "source" ? WireSide::kSource : WireSide::kDestination;
+  if (!wire.empty())
+    job.wire = wire == "source" ? hetkv::remap::WireSide::kSource : hetkv::remap::WireSide::kDestination;
   require(wire_offset % 8 == 0, "wire offset " + std::to_string(wire_offset) + " is not a multiple of 8");
   require(job.multipliers.empty() || job.multipliers.size() == static_cast<std::size_t>(heads),
           std::to_string(job.multipliers.size()) + " multipliers for " + std::to_string(heads) + " heads");
@@ -96,8 +105,8 @@ Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::i
   const bool converts = job.src.map.dtype != job.dst.map.dtype || !job.multipliers.empty();
   require(!converts || job.scaled() || (hetkv::is_float(job.src.map.dtype) && hetkv::is_float(job.dst.map.dtype)),
           "int8 and uint8 are moved, never converted: both sides need the same dtype and no multipliers");
-  if (job.wire != WireSide::kNone) {
-    const Side& side = job.wire == WireSide::kSource ? job.src : job.dst;
+  if (job.wire != hetkv::remap::WireSide::kNone) {
+    const Side& side = job.wire == hetkv::remap::WireSide::kSource ? job.src : job.dst;
     const SegmentMap want = hetkv::canonical_map(side.map.base, tokens, channels, side.map.dtype);
     require(side.map.block_size == 0 && side.first_token == 0 && side.first_head == 0 &&
                 side.map.head_stride == want.head_stride && side.map.token_stride == want.token_stride &&
@@ -134,10 +143,10 @@ SegmentMap map_of_layout(const py::object& layout, std::int32_t block_size, std:
 
 std::pair<std::uint64_t, std::uint64_t> remap(const std::vector<Job>& jobs, std::uint64_t seed, int threads) {
   const py::gil_scoped_release release;
-  std::vector<RemapJob> views;
+  std::vector<hetkv::remap::Job> views;
   views.reserve(jobs.size());
   for (const Job& job : jobs) views.push_back(job.view());
-  const hetkv::RemapResult result = hetkv::remap_cpu(views.data(), views.size(), seed, threads);
+  const hetkv::remap::Result result = hetkv::remap::remap_cpu(views.data(), views.size(), seed, threads);
   return {result.checksum, result.saturated};
 }
 
@@ -147,7 +156,7 @@ std::uint64_t checksum(const py::buffer& data, std::uint64_t offset, std::uint64
   require(info.ndim <= 1 && (info.size < 2 || info.strides[0] == info.itemsize), "the buffer must be contiguous");
   const auto bytes = static_cast<std::size_t>(info.size * info.itemsize);
   const py::gil_scoped_release release;
-  return hetkv::checksum_cpu(info.ptr, bytes, offset, seed);
+  return hetkv::remap::checksum_cpu(info.ptr, bytes, offset, seed);
 }
 
 py::buffer_info byte_buffer(const py::buffer& buffer, bool writable) {
@@ -162,7 +171,7 @@ void copy(const py::buffer& dst, const py::buffer& src, int threads) {
   const py::buffer_info from = byte_buffer(src, false);
   require(to.size == from.size, "copy from " + std::to_string(from.size) + " bytes to " + std::to_string(to.size));
   const py::gil_scoped_release release;
-  hetkv::copy_cpu(to.ptr, from.ptr, static_cast<std::size_t>(to.size), threads);
+  hetkv::remap::copy_cpu(to.ptr, from.ptr, static_cast<std::size_t>(to.size), threads);
 }
 
 }  // namespace
@@ -200,13 +209,13 @@ void bind_remap(py::module_& m) {
         "Payload checksum of a contiguous buffer whose first byte is byte `offset` of the payload.");
   m.def("copy", &copy, py::arg("dst"), py::arg("src"), py::arg("threads") = 1,
         "memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`.");
-  m.def("available_isas", &hetkv::available_isas, "Instruction sets that remap can use here, narrowest first.");
+  m.def("available_isas", &hetkv::remap::available_isas, "Instruction sets that remap can use here, narrowest first.");
   m.def(
       "select_isa",
       [](const std::string& name) {
-        const hetkv::Status status = hetkv::select_isa(name);
+        const hetkv::Status status = hetkv::remap::select_isa(name);
         require(status.ok(), status.detail);
       },
       py::arg("name"), "Makes remap use the named instruction set from now on.");
-  m.def("isa", [] { return std::string(hetkv::kernels().name); }, "The instruction set that remap uses.");
+  m.def("isa", [] { return std::string(hetkv::remap::kernels().name); }, "The instruction set that remap uses.");
 }

@@ -10,6 +10,7 @@
 namespace {
 
 using namespace hetkv;
+using namespace hetkv::engine;
 namespace wire = hetkv::wire;
 
 template <std::size_t N>
@@ -314,7 +315,7 @@ void bind_wire(py::module_& m) {
       "wire_checksum",
       [](const py::bytes& payload, std::uint64_t seed) {
         const std::string_view view = payload;
-        return checksum_cpu(view.data(), view.size(), 0, seed);
+        return hetkv::remap::checksum_cpu(view.data(), view.size(), 0, seed);
       },
       "payload"_a, "seed"_a, "Checksum of a whole payload.");
   m.def(

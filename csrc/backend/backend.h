@@ -84,12 +84,12 @@ struct HetkvIpcHandle {
   std::uint64_t length;    // of the allocation: opening it exposes all of that
 };
 
-// What a remap found: its RemapResult in parts, because thread blocks add up each number on its own.
+// What a remap found: its hetkv::remap::Result in parts, because thread blocks add up each number on its own.
 struct HetkvRemapResult {
   std::uint64_t low;   // sum of the lower halves of the checksums that were added
   std::uint64_t high;  // of the upper halves
   std::uint64_t saturated;
-  hetkv::RemapResult sum() const { return {low + (high << 32), saturated}; }
+  hetkv::remap::Result sum() const { return {low + (high << 32), saturated}; }
 };
 
 // Where a remap reports. Made by `slot_create`; used by one launch at a time, any number of times. `result` is written
@@ -103,7 +103,7 @@ struct HetkvRemapSlot {
 struct HetkvBackend {
   std::uint32_t abi;       // HETKV_BACKEND_ABI
   std::uint32_t size;      // sizeof(HetkvBackend)
-  std::uint32_t job_size;  // sizeof(hetkv::RemapJob): both sides were built from the same remap.h
+  std::uint32_t job_size;  // sizeof(hetkv::remap::Job): both sides were built from the same remap.h
   std::uint32_t reserved;
   const char* name;  // "cuda" or "hip"; also PyTorch's name of the device type, except that its HIP build says "cuda"
 
@@ -168,9 +168,9 @@ struct HetkvBackend {
   // device memory are read at full speed; in pinned host memory each thread block waits for the bus.
   // The padding of a wire destination up to a multiple of 8 bytes is set to zero. `max_blocks` bounds the thread blocks
   // that run at once, so that a caller can leave multiprocessors to others; 0: as many as fit.
-  // Jobs with scales (RemapJob::scaled) are kHetkvUnsupported; fills, whose source has strides of 0, are jobs like
-  // others. More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
-  std::int32_t (*remap)(void* stream, const hetkv::RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
+  // Jobs with scales (hetkv::remap::Job::scaled) are kHetkvUnsupported; fills, whose source has strides of 0, are jobs
+  // like others. More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
+  std::int32_t (*remap)(void* stream, const hetkv::remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
                         const HetkvRemapSlot* slot, std::int32_t max_blocks);
 
   // --- the host's part in a stream's order ---

@@ -27,7 +27,7 @@ const HetkvBackend* open_table(const std::string& path, std::string* why) {
   if (table == nullptr) {
     *why = path + " has no " HETKV_BACKEND_SYMBOL;
   } else if (table->abi != HETKV_BACKEND_ABI || table->size != sizeof(HetkvBackend) ||
-             table->job_size != sizeof(RemapJob)) {
+             table->job_size != sizeof(remap::Job)) {
     *why = path + " was built for another version of hetkv";
     table = nullptr;
   }

@@ -11,7 +11,7 @@
 #include "remap/remap.h"
 #include "wire/siphash.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 struct EngineConfig {
   std::size_t slot_bytes = 1 << 20;     // of one window slot, and of one staging buffer
@@ -37,9 +37,9 @@ struct SegmentPlan {
   std::int32_t channels = 0;
   DType wire_dtype = DType::kUInt8;
   std::vector<float> multipliers;  // per head of the route, pool -> wire for a sender, wire -> pool for a receiver
-  // Scales that are applied or found while this segment is converted (RemapJob). Scales that move as they are, bit for
-  // bit or times a constant, are a segment of their own instead.
-  RemapScales pool_scales;
+  // Scales that are applied or found while this segment is converted (remap::Job). Scales that move as they are, bit
+  // for bit or times a constant, are a segment of their own instead.
+  remap::Scales pool_scales;
   std::int32_t wire_scales = -1;  // index of the segment that is this one's scales on the wire; -1: none
   bool joint = false;
   bool carried = false;  // is the scales of another segment, whose job reads or writes this part of the payload too
@@ -100,4 +100,4 @@ struct LinkConfig {
   std::vector<LayerPlan> plans;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

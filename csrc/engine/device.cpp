@@ -1,6 +1,6 @@
 #include "engine/device.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 DeviceEvent::~DeviceEvent() {
   device_->return_event(timed_, handle_);
@@ -142,4 +142,4 @@ CaptureGuard::~CaptureGuard() {
   if (changed_) static_cast<void>(device_.backend().exchange_capture_mode(previous_, &ignored));
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -11,7 +11,7 @@
 #include "backend/backend.h"
 #include "status.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 class Device;
 
@@ -124,4 +124,4 @@ class CaptureGuard {
   bool changed_ = false;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

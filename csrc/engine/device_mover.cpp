@@ -2,7 +2,7 @@
 
 #include "engine/events.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::size_t kSlots = 32;  // made at the start; more are made when so many launches are in flight
@@ -121,7 +121,7 @@ Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
 Status DeviceMover::translate(RemapTask& task, void* stream) {
   jobs_ = task.jobs;
   for (auto& job : jobs_) {
-    for (RemapSide* side : {&job.src, &job.dst}) {
+    for (remap::Side* side : {&job.src, &job.dst}) {
       if (side->blocks == nullptr) continue;
       if (auto status = tables_->find(task.blocks, stream, &side->blocks); !status.ok()) return status;
     }
@@ -177,4 +177,4 @@ Status DeviceMover::take_slot(Slot** slot) {
   return {};
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -9,7 +9,7 @@
 #include "engine/device_tables.h"
 #include "engine/mover.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 class DeviceMover final : public Mover {
  public:
@@ -51,8 +51,8 @@ class DeviceMover final : public Mover {
   std::unique_ptr<DeviceTables> tables_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<Slot*> free_slots_;
-  std::vector<RemapJob> jobs_;  // of the launch being made
+  std::vector<remap::Job> jobs_;  // of the launch being made
   std::unordered_map<const RemapTask*, Launch> launches_;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::size_t kChunkBytes = 1 << 20;
@@ -102,4 +102,4 @@ void DeviceTables::sweep() {
   sweep_at_ = std::max<std::size_t>(64, 2 * entries_.size());
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

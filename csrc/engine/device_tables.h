@@ -11,7 +11,7 @@
 #include "engine/device.h"
 #include "engine/mover.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 class DeviceTables {
  public:
@@ -64,4 +64,4 @@ class DeviceTables {
   std::size_t sweep_at_ = 64;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <future>
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
@@ -32,7 +32,7 @@ Engine::~Engine() {
 }
 
 Status Engine::start() {
-  auto status = ucx::Worker::create(
+  auto status = transport::Worker::create(
       [this](std::uint64_t number, const std::uint8_t* data, std::size_t size) {
         // One that is too long is kept long enough to be refused as such.
         incoming_.push_back({number, {data, data + std::min(size, wire::kMaxMessageBytes + 8)}});
@@ -318,7 +318,7 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
       return;
     }
     auto made = std::make_shared<Link>(next_link_, std::move(config));
-    result = ucx::Endpoint::connect(*worker_, made->config.address, &made->endpoint);
+    result = transport::Endpoint::connect(*worker_, made->config.address, &made->endpoint);
     if (!result.ok()) return;
     *id = next_link_++;
     numbers_[made->config.number] = made.get();
@@ -388,4 +388,4 @@ void Engine::close_all(const Status& status) {
   incoming_.clear();
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

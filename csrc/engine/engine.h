@@ -18,7 +18,7 @@
 #include "engine/link.h"
 #include "engine/mover.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 struct EngineStats {
   std::atomic<std::uint64_t> frames{0};
@@ -108,7 +108,7 @@ class Engine {
   EngineStats stats_;
   EventQueue events_;
   Trace trace_;
-  std::unique_ptr<ucx::Worker> worker_;
+  std::unique_ptr<transport::Worker> worker_;
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
@@ -143,4 +143,4 @@ class Engine {
   std::uint32_t next_link_ = 1;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

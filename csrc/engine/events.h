@@ -12,7 +12,7 @@
 
 #include "status.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 inline std::uint64_t now_ns() {
   return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
@@ -95,4 +95,4 @@ class Trace {
   std::vector<Span> spans_;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

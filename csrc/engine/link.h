@@ -11,7 +11,7 @@
 #include "transport/ucx.h"
 #include "wire/message.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 // The code that a peer is told: what a device says is this side's own affair.
 inline Code wire_code(Code code) {
@@ -31,13 +31,13 @@ struct Link {
   const std::uint32_t id;  // on this side
   const LinkConfig config;
   LinkState state = LinkState::kOpening;
-  std::unique_ptr<ucx::Endpoint> endpoint;
+  std::unique_ptr<transport::Endpoint> endpoint;
   std::uint64_t send_sequence = 0;
   std::uint64_t receive_sequence = 0;
   std::uint64_t heard_ns = 0;
   std::uint64_t sent_ns = 0;
   std::uint64_t lost_ns = 0;
-  ucx::Op farewell;  // flush behind the goodbye
+  transport::Op farewell;  // flush behind the goodbye
 
   bool up() const { return state == LinkState::kUp; }
 
@@ -65,4 +65,4 @@ struct Link {
   }
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

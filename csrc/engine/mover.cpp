@@ -5,7 +5,7 @@
 #include "engine/events.h"
 #include "wire/message.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr float kOne = 1.0f;  // source of a fill, all strides 0
@@ -19,9 +19,9 @@ void clear_padding(const SegmentMap& wire, std::int64_t elements) {
                 static_cast<std::size_t>(8 - tail));
 }
 
-RemapJob fill_job(const LayerPlan& plan, const ScaleFill& fill, std::int64_t start, std::int64_t tokens,
-                  const std::int32_t* blocks) {
-  RemapJob job;
+remap::Job fill_job(const LayerPlan& plan, const ScaleFill& fill, std::int64_t start, std::int64_t tokens,
+                    const std::int32_t* blocks) {
+  remap::Job job;
   job.src.map.base = reinterpret_cast<std::uintptr_t>(&kOne);
   job.src.map.pack = fill.groups;
   job.src.map.dtype = DType::kFloat32;
@@ -46,24 +46,24 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
   for (std::size_t i = 0; i < plan.segments.size(); ++i) {
     const SegmentPlan& segment = plan.segments[i];
     if (segment.carried) continue;
-    const RemapSide pool{segment.pool, task->blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
-    const RemapSide wire{canonical_map(payload + offsets[i], tokens, segment.channels, segment.wire_dtype), nullptr, 0,
-                         0};
-    RemapJob job;
+    const remap::Side pool{segment.pool, task->blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
+    const remap::Side wire{canonical_map(payload + offsets[i], tokens, segment.channels, segment.wire_dtype), nullptr,
+                           0, 0};
+    remap::Job job;
     job.src = pack ? pool : wire;
     job.dst = pack ? wire : pool;
     job.tokens = tokens;
     job.heads = plan.heads();
     job.channels = segment.channels;
     job.multipliers = segment.multipliers.empty() ? nullptr : segment.multipliers.data();
-    job.wire = pack ? WireSide::kDestination : WireSide::kSource;
+    job.wire = pack ? remap::WireSide::kDestination : remap::WireSide::kSource;
     job.wire_offset = offsets[i];
     (pack ? job.src_scales : job.dst_scales) = segment.pool_scales;
     job.joint = segment.joint;
     if (segment.wire_scales >= 0) {
       const auto at = static_cast<std::size_t>(segment.wire_scales);
       const std::int32_t groups = plan.segments[at].channels;
-      RemapScales& scales = pack ? job.dst_scales : job.src_scales;
+      remap::Scales& scales = pack ? job.dst_scales : job.src_scales;
       scales.map = canonical_map(payload + offsets[at], tokens, groups, DType::kFloat32);
       scales.channels_per_scale = segment.channels / groups;
       job.wire_scale_offset = offsets[at];
@@ -77,16 +77,16 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
 
 void CpuMover::submit(RemapTask* task) {
   task->start_ns = now_ns();
-  for (const RemapJob& job : task->jobs) {
-    if (job.wire != WireSide::kDestination) continue;
+  for (const remap::Job& job : task->jobs) {
+    if (job.wire != remap::WireSide::kDestination) continue;
     const std::int64_t rows = job.tokens * job.heads;
     clear_padding(job.dst.map, rows * job.channels);
-    const RemapScales& scales = job.dst_scales;
+    const remap::Scales& scales = job.dst_scales;
     if (scales.map.base != 0) clear_padding(scales.map, rows * (job.channels / scales.channels_per_scale));
   }
-  task->result = remap_cpu(task->jobs.data(), task->jobs.size(), task->seed, threads_);
+  task->result = remap::remap_cpu(task->jobs.data(), task->jobs.size(), task->seed, threads_);
   task->stop_ns = now_ns();
   task->done = true;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

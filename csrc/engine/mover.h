@@ -8,14 +8,14 @@
 #include "engine/device.h"
 #include "remap/remap.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 // The block table of one request in one cache group. Shared with the tasks that read it, so that it outlives them.
 using BlockTable = std::shared_ptr<const std::vector<std::int32_t>>;
 
 // One frame's pack or unpack. Stays where it is until done.
 struct RemapTask {
-  std::vector<RemapJob> jobs;
+  std::vector<remap::Job> jobs;
   BlockTable blocks;
   After after;  // the caller's work that fills the pool; null where it has ended
   std::uint64_t seed = 0;
@@ -23,7 +23,7 @@ struct RemapTask {
   std::uint64_t copy_to = 0;
   std::uint64_t copy_from = 0;
   std::uint64_t copy_bytes = 0;
-  RemapResult result;
+  remap::Result result;
   Status status;  // of the device; the result counts only where it is ok
   bool done = false;
   std::uint64_t start_ns = 0;
@@ -55,4 +55,4 @@ class CpuMover final : public Mover {
   int threads_;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -9,7 +9,7 @@
 
 #include "wire/message.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 inline std::string range_text(std::uint64_t start, std::uint64_t stop) {
   return "[" + std::to_string(start) + ", " + std::to_string(stop) + ")";
@@ -30,4 +30,4 @@ inline bool add_range(std::vector<wire::TokenRange>& seen, wire::TokenRange adde
   return true;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -6,7 +6,7 @@
 
 #include "engine/ranges.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
     : Engine(config, std::move(mover), device),
@@ -276,4 +276,4 @@ Receiver::Request* Receiver::find(const wire::RequestId& id, std::uint64_t epoch
   return request.epoch == epoch ? &request : nullptr;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -15,7 +15,7 @@
 #include "engine/slots.h"
 #include "engine/stream_gates.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 // What to receive. `want` and `blocks` are per cache group; `blocks` cover `want` and hold each block once.
 struct Intake {
@@ -127,4 +127,4 @@ class Receiver final : public Engine {
   std::uint64_t grants_ = 0;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -5,7 +5,7 @@
 
 #include "engine/ranges.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
@@ -319,7 +319,7 @@ bool Sender::advance(Transfer& transfer) {
   }
   --lane.in_flight;
   if (link.up()) {
-    const ucx::Op& op = transfer.put.status != UCS_OK ? transfer.put : transfer.flush;
+    const transport::Op& op = transfer.put.status != UCS_OK ? transfer.put : transfer.flush;
     if (op.status != UCS_OK) {
       lose(link, Status::error(Code::kTransport, std::string("UCX put: ") + ucs_status_string(op.status)));
     } else if (lane.cancelled) {
@@ -372,4 +372,4 @@ void Sender::commit(Transfer& transfer) {
   release_idle(*lane.link);
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -14,7 +14,7 @@
 #include "engine/mover.h"
 #include "engine/windows.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 // What the sender holds of one request. `tokens` and `blocks` are per cache group.
 struct Submission {
@@ -111,8 +111,8 @@ class Sender final : public Engine {
     std::unique_ptr<OwnWindow> staging;  // null: packed straight into the window
     bool direct = true;                  // gets into the window by this side's own stores or copies, not by UCX
     bool ahead = false;                  // launched before the caller's work had ended
-    ucx::Op put;
-    ucx::Op flush;
+    transport::Op put;
+    transport::Op flush;
   };
   struct PendingTicket {
     std::shared_ptr<Link> link;
@@ -194,4 +194,4 @@ class Sender final : public Engine {
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is in flight
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace hetkv {
+namespace hetkv::engine {
 
 SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device)
     : slot_bytes_(slot_bytes),
@@ -10,11 +10,11 @@ SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared
       slots_(std::max<std::size_t>(budget_bytes / slot_bytes, 1)),
       free_(slots_.size()) {}
 
-Status SlotPool::reserve(ucx::Worker& worker, Where where) {
+Status SlotPool::reserve(transport::Worker& worker, Where where) {
   return OwnWindow::make(worker, device_, where, slot_bytes_, &slots_.front().memory);
 }
 
-Slot* SlotPool::lend(ucx::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status) {
+Slot* SlotPool::lend(transport::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status) {
   if (free_ == 0) return nullptr;
   // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory is of the
   // right kind; then one that has none yet.
@@ -86,4 +86,4 @@ void SlotPool::retire(std::uint32_t link) {
   }
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::size_t kPageBytes = 4096;
@@ -89,4 +89,4 @@ void StreamGates::release(Word word) {
   unused_.push_back(word);
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

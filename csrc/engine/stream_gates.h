@@ -12,7 +12,7 @@
 
 #include "engine/device.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 class StreamGates {
  public:
@@ -50,4 +50,4 @@ class StreamGates {
   std::vector<Word> unused_;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <random>
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr char kMagic[8] = {'h', 'e', 't', 'k', 'v', 'w', 'i', 'n'};
@@ -82,4 +82,4 @@ Status decode_key(const std::vector<std::uint8_t>& bytes, DeviceWindowKey* key) 
   return {};
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

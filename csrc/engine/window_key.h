@@ -10,7 +10,7 @@
 #include "backend/backend.h"
 #include "status.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 struct DeviceWindowKey {
   std::array<std::uint8_t, 16> process{};  // a number of the process that owns the window: see `this_process`
@@ -29,4 +29,4 @@ std::vector<std::uint8_t> encode_key(const DeviceWindowKey& key);
 // kMalformed where the bytes are no such key, kUnsupported where they are a later version of it.
 Status decode_key(const std::vector<std::uint8_t>& bytes, DeviceWindowKey* key);
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -5,7 +5,7 @@
 
 #include "engine/window_key.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 // Windows in device memory that this process owns: what one of its own senders may be granted without a handle.
@@ -31,7 +31,7 @@ ucs_memory_type_t memory_type(const HetkvBackend& backend) {
 
 }  // namespace
 
-Status OwnWindow::make(ucx::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
+Status OwnWindow::make(transport::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
                        std::unique_ptr<OwnWindow>* out) {
   std::unique_ptr<OwnWindow> self(new OwnWindow);
   self->where_ = where;
@@ -39,7 +39,7 @@ Status OwnWindow::make(ucx::Worker& worker, const std::shared_ptr<Device>& devic
   if (where == Where::kDevice) {
     if (auto status = self->make_device(worker, device); !status.ok()) return status;
   } else {
-    if (auto status = ucx::Memory::allocate(worker, bytes, &self->memory_); !status.ok()) return status;
+    if (auto status = transport::Memory::allocate(worker, bytes, &self->memory_); !status.ok()) return status;
     self->key_ = self->memory_->rkey();
     self->address_ = self->local_ = self->memory_->address();
     if (device != nullptr) {
@@ -51,7 +51,7 @@ Status OwnWindow::make(ucx::Worker& worker, const std::shared_ptr<Device>& devic
   return {};
 }
 
-Status OwnWindow::make_device(ucx::Worker& worker, const std::shared_ptr<Device>& device) {
+Status OwnWindow::make_device(transport::Worker& worker, const std::shared_ptr<Device>& device) {
   if (auto status = DeviceBuffer::device(device, bytes_, &buffer_); !status.ok()) return status;
   address_ = local_ = buffer_->address();
   const HetkvBackend& backend = device->backend();
@@ -61,7 +61,7 @@ Status OwnWindow::make_device(ucx::Worker& worker, const std::shared_ptr<Device>
   key.device = static_cast<std::uint32_t>(device->index());
   if (device->can(kHetkvCapIpc) && backend.ipc_export(buffer_->data(), &key.handle) != kHetkvOk) key.handle = {};
   const ucs_memory_type_t type = memory_type(backend);
-  if (worker.reaches(type) && ucx::Memory::map(worker, address_, bytes_, type, &memory_).ok()) {
+  if (worker.reaches(type) && transport::Memory::map(worker, address_, bytes_, type, &memory_).ok()) {
     key.ucx = memory_->rkey();
   }
   if (key.handle.length == 0 && key.ucx.empty()) {
@@ -79,12 +79,12 @@ OwnWindow::~OwnWindow() {
   own_windows().bytes.erase(address_);
 }
 
-Where staging_for(const ucx::Worker& worker, const Device* device, Where window, bool direct) {
+Where staging_for(const transport::Worker& worker, const Device* device, Where window, bool direct) {
   const bool reached = device != nullptr && (direct || worker.reaches(memory_type(device->backend())));
   return window == Where::kDevice && reached ? Where::kDevice : Where::kHost;
 }
 
-Status PeerWindow::open(ucx::Endpoint& endpoint, const std::shared_ptr<Device>& device,
+Status PeerWindow::open(transport::Endpoint& endpoint, const std::shared_ptr<Device>& device,
                         const std::vector<std::uint8_t>& key, std::uint64_t address, std::size_t bytes, bool direct,
                         std::unique_ptr<PeerWindow>* out) {
   std::unique_ptr<PeerWindow> self(new PeerWindow);
@@ -151,4 +151,4 @@ PeerWindow::~PeerWindow() {
   static_cast<void>(device_->backend().ipc_close(device_->index(), &handle_, opened_));
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

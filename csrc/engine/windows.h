@@ -9,7 +9,7 @@
 #include "engine/device.h"
 #include "transport/ucx.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 
 enum class Where : std::uint8_t { kHost = 0, kDevice = 1 };
 
@@ -25,7 +25,7 @@ enum class Reach : std::uint8_t {
 class OwnWindow {
  public:
   // `device`: the pool's, or null for a pool in host memory, which has windows there only.
-  static Status make(ucx::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
+  static Status make(transport::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
                      std::unique_ptr<OwnWindow>* out);
   ~OwnWindow();
   OwnWindow(const OwnWindow&) = delete;
@@ -43,7 +43,7 @@ class OwnWindow {
 
  private:
   OwnWindow() = default;
-  Status make_device(ucx::Worker& worker, const std::shared_ptr<Device>& device);
+  Status make_device(transport::Worker& worker, const std::shared_ptr<Device>& device);
   Where where_ = Where::kHost;
   std::size_t bytes_ = 0;
   std::uint64_t address_ = 0;
@@ -51,19 +51,19 @@ class OwnWindow {
   std::vector<std::uint8_t> key_;
   // In this order, so that the registrations go before the memory.
   std::unique_ptr<DeviceBuffer> buffer_;
-  std::unique_ptr<ucx::Memory> memory_;
+  std::unique_ptr<transport::Memory> memory_;
   std::unique_ptr<HostMapping> mapping_;
 };
 
 // Where a sender's staging must lie for such a window: where UCX can put from, or, with `direct`, where the device
 // copies from. `device` may be null.
-Where staging_for(const ucx::Worker& worker, const Device* device, Where window, bool direct);
+Where staging_for(const transport::Worker& worker, const Device* device, Where window, bool direct);
 
 // A peer's slot. Destroyed before its endpoint, and after the last store into it.
 class PeerWindow {
  public:
   // `direct`: store into it where that is possible; otherwise it is put into.
-  static Status open(ucx::Endpoint& endpoint, const std::shared_ptr<Device>& device,
+  static Status open(transport::Endpoint& endpoint, const std::shared_ptr<Device>& device,
                      const std::vector<std::uint8_t>& key, std::uint64_t address, std::size_t bytes, bool direct,
                      std::unique_ptr<PeerWindow>* out);
   ~PeerWindow();
@@ -74,7 +74,7 @@ class PeerWindow {
   std::size_t bytes() const { return bytes_; }
   Reach reach() const { return local_ == 0 ? Reach::kPut : where_ == Where::kHost ? Reach::kShared : Reach::kPeer; }
   std::uint64_t local() const { return local_; }  // where this side's remaps store; 0 where it is put into
-  const ucx::RemoteMemory& remote() const { return *remote_; }
+  const transport::RemoteMemory& remote() const { return *remote_; }
 
  private:
   PeerWindow() = default;
@@ -83,11 +83,11 @@ class PeerWindow {
   Where where_ = Where::kHost;
   std::size_t bytes_ = 0;
   std::uint64_t local_ = 0;
-  std::unique_ptr<ucx::RemoteMemory> remote_;  // null where the window is stored into and UCX has no key
+  std::unique_ptr<transport::RemoteMemory> remote_;  // null where the window is stored into and UCX has no key
   std::unique_ptr<HostMapping> mapping_;
   std::shared_ptr<Device> device_;  // of `opened_`
   HetkvIpcHandle handle_{};
   void* opened_ = nullptr;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -8,7 +8,7 @@
 
 #include "map.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 constexpr std::uint64_t kChecksumStep = 0x9E3779B97F4A7C15u;  // 2^64 / golden ratio, odd
 
@@ -21,4 +21,4 @@ HETKV_HD constexpr std::uint64_t checksum_mix(std::uint64_t word, std::uint64_t 
 // Sum of mix over `bytes` bytes at `data` whose first byte is byte `offset` of the payload (`offset` a multiple of 8).
 std::uint64_t checksum_cpu(const void* data, std::size_t bytes, std::uint64_t offset, std::uint64_t seed) noexcept;
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -5,7 +5,7 @@
 
 #include "remap/threads.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 struct Copy {
@@ -31,4 +31,4 @@ void copy_cpu(void* dst, const void* src, std::size_t bytes, int threads) noexce
   parallel(static_cast<int>(copy.parts), body, &copy);
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

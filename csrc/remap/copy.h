@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-namespace hetkv {
+namespace hetkv::remap {
 
 // Copies `bytes` bytes, an equal contiguous part on each of `threads` threads (the caller's own included).
 void copy_cpu(void* dst, const void* src, std::size_t bytes, int threads) noexcept;
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

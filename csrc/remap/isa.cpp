@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 int count_available(const Kernels* sets[3]) {
@@ -60,4 +60,4 @@ Status select_isa(const std::string& name) {
   return {};
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -8,7 +8,7 @@
 #include "remap/kernels.h"
 #include "status.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 // The kernels in use. The first call detects.
 const Kernels& kernels() noexcept;
@@ -19,4 +19,4 @@ std::vector<std::string> available_isas();
 // Uses the named set from now on, for tests and measurements. kInvalid where it is not available.
 Status select_isa(const std::string& name);
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

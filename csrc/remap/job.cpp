@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and the next fit the caches on both sides
@@ -16,14 +16,14 @@ Bytes* pointer(std::uint64_t at) {
   return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
 }
 
-Bytes* at(const RemapSide& side, std::int64_t token, std::int64_t head, std::int64_t channel) {
+Bytes* at(const Side& side, std::int64_t token, std::int64_t head, std::int64_t channel) {
   return pointer(address(side.map, side.blocks, side.first_token + token,
                          side.first_head + static_cast<std::int32_t>(head), static_cast<std::int32_t>(channel)));
 }
 
 // Tokens from `token` on whose addresses keep one stride: to the end of the block, and on through blocks that follow it
 // in memory where the stride goes on as well.
-std::int64_t affine_tokens(const RemapSide& side, std::int64_t token, std::int64_t limit) {
+std::int64_t affine_tokens(const Side& side, std::int64_t token, std::int64_t limit) {
   const SegmentMap& map = side.map;
   if (map.block_size == 0) return limit;
   token += side.first_token;
@@ -40,7 +40,7 @@ std::int64_t outer_step(const SegmentMap& map, std::int64_t inner, std::int64_t 
 
 }  // namespace
 
-JobRunner::JobRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t seed)
+JobRunner::JobRunner(const Job& job, const Kernels& kernels, std::uint64_t seed)
     : job_(job),
       kernels_(kernels),
       from_size_(item_size(job.src.map.dtype)),
@@ -71,7 +71,7 @@ void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t h
   pending_ = next(piece_);
 }
 
-void JobRunner::step(RemapResult& result) {
+void JobRunner::step(Result& result) {
   const Piece current = piece_;
   pending_ = next(piece_);
   run(current, pending_ ? &piece_ : nullptr, result);
@@ -86,7 +86,7 @@ void JobRunner::open_window() {
   // the whole block of few heads is taken instead.
   const SegmentMap& pool = job_.src.map.block_size > 0 ? job_.src.map : job_.dst.map;
   bool tokens_apart = pool.token_stride >= pool.head_stride;
-  for (const RemapSide* side : {&job_.src, &job_.dst}) {
+  for (const Side* side : {&job_.src, &job_.dst}) {
     const SegmentMap& map = side->map;
     if (map.block_size <= 1 || map.token_stride >= kLineBytes) continue;
     tokens_apart = false;
@@ -145,7 +145,7 @@ void JobRunner::plan(const Piece& piece) {
   }
 }
 
-void JobRunner::run(const Piece& piece, const Piece* after, RemapResult& result) {
+void JobRunner::run(const Piece& piece, const Piece* after, Result& result) {
   if (piece.tokens != plan_tokens_ || piece.heads != plan_heads_) plan(piece);
   const std::int64_t dst_ahead = after != nullptr ? after->dst - piece.dst : 0;
   const std::int64_t src_ahead = after != nullptr ? after->src - piece.src : 0;
@@ -224,4 +224,4 @@ std::uint64_t JobRunner::convert_tile(const Move& move, std::int64_t tokens, std
   return saturated;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

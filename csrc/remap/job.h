@@ -4,12 +4,12 @@
 #include "remap/plan.h"
 #include "remap/remap.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 class JobRunner {
  public:
   // The job outlives the runner.
-  JobRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t seed);
+  JobRunner(const Job& job, const Kernels& kernels, std::uint64_t seed);
 
   // Starts on tokens [token, token_end) of heads [head, head_end), both of the job.
   void start(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end);
@@ -26,7 +26,7 @@ class JobRunner {
   }
 
   // Moves one piece and adds to `result`.
-  void step(RemapResult& result);
+  void step(Result& result);
 
   // Every token of a head begins at a whole word of the payload, so any part of the job can be summed by itself.
   bool sums_in_parts() const { return job_.wire != WireSide::kNone && wire_token_ % 8 == 0; }
@@ -41,14 +41,14 @@ class JobRunner {
   void open_window();
   bool next(Piece& piece);
   void plan(const Piece& piece);
-  void run(const Piece& piece, const Piece* after, RemapResult& result);
+  void run(const Piece& piece, const Piece* after, Result& result);
   std::uint64_t sum(const Piece& piece) const;
   std::uint64_t convert(const Piece& piece, const Move& move) const;
   std::uint64_t convert_tiles(const Move& move, std::int64_t tokens, float multiplier) const;
   std::uint64_t convert_tile(const Move& move, std::int64_t tokens, std::int64_t outer, std::int64_t inner,
                              float multiplier) const;
 
-  const RemapJob& job_;
+  const Job& job_;
   const Kernels& kernels_;
   const std::int64_t from_size_, to_size_;
   const bool converts_;
@@ -73,4 +73,4 @@ class JobRunner {
   Axis token_axis_, outer_axis_, inner_axis_;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -7,7 +7,7 @@
 
 #include "map.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 using Bytes = unsigned char;
 constexpr int kNumValues = 8;  // DType codes 1 to 8: the floats, and int8 where it has scales
@@ -62,4 +62,4 @@ extern const Kernels kAvx512Kernels;  // AVX-512 F, BW, VL, DQ, VBMI
 // Checksum of fewer than 8 bytes, out of line for the wide translation units' tails.
 std::uint64_t checksum_word(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) noexcept;
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

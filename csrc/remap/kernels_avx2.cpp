@@ -9,7 +9,7 @@
 #include "remap/checksum.h"
 #include "remap/kernels.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 inline __m256i load256(const Bytes* at) {
@@ -168,11 +168,11 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
 }
 
 }  // namespace
-}  // namespace hetkv
+}  // namespace hetkv::remap
 
 #include "remap/kernels_simd.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 const Kernels kAvx2Kernels = make_kernels("avx2");
-}  // namespace hetkv
+}  // namespace hetkv::remap
 #endif

@@ -9,7 +9,7 @@
 #include "remap/checksum.h"
 #include "remap/kernels.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 struct V {
@@ -157,12 +157,12 @@ std::uint64_t copy_rows_sum(const Rows& rows, std::int64_t bytes, std::uint64_t 
 }
 
 }  // namespace
-}  // namespace hetkv
+}  // namespace hetkv::remap
 
 #include "remap/kernels_simd.h"
 #include "remap/lookup_avx512.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 const Kernels kAvx512Kernels = with_lookups(make_kernels("avx512"));
-}  // namespace hetkv
+}  // namespace hetkv::remap
 #endif

@@ -7,7 +7,7 @@
 #include "remap/kernels.h"
 #include "remap/transpose.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 std::uint64_t checksum_word(const Bytes* data, std::int64_t bytes, std::uint64_t index, std::uint64_t seed) noexcept {
   std::uint64_t word = 0;
@@ -108,4 +108,4 @@ constexpr Kernels make_kernels(std::index_sequence<kPair...>) {
 
 const Kernels kBaselineKernels = make_kernels(std::make_index_sequence<kNumValues * kNumValues>());
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -12,7 +12,7 @@
 #include "remap/kernels.h"
 #include "remap/transpose.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 using F = V::F;
@@ -230,4 +230,4 @@ constexpr Kernels make_kernels(const char* name) {
 }
 
 }  // namespace
-}  // namespace hetkv
+}  // namespace hetkv::remap

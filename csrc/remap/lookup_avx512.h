@@ -5,7 +5,7 @@
 
 #include "remap/kernels_simd.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 // What each code becomes: its low bytes, its high bytes where the target has two, and 0xFF where it saturates.
@@ -124,4 +124,4 @@ constexpr Kernels with_lookups(Kernels set) {
 }
 
 }  // namespace
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 // Calls body(dst, src) for every position of the outer axes.
@@ -136,4 +136,4 @@ std::uint64_t ConvertPlan::run(const Kernels& kernels, const Move& move, float m
   return saturated;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -5,7 +5,7 @@
 
 #include "remap/kernels.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 // One axis of a piece: its length and its step in bytes on both sides.
 struct Axis {
@@ -81,4 +81,4 @@ class ConvertPlan {
   int num_outer_ = 0;
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

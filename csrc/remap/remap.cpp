@@ -10,13 +10,13 @@
 #include "remap/scaled.h"
 #include "remap/threads.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 constexpr std::size_t kMaxGroup = 4;
 constexpr std::int64_t kBytesPerThread = 128 * 1024;
 
-std::int64_t bytes_of(const RemapJob& job) {
+std::int64_t bytes_of(const Job& job) {
   return job.tokens * job.heads * job.channels * std::max(item_size(job.src.map.dtype), item_size(job.dst.map.dtype));
 }
 
@@ -36,7 +36,7 @@ class DefaultRounding {
 };
 
 // Both sides keep the same tokens in the same blocks: packed or interleaved K and V.
-bool shares_blocks(const RemapSide& a, const RemapSide& b) {
+bool shares_blocks(const Side& a, const Side& b) {
   if (a.map.block_size == 0 || a.map.block_size != b.map.block_size || a.first_token != b.first_token) return false;
   const std::uint64_t apart = a.map.base > b.map.base ? a.map.base - b.map.base : b.map.base - a.map.base;
   return a.map.block_stride == b.map.block_stride && apart < static_cast<std::uint64_t>(a.map.block_stride);
@@ -45,20 +45,20 @@ bool shares_blocks(const RemapSide& a, const RemapSide& b) {
 // The work of all jobs on one scale of bytes, so that each thread takes one contiguous part of it.
 class Work {
  public:
-  Work(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, int threads)
+  Work(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads)
       : jobs_(jobs), num_jobs_(num_jobs), seed_(seed), kernels_(kernels()) {
     for (std::size_t i = 0; i < num_jobs; ++i) bytes_ += bytes_of(jobs[i]);
     parts_ = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(1, bytes_ / kBytesPerThread));
   }
 
-  RemapResult run() noexcept {
+  Result run() noexcept {
     if (parts_ == 1) {
       run_part(0);
     } else {
       const auto body = [](void* work, int part) noexcept { static_cast<Work*>(work)->run_part(part); };
       parallel(static_cast<int>(parts_), body, this);
     }
-    RemapResult result{checksum_, saturated_};
+    Result result{checksum_, saturated_};
     for (std::size_t i = 0; i < num_jobs_; ++i) result.checksum += sum_whole(jobs_[i]);
     return result;
   }
@@ -68,7 +68,7 @@ class Work {
     const DefaultRounding rounding;
     const std::int64_t from = bytes_ / parts_ * part;
     const std::int64_t to = part + 1 == parts_ ? bytes_ : bytes_ / parts_ * (part + 1);
-    RemapResult result;
+    Result result;
     std::int64_t first = 0;
     for (std::size_t i = 0; i < num_jobs_;) {
       const std::size_t count = group(i);
@@ -86,8 +86,8 @@ class Work {
   std::size_t group(std::size_t first) const {
     std::size_t count = 1;
     while (count < kMaxGroup && first + count < num_jobs_) {
-      const RemapJob& a = jobs_[first];
-      const RemapJob& b = jobs_[first + count];
+      const Job& a = jobs_[first];
+      const Job& b = jobs_[first + count];
       if (a.tokens != b.tokens || a.heads != b.heads || a.scaled() || b.scaled()) break;
       if (!shares_blocks(a.src, b.src) && !shares_blocks(a.dst, b.dst)) break;
       ++count;
@@ -97,7 +97,7 @@ class Work {
 
   // Bytes [from, to) of the group, cut at tokens, or at heads where there are too few tokens.
   void run_group(std::size_t first, std::size_t count, std::int64_t size, std::int64_t from, std::int64_t to,
-                 RemapResult& result) const {
+                 Result& result) const {
     const std::int64_t tokens = jobs_[first].tokens;
     const std::int64_t heads = jobs_[first].heads;
     const bool by_head = tokens < 64 * parts_ && heads >= parts_ && !jobs_[first].joint;
@@ -135,7 +135,7 @@ class Work {
   }
 
   // Payload parts whose tokens are not whole words, and scales, are summed once all of the job has been moved.
-  std::uint64_t sum_whole(const RemapJob& job) const {
+  std::uint64_t sum_whole(const Job& job) const {
     if (job.scaled()) return ScaledRunner(job, kernels_, seed_).sum_rest();
     if (job.wire == WireSide::kNone || JobRunner(job, kernels_, seed_).sums_in_parts()) return 0;
     const SegmentMap& wire = job.wire == WireSide::kSource ? job.src.map : job.dst.map;
@@ -144,7 +144,7 @@ class Work {
     return kernels_.checksum(data, bytes, job.wire_offset / 8, seed_);
   }
 
-  const RemapJob* jobs_;
+  const Job* jobs_;
   std::size_t num_jobs_;
   std::uint64_t seed_;
   const Kernels& kernels_;
@@ -156,8 +156,8 @@ class Work {
 
 }  // namespace
 
-RemapResult remap_cpu(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept {
+Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept {
   return Work(jobs, num_jobs, seed, threads).run();
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -7,10 +7,10 @@
 
 #include "map.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 // One side of a move. `blocks` points to int32 block ids that stay valid until the remap has completed.
-struct RemapSide {
+struct Side {
   SegmentMap map;
   const std::int32_t* blocks = nullptr;  // null where the map is not paged
   std::int64_t first_token = 0;          // index into the sequence, not into a block
@@ -22,7 +22,7 @@ enum class WireSide : std::uint8_t { kNone = 0, kSource = 1, kDestination = 2 };
 // The scales of one side, float32: element = code * scale. A map of their own, whose channels are the groups of
 // `channels_per_scale` channels each; block table, first token and first head are the side's. With head_stride 0 all
 // heads of the pool share them.
-struct RemapScales {
+struct Scales {
   SegmentMap map;  // base 0: this side has no scales, or they move in a job of their own
   std::int32_t channels_per_scale = 0;
 };
@@ -38,9 +38,9 @@ struct RemapScales {
 //   the destination has scales:     scale = scale_of(largest |src| * multiplier over the destination's group, ...)
 //                                   dst = convert(src * factor_of(multiplier, scale)), and the scale is written
 // int8 converts here; both dtypes are floats or int8. The channels of a group of one side divide those of the other.
-struct RemapJob {
-  RemapSide src;
-  RemapSide dst;
+struct Job {
+  Side src;
+  Side dst;
   std::int64_t tokens = 0;
   std::int32_t heads = 0;
   std::int32_t channels = 0;
@@ -49,14 +49,14 @@ struct RemapJob {
   // A wire side is always a canonical map whose base is the first byte of the job's part of the payload.
   WireSide wire = WireSide::kNone;
   std::uint64_t wire_offset = 0;  // of that part from the start of the payload, in bytes; a multiple of 8
-  RemapScales src_scales, dst_scales;
+  Scales src_scales, dst_scales;
   bool joint = false;                   // the destination's scales are one for all heads of the job, not one a head
   std::uint64_t wire_scale_offset = 0;  // as wire_offset, of the scales of the wire side, which are canonical too
 
   bool scaled() const { return src_scales.map.base != 0 || dst_scales.map.base != 0; }
 };
 
-struct RemapResult {
+struct Result {
   std::uint64_t checksum = 0;   // sum over all jobs; meaningful where every job has a wire side
   std::uint64_t saturated = 0;  // finite or infinite sources that did not fit the target and were clamped
 };
@@ -64,6 +64,6 @@ struct RemapResult {
 // Runs the jobs on up to `threads` threads (the caller's own included) and returns when all are done. `seed` keys the
 // checksum. Never allocates on the hot path for one thread; never throws. The jobs are trusted: bounds are the
 // caller's.
-RemapResult remap_cpu(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
+Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

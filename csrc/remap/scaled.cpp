@@ -7,20 +7,20 @@
 
 #include "convert.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 Bytes* pointer(std::uint64_t at) {
   return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
 }
 
-Bytes* at(const RemapSide& side, const SegmentMap& map, std::int64_t token, std::int64_t head, std::int64_t channel) {
+Bytes* at(const Side& side, const SegmentMap& map, std::int64_t token, std::int64_t head, std::int64_t channel) {
   return pointer(address(map, side.blocks, side.first_token + token, side.first_head + static_cast<std::int32_t>(head),
                          static_cast<std::int32_t>(channel)));
 }
 
 // Tokens from `token` to the end of its block.
-std::int64_t block_tokens(const RemapSide& side, std::int64_t token, std::int64_t limit) {
+std::int64_t block_tokens(const Side& side, std::int64_t token, std::int64_t limit) {
   if (side.map.block_size == 0) return limit;
   return std::min<std::int64_t>(limit, side.map.block_size - (side.first_token + token) % side.map.block_size);
 }
@@ -45,7 +45,7 @@ struct Channels {
 
 }  // namespace
 
-ScaledRunner::ScaledRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t seed)
+ScaledRunner::ScaledRunner(const Job& job, const Kernels& kernels, std::uint64_t seed)
     : job_(job),
       kernels_(kernels),
       seed_(seed),
@@ -68,7 +68,7 @@ ScaledRunner::ScaledRunner(const RemapJob& job, const Kernels& kernels, std::uin
 }
 
 void ScaledRunner::run(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end,
-                       RemapResult& result) const {
+                       Result& result) const {
   const bool scales = job_.dst_scales.map.base != 0;
   while (token < token_end) {
     std::int64_t tokens = std::min(step_tokens_, token_end - token);
@@ -80,7 +80,7 @@ void ScaledRunner::run(std::int64_t token, std::int64_t token_end, std::int64_t 
       if (!scales) apply(step, result);
     }
     if (sums_in_parts()) {
-      const RemapSide& wire = job_.wire == WireSide::kSource ? job_.src : job_.dst;
+      const Side& wire = job_.wire == WireSide::kSource ? job_.src : job_.dst;
       for (std::int64_t h = head; h < head_end; ++h) {
         const Bytes* first = at(wire, wire.map, token, h, 0);
         const auto offset = static_cast<std::uint64_t>(first - pointer(wire.map.base));
@@ -100,7 +100,7 @@ std::uint64_t ScaledRunner::sum_rest() const {
     const Bytes* codes = pointer((source ? job_.src : job_.dst).map.base);
     total += kernels_.checksum(codes, rows * wire_token_, job_.wire_offset / 8, seed_);
   }
-  const RemapScales& scales = source ? job_.src_scales : job_.dst_scales;
+  const Scales& scales = source ? job_.src_scales : job_.dst_scales;
   if (scales.map.base != 0) {
     const std::int64_t bytes = rows * (job_.channels / scales.channels_per_scale) * 4;
     total += kernels_.checksum(pointer(scales.map.base), bytes, job_.wire_scale_offset / 8, seed_);
@@ -108,7 +108,7 @@ std::uint64_t ScaledRunner::sum_rest() const {
   return total;
 }
 
-void ScaledRunner::apply(const Step& step, RemapResult& result) const {
+void ScaledRunner::apply(const Step& step, Result& result) const {
   float factors[kScaledTokens];
   for (std::int64_t c = 0; c < job_.channels; c += unit_) {
     multipliers(step, c, factors);
@@ -117,7 +117,7 @@ void ScaledRunner::apply(const Step& step, RemapResult& result) const {
 }
 
 // Finds the destination's scales of `heads` heads, one for all of them together, then the codes.
-void ScaledRunner::scale(const Step& step, std::int64_t heads, RemapResult& result) const {
+void ScaledRunner::scale(const Step& step, std::int64_t heads, Result& result) const {
   const float largest = largest_scaled(job_.dst.map.dtype);
   float scales[kScaledTokens], found[kScaledTokens], factors[kScaledTokens];
   for (std::int64_t group = 0; group < job_.channels; group += group_) {
@@ -209,4 +209,4 @@ std::uint64_t ScaledRunner::convert(const Step& step, std::int64_t channel, cons
   return saturated;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -4,7 +4,7 @@
 #include "remap/plan.h"
 #include "remap/remap.h"
 
-namespace hetkv {
+namespace hetkv::remap {
 
 constexpr std::int64_t kScaledTokens = 64;      // of one step, so that a step's rows stay in the first caches
 constexpr std::int64_t kScaledElements = 2048;  // of a tile, for a side whose channels do not lie together
@@ -12,11 +12,10 @@ constexpr std::int64_t kScaledElements = 2048;  // of a tile, for a side whose c
 class ScaledRunner {
  public:
   // The job outlives the runner.
-  ScaledRunner(const RemapJob& job, const Kernels& kernels, std::uint64_t seed);
+  ScaledRunner(const Job& job, const Kernels& kernels, std::uint64_t seed);
 
   // Tokens [token, token_end) of heads [head, head_end); a joint job is given all its heads. Adds to `result`.
-  void run(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end,
-           RemapResult& result) const;
+  void run(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end, Result& result) const;
 
   // Every token of a head begins at a whole word of the payload, so `run` sums the codes as it goes.
   bool sums_in_parts() const { return job_.wire != WireSide::kNone && wire_token_ % 8 == 0; }
@@ -30,15 +29,15 @@ class ScaledRunner {
     std::int64_t token, tokens, head;
   };
 
-  void scale(const Step& step, std::int64_t heads, RemapResult& result) const;
-  void apply(const Step& step, RemapResult& result) const;
+  void scale(const Step& step, std::int64_t heads, Result& result) const;
+  void apply(const Step& step, Result& result) const;
   void multipliers(const Step& step, std::int64_t channel, float* out) const;
   void amax(const Step& step, std::int64_t channel, float* out) const;
   std::uint64_t convert(const Step& step, std::int64_t channel, const float* factors) const;
   Rows rows(const Step& step, std::int64_t channel) const;
   Rows gather(const Rows& whole, Bytes* tile) const;
 
-  const RemapJob& job_;
+  const Job& job_;
   const Kernels& kernels_;
   const std::uint64_t seed_;
   const std::int64_t from_size_, to_size_;
@@ -50,4 +49,4 @@ class ScaledRunner {
   std::int64_t wire_token_ = 0;  // bytes of one token of one head in the payload
 };
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -8,7 +8,7 @@
 #include <new>
 #include <thread>
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 constexpr int kMaxWorkers = 63;
@@ -106,4 +106,4 @@ void parallel(int count, void (*body)(void* context, int index) noexcept, void* 
   for (int index = 0; index < count; ++index) body(context, index);
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::remap

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-namespace hetkv {
+namespace hetkv::remap {
 namespace {
 
 template <int kSize>
@@ -148,4 +148,4 @@ void transpose(const Rows& rows, std::int64_t cols) {
 #endif
 
 }  // namespace
-}  // namespace hetkv
+}  // namespace hetkv::remap

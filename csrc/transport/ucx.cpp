@@ -5,7 +5,7 @@
 #include <fstream>
 #include <string>
 
-namespace hetkv::ucx {
+namespace hetkv::transport {
 namespace {
 
 constexpr unsigned kMessageId = 1;
@@ -287,4 +287,4 @@ void Endpoint::close() {
   start(ucp_ep_close_nbx(handle_, &param), &close_);
 }
 
-}  // namespace hetkv::ucx
+}  // namespace hetkv::transport

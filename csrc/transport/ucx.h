@@ -13,7 +13,7 @@
 
 #include "status.h"
 
-namespace hetkv::ucx {
+namespace hetkv::transport {
 
 // One asynchronous operation. Must stay where it is until `done`.
 struct Op {
@@ -129,4 +129,4 @@ class Worker {
   MessageHandler handler_;
 };
 
-}  // namespace hetkv::ucx
+}  // namespace hetkv::transport

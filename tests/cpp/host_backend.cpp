@@ -63,7 +63,7 @@ extern "C" {
 __attribute__((visibility("default"))) const HetkvBackend* hetkv_backend() {
   static const HetkvBackend table = {HETKV_BACKEND_ABI,
                                      sizeof(HetkvBackend),
-                                     sizeof(hetkv::RemapJob),
+                                     sizeof(hetkv::remap::Job),
                                      0,
                                      "cuda",
                                      last_error,

@@ -28,7 +28,7 @@ HETKV_INLINE std::uint64_t token_offset(const Side& side, std::uint32_t token) {
 
 // Key of the wire word at `address`; see checksum_mix. Each token adds `job.token_key`.
 HETKV_INLINE std::uint64_t word_key(const Job& job, std::uint64_t seed, std::uint64_t address) {
-  return seed + (address / 8 + job.wire_origin) * kChecksumStep;
+  return seed + (address / 8 + job.wire_origin) * remap::kChecksumStep;
 }
 
 HETKV_INLINE std::uint64_t mix(std::uint64_t word, std::uint64_t key) {
@@ -42,7 +42,7 @@ HETKV_INLINE std::uint64_t sum(const Vector<kWords>& v, std::uint64_t key) {
   std::uint64_t total = 0;
   HETKV_UNROLL
   for (int i = 0; i < kWords / 2; ++i) {
-    total += mix(v.w[2 * i] | static_cast<std::uint64_t>(v.w[2 * i + 1]) << 32, key + i * kChecksumStep);
+    total += mix(v.w[2 * i] | static_cast<std::uint64_t>(v.w[2 * i + 1]) << 32, key + i * remap::kChecksumStep);
   }
   return total;
 }

@@ -122,7 +122,7 @@ HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell
   transpose<kTo>(mid, out);
   HETKV_UNROLL
   for (std::uint32_t i = 0; i < kGroup; ++i) store<2 * kTo>(at(!job.tokens_first, i), out[i]);
-  if (job.wire == WireSide::kNone) return true;
+  if (job.wire == remap::WireSide::kNone) return true;
   // Only the side of rows can be the wire's.
   std::uint64_t key = word_key(job, seed, first);
   HETKV_UNROLL
@@ -137,7 +137,7 @@ HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell
 HETKV_INLINE void move_cell_slowly(const Job& job, std::uint64_t seed, const Cell& cell, Partial& partial) {
   const int from_size = item_size(job.src.dtype);
   const int to_size = item_size(job.dst.dtype);
-  const int wire_size = job.wire == WireSide::kSource ? from_size : to_size;
+  const int wire_size = job.wire == remap::WireSide::kSource ? from_size : to_size;
   const float multiplier = job.multipliers != nullptr ? job.multipliers[cell.head] : 1.0f;
   const std::uint64_t wire_row = head_channel(job.tokens_first ? job.dst : job.src, cell.head, cell.channel);
   HETKV_ROLLED
@@ -160,10 +160,10 @@ HETKV_INLINE void move_cell_slowly(const Job& job, std::uint64_t seed, const Cel
       }
       store_element(dst + head_channel(job.dst, cell.head, channel), to_size, result);
       const int bits = 8 * wire_size * i % 64;
-      word |= static_cast<std::uint64_t>(job.wire == WireSide::kSource ? code : result) << bits;
+      word |= static_cast<std::uint64_t>(job.wire == remap::WireSide::kSource ? code : result) << bits;
       if (bits + 8 * wire_size < 64) continue;
-      if (job.wire != WireSide::kNone) partial.checksum += mix(word, key);
-      key += kChecksumStep;
+      if (job.wire != remap::WireSide::kNone) partial.checksum += mix(word, key);
+      key += remap::kChecksumStep;
       word = 0;
     }
   }

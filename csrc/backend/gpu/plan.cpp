@@ -22,7 +22,7 @@ std::uint32_t ceil_log2(std::uint64_t n) {
 }
 
 // All that an address is made of, above one channel's step, is a multiple of `unit` bytes.
-bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
+bool aligned(const remap::Side& side, std::int64_t channels, std::int64_t unit) {
   const SegmentMap& map = side.map;
   std::uint64_t bits = map.base | static_cast<std::uint64_t>(map.token_stride | map.head_stride);
   if (map.block_size > 0) bits |= static_cast<std::uint64_t>(map.block_stride);
@@ -31,7 +31,7 @@ bool aligned(const RemapSide& side, std::int64_t channels, std::int64_t unit) {
 }
 
 // One unsigned 32-bit number holds each stride: address.h.
-bool strides_fit(const RemapSide& side, std::int64_t channels) {
+bool strides_fit(const remap::Side& side, std::int64_t channels) {
   const SegmentMap& map = side.map;
   const auto fits = [](std::int64_t stride) { return stride >= 0 && stride <= std::int64_t{UINT32_MAX}; };
   return fits(map.token_stride) && fits(map.head_stride) && fits(map.inner_stride) &&
@@ -40,7 +40,7 @@ bool strides_fit(const RemapSide& side, std::int64_t channels) {
 }
 
 // Channels lie next to each other in runs of whole `elements`.
-bool has_runs(const RemapSide& side, std::int64_t channels, std::int64_t elements) {
+bool has_runs(const remap::Side& side, std::int64_t channels, std::int64_t elements) {
   const SegmentMap& map = side.map;
   return map.inner_stride == item_size(map.dtype) && channels % elements == 0 &&
          (map.pack >= channels || map.pack % elements == 0) &&
@@ -48,10 +48,10 @@ bool has_runs(const RemapSide& side, std::int64_t channels, std::int64_t element
 }
 
 // Groups of tokens lie next to each other inside a block.
-bool has_token_runs(const RemapSide& side, std::int64_t channels) {
+bool has_token_runs(const remap::Side& side, std::int64_t channels) {
   const SegmentMap& map = side.map;
   const std::int64_t size = item_size(map.dtype);
-  RemapSide rest = side;
+  remap::Side rest = side;
   rest.map.token_stride = 0;
   const std::int64_t unit = std::min<std::int64_t>(16, kGroup * size);
   return map.block_size > 0 && map.block_size % kGroup == 0 && map.token_stride == size &&
@@ -60,18 +60,18 @@ bool has_token_runs(const RemapSide& side, std::int64_t channels) {
 }
 
 // Items of `tile` tokens, the first of which begins `lead` tokens before the job, cross no block's end.
-bool is_tiled(const RemapSide& side, std::int64_t tile, std::int64_t lead) {
+bool is_tiled(const remap::Side& side, std::int64_t tile, std::int64_t lead) {
   return side.map.block_size == 0 || (side.map.block_size % tile == 0 && (side.first_token - lead) % tile == 0);
 }
 
 // What rows and cells share: whether tokens of an item lie in one block, and where the wire's words count from.
-void plan_items(const RemapJob& from, std::int64_t tile, std::int64_t lead, Job* job) {
+void plan_items(const remap::Job& from, std::int64_t tile, std::int64_t lead, Job* job) {
   job->src.tiled = is_tiled(from.src, tile, lead);
   job->dst.tiled = is_tiled(from.dst, tile, lead);
-  job->wire_origin -= (from.wire == WireSide::kSource ? job->src.base : job->dst.base) / 8;
+  job->wire_origin -= (from.wire == remap::WireSide::kSource ? job->src.base : job->dst.base) / 8;
 }
 
-Side plan_side(const RemapSide& from) {
+Side plan_side(const remap::Side& from) {
   const SegmentMap& map = from.map;
   Side side;
   side.base = map.base + static_cast<std::uint64_t>(from.first_head * map.head_stride);
@@ -95,7 +95,7 @@ Side plan_side(const RemapSide& from) {
 // Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut
 // into packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in
 // memory.
-bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job) {
+bool plan_rows(const remap::Job& from, Path path, std::int64_t elements, Job* job) {
   const std::int64_t vectors = from.channels / elements;
   std::int64_t lanes = vectors;
   std::uint32_t log_tokens = floor_log2(static_cast<std::uint64_t>(std::max<std::int64_t>(1, 32 / vectors)));
@@ -119,8 +119,8 @@ bool plan_rows(const RemapJob& from, Path path, std::int64_t elements, Job* job)
 
 // Cells begin at whole groups of the side whose tokens lie together. Neighbouring lanes take as many along the tokens
 // as make 64 bytes there, and channels for the rest.
-bool plan_cells(const RemapJob& from, bool tokens_first, Job* job) {
-  const RemapSide& turned = tokens_first ? from.src : from.dst;
+bool plan_cells(const remap::Job& from, bool tokens_first, Job* job) {
+  const remap::Side& turned = tokens_first ? from.src : from.dst;
   const std::int64_t lead = turned.first_token % kGroup;
   const std::int64_t groups = std::min<std::int64_t>(4, turned.map.block_size / kGroup);
   const std::uint32_t log_groups = floor_log2(static_cast<std::uint64_t>(groups));
@@ -138,16 +138,16 @@ bool plan_cells(const RemapJob& from, bool tokens_first, Job* job) {
   return true;
 }
 
-void plan_words(const RemapJob& from, Job* job) {
-  const RemapSide& canonical = from.wire == WireSide::kSource ? from.src : from.dst;
+void plan_words(const remap::Job& from, Job* job) {
+  const remap::Side& canonical = from.wire == remap::WireSide::kSource ? from.src : from.dst;
   job->path = Path::kWords;
   job->elements = static_cast<std::uint64_t>(from.tokens) * static_cast<std::uint64_t>(from.heads) *
                   static_cast<std::uint64_t>(from.channels);
   job->wide = job->elements >= static_cast<std::uint64_t>(kIndexLimit);
-  job->whole_words = from.wire == WireSide::kDestination && canonical.map.base % 8 == 0;
+  job->whole_words = from.wire == remap::WireSide::kDestination && canonical.map.base % 8 == 0;
 }
 
-void plan_job(const RemapJob& from, Job* job) {
+void plan_job(const remap::Job& from, Job* job) {
   job->src = plan_side(from.src);
   job->dst = plan_side(from.dst);
   job->multipliers = from.multipliers;
@@ -162,11 +162,12 @@ void plan_job(const RemapJob& from, Job* job) {
   if (from.tokens == 0 || from.heads == 0 || from.channels == 0) return;
 
   const std::int64_t size = item_size(from.src.map.dtype);
-  const SegmentMap& wire = from.wire == WireSide::kSource ? from.src.map : from.dst.map;
+  const SegmentMap& wire = from.wire == remap::WireSide::kSource ? from.src.map : from.dst.map;
   const std::int64_t token_bytes = from.channels * item_size(wire.dtype);
-  const bool sums = from.wire == WireSide::kNone || token_bytes % 8 == 0;
+  const bool sums = from.wire == remap::WireSide::kNone || token_bytes % 8 == 0;
   const bool fits = strides_fit(from.src, from.channels) && strides_fit(from.dst, from.channels);
-  if (from.wire != WireSide::kNone) job->token_key = static_cast<std::uint64_t>(token_bytes / 8) * kChecksumStep;
+  if (from.wire != remap::WireSide::kNone)
+    job->token_key = static_cast<std::uint64_t>(token_bytes / 8) * remap::kChecksumStep;
 
   const auto rows = [&](std::int64_t elements) {
     return sums && fits && has_runs(from.src, from.channels, elements) && has_runs(from.dst, from.channels, elements);
@@ -175,8 +176,8 @@ void plan_job(const RemapJob& from, Job* job) {
   if (!job->converts && rows(8 / size) && plan_rows(from, Path::kMove8, 8 / size, job)) return;
   if (job->converts && rows(kGroup) && plan_rows(from, Path::kConvert, kGroup, job)) return;
   for (const bool tokens_first : {true, false}) {
-    const RemapSide& turned = tokens_first ? from.src : from.dst;
-    const RemapSide& other = tokens_first ? from.dst : from.src;
+    const remap::Side& turned = tokens_first ? from.src : from.dst;
+    const remap::Side& other = tokens_first ? from.dst : from.src;
     if (sums && fits && has_token_runs(turned, from.channels) && has_runs(other, from.channels, kGroup) &&
         plan_cells(from, tokens_first, job)) {
       return;
@@ -187,19 +188,19 @@ void plan_job(const RemapJob& from, Job* job) {
 
 std::uint32_t chunks_of(const Job& job) {
   if (job.path != Path::kWords) return (job.items + kThreads - 1) / kThreads;
-  const DType dtype = job.wire == WireSide::kSource ? job.src.dtype : job.dst.dtype;
+  const DType dtype = job.wire == remap::WireSide::kSource ? job.src.dtype : job.dst.dtype;
   const std::uint64_t elements = std::uint64_t{kThreads} * kDepth * 8 / static_cast<std::uint64_t>(item_size(dtype));
   return static_cast<std::uint32_t>((job.elements + elements - 1) / elements);
 }
 
 }  // namespace
 
-bool can_plan(const RemapJob& job) {
+bool can_plan(const remap::Job& job) {
   constexpr std::int64_t limit = kIndexLimit / 2;
   return job.tokens < limit && job.src.first_token < limit && job.dst.first_token < limit;
 }
 
-Launch plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed) {
+Launch plan_launch(const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed) {
   Launch launch;
   launch.seed = seed;
   launch.num_jobs = static_cast<std::uint32_t>(std::min(num_jobs, kMaxLaunchJobs));

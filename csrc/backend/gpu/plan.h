@@ -51,7 +51,7 @@ struct Job {
   std::uint8_t log_lane_tokens = 0;  // tokens, or cells along the tokens, that neighbouring lanes take
   std::uint8_t lead = 0;             // cells: tokens of the first one that lie before the job's first
   Path path = Path::kWords;
-  WireSide wire = WireSide::kNone;
+  remap::WireSide wire = remap::WireSide::kNone;
   bool converts = false;
   bool tokens_first = false;  // cells: it is the source whose tokens lie together
   bool whole_words = false;   // words: the destination is the wire's and can be stored in words
@@ -60,7 +60,7 @@ struct Job {
   Side dst;
   std::uint64_t wire_origin = 0;  // 1 + index in the payload of the wire side's first word; rows, cells: of address 0
   std::uint64_t step_key = 0;     // rows: what the tokens from one vector of an item to its next add to a word's key
-  std::uint64_t token_key = 0;    // cells: what one token adds to it, words of a token * kChecksumStep
+  std::uint64_t token_key = 0;    // cells: what one token adds to it, words of a token * remap::kChecksumStep
   const float* multipliers = nullptr;
   std::uint64_t elements = 0;  // words: all of the job's
   FastDiv token_count;         // words
@@ -95,9 +95,9 @@ struct Scratch {
 };
 
 // Whether a kernel can index the job: its tokens and those before them are fewer than 2^30.
-bool can_plan(const RemapJob& job);
+bool can_plan(const remap::Job& job);
 
 // Plans up to kMaxLaunchJobs jobs from `jobs` on, each of which can be planned.
-Launch plan_launch(const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed);
+Launch plan_launch(const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed);
 
 }  // namespace hetkv::gpu

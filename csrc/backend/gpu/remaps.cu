@@ -53,10 +53,10 @@ std::int32_t slot_destroy(HetkvRemapSlot* slot) {
   return kHetkvOk;
 }
 
-std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
+std::int32_t remap(void* stream, const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
                    const HetkvRemapSlot* slot, std::int32_t max_blocks) {
   HETKV_ON(slot->device);
-  if (std::any_of(jobs, jobs + num_jobs, [](const RemapJob& job) { return job.scaled(); })) {
+  if (std::any_of(jobs, jobs + num_jobs, [](const remap::Job& job) { return job.scaled(); })) {
     return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
   }
   if (!std::all_of(jobs, jobs + num_jobs, can_plan)) return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");

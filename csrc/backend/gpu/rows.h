@@ -96,7 +96,7 @@ class ScatteredRows {
 // Key of the first vector's words.
 template <typename Rows>
 HETKV_INLINE std::uint64_t row_key(const Job& job, std::uint64_t seed, const Rows& src, const Rows& dst) {
-  return word_key(job, seed, job.wire == WireSide::kSource ? src[0] : dst[0]);
+  return word_key(job, seed, job.wire == remap::WireSide::kSource ? src[0] : dst[0]);
 }
 
 template <int kWords, typename Rows>
@@ -113,7 +113,7 @@ HETKV_INLINE void move_rows(const Job& job, std::uint64_t seed, const RowItem& a
   for (std::uint32_t k = 0; k < kDepth; ++k) {
     if (!at.has(k)) continue;
     store<kWords>(dst[k], v[k]);
-    if (job.wire != WireSide::kNone) partial.checksum += sum(v[k], key + k * job.step_key);
+    if (job.wire != remap::WireSide::kNone) partial.checksum += sum(v[k], key + k * job.step_key);
   }
 }
 
@@ -145,8 +145,8 @@ HETKV_INLINE std::uint32_t convert_rows(const Job& job, std::uint64_t seed, cons
     }
     store<2 * kTo>(dst[k], to);
     const std::uint64_t token_key = key + k * job.step_key;
-    if (job.wire == WireSide::kDestination) partial.checksum += sum(to, token_key);
-    if (job.wire == WireSide::kSource) partial.checksum += sum(from[k], token_key);
+    if (job.wire == remap::WireSide::kDestination) partial.checksum += sum(to, token_key);
+    if (job.wire == remap::WireSide::kSource) partial.checksum += sum(from[k], token_key);
   }
   return special;
 }
@@ -157,7 +157,7 @@ HETKV_INLINE void convert_specials(const Job& job, std::uint64_t seed, const Row
                                    std::uint32_t special, float multiplier, Partial& partial) {
   const int from_size = item_size(job.src.dtype);
   const int to_size = item_size(job.dst.dtype);
-  const int wire_size = job.wire == WireSide::kSource ? from_size : to_size;
+  const int wire_size = job.wire == remap::WireSide::kSource ? from_size : to_size;
   const std::uint64_t key = row_key(job, seed, src, dst);
   HETKV_ROLLED
   for (std::uint32_t k = 0; k < kDepth; ++k) {
@@ -174,10 +174,10 @@ HETKV_INLINE void convert_specials(const Job& job, std::uint64_t seed, const Row
       partial.saturated += static_cast<std::uint32_t>(converted >> 32);
       store_element(out + static_cast<std::uint64_t>(i * to_size), to_size, result);
       const int bits = 8 * wire_size * i % 64;
-      word |= static_cast<std::uint64_t>(job.wire == WireSide::kSource ? code : result) << bits;
+      word |= static_cast<std::uint64_t>(job.wire == remap::WireSide::kSource ? code : result) << bits;
       if (bits + 8 * wire_size < 64) continue;
-      if (job.wire != WireSide::kNone) partial.checksum += mix(word, word_key);
-      word_key += kChecksumStep;
+      if (job.wire != remap::WireSide::kNone) partial.checksum += mix(word, word_key);
+      word_key += remap::kChecksumStep;
       word = 0;
     }
   }

@@ -51,7 +51,7 @@ HETKV_INLINE void next(const Job& job, Position& at) {
 HETKV_INLINE void move_word(const Job& job, std::uint64_t seed, std::uint64_t word, Partial& partial) {
   const int from_size = item_size(job.src.dtype);
   const int to_size = item_size(job.dst.dtype);
-  const int size = job.wire == WireSide::kSource ? from_size : to_size;  // of the side whose words are counted
+  const int size = job.wire == remap::WireSide::kSource ? from_size : to_size;  // of the side whose words are counted
   const int per_word = 8 / size;
   const std::uint64_t first = word * static_cast<std::uint64_t>(per_word);
   if (first >= job.elements) return;
@@ -66,15 +66,15 @@ HETKV_INLINE void move_word(const Job& job, std::uint64_t seed, std::uint64_t wo
       result = static_cast<std::uint32_t>(converted);
       partial.saturated += static_cast<std::uint32_t>(converted >> 32);
     }
-    value |= static_cast<std::uint64_t>(job.wire == WireSide::kSource ? code : result) << (8 * size * i);
+    value |= static_cast<std::uint64_t>(job.wire == remap::WireSide::kSource ? code : result) << (8 * size * i);
     if (!job.whole_words) {
       store_element(element_address(job.dst, at), to_size, result);
     }
     next(job, at);
   }
-  if (job.wire == WireSide::kNone) return;
-  partial.checksum += mix(value, seed + (job.wire_origin + word) * kChecksumStep);
-  if (job.wire == WireSide::kSource) return;
+  if (job.wire == remap::WireSide::kNone) return;
+  partial.checksum += mix(value, seed + (job.wire_origin + word) * remap::kChecksumStep);
+  if (job.wire == remap::WireSide::kSource) return;
   const std::uint64_t dst = job.dst.base + 8 * word;
   if (job.whole_words) {
     store<2>(dst, {{static_cast<std::uint32_t>(value), static_cast<std::uint32_t>(value >> 32)}});

@@ -33,14 +33,14 @@ inline std::uint32_t load(std::uint64_t from, int size) {
   return code;
 }
 
-inline void run_job(const RemapJob& job, std::uint64_t seed, RemapResult* result) {
+inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::remap::Result* result) {
   const DType from = job.src.map.dtype;
   const DType to = job.dst.map.dtype;
   const bool moves = from == to && job.multipliers == nullptr;
   for (std::int32_t head = 0; head < job.heads; ++head) {
     for (std::int64_t token = 0; token < job.tokens; ++token) {
       for (std::int32_t channel = 0; channel < job.channels; ++channel) {
-        const auto at = [&](const RemapSide& side) {
+        const auto at = [&](const hetkv::remap::Side& side) {
           return address(side.map, side.blocks, side.first_token + token, side.first_head + head, channel);
         };
         std::uint32_t code = load(at(job.src), item_size(from));
@@ -54,32 +54,33 @@ inline void run_job(const RemapJob& job, std::uint64_t seed, RemapResult* result
       }
     }
   }
-  if (job.wire == WireSide::kNone) return;
-  const SegmentMap& wire = job.wire == WireSide::kDestination ? job.dst.map : job.src.map;
+  if (job.wire == hetkv::remap::WireSide::kNone) return;
+  const SegmentMap& wire = job.wire == hetkv::remap::WireSide::kDestination ? job.dst.map : job.src.map;
   const std::int64_t bytes = job.tokens * job.heads * job.channels * item_size(wire.dtype);
   for (std::int64_t at = 0; at < bytes; at += 8) {
     std::uint64_t word = 0;
     auto* data = reinterpret_cast<std::uint8_t*>(wire.base + static_cast<std::uint64_t>(at));
     std::memcpy(&word, data, static_cast<std::size_t>(std::min<std::int64_t>(8, bytes - at)));
-    if (job.wire == WireSide::kDestination) std::memcpy(data, &word, 8);
-    result->checksum += checksum_mix(word, (job.wire_offset + static_cast<std::uint64_t>(at)) / 8, seed);
+    if (job.wire == hetkv::remap::WireSide::kDestination) std::memcpy(data, &word, 8);
+    result->checksum += hetkv::remap::checksum_mix(word, (job.wire_offset + static_cast<std::uint64_t>(at)) / 8, seed);
   }
 }
 
-inline std::int32_t remap(void* stream, const RemapJob* jobs, std::size_t num_jobs, std::uint64_t seed,
+inline std::int32_t remap(void* stream, const hetkv::remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
                           const HetkvRemapSlot* slot, std::int32_t) {
   const int turn = ++remaps;
   if (option("refuse-remap") == turn) return fail(kHetkvFailed, "launch refused");
   auto* result = const_cast<HetkvRemapResult*>(slot->result);
   const bool breaks = option("fail-remap") > 0 && turn >= option("fail-remap");
-  static_cast<Stream*>(stream)->put([work = std::vector<RemapJob>(jobs, jobs + num_jobs), seed, result, breaks] {
-    if (const long us = option("slow"); us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
-    if (breaks) broken = true;
-    if (broken) return;
-    RemapResult sum;
-    for (const RemapJob& job : work) run_job(job, seed, &sum);
-    *result = {sum.checksum, 0, sum.saturated};
-  });
+  static_cast<Stream*>(stream)->put(
+      [work = std::vector<hetkv::remap::Job>(jobs, jobs + num_jobs), seed, result, breaks] {
+        if (const long us = option("slow"); us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
+        if (breaks) broken = true;
+        if (broken) return;
+        hetkv::remap::Result sum;
+        for (const hetkv::remap::Job& job : work) run_job(job, seed, &sum);
+        *result = {sum.checksum, 0, sum.saturated};
+      });
   return kHetkvOk;
 }
 

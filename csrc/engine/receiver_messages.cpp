@@ -4,7 +4,7 @@
 
 #include "engine/receiver.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 // Bytes of slots in a grant: a message stays within one fragment of any transport, so that none overtakes.
@@ -230,4 +230,4 @@ void Receiver::on_ended() {
   if (gates_) gates_->close_all();
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine

@@ -5,7 +5,7 @@
 #include "engine/ranges.h"
 #include "engine/sender.h"
 
-namespace hetkv {
+namespace hetkv::engine {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
@@ -404,4 +404,4 @@ Sender::Request* Sender::find(const wire::RequestId& id) {
   return found == handles_.end() ? nullptr : &requests_.at(found->second);
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::engine
