@@ -8,6 +8,8 @@
 namespace hetkv::transport {
 namespace {
 
+constexpr unsigned kApiMajor = 1;  // the oldest UCX that hetkv runs on: hetkv/ucx.py
+constexpr unsigned kApiMinor = 18;
 constexpr unsigned kMessageId = 1;
 constexpr int kNewestAddressVersion = 1;  // low four bits of a worker address
 
@@ -81,7 +83,7 @@ Status Worker::create(MessageHandler handler, std::unique_ptr<Worker>* out) {
   params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
   params.name = "hetkv";
   ucp_context_h context = nullptr;
-  const auto initialised = ucp_init(&params, config, &context);
+  const auto initialised = ucp_init_version(kApiMajor, kApiMinor, &params, config, &context);
   ucp_config_release(config);
   if (initialised != UCS_OK) return ucx_error("UCX start", initialised);
   self->context_.reset(context, ucp_cleanup);

@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
             "hetkv": hetkv.__version__,
             "python": platform.python_version(),
             "kernel": platform.release(),
-            **{name: found for name in ("torch", "libucx-cu13") if (found := _installed(name))},
+            **{name: found for name in ("torch", "libucx-cu13", "libucx-cu12") if (found := _installed(name))},
         },
         **({"gpus": cards} if (cards := gpus()) else {}),
         "commit": commit(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from hetkv.errors import HetkvError
 
@@ -26,20 +24,17 @@ class UcxToolError(HetkvError):
 
 
 def tool(name: str) -> tuple[str, dict[str, str]]:
-    """Path of a UCX program and the environment it runs in: the libucx wheel's, else the system's."""
+    """Path of a program of the UCX in use and the environment it runs in; else the one of that name in PATH."""
+    from hetkv.core import ucx
+
     environment = dict(os.environ)
-    for wheel in ("libucx-cu13", "libucx-cu12"):
-        try:
-            root = Path(str(importlib.metadata.distribution(wheel).locate_file("libucx")))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if (root / "bin" / name).exists():
-            paths = [str(root / "lib"), environment.get("LD_LIBRARY_PATH", "")]
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-            return str(root / "bin" / name), environment
+    if program := ucx.tool(name):
+        paths = [str(ucx.path.parent), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+        return str(program), environment
     found = shutil.which(name)
     if found is None:
-        raise UcxToolError(f"{name} is in neither the libucx wheel nor PATH")
+        raise UcxToolError(f"{name} is neither beside the UCX in use ({ucx.path}) nor in PATH")
     return found, environment
 
 
@@ -56,10 +51,9 @@ def info(*options: str) -> str:
 
 def version() -> str:
     """Version of the UCX that is in use."""
-    found = re.search(r"Library version: (\S+)", info("-v"))
-    if found is None:
-        raise UcxToolError("ucx_info -v names no library version")
-    return found[1]
+    from hetkv.core import ucx
+
+    return ".".join(map(str, ucx.version))
 
 
 def put_gb_s(
