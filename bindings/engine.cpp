@@ -49,6 +49,11 @@ std::vector<wire::TokenRange> to_ranges(const std::vector<std::pair<std::uint64_
   return out;
 }
 
+std::optional<wire::Content> to_content(const std::optional<py::bytes>& content) {
+  if (!content) return std::nullopt;
+  return to_array<16>(*content, "content");
+}
+
 // Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transport/sender.py
 // unpacks it.
 py::tuple to_tuple(const Event& event) {
@@ -204,12 +209,13 @@ void bind_engine(py::module_& m) {
       .def("payload_bytes", &LayerPlan::payload_bytes, py::arg("tokens"));
 
   py::class_<LinkConfig>(m, "LinkConfig")
-      .def(py::init([](const py::bytes& address, std::uint64_t number, const py::bytes& send_key,
+      .def(py::init([](const py::bytes& address, std::uint64_t number, std::uint8_t minor, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
                        bool rdma_windows) {
              return LinkConfig{to_vector(address),
                                number,
+                               minor,
                                to_array<16>(send_key, "send_key"),
                                to_array<16>(receive_key, "receive_key"),
                                std::move(name),
@@ -219,8 +225,8 @@ void bind_engine(py::module_& m) {
                                rdma_windows,
                                std::move(plans)};
            }),
-           py::kw_only(), py::arg("address"), py::arg("number"), py::arg("send_key"), py::arg("receive_key"),
-           py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
+           py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
+           py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false);
 
   EngineClass<Sender> sender(m, "Sender");
@@ -230,10 +236,11 @@ void bind_engine(py::module_& m) {
       .def(
           "submit",
           [](Sender& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& tokens,
-             const std::vector<py::buffer>& blocks, std::uint64_t hold_ms) {
-            return self.submit({to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms});
+             const std::vector<py::buffer>& blocks, std::uint64_t hold_ms, const std::optional<py::bytes>& content) {
+            return self.submit(
+                {to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms, to_content(content)});
           },
-          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"),
+          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"), py::arg("content") = py::none(),
           "Handle of the request; 0: the engine has ended.")
       .def(
           "extend",
@@ -268,12 +275,13 @@ void bind_engine(py::module_& m) {
       .def(
           "receive",
           [](Receiver& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& want,
-             const std::vector<py::buffer>& blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms) {
-            return self.receive(
-                {to_array<16>(id, "request id"), to_ranges(want), to_tables(blocks), std::move(links), lease_ms});
+             const std::vector<py::buffer>& blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms,
+             const std::optional<py::bytes>& content) {
+            return self.receive({to_array<16>(id, "request id"), to_ranges(want), to_tables(blocks), std::move(links),
+                                 lease_ms, to_content(content)});
           },
           py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"),
-          "Handle of the request; 0: the engine has ended.")
+          py::arg("content") = py::none(), "Handle of the request; 0: the engine has ended.")
       .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
       .def("epoch", &Receiver::epoch, py::arg("handle"), py::call_guard<py::gil_scoped_release>(),
            "For tests: the epoch of a request's ticket; 0 where it has ended.")

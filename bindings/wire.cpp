@@ -85,6 +85,7 @@ using Pairs = std::vector<std::pair<std::uint64_t, std::uint64_t>>;
 
 void from_dict(const py::dict& fields, wire::Ticket* body) {
   body->lease_ms = field<std::uint32_t>(fields, "lease_ms");
+  if (fields.contains("content")) body->content = array_of<16>(field<py::bytes>(fields, "content"), "content");
   for (const auto& [start, stop] : field<Pairs>(fields, "groups")) body->groups.push_back({start, stop});
 }
 
@@ -93,6 +94,7 @@ py::dict to_dict(const wire::Ticket& body) {
   for (const auto& range : body.groups) groups.emplace_back(range.start, range.stop);
   py::dict out;
   out["lease_ms"] = body.lease_ms;
+  if (body.content) out["content"] = bytes_of(*body.content);
   out["groups"] = py::tuple(py::cast(groups));
   return out;
 }
@@ -173,6 +175,7 @@ std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dic
     case wire::Type::kFrame:
       return encode_as<wire::Frame>(prelude, fields, key);
     case wire::Type::kTicket:
+    case wire::Type::kBoundTicket:
       return encode_as<wire::Ticket>(prelude, fields, key);
     case wire::Type::kGrant:
       return encode_as<wire::Grant>(prelude, fields, key);
@@ -207,6 +210,7 @@ Status decode_any(wire::Type type, std::string_view message, py::object* fields)
     case wire::Type::kFrame:
       return decode_as<wire::Frame>(message, fields);
     case wire::Type::kTicket:
+    case wire::Type::kBoundTicket:
       return decode_as<wire::Ticket>(message, fields);
     case wire::Type::kGrant:
       return decode_as<wire::Grant>(message, fields);

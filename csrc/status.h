@@ -20,7 +20,8 @@ enum class Code : std::uint8_t {
   kAborted = 9,       // AbortedError: one side gave the request up
   kTransport = 10,    // TransportError: UCX reported an error
   kClosed = 11,       // ClosedError: the sender or receiver was closed
-  kDevice = 12,       // DeviceError: a GPU or its driver refused; on the wire it is kTransport
+  kContent = 12,      // ContentError: the two sides of a request are not of one content
+  kDevice = 13,       // DeviceError: a GPU or its driver refused; on the wire it is kTransport
 };
 
 struct [[nodiscard]] Status {

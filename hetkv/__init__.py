@@ -28,6 +28,7 @@ _MODULES = {
     "Sender": "transport.sender",
     "Shard": "kv.spec",
     "TransferConfig": "transport.config",
+    "content_digest": "transport.content",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Shard",
     "TransferConfig",
     "__version__",
+    "content_digest",
 ]
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from hetkv.kv.scale import ScaleLayout
     from hetkv.kv.spec import KVSpec, LayerSpec, Shard
     from hetkv.transport.config import TransferConfig
+    from hetkv.transport.content import content_digest
     from hetkv.transport.exchange import Exchange
     from hetkv.transport.receiver import Receiver, RecvHandle
     from hetkv.transport.sender import Sender, SendHandle

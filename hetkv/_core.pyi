@@ -174,6 +174,7 @@ class LinkConfig:
         *,
         address: bytes,
         number: int,
+        minor: int,
         send_key: bytes,
         receive_key: bytes,
         name: str,
@@ -213,7 +214,12 @@ class _Engine:
 
 class Sender(_Engine):
     def submit(
-        self, id: bytes, tokens: Sequence[tuple[int, int]], blocks: Sequence[array[int]], hold_ms: int
+        self,
+        id: bytes,
+        tokens: Sequence[tuple[int, int]],
+        blocks: Sequence[array[int]],
+        hold_ms: int,
+        content: bytes | None = None,
     ) -> int: ...
     def extend(self, handle: int, group: int, blocks: array[int]) -> None: ...
     def send_layer(self, handle: int, layer: int, start: int, stop: int, stream: int | None = None) -> None: ...
@@ -228,6 +234,7 @@ class Receiver(_Engine):
         blocks: Sequence[array[int]],
         links: Sequence[int],
         lease_ms: int,
+        content: bytes | None = None,
     ) -> int: ...
     def epoch(self, handle: int) -> int: ...
     def wait_stream(self, handle: int, layer: int, stream: int) -> None: ...

@@ -77,6 +77,10 @@ class ProtocolError(TransferError):
     """The peer sent what the request or the link does not allow."""
 
 
+class ContentError(TransferError):
+    """The two sides' requests of one id are not of one content: other tokens, images, adapters. Nothing was sent."""
+
+
 class LeaseExpiredError(TransferError):
     """The request was not complete when its lease ran out, or no receiver asked for it in time."""
 
@@ -113,7 +117,8 @@ _BY_CODE: dict[int, type[HetkvError]] = {
     9: AbortedError,
     10: TransportError,
     11: ClosedError,
-    12: DeviceError,
+    12: ContentError,
+    13: DeviceError,
 }
 
 

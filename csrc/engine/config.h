@@ -90,6 +90,7 @@ struct LayerPlan {
 struct LinkConfig {
   std::vector<std::uint8_t> address;  // of the peer's UCX worker
   std::uint64_t number = 0;           // of the link, equal on both sides; travels in the header of each message
+  std::uint8_t minor = 0;             // version of the link: the lower one of the two sides
   SipKey send_key{};
   SipKey receive_key{};
   std::string name;                  // of the peer, `instance/rank`

@@ -13,8 +13,11 @@
 
 namespace hetkv::engine {
 
-// The code that a peer is told: what a device says is this side's own affair.
-inline Code wire_code(Code code) {
+constexpr std::uint8_t kContentSince = 2;  // minor version from which tickets have contents
+
+// The code that a peer of a link is told: what a device says is this side's own affair.
+inline Code wire_code(Code code, std::uint8_t minor) {
+  if (code == Code::kContent && minor < kContentSince) return Code::kProtocol;
   return code == Code::kDevice ? Code::kTransport : code;
 }
 

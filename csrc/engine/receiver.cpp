@@ -68,7 +68,7 @@ std::uint64_t Receiver::receive(Intake intake) {
       for (const auto& plan : part.link->config.plans) {
         request.layers[plan.layer] += request.want[plan.group].stop - request.want[plan.group].start;
       }
-      send(*part.link, prelude, wire::Ticket{intake.lease_ms, request.want});
+      send(*part.link, prelude, wire::Ticket{intake.lease_ms, intake.content, request.want});
     }
     for (const auto& [layer, missing] : request.layers) {
       if (missing == 0) tell(EventKind::kLayer, handle, static_cast<std::int32_t>(layer));

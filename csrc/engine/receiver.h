@@ -6,6 +6,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -22,8 +23,9 @@ struct Intake {
   wire::RequestId id{};
   std::vector<wire::TokenRange> want;
   std::vector<std::vector<std::int32_t>> blocks;
-  std::vector<std::uint32_t> links;  // who sends a part of it
-  std::uint32_t lease_ms = 0;        // the request must be complete within
+  std::vector<std::uint32_t> links;      // who sends a part of it
+  std::uint32_t lease_ms = 0;            // the request must be complete within
+  std::optional<wire::Content> content;  // the senders reject the ticket where theirs is another one
 };
 
 class Receiver final : public Engine {

@@ -171,7 +171,8 @@ void Receiver::fail(Request& request, Status status, const Link* told_by) {
   for (auto& part : request.parts) {
     if (part.remaining > 0) close_part(part);
     if (part.link.get() != told_by && part.link->up() && !part.done) {
-      send(*part.link, prelude, wire::Abort{wire_code(request.failure.code), request.failure.detail});
+      send(*part.link, prelude,
+           wire::Abort{wire_code(request.failure.code, part.link->config.minor), request.failure.detail});
     }
   }
 }

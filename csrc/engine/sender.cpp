@@ -37,6 +37,7 @@ std::uint64_t Sender::submit(Submission submission) {
     request.handle = handle;
     request.id = submission.id;
     request.tokens = std::move(submission.tokens);
+    request.content = submission.content;
     for (auto& blocks : submission.blocks) {
       request.blocks.push_back(std::make_shared<const std::vector<std::int32_t>>(std::move(blocks)));
     }

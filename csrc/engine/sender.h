@@ -6,6 +6,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -22,7 +23,8 @@ struct Submission {
   std::vector<wire::TokenRange> tokens;           // what may be asked for: from the first token whose block ids count
                                                   // to all that the request will have when it is computed
   std::vector<std::vector<std::int32_t>> blocks;  // block ids in token order; may grow by `extend`
-  std::uint64_t hold_ms = 0;  // blocks are held this long for tickets and their completion; 0: no limit
+  std::uint64_t hold_ms = 0;             // blocks are held this long for tickets and their completion; 0: no limit
+  std::optional<wire::Content> content;  // a ticket for another one is rejected, and ends the request
 };
 
 class Sender final : public Engine {
@@ -78,6 +80,7 @@ class Sender final : public Engine {
     wire::RequestId id{};
     std::vector<wire::TokenRange> tokens;
     std::vector<BlockTable> blocks;
+    std::optional<wire::Content> content;
     std::vector<Ready> ready;
     std::map<std::uint32_t, std::vector<wire::TokenRange>> sent;  // the same by layer, merged
     std::list<Lane> lanes;
@@ -119,6 +122,7 @@ class Sender final : public Engine {
     std::uint64_t epoch;
     std::vector<wire::TokenRange> want;
     std::uint64_t deadline_ns;
+    std::optional<wire::Content> content;
   };
 
   // A request that failed. A peer whose ticket was under way then learns of it once; its next ticket is a new attempt,

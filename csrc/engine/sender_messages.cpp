@@ -16,6 +16,18 @@ constexpr std::uint64_t kRememberFinalNs = 600'000 * kMs;
 constexpr std::size_t kMaxRemembered = 4096;
 constexpr std::size_t kMostInRelease = 256;  // slots: a message stays within one fragment of any transport
 
+// What an error says of a content.
+std::string text_of(const std::optional<wire::Content>& content) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  if (!content) return "none";
+  std::string text;
+  for (const std::uint8_t byte : *content) {
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
 template <typename Body, typename Then>
 Status with_body(const std::uint8_t* data, std::size_t size, Then then) {
   Body body;
@@ -30,6 +42,7 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
   Status status;
   switch (prelude.type) {
     case wire::Type::kTicket:
+    case wire::Type::kBoundTicket:
       status =
           with_body<wire::Ticket>(data, size, [&](wire::Ticket body) { on_ticket(link, prelude, std::move(body)); });
       break;
@@ -56,8 +69,8 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
 }
 
 void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket) {
-  take_ticket(prelude.request,
-              {this->link(link.id), prelude.epoch, std::move(ticket.groups), now_ns() + ticket.lease_ms * kMs});
+  take_ticket(prelude.request, {this->link(link.id), prelude.epoch, std::move(ticket.groups),
+                                now_ns() + ticket.lease_ms * kMs, ticket.content});
 }
 
 // A ticket without a request waits for it.
@@ -92,6 +105,15 @@ Sender::Pending::iterator Sender::drop_ticket(Pending::iterator at) {
 Status Sender::check_ticket(const Request& request, const PendingTicket& ticket) const {
   const auto wrong = [](std::string what) { return Status::error(Code::kProtocol, std::move(what)); };
   if (request.packed) return wrong("the sender has given the request's blocks back");
+  for (const auto& lane : request.lanes) {
+    if (!lane.cancelled && lane.link->config.instance != ticket.link->config.instance) {
+      return wrong("the request is on its way to instance " + lane.link->config.instance);
+    }
+  }
+  if (ticket.content != request.content) {
+    return Status::error(Code::kContent, "content: the ticket's is " + text_of(ticket.content) + ", the request's " +
+                                             text_of(request.content));
+  }
   const auto& want = ticket.want;
   if (want.size() != request.tokens.size()) {
     return wrong("the ticket has " + std::to_string(want.size()) + " cache groups, the request " +
@@ -106,19 +128,20 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
                    range_text(have.start, have.stop));
     }
   }
-  for (const auto& lane : request.lanes) {
-    if (!lane.cancelled && lane.link->config.instance != ticket.link->config.instance) {
-      return wrong("the request is on its way to instance " + lane.link->config.instance);
-    }
-  }
   return {};
 }
 
-// A ticket that cannot be served is refused; the request waits for a better one.
+// A ticket that cannot be served is refused; the request waits for a better one. Not where the two sides mean unlike
+// contents by one id: no better one will come, so the request ends, and both sides say why.
 void Sender::add_lane(Request& request, PendingTicket ticket) {
   Link& link = *ticket.link;
-  if (Status status = check_ticket(request, ticket); !status.ok())
-    return refuse(link, request.id, ticket.epoch, std::move(status));
+  if (Status status = check_ticket(request, ticket); !status.ok()) {
+    refuse(link, request.id, ticket.epoch, status);
+    if (status.code == Code::kContent) {
+      fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
+    }
+    return;
+  }
   for (auto& lane : request.lanes) {
     if (lane.link->config.name == link.config.name) cancel(lane);  // the receiver tries again under a new epoch
   }
@@ -227,7 +250,7 @@ void Sender::refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, 
   prelude.type = wire::Type::kAbort;
   prelude.request = id;
   prelude.epoch = epoch;
-  send(link, prelude, wire::Abort{wire_code(why.code), std::move(why.detail)});
+  send(link, prelude, wire::Abort{wire_code(why.code, link.config.minor), std::move(why.detail)});
 }
 
 void Sender::cancel(Lane& lane) {

@@ -39,6 +39,9 @@ Body find_body(const std::uint8_t* data, std::size_t size, Type* type) {
   PreludeBytes prelude;
   std::memcpy(&prelude, data, sizeof(prelude));
   if (*type == Type::kRelease && prelude.type == static_cast<std::uint16_t>(Type::kRecall)) *type = Type::kRecall;
+  if (*type == Type::kTicket && prelude.type == static_cast<std::uint16_t>(Type::kBoundTicket)) {
+    *type = Type::kBoundTicket;
+  }
   if (prelude.type != static_cast<std::uint16_t>(*type)) {
     return {malformed("type is " + to_string(prelude.type) + ", not " + to_string(static_cast<std::uint16_t>(*type)) +
                       " (" + name(*type) + ")"),

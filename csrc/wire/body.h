@@ -16,7 +16,8 @@ Status unknown_code(const std::string& what, std::uint64_t code, std::uint8_t mi
 Status check_length(Type type, std::size_t length);
 Status check_zeros(const std::uint8_t* bytes, std::size_t count, const std::string& what);
 
-// The body of a message of type `*type` (a kRecall where kRelease is asked for; `*type` then says so) and its minor
+// The body of a message of type `*type` (a kRecall where kRelease is asked for, a
+// kBoundTicket where kTicket is; `*type` then says so) and its minor
 // version. open() has checked all this already; a decoder called without it stays safe.
 struct Body {
   Status status;

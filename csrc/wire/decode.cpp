@@ -25,19 +25,24 @@ Status decode(const std::uint8_t* data, std::size_t size, Ticket* body) {
   Type type = Type::kTicket;
   Body found = find_body(data, size, &type);
   if (!found.status.ok()) return found.status;
+  const std::string what = name(type);
   TicketBytes raw{};
-  if (!found.reader.take(&raw)) return malformed("ticket: body is too short");
-  if (raw.num_groups == 0) return malformed("ticket: num_groups is 0");
-  if (found.reader.left() != std::uint64_t{raw.num_groups} * sizeof(RangeBytes)) {
-    return malformed("ticket: num_groups is " + to_string(raw.num_groups) + ", but " + to_string(found.reader.left()) +
-                     " bytes of ranges follow");
-  }
+  if (!found.reader.take(&raw)) return malformed(what + ": body is too short");
   Ticket ticket;
   ticket.lease_ms = raw.lease_ms;
+  if (type == Type::kBoundTicket) {
+    if (!found.reader.take(&ticket.content.emplace())) return malformed(what + ": body is too short");
+    if (*ticket.content == Content{}) return malformed(what + ": content is all zeros");
+  }
+  if (raw.num_groups == 0) return malformed(what + ": num_groups is 0");
+  if (found.reader.left() != std::uint64_t{raw.num_groups} * sizeof(RangeBytes)) {
+    return malformed(what + ": num_groups is " + to_string(raw.num_groups) + ", but " + to_string(found.reader.left()) +
+                     " bytes of ranges follow");
+  }
   ticket.groups.reserve(raw.num_groups);
   for (RangeBytes range{}; found.reader.take(&range);) {
     if (range.start > range.stop) {
-      return malformed("ticket: token interval [" + to_string(range.start) + ", " + to_string(range.stop) +
+      return malformed(what + ": token interval [" + to_string(range.start) + ", " + to_string(range.stop) +
                        ") of group " + to_string(ticket.groups.size()) + " is reversed");
     }
     ticket.groups.push_back({range.start, range.stop});
@@ -131,7 +136,7 @@ Status decode(const std::uint8_t* data, std::size_t size, Abort* body) {
   AbortBytes raw{};
   if (!found.reader.take(&raw)) return malformed("abort: body is too short");
   if (raw.code == 0) return malformed("abort: code is 0, which is no error");
-  if (raw.code > static_cast<std::uint32_t>(Code::kClosed)) {
+  if (raw.code > static_cast<std::uint32_t>(Code::kContent)) {
     return unknown_code("abort: code", raw.code, found.minor);
   }
   if (raw.reason_length > kMaxReasonBytes) {

@@ -60,8 +60,9 @@ void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::v
 }
 
 void encode(const Prelude& prelude, const Ticket& body, const SipKey& key, std::vector<std::uint8_t>& out) {
-  Writer writer = begin(prelude, Type::kTicket, out);
+  Writer writer = begin(prelude, body.content ? Type::kBoundTicket : Type::kTicket, out);
   writer.put(TicketBytes{body.lease_ms, static_cast<std::uint32_t>(body.groups.size())});
+  if (body.content) writer.put(body.content->data(), body.content->size());
   for (const TokenRange& range : body.groups) writer.put(RangeBytes{range.start, range.stop});
   finish(key, out);
 }

@@ -76,11 +76,17 @@ struct TicketBytes {
   std::uint32_t lease_ms;
   std::uint32_t num_groups;
 };
+struct BoundTicketBytes {  // then ranges, as in a ticket
+  std::uint32_t lease_ms;
+  std::uint32_t num_groups;
+  std::uint8_t content[16];
+};
 struct RangeBytes {
   std::uint64_t start;
   std::uint64_t stop;
 };
-static_assert(sizeof(TicketBytes) == 8 && sizeof(RangeBytes) == 16);
+static_assert(sizeof(TicketBytes) == 8 && sizeof(RangeBytes) == 16 && sizeof(BoundTicketBytes) == 24);
+static_assert(offsetof(BoundTicketBytes, num_groups) == 4 && offsetof(BoundTicketBytes, content) == 8);
 
 struct ListBytes {  // grant, release, recall
   std::uint32_t num_slots;
@@ -131,6 +137,8 @@ constexpr BodySize body_size(Type type) {
       return {sizeof(FrameBytes), true};
     case Type::kTicket:
       return {sizeof(TicketBytes), false};
+    case Type::kBoundTicket:
+      return {sizeof(BoundTicketBytes), false};
     case Type::kGrant:
     case Type::kRelease:
     case Type::kRecall:

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,23 +16,24 @@
 namespace hetkv::wire {
 
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 1;
+constexpr std::uint8_t kMinor = 2;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
 constexpr std::size_t kMaxReasonBytes = 512;
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{1} << 40;
 
 enum class Type : std::uint16_t {
-  kFrame = 1,      // sender -> receiver: a slot is filled; the header of one frame (the commit)
-  kTicket = 2,     // receiver -> sender: send me these tokens of this request
-  kGrant = 3,      // receiver -> sender: these slots are yours until you commit or release them
-  kRelease = 4,    // sender -> receiver: slots given back unused
-  kRecall = 5,     // receiver -> sender: release what you do not use
-  kDone = 6,       // receiver -> sender: all routes of this link for this request are verified and in the pool
-  kAbort = 7,      // either: the request is given up
-  kWant = 8,       // sender -> receiver: has frames to send and gave its slots back
-  kHeartbeat = 9,  // either
-  kBye = 10,       // either: orderly end of the link
+  kFrame = 1,         // sender -> receiver: a slot is filled; the header of one frame (the commit)
+  kTicket = 2,        // receiver -> sender: send me these tokens of this request
+  kGrant = 3,         // receiver -> sender: these slots are yours until you commit or release them
+  kRelease = 4,       // sender -> receiver: slots given back unused
+  kRecall = 5,        // receiver -> sender: release what you do not use
+  kDone = 6,          // receiver -> sender: all routes of this link for this request are verified and in the pool
+  kAbort = 7,         // either: the request is given up
+  kWant = 8,          // sender -> receiver: has frames to send and gave its slots back
+  kHeartbeat = 9,     // either
+  kBye = 10,          // either: orderly end of the link
+  kBoundTicket = 11,  // receiver -> sender: a ticket for a request of one content
 };
 
 const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "want"
@@ -87,9 +89,14 @@ struct TokenRange {
   std::uint64_t stop = 0;
 };
 
-// Body of kTicket. Block ids stay with the receiver: a sender never needs to name them.
+// Digest of all that a request's KV depends on. Not all zeros.
+using Content = std::array<std::uint8_t, 16>;
+
+// Body of kTicket; with a content, of kBoundTicket. Block ids stay with the receiver: a sender never needs to name
+// them.
 struct Ticket {
   std::uint32_t lease_ms = 0;
+  std::optional<Content> content;
   std::vector<TokenRange> groups;  // wanted tokens per cache group; empty ranges are allowed
 };
 
@@ -127,7 +134,8 @@ struct Heartbeat {
 };
 
 // Each appends nothing and overwrites `out` with one whole message. `prelude.length` is ignored and computed, and so is
-// `prelude.type` where the body says it; a Release is a kRecall where the prelude says so. Values are not checked: the
+// `prelude.type` where the body says it; a Release is a kRecall where the prelude says so, a Ticket with a content is a
+// kBoundTicket. Values are not checked: the
 // other side's decode() is the judge. A message must fit kMaxMessageBytes, so long lists go in several.
 void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Ticket& body, const SipKey& key, std::vector<std::uint8_t>& out);

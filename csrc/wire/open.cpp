@@ -11,11 +11,12 @@ namespace {
 using std::to_string;
 
 bool known(std::uint16_t type) {
-  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kBye);
+  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kBoundTicket);
 }
 
 bool of_request(Type type) {
-  return type == Type::kFrame || type == Type::kTicket || type == Type::kDone || type == Type::kAbort;
+  return type == Type::kFrame || type == Type::kTicket || type == Type::kBoundTicket || type == Type::kDone ||
+         type == Type::kAbort;
 }
 
 std::string hex(const std::uint8_t* data, std::size_t bytes) {
@@ -31,8 +32,8 @@ std::string hex(const std::uint8_t* data, std::size_t bytes) {
 }  // namespace
 
 const char* name(Type type) {
-  constexpr const char* kNames[] = {"frame", "ticket", "grant", "release",   "recall",
-                                    "done",  "abort",  "want",  "heartbeat", "bye"};
+  constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release", "recall",      "done",
+                                    "abort", "want",   "heartbeat", "bye",     "bound_ticket"};
   const auto code = static_cast<std::uint16_t>(type);
   return known(code) ? kNames[code - 1] : "unknown";
 }

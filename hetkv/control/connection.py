@@ -81,6 +81,8 @@ class ControlConnection:
         self.data_keys = DataKeys(keys.data_send, keys.data_receive)
         self.link_id = keys.link_id
         """64-bit number of this connection, equal on both sides: names the link on the data plane. Not secret."""
+        self.minor = keys.minor
+        """Version of the link: the lower one of the two sides."""
         self._channel, self._records, self._timeout = channel, records, timeout
         self._sending = threading.Lock()
         self._state = threading.Condition()

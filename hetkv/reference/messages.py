@@ -11,7 +11,7 @@ MAX_SEGMENTS = 4
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_REASON_BYTES = 512
 MAX_PAYLOAD_BYTES = 1 << 40
-MAX_ABORT_CODE = 11
+MAX_ABORT_CODE = 12
 
 
 class Type(enum.IntEnum):
@@ -27,6 +27,7 @@ class Type(enum.IntEnum):
     WANT = 8
     HEARTBEAT = 9
     BYE = 10
+    BOUND_TICKET = 11
 
     @property
     def text(self) -> str:
@@ -71,6 +72,15 @@ class Ticket(msgspec.Struct, frozen=True):
     """Send me these tokens: one half-open range a cache group."""
 
     lease_ms: int
+    groups: tuple[tuple[int, int], ...]
+
+
+class BoundTicket(msgspec.Struct, frozen=True):
+    """A ticket for a request of one content: the sender compares the digest with its own."""
+
+    lease_ms: int
+    content: bytes
+    """16 bytes, not all zero."""
     groups: tuple[tuple[int, int], ...]
 
 
@@ -133,5 +143,6 @@ BODIES: dict[Type, type] = {
     Type.WANT: type(None),
     Type.HEARTBEAT: Heartbeat,
     Type.BYE: type(None),
+    Type.BOUND_TICKET: BoundTicket,
 }
-Body: TypeAlias = Frame | Ticket | Grant | Release | Recall | Done | Abort | Heartbeat | None
+Body: TypeAlias = Frame | Ticket | BoundTicket | Grant | Release | Recall | Done | Abort | Heartbeat | None

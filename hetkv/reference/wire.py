@@ -23,6 +23,7 @@ from hetkv.reference.messages import (
     MAX_SEGMENTS,
     Abort,
     Body,
+    BoundTicket,
     Done,
     Frame,
     Grant,
@@ -37,7 +38,7 @@ from hetkv.reference.messages import (
 from hetkv.reference.payload import ITEM_SIZES, padded_size, payload_parts, scales_of
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"
@@ -46,6 +47,7 @@ CHECKSUM_KEY = b"hetkv.checksum.1"
 _PRELUDE = struct.Struct("<4sBBHIIQ16sQ")
 _FRAME = struct.Struct("<HHIIIQQ4BBBH4IIIQQQ")
 _TICKET = struct.Struct("<II")
+_BOUND_TICKET = struct.Struct("<II16s")
 _RANGE = struct.Struct("<QQ")
 _LIST = struct.Struct("<II")
 _SLOT_GRANT = struct.Struct("<IIQQII")
@@ -70,8 +72,9 @@ _BODY_SIZES = {
     Type.WANT: (0, True),
     Type.HEARTBEAT: (_HEARTBEAT.size, True),
     Type.BYE: (0, True),
+    Type.BOUND_TICKET: (_BOUND_TICKET.size, False),
 }
-_OF_REQUEST = {Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT}
+_OF_REQUEST = {Type.FRAME, Type.TICKET, Type.BOUND_TICKET, Type.DONE, Type.ABORT}
 
 
 def checksum_seed(prelude: Prelude, frame: Frame) -> int:
@@ -152,6 +155,10 @@ def _pack_frame(frame: Frame) -> bytes:
     )
 
 
+def _pack_ranges(groups: Sequence[tuple[int, int]]) -> bytes:
+    return b"".join(_RANGE.pack(*group) for group in groups)
+
+
 def _pack_body(body: Body) -> bytes:
     match body:
         case None:
@@ -159,7 +166,11 @@ def _pack_body(body: Body) -> bytes:
         case Frame():
             return _pack_frame(body)
         case Ticket(lease_ms, groups):
-            return _TICKET.pack(lease_ms, len(groups)) + b"".join(_RANGE.pack(*group) for group in groups)
+            return _TICKET.pack(lease_ms, len(groups)) + _pack_ranges(groups)
+        case BoundTicket(lease_ms, content, groups):
+            if len(content) != 16:
+                raise InputError(f"content has {len(content)} bytes, not 16")
+            return _BOUND_TICKET.pack(lease_ms, len(groups), content) + _pack_ranges(groups)
         case Grant(slots):
             return _LIST.pack(len(slots), 0) + b"".join(
                 _SLOT_GRANT.pack(slot.slot, slot.generation, slot.address, slot.num_bytes, len(slot.rkey), 0)
@@ -299,16 +310,26 @@ def _check_payload(frame: Frame) -> None:
 
 def _decode_ticket(body: bytes, minor: int) -> Ticket:
     lease_ms, count = _TICKET.unpack_from(body)
-    rest = body[_TICKET.size :]
+    return Ticket(lease_ms, _decode_ranges(body[_TICKET.size :], count, "ticket"))
+
+
+def _decode_bound_ticket(body: bytes, minor: int) -> BoundTicket:
+    lease_ms, count, content = _BOUND_TICKET.unpack_from(body)
+    if not any(content):
+        raise MalformedError("bound_ticket: content is all zeros")
+    return BoundTicket(lease_ms, content, _decode_ranges(body[_BOUND_TICKET.size :], count, "bound_ticket"))
+
+
+def _decode_ranges(rest: bytes, count: int, kind: str) -> tuple[tuple[int, int], ...]:
     if count == 0:
-        raise MalformedError("ticket: num_groups is 0")
+        raise MalformedError(f"{kind}: num_groups is 0")
     if len(rest) != count * _RANGE.size:
-        raise MalformedError(f"ticket: num_groups is {count}, but {len(rest)} bytes of ranges follow")
+        raise MalformedError(f"{kind}: num_groups is {count}, but {len(rest)} bytes of ranges follow")
     groups = tuple((start, stop) for start, stop in _RANGE.iter_unpack(rest))
     for i, (start, stop) in enumerate(groups):
         if start > stop:
-            raise MalformedError(f"ticket: token interval [{start}, {stop}) of group {i} is reversed")
-    return Ticket(lease_ms, groups)
+            raise MalformedError(f"{kind}: token interval [{start}, {stop}) of group {i} is reversed")
+    return groups
 
 
 def _decode_grant(body: bytes, minor: int) -> Grant:
@@ -382,4 +403,5 @@ _DECODERS: dict[Type, Callable[[bytes, int], Body]] = {
     Type.WANT: lambda body, minor: None,
     Type.HEARTBEAT: lambda body, minor: Heartbeat(*_HEARTBEAT.unpack(body)),
     Type.BYE: lambda body, minor: None,
+    Type.BOUND_TICKET: _decode_bound_ticket,
 }

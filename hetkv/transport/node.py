@@ -42,6 +42,8 @@ class Peer:
         self.connection = connection
         self.link = link
         self.description: Description = connection.peer
+        self.minor = connection.minor
+        """Version of the link: the lower one of the two sides."""
         self.ready = False
         """Both sides have added the link: requests may use it."""
         self.lost: HetkvError | None = None
@@ -235,6 +237,7 @@ class Node(ABC, Generic[P]):
                 core.LinkConfig(
                     address=theirs.worker_address,
                     number=connection.link_id,
+                    minor=connection.minor,
                     send_key=connection.data_keys.send,
                     receive_key=connection.data_keys.receive,
                     name=f"{theirs.instance}/{theirs.rank}",

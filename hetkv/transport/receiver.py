@@ -12,14 +12,19 @@ from concurrent.futures import Future
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from hetkv.errors import HetkvError, InputError, PeerLostError
+from hetkv.errors import HetkvError, InputError, PeerLostError, UnsupportedError
 from hetkv.transport.blocks import BlockIds, milliseconds, per_group, state_groups
+from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
 from hetkv.transport.link_plan import linked_ranks, wanted
 from hetkv.transport.node import LAYER, Node, Peer
 
 if TYPE_CHECKING:
     from hetkv import _core
+
+
+CONTENT_SINCE = 2
+"""Minor version from which tickets have contents."""
 
 
 class RecvHandle(Handle):
@@ -88,6 +93,7 @@ class Receiver(Node[RecvHandle]):
         held: int | Sequence[int] = 0,
         source: str | None = None,
         lease_s: float | None = None,
+        content: bytes | None = None,
     ) -> RecvHandle:
         """Ask for a request's KV: give its senders a ticket. Returns at once.
 
@@ -95,8 +101,12 @@ class Receiver(Node[RecvHandle]):
         number leaves the record of a `state` group to be sent: it belongs to the last token). `source` names the
         sending instance; it may be left out where only one is connected. Block ids that cannot be, and the id of a
         request that is under way, raise `InputError`, a rank of the source that is not connected `PeerLostError`.
+
+        `content` (see `content_digest`) must be that of the sender's request: otherwise, also where only one side names
+        one, nothing is sent and the request fails on both sides with `ContentError`. A source whose version has no
+        contents raises `UnsupportedError`.
         """
-        key = request_key(request_id)
+        key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         if isinstance(held, SupportsIndex):
             states = state_groups(self.pool.spec)
@@ -108,11 +118,15 @@ class Receiver(Node[RecvHandle]):
         want = wanted(self.description, tokens, kept)
         for group, ids in enumerate(blocks):
             self.pool.check_blocks(group, ids, *want[group])
-        links = [peer.link for peer in self._sources(source)]
+        sources = self._sources(source)
+        for peer in sources:
+            if digest is not None and peer.minor < CONTENT_SINCE:
+                raise UnsupportedError(f"{peer.name} speaks version 1.{peer.minor}, which does not compare contents")
+        links = [peer.link for peer in sources]
         lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
 
         def make() -> RecvHandle:
-            handle = self.engine.receive(key, want, blocks, links, lease_ms)
+            handle = self.engine.receive(key, want, blocks, links, lease_ms, digest)
             return RecvHandle(request_id, self, handle, list(self.pool.layers))
 
         return self._submit(key, make)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.spec import Interval
 from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group, plain
+from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node, Peer
@@ -116,6 +117,7 @@ class Sender(Node[SendHandle]):
         num_tokens: int | Sequence[int],
         *,
         hold_s: float | None = None,
+        content: bytes | None = None,
     ) -> SendHandle:
         """Announce a request of `num_tokens` tokens (of each cache group) in these blocks; returns at once.
 
@@ -124,8 +126,11 @@ class Sender(Node[SendHandle]):
         configuration's). Block ids that cannot be, and the id of a request that is under way, raise `InputError`. With
         chunked prefill, `block_ids` may be only the first blocks: see `SendHandle.extend`. Of a sliding-window group
         only the blocks that the window reaches are looked at.
+
+        `content` (see `content_digest`) is compared with the ticket's: where the receiver asks for other content under
+        this id, nothing is sent and the request fails on both sides with `ContentError`.
         """
-        key = request_key(request_id)
+        key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         spans = wanted(self.description, tokens, [0] * len(tokens))
         for group, (start, _) in enumerate(spans):
@@ -134,7 +139,7 @@ class Sender(Node[SendHandle]):
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> SendHandle:
-            handle = self.engine.submit(key, spans, blocks, hold_ms)
+            handle = self.engine.submit(key, spans, blocks, hold_ms, digest)
             return SendHandle(request_id, self, handle, spans, blocks)
 
         return self._submit(key, make)

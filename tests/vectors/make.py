@@ -24,6 +24,7 @@ from hetkv.reference.framefile import FrameWriter
 from hetkv.reference.messages import (
     Abort,
     Body,
+    BoundTicket,
     Done,
     Frame,
     Grant,
@@ -67,13 +68,14 @@ def frame(dtypes: list[DType | None], channels: list[int], heads: int = 2, token
 
 def message(body: Body, kind: Type, sequence: int = 2) -> bytes:
     """A message of the right kind of prelude for its type."""
-    if kind in (Type.FRAME, Type.TICKET, Type.DONE, Type.ABORT):
+    if kind in (Type.FRAME, Type.TICKET, Type.BOUND_TICKET, Type.DONE, Type.ABORT):
         return encode(Prelude(kind, sequence, REQUEST, EPOCH), body, KEY)
     return encode(Prelude(kind, sequence), body, KEY)
 
 
 KV = frame([DType.BFLOAT16, DType.BFLOAT16], [128, 128], saturated=1)
 TICKET = Ticket(30_000, ((0, 640), (128, 640), (0, 0)))
+BOUND = BoundTicket(30_000, bytes(range(0xC0, 0xD0)), ((0, 640), (128, 640)))
 GRANT = Grant((SlotGrant(3, 1, 0x7F00_0000_1000, 1 << 20, b"rkey of slot 3"), SlotGrant(4, 9, 4096, 8)))
 RELEASE = Release(((3, 1), (4, 9)))
 ABORT = Abort(8, "lease ran out: Größe \u2265 0")
@@ -125,6 +127,12 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
         for dtype in DType
     },
     "ticket": ("three cache groups, the last one wants nothing", TICKET, Type.TICKET),
+    "bound-ticket": ("a ticket for a request of one content", BOUND, Type.BOUND_TICKET),
+    "bound-ticket-least": (
+        "a content of one bit; nothing is wanted",
+        BoundTicket(1, bytes(15) + b"\1", ((0, 0),)),
+        Type.BOUND_TICKET,
+    ),
     "grant": ("a new slot with its rkey, and one that the link has seen", GRANT, Type.GRANT),
     "grant-last": ("a slot that ends at the last address", Grant((SlotGrant(0, 0, 2**64 - 9, 8),)), Type.GRANT),
     "release": ("two slots", RELEASE, Type.RELEASE),
@@ -168,7 +176,8 @@ def bad_vectors() -> dict[str, Bad]:
     ticket, grant, release = message(TICKET, Type.TICKET), message(GRANT, Type.GRANT), message(RELEASE, Type.RELEASE)
     abort, done = message(ABORT, Type.ABORT), message(Done(1, 2), Type.DONE)
     latin = resize(patch(abort, 52, "I", 1), b"\xe9" + bytes(7), cut=len(abort) - 64)
-    newer = patch(kv, 5, "B", 2)
+    newer = patch(kv, 5, "B", 3)
+    bound = message(BOUND, Type.BOUND_TICKET)
     scaled, mla = (message(GOOD[name][1], Type.FRAME) for name in ("frame-scales", "frame-scales-mla"))
     one = frame([DType.UINT8], [1], heads=1, tokens=1)
     huge = patch(patch(message(one, Type.FRAME), 72, "Q", 2**64 - 1), 88, "I", 2**32 - 1)
@@ -182,12 +191,12 @@ def bad_vectors() -> dict[str, Bad]:
         "major": Bad("a new major version", patch(kv, 4, "B", 2), u, "major version is 2; this side reads 1"),
         "major-zero": Bad("major version 0", patch(kv, 4, "B", 0), u, "major version is 0"),
         "reserved": Bad("reserved field used", patch(kv, 12, "I", 1), m, "reserved field at byte 12 is 1, not 0"),
-        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.1 (message is 1.1)"),
+        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.2 (message is 1.2)"),
         "type-newer": Bad(
             "a type of version 1.3",
-            patch(patch(bye, 6, "H", 11), 5, "B", 3),
+            patch(patch(bye, 6, "H", 12), 5, "B", 3),
             u,
-            "type 11 is not known to version 1.1 (message is 1.3)",
+            "type 12 is not known to version 1.2 (message is 1.3)",
         ),
         "length-oversized": Bad(
             "length over the limit", patch(kv, 8, "I", 65544), m, "length 65544 is over the limit of 65536"
@@ -218,10 +227,10 @@ def bad_vectors() -> dict[str, Bad]:
         "tokens-reversed": Bad("tokens reversed", patch(kv, 72, "Q", 31), m, "token interval [32, 31) is empty or"),
         "frame-reserved": Bad("reserved field used", patch(kv, 86, "H", 256), m, "frame: reserved is 256, not 0"),
         "scale-newer": Bad(
-            "a scale encoding of 1.2",
+            "a scale encoding of 1.3",
             patch(newer, 84, "B", 16),
             u,
-            "frame: scale_encoding 16 is not known to version 1.1 (message is 1.2)",
+            "frame: scale_encoding 16 is not known to version 1.2 (message is 1.3)",
         ),
         "scale-absent": Bad(
             "scales of no segment", patch(kv, 84, "B", 4), m, "scale_encoding is 4, which names an absent segment"
@@ -251,13 +260,13 @@ def bad_vectors() -> dict[str, Bad]:
             "more scales than channels", patch(mla, 96, "I", 1024), m, "which 1024 scales do not divide"
         ),
         "codec-newer": Bad(
-            "a codec of 1.2", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.1 (message is 1.2)"
+            "a codec of 1.3", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.2 (message is 1.3)"
         ),
         "dtype-newer": Bad(
-            "a dtype of 1.2",
+            "a dtype of 1.3",
             patch(newer, 81, "B", 10),
             u,
-            "frame: dtypes[1] 10 is not known to version 1.1 (message is 1.2)",
+            "frame: dtypes[1] 10 is not known to version 1.2 (message is 1.3)",
         ),
         "dtype-missing": Bad("no dtype", patch(kv, 80, "B", 0), m, "dtypes[0] is 0, but the segment is present"),
         "dtype-extra": Bad(
@@ -292,6 +301,24 @@ def bad_vectors() -> dict[str, Bad]:
         "ticket-reversed": Bad(
             "a range reversed", patch(ticket, 72, "Q", 700), m, "token interval [700, 640) of group 1 is reversed"
         ),
+        "bound-ticket-zeros": Bad(
+            "bound to nothing", patch(bound, 56, "16s", b""), m, "bound_ticket: content is all zeros"
+        ),
+        "bound-ticket-none": Bad(
+            "no group", resize(patch(bound, 52, "I", 0), cut=32), m, "bound_ticket: num_groups is"
+        ),
+        "bound-ticket-unbound": Bad(
+            "the body of a ticket", patch(ticket, 6, "H", 11), m, "num_groups is 3, but 32 bytes of ranges follow"
+        ),
+        "bound-ticket-short": Bad(
+            "a ticket of no group as one",
+            patch(patch(resize(ticket, cut=48), 52, "I", 0), 6, "H", 11),
+            m,
+            "at least 80",
+        ),
+        "bound-ticket-reversed": Bad(
+            "a range reversed", patch(bound, 88, "Q", 700), m, "bound_ticket: token interval [700, 640) of group 1 is"
+        ),
         "grant-none": Bad("no slot", resize(patch(grant, 48, "I", 0), cut=80), m, "grant: num_slots is 0"),
         "grant-many": Bad(
             "more slots than bytes", patch(grant, 48, "I", 3), m, "num_slots is 3, but 80 bytes of slots"
@@ -320,10 +347,10 @@ def bad_vectors() -> dict[str, Bad]:
         "done-request": Bad("done with nothing", patch(done, 24, "16s", b""), m, "request_id of a done is all zeros"),
         "abort-code-zero": Bad("no error", patch(abort, 48, "I", 0), m, "abort: code is 0, which is no error"),
         "abort-code-newer": Bad(
-            "a code of 1.2",
-            patch(patch(abort, 48, "I", 12), 5, "B", 2),
+            "a code of 1.3",
+            patch(patch(abort, 48, "I", 13), 5, "B", 3),
             u,
-            "abort: code 12 is not known to version 1.1 (message is 1.2)",
+            "abort: code 13 is not known to version 1.2 (message is 1.3)",
         ),
         "abort-reason-long": Bad(
             "a reason of 513 bytes",
@@ -431,6 +458,8 @@ def plain(body: Body) -> object:
     value = msgspec.to_builtins(body, builtin_types=(bytes,))
     for slot in value["slots"] if isinstance(body, Grant) else []:
         slot["rkey"] = slot["rkey"].hex()
+    if isinstance(body, BoundTicket):
+        value["content"] = body.content.hex()
     return value
 
 

@@ -19,9 +19,11 @@ from hetkv.kv.scale import SCALED
 from hetkv.reference import wire
 from hetkv.reference.messages import (
     BODIES,
+    MAX_ABORT_CODE,
     MAX_PAYLOAD_BYTES,
     Abort,
     Body,
+    BoundTicket,
     Done,
     Frame,
     Grant,
@@ -95,11 +97,17 @@ ranges = st.tuples(u64, u64).map(lambda pair: tuple(sorted(pair)))
 bodies = {
     Type.FRAME: frames(),
     Type.TICKET: st.builds(Ticket, u32, st.lists(ranges, min_size=1, max_size=20).map(tuple)),
+    Type.BOUND_TICKET: st.builds(
+        BoundTicket,
+        u32,
+        st.binary(min_size=16, max_size=16).filter(any),
+        st.lists(ranges, min_size=1, max_size=20).map(tuple),
+    ),
     Type.GRANT: slot_grants(),
     Type.RELEASE: st.builds(Release, names),
     Type.RECALL: st.builds(Recall, names),
     Type.DONE: st.builds(Done, u64, u64),
-    Type.ABORT: st.builds(Abort, st.integers(1, 11), st.text(max_size=128)),
+    Type.ABORT: st.builds(Abort, st.integers(1, MAX_ABORT_CODE), st.text(max_size=128)),
     Type.WANT: st.none(),
     Type.HEARTBEAT: st.builds(Heartbeat, u64),
     Type.BYE: st.none(),

@@ -29,6 +29,8 @@ def body_of(kind: Type, value: dict | None) -> Body:
     """A body from its JSON description."""
     if kind is Type.GRANT:
         return Grant(tuple(SlotGrant(**{**slot, "rkey": bytes.fromhex(slot["rkey"])}) for slot in value["slots"]))
+    if kind is Type.BOUND_TICKET:
+        value = {**value, "content": bytes.fromhex(value["content"])}
     return msgspec.convert(value, BODIES[kind])
 
 
