@@ -135,11 +135,11 @@ def _candidates(rejected: list[str]) -> Iterator[tuple[Path, str]]:
     system: list[Path] = []
     rdma = RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
     if rdma:
-        system = _system(rejected)
+        system = system_installations(rejected)
         yield from ((path, "system") for path in system if has_verbs(path))
     if wheel := _wheel():
         yield wheel, "wheel"
-    yield from ((path, "system") for path in (system if rdma else _system(rejected)))
+    yield from ((path, "system") for path in (system if rdma else system_installations(rejected)))
 
 
 def _wheel() -> Path | None:
@@ -150,8 +150,8 @@ def _wheel() -> Path | None:
     return None
 
 
-def _system(rejected: list[str]) -> list[Path]:
-    """System installations that are new enough, in the order of preference."""
+def system_installations(rejected: list[str]) -> list[Path]:
+    """`libucp` of the system installations that are new enough, best first; the others are explained in `rejected`."""
     found: list[Path] = []
     for name in (SONAME, *(f"{prefix}/lib/{SONAME}" for prefix in SYSTEM_PREFIXES)):
         if "/" in name and not Path(name).is_file():
