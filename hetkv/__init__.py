@@ -17,13 +17,18 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library does 
 _MODULES = {
     "DType": "kv.dtypes",
     "Exchange": "transport.exchange",
+    "HetkvError": "errors",
+    "Interval": "kv.spec",
     "KVLayout": "kv.layout",
     "KVPool": "kv.pool",
     "KVSpec": "kv.spec",
+    "LayerMemory": "kv.layer",
     "LayerSpec": "kv.spec",
+    "Memory": "kv.memory",
     "Receiver": "transport.receiver",
     "RecvHandle": "transport.receiver",
     "ScaleLayout": "kv.scale",
+    "Segment": "kv.spec",
     "SendHandle": "transport.sender",
     "Sender": "transport.sender",
     "Shard": "kv.spec",
@@ -34,13 +39,18 @@ _MODULES = {
 __all__ = [
     "DType",
     "Exchange",
+    "HetkvError",
+    "Interval",
     "KVLayout",
     "KVPool",
     "KVSpec",
+    "LayerMemory",
     "LayerSpec",
+    "Memory",
     "Receiver",
     "RecvHandle",
     "ScaleLayout",
+    "Segment",
     "SendHandle",
     "Sender",
     "Shard",
@@ -50,11 +60,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hetkv.errors import HetkvError
     from hetkv.kv.dtypes import DType
+    from hetkv.kv.layer import LayerMemory
     from hetkv.kv.layout import KVLayout
+    from hetkv.kv.memory import Memory
     from hetkv.kv.pool import KVPool
     from hetkv.kv.scale import ScaleLayout
-    from hetkv.kv.spec import KVSpec, LayerSpec, Shard
+    from hetkv.kv.spec import Interval, KVSpec, LayerSpec, Segment, Shard
     from hetkv.transport.config import TransferConfig
     from hetkv.transport.content import content_digest
     from hetkv.transport.exchange import Exchange

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.segment import SegmentLayout
 
 _Buffer: TypeAlias = object  # bytes, numpy arrays: what has the buffer protocol, which Python 3.11 has no type for
 

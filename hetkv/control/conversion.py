@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from hetkv.errors import IncompatibleError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Interval
 
 _OCP = {DType.FLOAT8_E4M3FNUZ: DType.FLOAT8_E4M3FN, DType.FLOAT8_E5M2FNUZ: DType.FLOAT8_E5M2}

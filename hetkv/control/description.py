@@ -124,21 +124,11 @@ class Description(
                 self._check_layout(index, group.layout)
 
     def _check_layout(self, index: int, layout: KVLayout) -> None:
-        layer = self.spec.layers[index]
-        if set(layout.segments) != {segment.name for segment in layer.segments}:
-            raise InputError(
-                f"layers[{index}] has segments {list(layout.segments)}, the spec {[s.name for s in layer.segments]}"
-            )
-        for segment in layer.segments:
-            part, heads = layout.segments[segment.name], min(self.shard.heads[index].size, segment.heads)
-            if (part.heads, part.channels) != (heads, segment.channels):
-                raise InputError(
-                    f"layers[{index}].{segment.name} has {part.heads} heads of {part.channels} channels, "
-                    f"the shard {heads} of {segment.channels}"
-                )
+        layout.check_fits(self.spec.layers[index], self.shard.heads[index].size, f"layers[{index}]")
+        for name, part in layout.segments.items():
             scales = len(part.scale.values) if part.scale is not None else 0
-            if scales not in (0, 1, heads):
-                raise InputError(f"layers[{index}].{segment.name}.scale has {scales} values for {heads} heads")
+            if scales not in (0, 1, part.heads):
+                raise InputError(f"layers[{index}].{name}.scale has {scales} values for {part.heads} heads")
 
 
 class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accept"):

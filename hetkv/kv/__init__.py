@@ -1,4 +1,4 @@
 """KV geometry and memory: spec, shards, layouts, pools, resharding.
 
-Imports `hetkv.errors` and nothing above it; torch only inside functions that are given tensors.
+Imports `hetkv.errors` and nothing above it; torch and NumPy only inside functions that are given their arrays.
 """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -43,10 +44,27 @@ class DType(enum.Enum):
         dtype: torch.dtype = getattr(torch, self.value)
         return dtype
 
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The NumPy dtype of the same name; `uint16` or `uint8` where it needs `ml_dtypes`, which is missing."""
+        import numpy as np
+
+        if self.value in ("float32", "float16", "int8", "uint8"):
+            return np.dtype(self.value)
+        try:
+            import ml_dtypes
+        except ImportError:
+            return np.dtype(f"<u{self.itemsize}")
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.value))
+        return dtype
+
     @classmethod
     def parse(cls, name: object) -> DType:
-        """The dtype of a name (`"bfloat16"`, short forms such as `"bf16"` and `"fp8"`) or of a `torch.dtype`."""
-        text = str(name).removeprefix("torch.")
+        """The dtype of a name (`"bfloat16"`, short forms such as `"bf16"` and `"fp8"`), or of PyTorch's or NumPy's."""
+        if isinstance(name, cls):
+            return name
+        text = getattr(name, "name", None) or getattr(name, "__name__", None) or str(name)
+        text = str(text).removeprefix("torch.")
         try:
             return cls(_ALIASES.get(text, text))
         except ValueError:

@@ -1,109 +1,23 @@
 """Where one rank's layer keeps element (segment, token, head, channel) inside a block: `KVLayout`.
 
-The address of an element, in bytes from the base of its segment's memory, is
-
-    offset + block * block_stride + (token % block_size) * token_stride + head * head_stride
-           + (channel // pack) * outer_stride + (channel % pack) * inner_stride
-
-where `block = block_table[token // block_size]`. `csrc/map.h` is the same formula in C++.
+`segment.py` has the address formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.kv.axes import read_axes
 from hetkv.kv.dtypes import DType
-from hetkv.kv.scale import FLOAT32_BYTES, PerScale, check_scale
-from hetkv.kv.scale import ScaleLayout as ScaleLayout
+from hetkv.kv.memory import Memory
+from hetkv.kv.presets import PRESETS
+from hetkv.kv.scale import PerScale, ScaleLayout
+from hetkv.kv.segment import SegmentLayout, check_scale
 from hetkv.kv.spec import LayerSpec, Segment
-
-if TYPE_CHECKING:
-    import torch
-
-
-class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Placement of one segment for one rank's heads. Offsets and strides are in bytes; `pack` is in channels."""
-
-    dtype: DType
-    heads: int
-    channels: int
-    offset: int
-    block_stride: int
-    token_stride: int
-    head_stride: int
-    inner_stride: int
-    pack: int
-    """Channels of one inner run; equal to `channels` where the channel axis is not split."""
-    outer_stride: int = 0
-    scale: ScaleLayout | None = None
-
-    @property
-    def groups(self) -> int:
-        """Scales in memory of one token and head; 0 where there are none."""
-        if self.scale is None or not self.scale.in_memory:
-            return 0
-        return self.channels // (self.scale.channels_per_scale or self.channels)
-
-    @property
-    def scales(self) -> SegmentLayout:
-        """Where the scales in memory lie, as a segment whose channels are groups. Only where there are some."""
-        scale = self.scale
-        assert scale is not None
-        return SegmentLayout(
-            DType.FLOAT32,
-            self.heads,
-            self.groups,
-            scale.offset,
-            scale.block_stride,
-            scale.token_stride,
-            scale.head_stride,
-            inner_stride=scale.group_stride or FLOAT32_BYTES,
-            pack=self.groups,
-        )
-
-    @property
-    def shares_scales(self) -> bool:
-        """Several heads share the scales of a token."""
-        return self.groups > 0 and self.heads > 1 and self.scale is not None and self.scale.head_stride == 0
-
-    def block_span(self, block_size: int) -> int:
-        """Bytes from `offset` of a block to behind its last element."""
-        return (
-            (block_size - 1) * self.token_stride
-            + (self.heads - 1) * self.head_stride
-            + (self.channels // self.pack - 1) * self.outer_stride
-            + (self.pack - 1) * self.inner_stride
-            + self.dtype.itemsize
-        )
-
-    def extent(self, block_size: int, num_blocks: int) -> int:
-        """Bytes of memory, from the base, that `num_blocks` blocks reach into."""
-        return self.offset + (num_blocks - 1) * self.block_stride + self.block_span(block_size)
-
-    def view(self, memory: torch.Tensor, block_size: int, num_blocks: int) -> torch.Tensor:
-        """Strided view `[num_blocks, block_size, heads, channels]` of `memory`, whose first byte is the base.
-
-        Where the channel axis is packed the view is `[num_blocks, block_size, heads, channels // pack, pack]`.
-        """
-        import torch
-
-        size = self.dtype.itemsize
-        shape = [num_blocks, block_size, self.heads]
-        strides = [self.block_stride, self.token_stride, self.head_stride]
-        if self.pack == self.channels:
-            shape, strides = [*shape, self.channels], [*strides, self.inner_stride]
-        else:
-            shape, strides = (
-                [*shape, self.channels // self.pack, self.pack],
-                [*strides, self.outer_stride, self.inner_stride],
-            )
-        elements = torch.empty(0, dtype=self.dtype.torch, device=memory.device).set_(memory.untyped_storage())
-        first = memory.storage_offset() * memory.element_size() + self.offset
-        return elements.as_strided(shape, [stride // size for stride in strides], first // size)
 
 
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +50,19 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Dtype of the first segment; layouts of mixed records have others beside it."""
         return next(iter(self.segments.values())).dtype
 
+    def check_fits(self, layer: LayerSpec, heads: int, where: str) -> None:
+        """Raise `InputError` unless it holds exactly `heads` heads of the layer. `where` begins the text."""
+        if set(self.segments) != {segment.name for segment in layer.segments}:
+            names = [segment.name for segment in layer.segments]
+            raise InputError(f"{where}: the layout has segments {list(self.segments)}, the spec {names}")
+        for segment in layer.segments:
+            part, held = self.segments[segment.name], min(heads, segment.heads)
+            if (part.heads, part.channels) != (held, segment.channels):
+                raise InputError(
+                    f"{where}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} "
+                    f"channels, the shard {held} of {segment.channels}"
+                )
+
     def with_scales(self, per: PerScale = "token_head", channels_per_scale: int = 0) -> KVLayout:
         """The same with dense scales in memory of their own beside every segment (see `ScaleLayout.dense`)."""
         parts = {}
@@ -152,7 +79,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layer: LayerSpec,
         heads: int,
         block_size: int,
-        dtype: DType | str,
+        dtype: object,
         scale: ScaleLayout | PerScale | None = None,
     ) -> KVLayout:
         """A known layout, dense, for `heads` local heads of `layer`; scales are static, or apart, one a token and head.
@@ -168,26 +95,26 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         | `fp8_ds_mla` | one tensor, a record a token: fp8 latent, float32 scale for each 128 of it, bf16 rope (vLLM) |
         | `state` | one record a block `[block, head, bytes]` |
         """
-        from hetkv.kv.presets import PRESETS
-
         if name not in PRESETS:
             raise InputError(f"layout {name!r} is not known; known are {', '.join(PRESETS)}")
-        dtype = DType.parse(dtype) if isinstance(dtype, str) else dtype
+        dtype = DType.parse(dtype)
         segments = [segment._replace(heads=min(heads, segment.heads)) for segment in layer.segments]
-        if isinstance(scale, str):
-            return PRESETS[name](name, segments, block_size, dtype, None).with_scales(scale)
-        return PRESETS[name](name, segments, block_size, dtype, scale)
+        per = scale if isinstance(scale, str) else None
+        parts, shared = PRESETS[name](name, segments, block_size, dtype, None if isinstance(scale, str) else scale)
+        made = cls(name, block_size, parts, shared)
+        return made.with_scales(per) if per is not None else made
 
     @classmethod
     def from_tensor(
         cls,
-        tensor: torch.Tensor | Mapping[str, torch.Tensor],
+        tensor: Any,
         axes: str | Mapping[str, str],
         segments: Sequence[Segment] | None = None,
         name: str = "from_tensor",
         scale: ScaleLayout | Literal["inline"] | None = None,
+        dtype: object = None,
     ) -> KVLayout:
-        """Layout of existing memory, read from the tensor's own strides.
+        """Layout of existing memory (all that `Memory.of` reads), by its own strides.
 
         `axes` names the tensor's axes in order, separated by spaces: `block`, `token`, `head`, `channel`; `segment` for
         an axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
@@ -195,88 +122,23 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         K and V in tensors of their own: give mappings from segment name to tensor (and to axes where they differ).
         `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves. With
         `scale="inline"` the last four bytes of each head's channels are its scale (vLLM's `int8_per_token_head`).
+        `dtype`: of the elements, where the array cannot say (bfloat16 in `uint16`).
         """
         if not isinstance(tensor, Mapping):
             if not isinstance(axes, str):
                 raise InputError("one tensor has one axes string")
-            return cls(name, *_read_axes(tensor, axes.split(), segments, scale), shared=True)
+            return cls(name, *read_axes(Memory.of(tensor, dtype), axes.split(), segments, scale), shared=True)
         parts: dict[str, SegmentLayout] = {}
         sizes = set()
-        for part, memory in tensor.items():
+        for part, source in tensor.items():
+            if not isinstance(axes, str) and part not in axes:
+                raise InputError(f"axes are given for {list(axes)}, not for segment {part!r}")
             names = (axes if isinstance(axes, str) else axes[part]).split()
             if "segment" in names or "channels" in names:
                 raise InputError(f"segment {part!r} has a tensor of its own, so its axes cannot name {names}")
-            block_size, read = _read_axes(memory, names, [Segment(part, 0, 0)], scale)
+            block_size, read = read_axes(Memory.of(source, dtype), names, [Segment(part, 0, 0)], scale)
             parts[part] = read[part]
             sizes.add(block_size)
         if len(sizes) != 1:
             raise InputError(f"tensors {list(tensor)} have block sizes {sorted(sizes)}")
         return cls(name, sizes.pop(), parts)
-
-
-AXES = ("segment", "block", "token", "head", "channel", "outer", "inner", "channels")
-
-
-def _read_axes(
-    tensor: torch.Tensor,
-    names: list[str],
-    segments: Sequence[Segment] | None,
-    scale: ScaleLayout | Literal["inline"] | None,
-) -> tuple[int, dict[str, SegmentLayout]]:
-    """Block size and segment layouts of one tensor."""
-    unknown = [axis for axis in names if axis not in AXES]
-    if unknown or len(set(names)) != len(names) or len(names) != tensor.dim():
-        raise InputError(f"axes {' '.join(names)!r} do not name the {tensor.dim()} axes of shape {tuple(tensor.shape)}")
-    dtype = DType.parse(tensor.dtype)
-    shape = dict(zip(names, tensor.shape, strict=True))
-    stride = {axis: step * dtype.itemsize for axis, step in zip(names, tensor.stride(), strict=True)}
-    if (
-        "block" not in shape
-        or not ({"channel", "inner", "channels"} & set(names))
-        or ("outer" in shape) != ("inner" in shape)
-    ):
-        raise InputError(f"axes {' '.join(names)!r} need block, and channel or channels or both outer and inner")
-    heads = shape.get("head", 1)
-    parts = list(segments) if segments is not None else [Segment("k", heads, 0), Segment("v", heads, 0)]
-    whole = shape.get("channel", shape.get("channels", shape.get("outer", 1) * shape.get("inner", 1)))
-    tail = FLOAT32_BYTES // dtype.itemsize if scale == "inline" else 0
-    if "channels" in shape:
-        widths = [part.channels + tail if part.channels else whole // len(parts) for part in parts]
-        step = stride["channels"]
-        offsets = [sum(widths[:i]) * step for i in range(len(parts))]
-        if sum(widths) != whole:
-            raise InputError(f"the channels axis holds {whole} channels, its segments {widths}")
-    else:
-        widths = [whole] * len(parts)
-        offsets = [i * stride.get("segment", 0) for i in range(len(parts))]
-        if len(parts) != shape.get("segment", 1):
-            raise InputError(
-                f"the segment axis has size {shape.get('segment', 1)}, but there are {len(parts)} segments"
-            )
-    inner = stride.get("inner", stride.get("channel", stride.get("channels", dtype.itemsize)))
-    if tail and ("inner" in shape or inner != dtype.itemsize or min(widths) <= tail):
-        raise InputError(f"axes {' '.join(names)!r}: inline scales lie behind channels that lie together")
-
-    def scale_of(offset: int, width: int) -> ScaleLayout | None:
-        if not isinstance(scale, str):
-            return scale
-        place = offset + width * dtype.itemsize
-        return ScaleLayout((), place, stride["block"], stride.get("token", 0), stride.get("head", 0))
-
-    widths = [width - tail for width in widths]
-    return shape.get("token", 1), {
-        part.name: SegmentLayout(
-            dtype=dtype,
-            heads=heads,
-            channels=width,
-            offset=offset,
-            block_stride=stride["block"],
-            token_stride=stride.get("token", 0),
-            head_stride=stride.get("head", 0),
-            inner_stride=inner,
-            pack=shape.get("inner", width),
-            outer_stride=stride.get("outer", 0),
-            scale=scale_of(offset, width),
-        )
-        for part, width, offset in zip(parts, widths, offsets, strict=True)
-    }

@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-import msgspec
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from hetkv.errors import InputError
+from hetkv.kv.allocate import allocate
 from hetkv.kv.dtypes import DType
+from hetkv.kv.existing import existing_layers
+from hetkv.kv.layer import LayerMemory
 from hetkv.kv.layout import KVLayout
+from hetkv.kv.memory import Memory, check_mapped, probe
+from hetkv.kv.overlap import Piece, overlapping
 from hetkv.kv.scale import PerScale, ScaleLayout
 from hetkv.kv.spec import KVSpec, Shard
-
-if TYPE_CHECKING:
-    import torch
+from hetkv.kv.view import strided_view
 
 
-class LayerMemory(NamedTuple):
-    """Memory of one layer: a layout, its block count, and for each segment the tensor whose first byte is the base.
+class Paging(NamedTuple):
+    """Of one cache group: tokens of a block, and blocks."""
 
-    Scales that lie apart have a tensor `<segment>.scale` beside it.
-    """
-
-    layout: KVLayout
+    block_size: int
     num_blocks: int
-    tensors: Mapping[str, torch.Tensor]
 
 
 class KVPool:
     """Paged KV memory of one rank: for every global layer of its shard a layout, a block count and base addresses.
 
-    Layers may differ in layout, block size and block count. Tensors must stay allocated while a `Sender` or `Receiver`
-    uses the pool; the pool holds references to them. All lie on one device.
+    Layers may differ in layout, block size and block count. Memory must stay allocated while a `Sender` or `Receiver`
+    uses the pool; the pool holds references to what it was given. All lies on one device.
     """
 
     def __init__(self, spec: KVSpec, shard: Shard, layers: Mapping[int, LayerMemory]) -> None:
         self.spec = spec
         self.shard = shard
         self.layers = dict(layers)
-        owned = [layer for layer in range(*shard.layers) if spec.layers[layer].shares is None]
+        owned = spec.owned(shard.layers)
         if sorted(self.layers) != owned:
             raise InputError(f"the pool has layers {sorted(self.layers)}, its shard layers {owned}")
-        devices = {tensor.device for memory in self.layers.values() for tensor in memory.tensors.values()}
+        every = {id(tensor): tensor for at in self.layers.values() for tensor in at.tensors.values()}
+        read = {number: Memory.bytes_of(tensor) for number, tensor in every.items()}
+        self._memory = {
+            (layer, name): read[id(tensor)] for layer, at in self.layers.items() for name, tensor in at.tensors.items()
+        }
+        self._probes = [(at, at()) for at in map(probe, every.values()) if at is not None]
+        devices = sorted({memory.device for memory in self._memory.values()})
         if len(devices) > 1:
-            raise InputError(f"a pool lies on one device, not on {', '.join(sorted(map(str, devices)))}")
-        self.device = devices.pop() if devices else None
-        self._memory = [(at, at.data_ptr(), at.untyped_storage().nbytes()) for at in self._tensors()]
-        self.groups: dict[int, tuple[int, int]] = {}
-        """Block size and block count of each cache group that has layers here."""
-        for layer, memory in self.layers.items():
-            self._check(layer, memory)
-            group, paging = spec.group_of(layer), (memory.layout.block_size, memory.num_blocks)
+            raise InputError(f"a pool lies on one device, not on {', '.join(devices)}")
+        self.device = devices[0] if devices else "cpu"
+        """`cpu`, or `cuda` or `hip` with an index where it is known, such as `cuda:0`."""
+        self.groups: dict[int, Paging] = {}
+        """Of each cache group that has layers here."""
+        for layer, at in self.layers.items():
+            self._check(layer, at)
+            group, paging = spec.group_of(layer), Paging(at.layout.block_size, at.num_blocks)
             if self.groups.setdefault(group, paging) != paging:
                 raise InputError(
                     f"layer {layer} has {paging[1]} blocks of {paging[0]} tokens, its cache group {group} has "
@@ -66,118 +69,109 @@ class KVPool:
         *,
         layout: str = "nhd",
         block_size: int | Sequence[int] = 16,
-        dtype: DType | str = DType.BFLOAT16,
+        dtype: object = DType.BFLOAT16,
         shard: Shard | None = None,
         scale: ScaleLayout | PerScale | None = None,
         latent_layout: str = "latent",
-        device: torch.device | str = "cpu",
+        device: Any = "cpu",
+        framework: Literal["torch", "numpy"] | None = None,
     ) -> KVPool:
         """A zeroed pool of a preset layout. `num_blocks` and `block_size` may be given per cache group.
 
-        `scale`: static scales, or `"token_head"` or `"token"` for scales in memory of their own.
+        `scale`: static scales, or `"token_head"` or `"token"` for scales in memory of their own. `framework` allocates;
+        by default PyTorch where it is installed, otherwise NumPy, which has host memory only.
         """
         shard = shard or Shard.whole(spec)
-        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            values = [value] * spec.num_groups if isinstance(value, int) else list(value)
-            if len(values) != spec.num_groups or min(values, default=0) < 1:
-                raise InputError(f"{name} {value}: from 1, and one or as many as cache groups ({spec.num_groups})")
+        blocks, sizes = spec.per_group("num_blocks", num_blocks), spec.per_group("block_size", block_size)
         layers = {}
-        for index in range(*shard.layers):
-            layer = spec.layers[index]
-            if layer.shares is not None:
-                continue
-            blocks = num_blocks if isinstance(num_blocks, int) else num_blocks[layer.group]
-            size = block_size if isinstance(block_size, int) else block_size[layer.group]
-            heads = shard.heads[index].size
+        for index in spec.owned(shard.layers):
+            layer, heads = spec.layers[index], shard.heads[index].size
             if layer.kind == "state":
                 made = KVLayout.preset("state", layer, heads, 1, DType.UINT8)
             else:
                 name = layout if layer.kind == "kv" else latent_layout
-                made = KVLayout.preset(name, layer, heads, size, dtype, None if name == "fp8_ds_mla" else scale)
-            layers[index] = LayerMemory(made, blocks, allocate(made, blocks, device))
+                own = None if name == "fp8_ds_mla" else scale
+                made = KVLayout.preset(name, layer, heads, sizes[layer.group], dtype, own)
+            tensors = allocate(made, blocks[layer.group], device, framework)
+            layers[index] = LayerMemory(made, blocks[layer.group], tensors)
         return cls(spec, shard, layers)
 
     @classmethod
     def from_tensors(
         cls,
         spec: KVSpec,
-        tensors: Mapping[int, torch.Tensor | Mapping[str, torch.Tensor]],
-        axes: str | Mapping[str, str],
+        tensors: Any,
+        axes: Any,
         *,
         shard: Shard | None = None,
+        dtype: object = None,
         scale: ScaleLayout | Literal["inline"] | None = None,
-        scales: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+        scales: Mapping[int, Mapping[str, Any]] | None = None,
         scale_axes: str = "block token head",
     ) -> KVPool:
-        """A pool over an engine's own tensors, one entry per global layer, described by `KVLayout.from_tensor`.
+        """A pool over an engine's own memory: PyTorch, NumPy (also memory-mapped), DLPack, `__cuda_array_interface__`,
+        or `Memory` for raw pointers.
 
-        `scales`: per layer and segment a float32 tensor with the axes `scale_axes` (see `ScaleLayout.from_tensor`).
+        `tensors` is a list with one entry per layer that the shard holds, or a mapping from global layer index; an
+        entry is one array, or a mapping from segment name (`k`, `v`) to its array. One array for all layers (or one
+        per segment) has an axis `layer`. `axes` names the axes in order, as `KVLayout.from_tensor` says; where layers
+        or segments differ, a mapping from layer index or segment name. `dtype`: what the elements are where the array
+        cannot say (bfloat16 in `uint16`). Memory of `state` layers is `uint8`.
+
+        `scales`: per layer and segment a float32 array with the axes `scale_axes` (see `ScaleLayout.from_tensor`).
+        Raises `InputError`.
         """
-        layers = {}
-        if not isinstance(tensors, Mapping):
-            raise InputError("tensors is a mapping from global layer index to that layer's tensor or tensors")
-        for index, memory in tensors.items():
-            if not 0 <= index < len(spec.layers):
-                raise InputError(f"layer {index}: the model has {len(spec.layers)} layers")
-            parts = [segment._replace(heads=0) for segment in spec.layers[index].segments]
-            layout = KVLayout.from_tensor(memory, axes, parts, scale=scale)
-            if isinstance(memory, Mapping):
-                named, order = dict(memory), axes if isinstance(axes, str) else next(iter(axes.values()))
-            else:
-                named, order = {part.name: memory for part in parts}, str(axes)
-            blocks = next(iter(named.values())).shape[order.split().index("block")]
-            for name, tensor in (scales or {}).get(index, {}).items():
-                if name not in layout.segments:
-                    raise InputError(f"layer {index}: scales of {name!r}, which is no segment")
-                part = layout.segments[name]
-                shape = dict(zip(scale_axes.split(), tensor.shape, strict=False))
-                groups = shape.get("group", 1)
-                if groups < 1 or part.channels % groups:
-                    raise InputError(f"layer {index}: {groups} scales for {part.channels} channels of {name!r}")
-                placed = ScaleLayout.from_tensor(tensor, scale_axes, part.channels // groups if groups > 1 else 0)
-                scaled = {**layout.segments, name: msgspec.structs.replace(part, scale=placed)}
-                layout = msgspec.structs.replace(layout, segments=scaled)
-                named = {**named, f"{name}.scale": tensor}
-            layers[index] = LayerMemory(layout, blocks, named)
-        return cls(spec, shard or Shard.whole(spec), layers)
+        shard = shard or Shard.whole(spec)
+        found = existing_layers(spec, shard, tensors, axes, dtype, scale, scales or {}, scale_axes)
+        return cls(spec, shard, found)
 
-    def view(self, layer: int, segment: str) -> torch.Tensor:
-        """Strided view `[num_blocks, block_size, heads, channels]` of one segment (see `SegmentLayout.view`)."""
-        memory = self.layers[layer]
-        return memory.layout.segments[segment].view(
-            memory.tensors[segment], memory.layout.block_size, memory.num_blocks
-        )
+    def view(self, layer: int, segment: str) -> Any:
+        """Strided view `[num_blocks, block_size, heads, channels]` of one segment (see `strided_view`)."""
+        at = self.layers[layer]
+        return strided_view(at.layout.segments[segment], at.tensors[segment], at.layout.block_size, at.num_blocks)
 
-    def scale_view(self, layer: int, segment: str) -> torch.Tensor:
+    def scale_view(self, layer: int, segment: str) -> Any:
         """Strided float32 view `[num_blocks, block_size, heads, groups]` of a segment's scales in memory."""
-        memory, base = self.layers[layer], self._scale_memory(layer, segment)
-        return memory.layout.segments[segment].scales.view(base, memory.layout.block_size, memory.num_blocks)
-
-    def scale_base(self, layer: int, segment: str) -> int:
-        """Address that the offsets of the segment's scales in memory count from."""
-        return self._scale_memory(layer, segment).data_ptr()
-
-    def _scale_memory(self, layer: int, segment: str) -> torch.Tensor:
-        memory = self.layers[layer]
-        scale = memory.layout.segments[segment].scale
-        if scale is None or not scale.in_memory:
-            raise InputError(f"layer {layer}, segment {segment!r} has no scales in memory")
-        return memory.tensors[f"{segment}.scale" if scale.apart else segment]
+        at, name = self.layers[layer], self._scale_memory(layer, segment)
+        return strided_view(at.layout.segments[segment].scales, at.tensors[name], at.layout.block_size, at.num_blocks)
 
     def base(self, layer: int, segment: str) -> int:
         """Address that the segment's offsets count from."""
-        return self.layers[layer].tensors[segment].data_ptr()
+        return self._memory[layer, segment].address
+
+    def scale_base(self, layer: int, segment: str) -> int:
+        """Address that the offsets of the segment's scales in memory count from."""
+        return self._memory[layer, self._scale_memory(layer, segment)].address
+
+    def addresses(self) -> dict[tuple[int, str], int]:
+        """(layer, segment) to the address of its array, each array once."""
+        return {place: address for address, place in {at.address: place for place, at in self._memory.items()}.items()}
 
     def check_alive(self) -> None:
-        """Raise `InputError` where a tensor's memory was freed, resized or replaced since the pool was made."""
-        for tensor, address, size in self._memory:
-            if tensor.data_ptr() != address or tensor.untyped_storage().nbytes() != size:
-                raise InputError("the pool's memory was freed or replaced while it was in use")
+        """Raise `InputError` where an array's memory was freed, resized or replaced since the pool was made."""
+        if any(where() != known for where, known in self._probes):
+            raise InputError("the pool's memory was freed or replaced while it was in use")
 
-    def _tensors(self) -> list[torch.Tensor]:
-        """Every tensor once."""
-        every = [tensor for memory in self.layers.values() for tensor in memory.tensors.values()]
-        return list({id(tensor): tensor for tensor in every}.values())
+    def check_source(self) -> None:
+        """Raise `InputError` where host memory of the pool cannot be read."""
+        self._check_mapped(write=False)
+
+    def check_destination(self) -> None:
+        """Raise `InputError` where the pool cannot be received into.
+
+        It must be writable, and within a cache group each element must have bytes of its own. Groups may share memory,
+        as engines that page unlike layers out of one buffer do; they must not use the same bytes at a time.
+        """
+        for (layer, name), memory in self._memory.items():
+            if memory.readonly:
+                raise InputError(f"layer {layer}, segment {name!r}: read-only memory cannot be received into")
+        self._check_mapped(write=True)
+        for group in self.groups:
+            both = overlapping(self._pieces(group))
+            if both is not None and both[0] is both[1]:
+                raise InputError(f"{both[0].name}: its elements overlap each other, or have strides that do not nest")
+            if both is not None:
+                raise InputError(f"{both[0].name} and {both[1].name} overlap: they would overwrite each other")
 
     def check_blocks(self, group: int, block_ids: Sequence[int], start: int, stop: int) -> None:
         """Raise `InputError` unless `block_ids` hold tokens `[start, stop)` of a cache group in distinct blocks.
@@ -201,46 +195,50 @@ class KVPool:
             wrong = next(b for b in used if b in seen or seen.add(b))  # type: ignore[func-returns-value]
             raise InputError(f"cache group {group}: block id {wrong} is given twice")
 
-    def _check(self, layer: int, memory: LayerMemory) -> None:
-        """The layout must hold the shard's heads and lie inside the tensors."""
-        wanted = self.spec.layers[layer].segments
-        heads = self.shard.heads[layer].size
-        for segment in wanted:
-            part = memory.layout.segments.get(segment.name)
-            if part is None:
-                raise InputError(f"layer {layer}: the layout has no segment {segment.name!r}")
-            if (part.heads, part.channels) != (min(heads, segment.heads), segment.channels):
-                raise InputError(
-                    f"layer {layer}, segment {segment.name!r}: the layout has {part.heads} heads of {part.channels} "
-                    f"channels, the shard {min(heads, segment.heads)} of {segment.channels}"
-                )
-            where = f"layer {layer}, segment {segment.name!r}"
-            reaches = {segment.name: part.extent(memory.layout.block_size, memory.num_blocks)}
-            if part.groups and part.scale is not None:
-                name = f"{segment.name}.scale" if part.scale.apart else segment.name
-                reach = part.scales.extent(memory.layout.block_size, memory.num_blocks)
-                reaches[name] = max(reach, reaches.get(name, 0))
-            for name, reach in reaches.items():
-                if name not in memory.tensors:
-                    raise InputError(f"{where}: there is no tensor {name!r}")
-                tensor = memory.tensors[name]
-                room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-                if reach > room:
-                    raise InputError(f"{where}: the layout reaches {reach} bytes, the tensor has {room}")
+    def __repr__(self) -> str:
+        start, stop = self.shard.layers
+        kinds = {f"{at.layout.name} {at.layout.dtype.value}" for at in self.layers.values()}
+        paging = ", ".join(f"{blocks} blocks of {size}" for size, blocks in self.groups.values())
+        return f"KVPool(layers [{start}, {stop}), {paging} tokens, {' and '.join(sorted(kinds))}, {self.device})"
 
+    def _scale_memory(self, layer: int, segment: str) -> str:
+        """Name of the memory that holds a segment's scales."""
+        scale = self.layers[layer].layout.segments[segment].scale
+        if scale is None or not scale.in_memory:
+            raise InputError(f"layer {layer}, segment {segment!r} has no scales in memory")
+        return f"{segment}.scale" if scale.apart else segment
 
-def allocate(layout: KVLayout, num_blocks: int, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Zeroed memory for a dense layout whose outermost axis is the block: one byte tensor per base."""
-    import torch
+    def _check_mapped(self, write: bool) -> None:
+        if self.device == "cpu":
+            reaches = {(layer, name): size for layer in self.layers for name, size in self.layers[layer].reaches()}
+            parts = [
+                (f"layer {layer}, segment {name!r}", self._memory[layer, name].address, size)
+                for (layer, name), size in reaches.items()
+            ]
+            check_mapped(parts, write)
 
-    sizes = {name: part.block_stride * num_blocks for name, part in layout.segments.items()}
-    if layout.shared:
-        one = torch.zeros(max(sizes.values()), dtype=torch.uint8, device=device)
-        tensors = dict.fromkeys(layout.segments, one)
-    else:
-        tensors = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
-    for name, part in layout.segments.items():
-        if part.scale is not None and part.scale.apart:
-            size = part.scales.extent(layout.block_size, num_blocks)
-            tensors[f"{name}.scale"] = torch.zeros(size, dtype=torch.uint8, device=device)
-    return tensors
+    def _pieces(self, group: int) -> Iterator[Piece]:
+        """Every segment of a cache group, and its scales in memory, as strided memory."""
+        for layer, at in self.layers.items():
+            if self.spec.group_of(layer) != group:
+                continue
+            size, blocks = at.layout.block_size, at.num_blocks
+            for name, part in at.layout.segments.items():
+                where = f"layer {layer}, segment {name!r}"
+                base = self.base(layer, name) + part.offset
+                yield Piece.of(where, base, part.axes(size, blocks), part.dtype.itemsize)
+                if part.groups:
+                    scales = part.scales
+                    axes = [axis for axis in scales.axes(size, blocks) if axis != (part.heads, 0)]  # heads share them
+                    base = self.scale_base(layer, name) + scales.offset
+                    yield Piece.of(f"{where}, scales", base, axes, scales.dtype.itemsize)
+
+    def _check(self, layer: int, at: LayerMemory) -> None:
+        """The layout must hold the shard's heads and lie inside the memory."""
+        at.layout.check_fits(self.spec.layers[layer], self.shard.heads[layer].size, f"layer {layer}")
+        for name, reach in at.reaches():
+            if (layer, name) not in self._memory:
+                raise InputError(f"layer {layer}: there is no tensor {name!r}")
+            room = self._memory[layer, name].room
+            if reach > room:
+                raise InputError(f"layer {layer}, segment {name!r}: the layout reaches {reach} bytes, there are {room}")

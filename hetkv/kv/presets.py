@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, SegmentLayout
 from hetkv.kv.scale import FLOAT32_BYTES, ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Segment
 
 PACK_BYTES = 16
 """Width of the innermost run of an x-packed K layout: ROCm paged attention reads 16-byte units."""
 
-_Preset = Callable[[str, Sequence[Segment], int, DType, "ScaleLayout | None"], KVLayout]
+
+class Placement(NamedTuple):
+    """Segments of a layout; `shared`: all in one allocation."""
+
+    segments: dict[str, SegmentLayout]
+    shared: bool = False
+
+
+_Preset = Callable[[str, Sequence[Segment], int, DType, "ScaleLayout | None"], Placement]
 
 
 def _dense(
@@ -50,8 +59,8 @@ def _dense(
 def _apart(order: str) -> _Preset:
     def make(
         name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
-        return KVLayout(name, block_size, {s.name: _dense(s, order, block_size, dtype, scale) for s in segments})
+    ) -> Placement:
+        return Placement({s.name: _dense(s, order, block_size, dtype, scale) for s in segments})
 
     return make
 
@@ -59,13 +68,13 @@ def _apart(order: str) -> _Preset:
 def _interleaved(order: str) -> _Preset:
     def make(
         name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
+    ) -> Placement:
         sizes = [block_size * s.heads * s.channels * dtype.itemsize for s in segments]
         parts = {
             s.name: _dense(s, order, block_size, dtype, scale, block_bytes=sum(sizes), offset=sum(sizes[:i]))
             for i, s in enumerate(segments)
         }
-        return KVLayout(name, block_size, parts, shared=True)
+        return Placement(parts, True)
 
     return make
 
@@ -73,18 +82,20 @@ def _interleaved(order: str) -> _Preset:
 def _packed(order: str) -> _Preset:
     def make(
         name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-    ) -> KVLayout:
+    ) -> Placement:
         row = sum(s.channels for s in segments)
         parts, offset = {}, 0
         for s in segments:
             parts[s.name] = _dense(s, order, block_size, dtype, scale, offset=offset, row=row)
             offset += s.channels * dtype.itemsize
-        return KVLayout(name, block_size, parts, shared=True)
+        return Placement(parts, True)
 
     return make
 
 
-def _rocm(name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None) -> KVLayout:
+def _rocm(
+    name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
+) -> Placement:
     size = dtype.itemsize
     pack = PACK_BYTES // size
     parts = {}
@@ -112,7 +123,7 @@ def _rocm(name: str, segments: Sequence[Segment], block_size: int, dtype: DType,
             parts[s.name] = SegmentLayout(
                 dtype, s.heads, s.channels, 0, s.heads * head, size, head, block_size * size, s.channels, 0, scale
             )
-    return KVLayout(name, block_size, parts)
+    return Placement(parts)
 
 
 DS_MLA_GROUP = 128
@@ -121,7 +132,7 @@ DS_MLA_GROUP = 128
 
 def _fp8_ds_mla(
     name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
-) -> KVLayout:
+) -> Placement:
     """vLLM's `concat_and_cache_ds_mla_kernel`: 512 + 4 * 4 + 64 * 2 = 656 bytes a token for DeepSeek's MLA."""
     if [s.name for s in segments] != ["latent", "rope"] or scale is not None or dtype.itemsize != 1:
         raise InputError(f"layout {name!r} holds a latent of fp8 with scales of its own and its rope")
@@ -139,7 +150,7 @@ def _fp8_ds_mla(
         part.name: msgspec.structs.replace(made, block_stride=block, token_stride=record)
         for part, made in ((latent, first), (rope, second))
     }
-    return KVLayout(name, block_size, parts, shared=True)
+    return Placement(parts, True)
 
 
 PRESETS: dict[str, _Preset] = {

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-
-if TYPE_CHECKING:
-    import torch
-
-    from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.memory import Memory
 
 FLOAT32_BYTES = 4
 SCALED = (
@@ -82,15 +78,16 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         )
 
     @classmethod
-    def from_tensor(cls, tensor: torch.Tensor, axes: str, channels_per_scale: int = 0) -> ScaleLayout:
-        """Scales in a float32 tensor of their own. `axes` names its axes in order: `block token`, `head`, `group`."""
+    def from_tensor(cls, tensor: Any, axes: str, channels_per_scale: int = 0) -> ScaleLayout:
+        """Scales in float32 memory of their own. `axes` names its axes in order: `block token`, `head`, `group`."""
+        memory = Memory.of(tensor)
         names = axes.split()
-        known = {"block", "token", "head", "group"}
-        if len(names) != tensor.dim() or len(set(names)) != len(names) or not {"block", "token"} <= set(names) <= known:
-            raise InputError(f"axes {axes!r} do not name the {tensor.dim()} axes of scales {tuple(tensor.shape)}")
-        if DType.parse(tensor.dtype) is not DType.FLOAT32:
-            raise InputError(f"scales are float32, not {tensor.dtype}")
-        step = {name: stride * FLOAT32_BYTES for name, stride in zip(names, tensor.stride(), strict=True)}
+        known, rank = {"block", "token", "head", "group"}, len(memory.shape)
+        if len(names) != rank or len(set(names)) != rank or not {"block", "token"} <= set(names) <= known:
+            raise InputError(f"axes {axes!r} do not name the {rank} axes of scales {memory.shape}")
+        if memory.dtype is not DType.FLOAT32:
+            raise InputError(f"scales are float32, not {memory.dtype.value}")
+        step = dict(zip(names, memory.strides, strict=True))
         return cls(
             block_stride=step["block"],
             token_stride=step["token"],
@@ -99,19 +96,3 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             channels_per_scale=channels_per_scale,
             apart=True,
         )
-
-
-def check_scale(where: str, part: SegmentLayout, block_size: int) -> None:
-    """Raise `InputError` where a segment cannot have the scales that its layout says. `where` begins the text."""
-    scale = part.scale
-    if scale is None or not scale.in_memory:
-        return
-    if part.dtype not in SCALED:
-        raise InputError(f"{where}: {part.dtype.value} has no scales in memory, only fp8 and int8 have")
-    per = scale.channels_per_scale or part.channels
-    if part.channels < 1 or part.channels % per:
-        raise InputError(f"{where}: {part.channels} channels with a scale for each {per}")
-    if block_size > 1 and scale.token_stride == 0:
-        raise InputError(f"{where}: scales in memory are one a token, but their token stride is 0")
-    if part.channels // per > 1 and scale.group_stride == 0:
-        raise InputError(f"{where}: {part.channels // per} scales a head, but their group stride is 0")

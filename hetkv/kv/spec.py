@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import msgspec
 
@@ -28,11 +29,13 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: int = 0
     """Cache group: layers of one group share a block table."""
     window: int | None = None
-    """Sliding window in tokens: only the last `window` tokens before the end are ever read again."""
+    """Sliding window in tokens, the querying one among them: the last `window - 1` tokens of a prompt are ever read
+    again, and of a group whose layers all have a window only those are sent."""
     shares: int | None = None
     """Global index of the layer whose cache this layer reads (cross-layer KV sharing); it has no memory of its own."""
 
     def __post_init__(self) -> None:
+        _freeze(self, "segments", "segments", Segment)
         for segment in self.segments:
             if segment.heads < 1 or segment.channels < 1:
                 raise InputError(f"segment {segment.name!r} has {segment.heads} heads of {segment.channels} channels")
@@ -60,9 +63,16 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls("latent", (Segment("latent", 1, latent_dim), Segment("rope", 1, rope_dim)), group)
 
     @classmethod
-    def state(cls, heads: int, bytes_per_head: int, *, group: int = 0) -> LayerSpec:
-        """Mamba, linear attention and the like: opaque bytes, one record a request, split over ranks by head."""
-        return cls("state", (Segment("state", heads, bytes_per_head),), group)
+    def state(cls, heads: int, bytes_per_head: int | Mapping[str, int], *, group: int = 0) -> LayerSpec:
+        """Mamba, linear attention and the like: opaque bytes, one record a request, split over ranks by head.
+
+        One head count splits all of it. A state of several parts, such as Mamba's convolution over [x, B, C] and its
+        SSM state, is cut wrongly by one byte count: give a mapping from part to its bytes a head. A part that ranks do
+        not split (B and C of one group) cannot be told from one that they do, so such a model needs the same tensor
+        parallelism on both sides.
+        """
+        parts = bytes_per_head if isinstance(bytes_per_head, Mapping) else {"state": bytes_per_head}
+        return cls("state", tuple(Segment(name, heads, size) for name, size in parts.items()), group)
 
 
 class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,11 +81,12 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[LayerSpec, ...]
 
     def __post_init__(self) -> None:
-        for index, layer in enumerate(self.layers):
-            if layer.shares is not None and not (0 <= layer.shares < len(self.layers) and layer.shares != index):
-                raise InputError(f"layer {index} shares the cache of layer {layer.shares}, which does not exist")
+        _freeze(self, "layers", "layers", LayerSpec)
+        for place, layer in enumerate(self.layers):
+            if layer.shares is not None and not (0 <= layer.shares < len(self.layers) and layer.shares != place):
+                raise InputError(f"layer {place} shares the cache of layer {layer.shares}, which does not exist")
             if layer.group < 0:
-                raise InputError(f"layer {index} is in cache group {layer.group}")
+                raise InputError(f"layer {place} is in cache group {layer.group}")
 
     @classmethod
     def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> KVSpec:
@@ -90,6 +101,22 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def group_of(self, layer: int) -> int:
         """Cache group of a global layer index."""
         return self.layers[layer].group
+
+    def owned(self, layers: Interval) -> list[int]:
+        """The layers of an interval that have a cache of their own."""
+        return [layer for layer in range(*layers) if self.layers[layer].shares is None]
+
+    def per_group(self, name: str, value: int | Sequence[int]) -> list[int]:
+        """A number that may be given once or for each cache group, for each. Raises `InputError` below 1."""
+        plain: Any = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and PyTorch's
+        try:
+            once = isinstance(plain, SupportsIndex)
+            values = [index(plain)] * self.num_groups if once else [index(at) for at in plain]
+        except TypeError:
+            raise InputError(f"{name} is an integer, or one for each cache group, not {value!r}") from None
+        if len(values) != self.num_groups or min(values, default=0) < 1:
+            raise InputError(f"{name} {value}: from 1, and one or as many as cache groups ({self.num_groups})")
+        return values
 
 
 class Interval(NamedTuple):
@@ -149,6 +176,14 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             Interval(start, start + sizes[pp_rank]),
             tuple(head_interval(layer.segments[0].heads, tp, tp_rank) for layer in spec.layers),
         )
+
+
+def _freeze(struct: msgspec.Struct, field: str, what: str, kind: type) -> None:
+    """A list in place of a tuple is taken; what is no sequence of `kind` is refused."""
+    value = getattr(struct, field)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
+        raise InputError(f"{what} are a sequence of {kind.__name__}, not {value!r}")
+    msgspec.structs.force_setattr(struct, field, tuple(value))
 
 
 def head_interval(heads: int, tp: int, rank: int) -> Interval:

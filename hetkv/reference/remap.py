@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.segment import SegmentLayout
+from hetkv.kv.view import strided_view
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ class Paged(NamedTuple):
 
         token = torch.arange(self.first_token, self.first_token + tokens)
         block = torch.tensor(list(self.block_ids), dtype=torch.int64)[token // self.block_size]
-        view = bits(self.layout.view(self.memory, self.block_size, self.num_blocks))
+        view = bits(strided_view(self.layout, self.memory, self.block_size, self.num_blocks))
         head = torch.arange(self.first_head, self.first_head + heads)
         if self.layout.head_stride == 0:  # scales that the heads share
             view, head = view[:, :, :1], torch.zeros(heads, dtype=torch.int64)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.kv.layout import SegmentLayout
 from hetkv.kv.pool import KVPool
 from hetkv.kv.scale import ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 
 
 class PoolFull(HetkvError):
@@ -81,7 +81,10 @@ class Pages:
             raise InputError(f"the model has {pool.spec.num_groups} cache groups, got block ids for {len(block_ids)}")
         self.pool = pool
         self.block_ids = [list(ids) for ids in block_ids]
-        self._tables = [torch.tensor(ids, dtype=torch.long, device=pool.device) for ids in self.block_ids]
+        device = pool.view(
+            *next((layer, name) for layer, at in pool.layers.items() for name in at.layout.segments)
+        ).device
+        self._tables = [torch.tensor(ids, dtype=torch.long, device=device) for ids in self.block_ids]
         self._views: dict[tuple[int, str], torch.Tensor] = {}
         self._last: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in pool.groups.items())

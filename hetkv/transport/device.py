@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hetkv.errors import InputError
@@ -48,20 +49,14 @@ class PoolDevice:
     def check(self, pool: KVPool) -> None:
         """Raise `InputError` where the driver sees the pool's memory elsewhere. Any device memory will do, PyTorch's
         expandable segments too: peers store into windows of hetkv's own and never into the pool."""
-        seen: set[int] = set()
-        for layer, memory in pool.layers.items():
-            for name, tensor in memory.tensors.items():
-                address = tensor.data_ptr()
-                if address in seen:
-                    continue
-                seen.add(address)
-                found = self.core.pointer_info(address)
-                if found["kind"] != "device":
-                    raise InputError(f"layer {layer}, segment {name!r}: the tensor is {_NOT_DEVICE[found['kind']]}")
-                if found["device"] != self.index:
-                    raise InputError(
-                        f"layer {layer}, segment {name!r}: the tensor lies on device {found['device']}, not on {self}"
-                    )
+        for (layer, name), address in pool.addresses().items():
+            found = self.core.pointer_info(address)
+            if found["kind"] != "device":
+                raise InputError(f"layer {layer}, segment {name!r}: the memory is {_NOT_DEVICE[found['kind']]}")
+            if found["device"] != self.index:
+                raise InputError(
+                    f"layer {layer}, segment {name!r}: the memory lies on device {found['device']}, not on {self}"
+                )
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.index}"
@@ -73,18 +68,23 @@ def device_of(pool: KVPool) -> PoolDevice | None:
     Raises `InputError` for a device without a backend, or memory that its driver sees elsewhere, `UnsupportedError`
     where the backend cannot be used here (with the reason), `DeviceError` where the driver refuses.
     """
-    where = pool.device
-    if where is None or where.type == "cpu":
+    name, _, number = pool.device.partition(":")
+    if name == "cpu":
         return None
-    if where.type != "cuda":
-        raise InputError(f"a pool on {where}: pools lie in host memory or on a CUDA or HIP device")
-    import torch
-
+    if name not in ("cuda", "hip"):
+        raise InputError(f"a pool on {pool.device}: pools lie in host memory or on a CUDA or HIP device")
     from hetkv.core import core
-    from hetkv.transport.backends import folder
+    from hetkv.transport.backends import backends, folder
 
-    name = "hip" if torch.version.hip else "cuda"
-    index = where.index if where.index is not None else torch.cuda.current_device()
-    device = PoolDevice(core.open_device(folder(), name, index), torch.device("cuda", index))
+    if number:
+        index = int(number)
+    else:
+        backends()  # the driver is asked through one that is loaded
+        index = core.pointer_info(name, next(iter(pool.addresses().values())))["device"]
+    torch = sys.modules.get("torch")
+    has_streams = torch is not None and torch.cuda.is_available()
+    device = PoolDevice(
+        core.open_device(folder(), name, index), torch.device("cuda", index) if torch and has_streams else None
+    )
     device.check(pool)
     return device

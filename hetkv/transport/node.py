@@ -98,6 +98,10 @@ class Node(ABC, Generic[P]):
         self.pool = pool
         self.device = device_of(pool)
         """The device that the pool lies on; `None` in host memory."""
+        if self.role == "receiver":
+            pool.check_destination()
+        else:
+            pool.check_source()
         self.config = config or TransferConfig()
         if self.device is None and self.config.window == "device":
             raise InputError("window='device' needs a pool on a device")

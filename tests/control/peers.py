@@ -16,7 +16,8 @@ from hetkv.control.description import Description, group_layers, host_id
 from hetkv.control.listener import Listener
 from hetkv.errors import ControlError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, Shard
 
 SECRET = b"a secret of at least sixteen bytes"

@@ -16,7 +16,8 @@ from hetkv.control.conversion import Conversion, segment_conversion, wire_dtype
 from hetkv.control.description import Description, decode, encode
 from hetkv.errors import IncompatibleError, InputError, MessageError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import Interval, KVSpec, LayerSpec, Shard
 from tests.control.peers import SPEC, describe
 
@@ -273,7 +274,8 @@ def test_a_description_that_contradicts_itself_names_the_field(changes, text):
 
 def test_a_layout_that_does_not_hold_the_shard_is_named():
     good = describe("sender", SPEC)
-    with pytest.raises(InputError, match=r"layers\[0\].k has 4 heads of 64 channels, the shard 2 of 64"):
+    match = r"layers\[0\], segment 'k': the layout has 4 heads of 64 channels, the shard 2 of 64"
+    with pytest.raises(InputError, match=match):
         msgspec.structs.replace(good, shard=Shard.of(SPEC, 2, 0))
     with pytest.raises(InputError, match=r"layers\[0\].k.scale has 3 values for 4 heads"):
         describe("sender", SPEC, FN, ScaleLayout((1.0, 2.0, 3.0)))

@@ -10,8 +10,9 @@ from hetkv.control.conversion import Conversion, segment_conversion
 from hetkv.control.description import Description, encode
 from hetkv.errors import IncompatibleError, InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, SegmentLayout
+from hetkv.kv.layout import KVLayout
 from hetkv.kv.scale import ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Interval, KVSpec, LayerSpec, Segment, Shard
 from tests.control.peers import SPEC, describe
 from tests.control.test_compat import BF16, E5, E5FNUZ, FN, FNUZ, FP32, INT8, UINT8, part, refused

@@ -13,7 +13,7 @@ import torch
 from hetkv.errors import (
     AbortedError,
 )
-from hetkv.kv.layout import ScaleLayout
+from hetkv.kv.scale import ScaleLayout
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.sender import Sender
 from tests.device.host import SMALL, HostStream, on_device, options, pools

@@ -10,7 +10,7 @@ import torch
 
 from hetkv.core import core as _core
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import SegmentLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.reference import remap as reference
 
 GUARD = 96

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hetkv.core import core as _core
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, SegmentLayout
+from hetkv.kv.layout import KVLayout
 from hetkv.kv.presets import PRESETS
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import LayerSpec
 from hetkv.reference import remap as reference
 from tests.remap.cases import Side, check, pool, random_bytes, wire

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hetkv.core import core as _core
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
-from hetkv.kv.scale import SCALED
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.scale import SCALED, ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import LayerSpec
 from hetkv.reference import remap as reference
 from tests.remap.cases import Side, pool, random_bytes, wire

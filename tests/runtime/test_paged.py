@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetkv.errors import InputError
-from hetkv.kv.layout import ScaleLayout
 from hetkv.kv.pool import KVPool
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Shard
 from hetkv.runtime import BlockAllocator, Decoder, ModelConfig, Pages, PoolFull, prefill
 from hetkv.runtime.config import Rope

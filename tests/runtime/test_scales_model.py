@@ -8,9 +8,12 @@ import msgspec
 import pytest
 import torch
 
+from hetkv.kv.allocate import allocate
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout
-from hetkv.kv.pool import KVPool, LayerMemory, allocate
+from hetkv.kv.layer import LayerMemory
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.pool import KVPool
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import Shard
 from hetkv.runtime import Decoder, TextTokenizer
 from hetkv.runtime.demo import MODEL, PROMPT

@@ -11,11 +11,14 @@ import torch
 from hypothesis import strategies as st
 
 from hetkv.control.conversion import Conversion, segment_conversion
+from hetkv.kv.allocate import allocate
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
-from hetkv.kv.pool import KVPool, LayerMemory, allocate
+from hetkv.kv.layer import LayerMemory
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.pool import KVPool
 from hetkv.kv.reshard import routes
-from hetkv.kv.scale import SCALED
+from hetkv.kv.scale import SCALED, ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Interval, KVSpec, LayerSpec, Shard
 from hetkv.reference import remap as reference
 

@@ -20,9 +20,9 @@ import torch
 
 from hetkv.control.compat import Conversion, segment_conversion
 from hetkv.errors import IncompatibleError
-from hetkv.kv.layout import ScaleLayout
 from hetkv.kv.pool import KVPool
 from hetkv.kv.reshard import overlap, routes
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, Shard
 from hetkv.reference.remap import bits
 from hetkv.transport.blocks import state_groups

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from hetkv.errors import IncompatibleError, InputError
+from hetkv.kv.allocate import allocate
 from hetkv.kv.dtypes import DType
+from hetkv.kv.layer import LayerMemory
 from hetkv.kv.layout import KVLayout
-from hetkv.kv.pool import KVPool, LayerMemory, allocate
+from hetkv.kv.pool import KVPool
 from hetkv.kv.scale import SCALED, ScaleLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Shard
 from hetkv.reference import remap as reference

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetkv.errors import ClosedError, HandshakeError, InputError, LeaseExpiredError, PeerLostError, WaitTimeoutError
-from hetkv.kv.layout import ScaleLayout
 from hetkv.kv.pool import KVPool
+from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Shard
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.receiver import Receiver

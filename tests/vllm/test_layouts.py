@@ -22,8 +22,9 @@ from vllm.v1.kv_cache_interface import (
 from hetkv.errors import InputError
 from hetkv.integrations.vllm.cpulayout import Kernel, cpu_layout
 from hetkv.integrations.vllm.layouts import Layer, layer_memory, layer_spec
+from hetkv.kv.layer import LayerMemory
 from hetkv.kv.layout import KVLayout
-from hetkv.kv.pool import KVPool, LayerMemory
+from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
 
 BLOCKS, TOKENS, HEADS, CHANNELS = 5, 32, 3, 64

@@ -14,7 +14,9 @@ from vllm import _custom_ops as ops
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.scale import ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 
 
 class Kernel(NamedTuple):

@@ -26,8 +26,11 @@ from vllm.v1.kv_cache_interface import (
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.layout import KVLayout, ScaleLayout, SegmentLayout
-from hetkv.kv.pool import KVPool, LayerMemory
+from hetkv.kv.layer import LayerMemory
+from hetkv.kv.layout import KVLayout
+from hetkv.kv.pool import KVPool
+from hetkv.kv.scale import ScaleLayout
+from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Segment, Shard
 
 if TYPE_CHECKING:
