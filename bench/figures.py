@@ -64,19 +64,19 @@ def gpu_remap_table(file: Path) -> str:
 
 
 def transfer_table(file: Path) -> str:
-    """Per destination and reach: the rate, and its ratio to UCX and to the peers that were measured."""
+    """Per destination and path: the rate, and its ratio to UCX and to the peers that were measured."""
     results = json.loads(file.read_text())["results"]
     peers = sorted({name for row in results for name, peer in row["peers"].items() if "gb_s" in peer})
     head = "".join(f" x {name} (target 2.5) |" if name == "nixl" else f" x {name} |" for name in peers)
     lines = [
-        f"| pool to pool, from nhd 16 to | reach | GB/s | of UCX put (target 0.45) |{head}",
+        f"| pool to pool, from nhd 16 to | path | GB/s | of UCX put (target 0.45) |{head}",
         "|---|---|---|---|" + "---|" * len(peers),
     ]
     for row in results:
         to = row["destination"]
         name = to if isinstance(to, str) else f"{to['layout']} {to['block_size']}"
         ratios = "".join(f" {row[f'ratio_{peer}']:.2f} |" for peer in peers)
-        lines.append(f"| {name} | {row['reach']} | {row['hetkv_gb_s']:.2f} | {row['ratio_ucx']:.2f} |{ratios}")
+        lines.append(f"| {name} | {row['path']} | {row['hetkv_gb_s']:.2f} | {row['ratio_ucx']:.2f} |{ratios}")
     return "\n".join(lines)
 
 
@@ -86,11 +86,11 @@ def device_table(file: Path) -> str:
     shape = run["shape"]
     lines = [
         f"| between two GPUs, {shape['layers']} layers of {shape['layer_mib']:g} MiB, {shape['source']} to "
-        f"{shape['destination']} | reach | GB/s |",
+        f"{shape['destination']} | path | GB/s |",
         "|---|---|---|",
     ]
     lines += [
-        f"| hetkv, {way} | {row['reach']} | {row['gb_s']:.1f} |" for way, row in run["hetkv"].items() if "gb_s" in row
+        f"| hetkv, {way} | {row['path']} | {row['gb_s']:.1f} |" for way, row in run["hetkv"].items() if "gb_s" in row
     ]
     if run["ucx_contiguous_gb_s"]:
         lines.append(f"| UCX put, one contiguous layer | | {run['ucx_contiguous_gb_s']:.1f} |")
@@ -131,7 +131,7 @@ def resharded_table(file: Path) -> str:
     run = json.loads(file.read_text())
     target = run["targets"]["ratio_unsharded"]
     lines = [
-        f"| from nhd 16 to | TP | processes | reach | GB/s | of TP 1 to 1 (target {target}) | rounds | CPU s/GB |",
+        f"| from nhd 16 to | TP | processes | path | GB/s | of TP 1 to 1 (target {target}) | rounds | CPU s/GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in run["results"]:
@@ -139,7 +139,7 @@ def resharded_table(file: Path) -> str:
         share = "one" if row["tp"] == [1, 1] else f"one a {row['processes']}"
         spread = "" if row["tp"] == [1, 1] else f"{min(rounds):.2f} to {max(rounds):.2f}"
         lines.append(
-            f"| {row['destination']} | {tp} | {share} | {row['reach']} | {row['hetkv_gb_s']:.2f} "
+            f"| {row['destination']} | {tp} | {share} | {row['path']} | {row['hetkv_gb_s']:.2f} "
             f"| {row['ratio_unsharded']:.2f} | {spread} | {row['cpu_s_per_gb']:.2f} |"
         )
     return "\n".join(lines)

@@ -258,13 +258,13 @@ void bind_engine(py::module_& m) {
           py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
           "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
       .def(
-          "reach", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.reach(link)); }, py::arg("link"),
+          "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
           py::call_guard<py::gil_scoped_release>(), "Code of `Reach` in csrc/engine/windows.h.")
       .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"))
       .def(
-          "refuse",
+          "reject",
           [](Sender& self, const py::bytes& id, std::string reason) {
-            self.refuse(to_array<16>(id, "request id"), std::move(reason));
+            self.reject(to_array<16>(id, "request id"), std::move(reason));
           },
           py::arg("id"), py::arg("reason"), "The id will not be sent again.");
 

@@ -21,7 +21,7 @@ enum class Code : std::uint8_t {
   kTransport = 10,    // TransportError: UCX reported an error
   kClosed = 11,       // ClosedError: the sender or receiver was closed
   kContent = 12,      // ContentError: the two sides of a request are not of one content
-  kDevice = 13,       // DeviceError: a GPU or its driver refused; on the wire it is kTransport
+  kDevice = 13,       // DeviceError: a GPU or its driver rejected; on the wire it is kTransport
 };
 
 struct [[nodiscard]] Status {

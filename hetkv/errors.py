@@ -94,7 +94,7 @@ class TransportError(TransferError):
 
 
 class DeviceError(TransferError):
-    """A GPU, its driver or its backend refused: out of memory, a launch that failed, a device that is not there."""
+    """A GPU, its driver or its backend rejected: out of memory, a launch that failed, a device that is not there."""
 
 
 class ClosedError(TransferError):

@@ -34,7 +34,7 @@ Engine::~Engine() {
 Status Engine::start() {
   auto status = transport::Worker::create(
       [this](std::uint64_t number, const std::uint8_t* data, std::size_t size) {
-        // One that is too long is kept long enough to be refused as such.
+        // One that is too long is kept long enough to be rejected as such.
         incoming_.push_back({number, {data, data + std::min(size, wire::kMaxMessageBytes + 8)}});
       },
       &worker_);

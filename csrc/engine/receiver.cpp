@@ -31,14 +31,14 @@ std::uint64_t Receiver::receive(Intake intake) {
   const std::uint64_t handle = next_handle_.fetch_add(1);
   if (gates_) gates_->open(handle);
   const bool posted = post([this, handle, intake = std::move(intake)]() mutable {
-    const auto refuse = [&](Status status) { tell(EventKind::kFailed, handle, -1, std::move(status)); };
+    const auto reject = [&](Status status) { tell(EventKind::kFailed, handle, -1, std::move(status)); };
     if (handles_.count(intake.id) != 0) {
-      return refuse(Status::error(Code::kInvalid, "a request with this id is in progress already"));
+      return reject(Status::error(Code::kInvalid, "a request with this id is in progress already"));
     }
     for (const auto id : intake.links) {
       const auto at = link(id);
       if (at == nullptr || !at->up()) {
-        return refuse(
+        return reject(
             Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) + ": the link is not up"));
       }
     }

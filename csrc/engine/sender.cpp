@@ -73,16 +73,16 @@ Status Sender::send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64
   return {};
 }
 
-Reach Sender::reach(std::uint32_t link) {
-  Reach reach = Reach::kNone;
+Path Sender::path(std::uint32_t link) {
+  Path path = Path::kNone;
   call([&] {
     const auto found = windows_.find(link);
     if (found == windows_.end()) return;
     for (const auto& [slot, window] : found->second.slots) {
-      if (window.memory != nullptr) reach = window.memory->reach();
+      if (window.memory != nullptr) path = window.memory->path();
     }
   });
-  return reach;
+  return path;
 }
 
 void Sender::post_layer(std::uint64_t handle, Ready ready) {
@@ -177,7 +177,7 @@ bool Sender::feed(Link& link) {
     }
     const PeerWindow& window = *windows.slots[windows.free.back()].memory;
     transfer->direct = window.local() != 0;
-    if (!transfer->direct || (config_.copy_engine && window.reach() == Reach::kPeer)) {
+    if (!transfer->direct || (config_.copy_engine && window.path() == Path::kDevice)) {
       const Status status = take_staging(window.where(), transfer.get());
       if (!status.ok() && !transfer->direct) {  // where it is direct, the pack can store across without staging
         lose(link, status);
@@ -367,7 +367,7 @@ void Sender::commit(Transfer& transfer) {
   ++stats_.frames;
   stats_.payload_bytes += transfer.frame.payload_length;
   if (transfer.direct) ++stats_.direct_frames;
-  if (transfer.direct && window.memory->reach() == Reach::kPeer) ++stats_.peer_frames;
+  if (transfer.direct && window.memory->path() == Path::kDevice) ++stats_.peer_frames;
   trace_.add({SpanKind::kWire, lane.request->handle, transfer.frame.layer, transfer.task.stop_ns, now_ns(),
               transfer.frame.payload_length});
   release_idle(*lane.link);

@@ -43,12 +43,13 @@ class Sender final : public Engine {
   // The same, of a pool on a device: they will be in the pool once what `stream` holds now has ended. Does not wait.
   // kInvalid: a stream of another device, or one that captures a graph; the layer is not sent then.
   Status send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop, void* stream);
-  // How payloads reach the peer of a link, by its latest window.
-  Reach reach(std::uint32_t link);
+  // How payloads get to the peer of a link, by its latest window.
+  Path path(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
-  // The id will not be sent again: tickets for it that wait or come are refused with `reason` instead of waiting, until
-  // it is submitted after all. Nothing happens where it is under way. Remembered for 10 minutes, of the last 4,096 ids.
-  void refuse(wire::RequestId id, std::string reason);
+  // The id will not be sent again: tickets for it that wait or come are rejected with `reason` instead of waiting,
+  // until it is submitted after all. Nothing happens where it is under way. Remembered for 10 minutes, of the last
+  // 4,096 ids.
+  void reject(wire::RequestId id, std::string reason);
 
  private:
   struct Ready {
@@ -131,7 +132,7 @@ class Sender final : public Engine {
     std::uint64_t at_ns;
     Status why;
     std::vector<std::string> told;  // peers that know
-    bool final = false;             // by `refuse`: all are told, always
+    bool final = false;             // by `reject`: all are told, always
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
@@ -173,7 +174,7 @@ class Sender final : public Engine {
   void release(Link& link);
   void release_idle(Link& link);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
-  void refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
+  void reject(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
   void conclude(Request& request);  // may erase it
   void remember(const wire::RequestId& id, Ended ended);
   void erase(Request& request);

@@ -80,16 +80,16 @@ void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   if (const auto found = ended_.find(id); found != ended_.end()) {
     Ended& ended = found->second;
     const std::uint64_t age = now_ns() - ended.at_ns;
-    if (ended.final && age < kRememberFinalNs) return refuse(*ticket.link, id, ticket.epoch, ended.why);
+    if (ended.final && age < kRememberFinalNs) return reject(*ticket.link, id, ticket.epoch, ended.why);
     const std::string& peer = ticket.link->config.name;
     if (!ended.final && age < kRememberNs &&
         std::find(ended.told.begin(), ended.told.end(), peer) == ended.told.end()) {
       ended.told.push_back(peer);
-      return refuse(*ticket.link, id, ticket.epoch, ended.why);
+      return reject(*ticket.link, id, ticket.epoch, ended.why);
     }
   }
   if (pending_.size() >= kMaxPendingTickets || windows_[ticket.link->id].tickets >= kMaxPendingPerLink) {
-    return refuse(*ticket.link, id, ticket.epoch,
+    return reject(*ticket.link, id, ticket.epoch,
                   Status::error(Code::kProtocol, "too many tickets wait for their requests"));
   }
   ++windows_[ticket.link->id].tickets;
@@ -131,12 +131,12 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
   return {};
 }
 
-// A ticket that cannot be served is refused; the request waits for a better one. Not where the two sides mean unlike
+// A ticket that cannot be served is rejected; the request waits for a better one. Not where the two sides mean unlike
 // contents by one id: no better one will come, so the request ends, and both sides say why.
 void Sender::add_lane(Request& request, PendingTicket ticket) {
   Link& link = *ticket.link;
   if (Status status = check_ticket(request, ticket); !status.ok()) {
-    refuse(link, request.id, ticket.epoch, status);
+    reject(link, request.id, ticket.epoch, status);
     if (status.code == Code::kContent) {
       fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
     }
@@ -244,7 +244,7 @@ void Sender::on_abort(Link& link, const wire::Prelude& prelude, const wire::Abor
   }
 }
 
-void Sender::refuse(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why) {
+void Sender::reject(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why) {
   if (!link.up()) return;
   wire::Prelude prelude;
   prelude.type = wire::Type::kAbort;
@@ -273,19 +273,19 @@ void Sender::fail(Request& request, Status status, const Link* told_by) {
   remember(request.id, std::move(ended));
   for (auto& lane : request.lanes) {
     if (lane.cancelled || lane.delivered) continue;
-    if (lane.link.get() != told_by) refuse(*lane.link, request.id, lane.epoch, request.failure);
+    if (lane.link.get() != told_by) reject(*lane.link, request.id, lane.epoch, request.failure);
     cancel(lane);
   }
 }
 
-void Sender::refuse(wire::RequestId id, std::string reason) {
+void Sender::reject(wire::RequestId id, std::string reason) {
   post([this, id, reason = std::move(reason)] {
     if (handles_.count(id) != 0) return;
     remember(id, {now_ns(), Status::error(Code::kAborted, reason), {}, true});
     const auto waiting = pending_.equal_range(id);
     for (auto at = waiting.first; at != waiting.second;) {
       const auto link = at->second.link;
-      refuse(*link, id, at->second.epoch, Status::error(Code::kAborted, reason));
+      reject(*link, id, at->second.epoch, Status::error(Code::kAborted, reason));
       at = drop_ticket(at);
       if (link->up()) release_idle(*link);
     }

@@ -13,12 +13,12 @@ namespace hetkv::engine {
 
 enum class Where : std::uint8_t { kHost = 0, kDevice = 1 };
 
-// How payloads get into a window (design: reach).
-enum class Reach : std::uint8_t {
+// How payloads get into a window.
+enum class Path : std::uint8_t {
   kNone = 0,    // no window yet
-  kPut = 1,     // packed into staging, put by UCX
-  kShared = 2,  // packed straight into host memory that both sides map
-  kPeer = 3,    // packed straight into the memory of a device
+  kRma = 1,     // packed into staging, put by UCX
+  kShm = 2,     // packed straight into host memory that both sides map
+  kDevice = 3,  // packed straight into the memory of a device
 };
 
 // One slot or staging buffer, an allocation of its own, registered with UCX and mapped for the pool's device.
@@ -72,7 +72,7 @@ class PeerWindow {
 
   Where where() const { return where_; }
   std::size_t bytes() const { return bytes_; }
-  Reach reach() const { return local_ == 0 ? Reach::kPut : where_ == Where::kHost ? Reach::kShared : Reach::kPeer; }
+  Path path() const { return local_ == 0 ? Path::kRma : where_ == Where::kHost ? Path::kShm : Path::kDevice; }
   std::uint64_t local() const { return local_; }  // where this side's remaps store; 0 where it is put into
   const transport::RemoteMemory& remote() const { return *remote_; }
 

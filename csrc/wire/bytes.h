@@ -1,4 +1,4 @@
-// Bounded reading and writing of the structs of wire/layout.h. A reader never moves past its end; a refused read
+// Bounded reading and writing of the structs of wire/layout.h. A reader never moves past its end; a rejected read
 // changes nothing.
 #pragma once
 

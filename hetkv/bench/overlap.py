@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "copy-32-blocks": {"max_blocks": 32},
     "store": {"copy_engine": False},
     "store-24-blocks": {"copy_engine": False, "max_blocks": 24},
-    "put": {"direct": False, "window": "device"},
+    "rma": {"direct": False, "window": "device"},
 }
 """Settings: packed and copied by the copy engine, stored across by the pack, or put by UCX."""
 UNPACK = 3

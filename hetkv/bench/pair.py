@@ -371,13 +371,13 @@ class Pair:
         self.send()
         return sum(ask_all(self.receivers, "verify"))
 
-    def reach(self) -> str:
+    def path(self) -> str:
         """How payloads got there, by the senders' own count: `peer`, `shared`, `put`, or `mixed`."""
         stats = ask_all(self.senders, "stats")
         direct, peer, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "peer_frames", "frames"))
         if peer not in (0, frames) or direct not in (0, frames):
             return "mixed"
-        return "peer" if peer else "shared" if direct else "put"
+        return "device" if peer else "shm" if direct else "rma"
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""

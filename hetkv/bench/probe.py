@@ -1,6 +1,6 @@
 """What a pair of hosts, or of processes of one host, would get: `probe`, and `listen` and `connect` between two hosts.
 
-Nothing is inferred that can be tried: two processes move a small request in each reach and count how its frames went.
+Nothing is inferred that can be tried: two processes move a small request over each path and count how its frames went.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def probe(mib: float = 64) -> dict[str, Any]:
         f"{source} to {destination}": attempt(partial(local, mib, True, (source, destination)))
         for source, destination in device_pairs(found["gpu"])
     }
-    found["local"] = {"auto": attempt(lambda: local(mib, True)), "put": attempt(lambda: local(mib, False))}
+    found["local"] = {"auto": attempt(lambda: local(mib, True)), "rma": attempt(lambda: local(mib, False))}
     found["warnings"] = warnings(found)
     return found
 
@@ -137,7 +137,7 @@ def local(mib: float, direct: bool, devices: tuple[str, str] = ("cpu", "cpu")) -
         pair.send()
         seconds = [pair.send().seconds for _ in range(REPEATS)]
         verified = pair.verify()
-        return {"reach": pair.reach(), "gb_s": rate(mib, seconds), "verified_bytes": verified}
+        return {"path": pair.path(), "gb_s": rate(mib, seconds), "verified_bytes": verified}
 
 
 def rate(mib: float, seconds: list[float]) -> float:
@@ -191,12 +191,12 @@ def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str
             transmission.wait(timeout)
             seconds.append(time.perf_counter() - began)
         stats = sender.stats()
-        reach = "shared" if stats["direct_frames"] == stats["frames"] else "put"
-        found: dict[str, Any] = {"peer": peer.description.host, "same_host": peer.same_host, "reach": reach}
+        path = "shm" if stats["direct_frames"] == stats["frames"] else "rma"
+        found: dict[str, Any] = {"peer": peer.description.host, "same_host": peer.same_host, "path": path}
         found["gb_s"] = rate(mib, seconds[1:])
     facts = ucx_facts()
     found["lanes"] = facts.get("lanes", {}).get("intra" if found["same_host"] else "inter", [])
-    found["warnings"] = lane_warnings("between the two", found["lanes"]) if reach == "put" else []
+    found["warnings"] = lane_warnings("between the two", found["lanes"]) if path == "rma" else []
     return found
 
 
@@ -226,17 +226,17 @@ def warnings(found: dict[str, Any]) -> list[str]:
             )
         if fast:
             said += lane_warnings("between hosts", facts["lanes"]["inter"])
-    for reach, result in found["local"].items():
+    for path, result in found["local"].items():
         if "error" in result:
-            said.append(f"two processes of this host, {reach}: {result['error']}")
-    if found["local"]["auto"].get("reach", "shared") != "shared":
+            said.append(f"two processes of this host, {path}: {result['error']}")
+    if found["local"]["auto"].get("path", "shm") != "shm":
         said.append("two processes of this host do not reach each other's memory: payloads are staged and put by UCX")
     for pair, result in found.get("devices", {}).items():
         if "error" in result:
             said.append(f"{pair}: {result['error']}")
-        elif "cpu" not in pair and result["reach"] != "peer":
+        elif "cpu" not in pair and result["path"] != "device":
             said.append(f"{pair}: the two GPUs do not reach each other's memory: payloads pass through the host")
-        elif result["reach"] == "put":
+        elif result["path"] == "rma":
             said.append(f"{pair}: payloads are staged and put, as the GPU does not map the other side's memory")
     window, shared, locked = found["cpu"]["default_window_bytes"], bounds["dev_shm"], bounds["memlock_bytes"]
     if shared is not None and shared["free_bytes"] < 2 * window:

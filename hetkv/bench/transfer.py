@@ -1,7 +1,7 @@
 """`hetkv bench transfer`: pool to pool between two processes, beside UCX's own put and other transports, in one run.
 
 The sender's pool is NHD; the receiver's has another layout and another block size, so every transfer converts. Each
-round runs hetkv on every reach and layout, then `ucx_perftest`, then the peers, so that all see the same state of the
+round runs hetkv on every path and layout, then `ucx_perftest`, then the peers, so that all see the same state of the
 machine; figures are medians over rounds. GB/s is 10^9 bytes of payload a second, every byte counted once. See
 docs/measuring.md.
 """
@@ -33,7 +33,7 @@ PEER_LAYERS = 4
 class Case(NamedTuple):
     """One way to move the request."""
 
-    reach: str
+    path: str
     """`auto` or `put`."""
     to: tuple[str, int]
     """Layout and block size of the receiver."""
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also the same bytes between so many ranks, each a process and all of a side in one; repeatable",
     )
     parser.add_argument(
-        "--reach", choices=("auto", "put", "both"), default="both", help="auto: straight into the window if it can"
+        "--path", choices=("auto", "rma", "both"), default="both", help="auto: straight into the window if it can"
     )
     parser.add_argument(
         "--peers", default="nixl,mooncake,ucxx", metavar="NAMES", help="other transports to measure, or none"
@@ -185,18 +185,18 @@ def run(args: argparse.Namespace) -> int:
     names, pythons = others.parse_peers(args.peers), others.parse_pythons(args.peer_python)
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     configs = {
-        reach: TransferConfig(direct=reach == "auto", **settings)
-        for reach in (("auto", "put") if args.reach == "both" else (args.reach,))
+        path: TransferConfig(direct=path == "auto", **settings)
+        for path in (("auto", "rma") if args.path == "both" else (args.path,))
     }
     block_size = args.block_kib * KIB // TOKEN_BYTES
     console, load = Console(), os.getloadavg()[0]
     with contextlib.ExitStack() as stack, console.status("starting") as status:
         subjects: dict[Case, Subject] = {}
         for to in targets:
-            for reach, config in configs.items():
+            for path, config in configs.items():
                 cases = [
-                    Case(reach, to),
-                    *(Case(reach, to, tp, together) for tp in sharded for together in (False, True)),
+                    Case(path, to),
+                    *(Case(path, to, tp, together) for tp in sharded for together in (False, True)),
                 ]
                 for case in cases:
                     shape = Shape(args.layers, tokens, ("nhd", block_size), to, case.tp)
@@ -206,11 +206,11 @@ def run(args: argparse.Namespace) -> int:
         status.update("checking what arrived")
         verified = {key: subject.pair.verify() for key, subject in subjects.items()}
         idle = {key: subject.pair.idle_cpu(0.5) for key, subject in subjects.items()}
-        reaches = {key: subject.pair.reach() for key, subject in subjects.items()}
+        paths = {key: subject.pair.path() for key, subject in subjects.items()}
     found = {name: peer_result(rounds) for name, rounds in peer_rounds.items()}
     results = []
     for key, subject in subjects.items():
-        rounds, unsharded = subject.gb_s(), subjects[Case(key.reach, key.to)].gb_s()
+        rounds, unsharded = subject.gb_s(), subjects[Case(key.path, key.to)].gb_s()
         gb_s, ucx_gb_s = statistics.median(rounds), statistics.median(ucx_rounds) if ucx_rounds else None
         row: dict[str, Any] = {
             "block_kib": args.block_kib,
@@ -220,8 +220,8 @@ def run(args: argparse.Namespace) -> int:
             "destination": ":".join(map(str, key.to)),
             "tp": list(key.tp),
             "processes": "side" if key.together else "rank",
-            "reach": reaches[key],
-            "direct": key.reach == "auto",
+            "path": paths[key],
+            "direct": key.path == "auto",
             "hetkv_gb_s": round(gb_s, 3),
             "hetkv_gb_s_rounds": rounded(rounds),
             "ucx_gb_s": None if ucx_gb_s is None else round(ucx_gb_s, 3),
@@ -279,7 +279,7 @@ def measure(
             peer_rounds[name].append({"error": why})
     for turn in range(args.rounds):
         for case, subject in subjects.items():
-            tell(f"round {turn + 1} of {args.rounds}: hetkv, {case.reach}, to {case.to[0]}, {ranks(case)}")
+            tell(f"round {turn + 1} of {args.rounds}: hetkv, {case.path}, to {case.to[0]}, {ranks(case)}")
             subject.run(args.reps)
         if ucx_error is None:
             tell(f"round {turn + 1} of {args.rounds}: ucx_perftest")
@@ -349,7 +349,7 @@ def show(
     heads = (
         "to",
         "TP",
-        "reach",
+        "path",
         "GB/s",
         "rounds",
         "of 1:1",
@@ -364,7 +364,7 @@ def show(
         table.add_row(
             row["destination"],
             ":".join(map(str, row["tp"])) + (" *" if row["processes"] == "side" else ""),
-            row["reach"],
+            row["path"],
             f"{row['hetkv_gb_s']:.2f}",
             spread(row["hetkv_gb_s_rounds"]),
             f"{row['ratio_unsharded']:.2f}",

@@ -23,7 +23,7 @@ from hetkv.transport.config import TransferConfig
 
 MIB = 1 << 20
 TARGETS = {"gb_s": 250.0, "ratio_nixl": 25.0, "ratio_nixl_5mib": 1.0, "ratio_pinned_copy": 0.6}
-"""At 80 layers of 16 MiB and blocks of 32 KiB; the last for the reach through host memory."""
+"""At 80 layers of 16 MiB and blocks of 32 KiB; the last for the path through host memory."""
 NIXL_LAYERS = 16
 NIXL_RUNS: dict[str, dict[str, float]] = {
     "32 KiB": {"block_kib": 32, "threads": 0},
@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "auto": ({}, {}),
     "store": ({"copy_engine": False}, {}),
     "host-staged": ({"window": "host"}, {"UCX_TLS": "^cuda_ipc"}),
-    "put": ({"direct": False, "window": "device"}, {}),
+    "rma": ({"direct": False, "window": "device"}, {}),
 }
 """Settings and environment of each way."""
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, tokens: int, block_size: int) -> int:
         for way, pair in pairs.items():
             rates = [shape.payload_bytes / at / 1e9 for at in seconds[way]]
             found[way] = {
-                "reach": pair.reach(),
+                "path": pair.path(),
                 "gb_s": round(statistics.median(rates), 2),
                 "gb_s_spread": [round(min(rates), 2), round(max(rates), 2)],
                 "requests": len(rates),
@@ -176,14 +176,14 @@ def show(console: Any, report: dict[str, Any]) -> None:
     """The table for people."""
     from rich.table import Table
 
-    table = Table("what", "GB/s", "spread", "reach", "at rest", box=None)
+    table = Table("what", "GB/s", "spread", "path", "at rest", box=None)
     for way, row in report["hetkv"].items():
         if "error" in row:
             table.add_row(f"hetkv, {way}", "", row["error"])
             continue
         low, high = row["gb_s_spread"]
         rest = f"{max(row['idle_cpu_percent']):.3f} %"
-        table.add_row(f"hetkv, {way}", f"{row['gb_s']:.1f}", f"{low:.1f}-{high:.1f}", row["reach"], rest)
+        table.add_row(f"hetkv, {way}", f"{row['gb_s']:.1f}", f"{low:.1f}-{high:.1f}", row["path"], rest)
     if report["ucx_contiguous_gb_s"]:
         table.add_row("UCX put, contiguous layer", f"{report['ucx_contiguous_gb_s']:.1f}")
     if "gb_s" in report["pinned_copy"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 COMMANDS: dict[str, str] = {
     "demo": "generate text through a prefill and a decode process with unlike KV pools",
     "bench": "measure hetkv on this machine, as ratios within one run",
-    "probe": "show the reach, lanes and rates that hetkv gets here, or to another host",
+    "probe": "show the path, lanes and rates that hetkv gets here, or to another host",
     "calibrate": "fit the cost model to measurements; report how well it predicts",
     "plan": "find what to buy for a traffic and its targets, and how to split it into prefill and decode",
     "simulate": "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",

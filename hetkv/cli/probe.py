@@ -1,4 +1,4 @@
-"""`hetkv probe`: the reach, lanes and rates that hetkv gets on this host, or to another one."""
+"""`hetkv probe`: the path, lanes and rates that hetkv gets on this host, or to another one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         found = probe.connect(args.connect, os.environ[SECRET].encode(), args.mib, args.timeout)
         show_peer(console, found)
     else:
-        with Console(file=sys.stderr).status("two processes move a small request in each reach"):
+        with Console(file=sys.stderr).status("two processes move a small request over each path"):
             found = probe.probe(args.mib)
         show_host(console, found)
     for warning in found.get("warnings", []):
@@ -101,7 +101,7 @@ def show_host(console: Console, found: dict[str, Any]) -> None:
     for way, result in {**found["local"], **found.get("devices", {})}.items():
         text = (
             result.get("error")
-            or f"{result['gb_s']:.2f} GB/s, reach {result['reach']}, {result['verified_bytes']} bytes verified"
+            or f"{result['gb_s']:.2f} GB/s, path {result['path']}, {result['verified_bytes']} bytes verified"
         )
         table.add_row(f"two processes, {way}", text)
     bounds = found["limits"]
@@ -117,6 +117,6 @@ def show_host(console: Console, found: dict[str, Any]) -> None:
 def show_peer(console: Console, found: dict[str, Any]) -> None:
     """One line about the other end."""
     where = "this host" if found["same_host"] else "another host"
-    reach = f", reach {found['reach']}" if "reach" in found else ""
+    path = f", path {found['path']}" if "path" in found else ""
     lanes = f", lanes {', '.join(found['lanes'])}" if found.get("lanes") else ""
-    console.print(f"{found['peer']} ({where}): {found['gb_s']:.2f} GB/s{reach}{lanes}", highlight=False)
+    console.print(f"{found['peer']} ({where}): {found['gb_s']:.2f} GB/s{path}{lanes}", highlight=False)

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from hetkv.control import compat
 from hetkv.control.channel import Channel, Records
-from hetkv.control.description import Accept, Bye, Description, Message, Ready, Refusal, decode, encode, for_minor
+from hetkv.control.description import Accept, Bye, Description, Message, Ready, Rejection, decode, encode, for_minor
 from hetkv.control.handshake import Keys, Role, authenticate, check_secret, other_role
 from hetkv.errors import (
     ControlError,
@@ -282,7 +282,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
 
     def read(kind: type[_M], what: str) -> _M:
         message = decode(records.read(time.monotonic() + timeout, what), peer)
-        if isinstance(message, Refusal):
+        if isinstance(message, Rejection):
             raise IncompatibleError(message.field, message.theirs, message.mine, message.why)
         if not isinstance(message, kind):
             raise MessageError(f"{peer}: message {type(message).__name__} instead of its {what}")
@@ -292,7 +292,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         try:
             compat.check_minor(mine, minor)
         except IncompatibleError as error:
-            write(Refusal(error.field, error.mine, error.theirs, error.why))
+            write(Rejection(error.field, error.mine, error.theirs, error.why))
             raise
         write(for_minor(mine, minor))
 
@@ -303,14 +303,14 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
         if theirs.role != other_role(mine.role):
             raise MessageError(f"{peer}: authenticated as {other_role(mine.role)}, describes itself as {theirs.role}")
     except MessageError as error:
-        write(Refusal("description", "a well-formed description expected", "a malformed one", str(error)))
+        write(Rejection("description", "a well-formed description expected", "a malformed one", str(error)))
         raise
     if not connecting:
         describe()
     try:
         compat.check(mine, theirs, minor)
     except IncompatibleError as error:
-        write(Refusal(error.field, error.mine, error.theirs, error.why))
+        write(Rejection(error.field, error.mine, error.theirs, error.why))
         raise
     write(Accept())
     read(Accept, "verdict")

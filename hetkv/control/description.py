@@ -135,8 +135,8 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accep
     """The peer's description fits."""
 
 
-class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
-    """The peer's description does not fit; values as the side that refuses sees them."""
+class Rejection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
+    """The peer's description does not fit; values as the side that rejects sees them."""
 
     field: str
     mine: str
@@ -154,14 +154,14 @@ class Bye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bye"):
     reason: str = ""
 
 
-Message = Description | Accept | Refusal | Ready | Bye
+Message = Description | Accept | Rejection | Ready | Bye
 
 _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
 
 def for_minor(description: Description, minor: int) -> Description:
-    """The description without what a reader of an older minor version would refuse."""
+    """The description without what a reader of an older minor version would reject."""
     return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")
 
 

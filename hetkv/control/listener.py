@@ -24,7 +24,7 @@ class Listener:
     """Listens from construction until `close`. Each handshake runs in a thread of its own and harms no other.
 
     `on_connection` gets every connection that passed, in its handshake's thread, and owns it: `close` of the listener
-    leaves it open. `on_refused` gets (peer address, error) of every one that did not; by default the error is logged.
+    leaves it open. `on_rejected` gets (peer address, error) of every one that did not; by default the error is logged.
     `describe` is called for each peer after it is authenticated. At most `max_handshakes` run at once: a further client
     ends the oldest one, so that silent clients cannot keep a peer out.
 
@@ -39,14 +39,14 @@ class Listener:
         secret: bytes,
         describe: Describe,
         on_connection: Callable[[ControlConnection], None],
-        on_refused: Callable[[str, HetkvError], None] | None = None,
+        on_rejected: Callable[[str, HetkvError], None] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
         max_handshakes: int = MAX_HANDSHAKES,
     ) -> None:
         check_secret(secret)
         self._role, self._secret, self._describe = role, secret, describe
-        self._on_connection, self._on_refused = on_connection, on_refused or _log_refusal
+        self._on_connection, self._on_rejected = on_connection, on_rejected or _log_rejection
         self._timeout, self._tls, self._max = timeout, tls, max_handshakes
         self._sock = _bind(Address.parse(address))
         name = self._sock.getsockname()
@@ -122,7 +122,7 @@ class Listener:
             self._threads = [thread, *(other for other in self._threads if other.is_alive())]
         except (OSError, RuntimeError) as error:
             sock.close()
-            self._refuse(peer, PeerLostError(f"{peer}: {error}"))
+            self._reject(peer, PeerLostError(f"{peer}: {error}"))
 
     def _serve(self, channel: Channel) -> None:
         """Body of a handshake's thread."""
@@ -131,7 +131,7 @@ class Listener:
         except HetkvError as error:
             self._forget(channel)
             if not self._closing:
-                self._refuse(channel.peer, error)
+                self._reject(channel.peer, error)
         except Exception:
             self._forget(channel)
             _log.exception("%s: handshake failed", channel.peer)
@@ -149,11 +149,11 @@ class Listener:
             _log.exception("%s: on_connection callback failed", connection.peer_address)
             connection.close("this side failed")
 
-    def _refuse(self, peer: str, error: HetkvError) -> None:
+    def _reject(self, peer: str, error: HetkvError) -> None:
         try:
-            self._on_refused(peer, error)
+            self._on_rejected(peer, error)
         except Exception:
-            _log.exception("%s: on_refused callback failed", peer)
+            _log.exception("%s: on_rejected callback failed", peer)
 
     def _forget(self, channel: Channel) -> None:
         """The channel's handshake has ended: neither `close` nor a newer client may end it any more."""
@@ -175,6 +175,6 @@ def _bind(address: Address) -> socket.socket:
     return sock
 
 
-def _log_refusal(peer: str, error: HetkvError) -> None:
+def _log_rejection(peer: str, error: HetkvError) -> None:
     level = logging.WARNING if isinstance(error, ControlError) else logging.ERROR
-    _log.log(level, "control connection refused: %s", error if peer in str(error) else f"{peer}: {error}")
+    _log.log(level, "control connection rejected: %s", error if peer in str(error) else f"{peer}: {error}")

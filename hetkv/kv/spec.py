@@ -76,7 +76,7 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """KV geometry of a model: its layers in order. Equal on both sides, or the handshake refuses."""
+    """KV geometry of a model: its layers in order. Equal on both sides, or the handshake rejects."""
 
     layers: tuple[LayerSpec, ...]
 

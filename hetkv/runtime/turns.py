@@ -48,7 +48,7 @@ class Station:
         self.allocator = BlockAllocator(pool)
         self.exchange = Exchange(pool, secret=secret, instance=instance, config=config)
         self.blocks: list[list[int]] = [[] for _ in range(pool.spec.num_groups)]
-        self.held = 0
+        self.cached = 0
         """Tokens of the conversation whose KV is in the pool."""
 
     def reserve(self, num_tokens: int) -> Pages:
@@ -75,22 +75,22 @@ class Conversation:
         """Answer `prompt`, which continues the conversation, greedily. Raises what transfer and model raise."""
         here, there = self.prefiller, self.decoder
         for station in (here, there):  # a turn that failed may have left KV of its prompt
-            station.held = min(station.held, len(self.tokens))
+            station.cached = min(station.cached, len(self.tokens))
         self.turns += 1
         text = [*self.tokens, *prompt]
-        computed, lacking = len(text) - here.held, len(text) - there.held
+        computed, lacking = len(text) - here.cached, len(text) - there.cached
         before = here.sent_bytes(), there.sent_bytes()
         first = self._forward(text, max_new_tokens, chunk)
         pages = Pages(there.pool, there.blocks)
         answer = list(decode(there.model, first, len(text), pages, max_new_tokens))
         self.tokens = text + answer
-        there.held = len(self.tokens) - 1  # the last token's KV is computed with the next turn
+        there.cached = len(self.tokens) - 1  # the last token's KV is computed with the next turn
         self._back(len(text))
         return Turn(
             answer,
             computed,
             lacking,
-            there.held - len(text),
+            there.cached - len(text),
             here.sent_bytes() - before[0],
             there.sent_bytes() - before[1],
         )
@@ -100,35 +100,37 @@ class Conversation:
         here, there = self.prefiller, self.decoder
         pages = here.reserve(len(text))
         there.reserve(len(text) + max_new_tokens - 1)
-        with self._transfer(here, there, len(text), there.held) as sending:
+        with self._transfer(here, there, len(text), there.cached) as sending:
 
             def on_layer(layer: int, start: int, stop: int) -> None:
                 sending.send_layer(layer, (start, stop))
 
             for layer in here.pool.layers:
-                on_layer(layer, min(there.held, here.held), here.held)
-            logits = prefill(here.model, text, pages, start=here.held, chunk=chunk, on_layer=on_layer)
-        here.held = there.held = len(text)
+                on_layer(layer, min(there.cached, here.cached), here.cached)
+            logits = prefill(here.model, text, pages, start=here.cached, chunk=chunk, on_layer=on_layer)
+        here.cached = there.cached = len(text)
         return choose(here.model, logits)
 
     def _back(self, start: int) -> None:
         """Send the KV of the decoder's own tokens, from `start` on, to the prefiller."""
         here, there = self.prefiller, self.decoder
-        if there.held == start:
+        if there.cached == start:
             return
-        here.reserve(there.held)
-        with self._transfer(there, here, there.held, start) as sending:
+        here.reserve(there.cached)
+        with self._transfer(there, here, there.cached, start) as sending:
             for layer in there.pool.layers:
-                sending.send_layer(layer, (start, there.held))
-        here.held = there.held
+                sending.send_layer(layer, (start, there.cached))
+        here.cached = there.cached
 
     @contextmanager
-    def _transfer(self, source: Station, destination: Station, num_tokens: int, held: int) -> Iterator[SendHandle]:
-        """Send the KV of tokens `held` to `num_tokens`; both sides are done on leaving, also where it fails."""
+    def _transfer(self, source: Station, destination: Station, num_tokens: int, cached: int) -> Iterator[SendHandle]:
+        """Send the KV of tokens `cached` to `num_tokens`; both sides are done on leaving, also where it fails."""
         name = f"turn {self.turns}"
         ends: list[Handle] = []
         try:
-            ends.append(destination.exchange.receiver.receive(name, destination.blocks, num_tokens, held=held))
+            ends.append(
+                destination.exchange.receiver.receive(name, destination.blocks, num_tokens, num_cached_tokens=cached)
+            )
             sending = source.exchange.sender.send(name, source.blocks, num_tokens)
             ends.insert(0, sending)
             yield sending

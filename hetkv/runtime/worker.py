@@ -186,7 +186,7 @@ class Worker:
         """Make room for a request of instance `source` and give its ticket; returns at once."""
         blocks = self.allocator.allocate(num_tokens + max_new_tokens - 1)
         try:
-            reception = self.node.receive(request_id, blocks, num_tokens, source=source)
+            reception = self.node.receive(request_id, blocks, num_tokens, src_instance=source)
         except BaseException:
             self.allocator.free(blocks)
             raise

@@ -39,8 +39,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_blocks: int = 0
     """Thread blocks of one pack or unpack on a device, so that multiprocessors are left to others; 0: all that fit."""
     copy_engine: bool = True
-    """Sender on a device, reach `peer`: pack beside the pool and let the copy engine take it across; otherwise the pack
-    stores across itself, and holds multiprocessors for as long as that takes."""
+    """Sender on a device, path `device`: pack next to the pool and let the copy engine take it across; otherwise the
+    pack kernel stores across by itself, and holds multiprocessors for as long as that takes."""
     high_priority: bool | None = None
     """Packs and unpacks on a device go before other work of the process. Default: a receiver's do, as they are short
     and awaited; a sender's do not, as they run beside its compute."""
@@ -55,7 +55,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Sender: time for which a request's blocks are held for its tickets and their completion."""
     handshake_timeout_s: float = 10.0
     direct: bool = True
-    """Store into a peer's window where it can be mapped (reach `shared`); otherwise always stage and put."""
+    """Store into a peer's window where it can be mapped (path `shm`); otherwise always stage and put."""
     trace: bool = False
     """Record the time of every pack, put and unpack."""
 

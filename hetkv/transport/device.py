@@ -66,7 +66,7 @@ def device_of(pool: KVPool) -> PoolDevice | None:
     """The device of a pool; `None` in host memory.
 
     Raises `InputError` for a device without a backend, or memory that its driver sees elsewhere, `UnsupportedError`
-    where the backend cannot be used here (with the reason), `DeviceError` where the driver refuses.
+    where the backend cannot be used here (with the reason), `DeviceError` where the driver rejects.
     """
     name, _, number = pool.device.partition(":")
     if name == "cpu":

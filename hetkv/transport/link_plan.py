@@ -91,10 +91,10 @@ def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int
     return core.LayerPlan(layer, group, *heads, [*segments, *scales], fills, encoding)
 
 
-def wanted(mine: Description, stops: list[int], held: list[int]) -> list[Interval]:
-    """Tokens to ask for, per cache group: what is not held, and of a sliding-window group only the window's reach."""
+def wanted(mine: Description, stops: list[int], cached: list[int]) -> list[Interval]:
+    """Tokens to ask for, per cache group: what is not cached, and of a sliding-window group only the window's reach."""
     ranges = []
-    for group, (stop, start) in enumerate(zip(stops, held, strict=True)):
+    for group, (stop, start) in enumerate(zip(stops, cached, strict=True)):
         members = [layer for layer in mine.spec.layers if layer.group == group]
         windows = [layer.window for layer in members]
         first = start

@@ -90,17 +90,17 @@ class Receiver(Node[RecvHandle]):
         block_ids: BlockIds,
         num_tokens: int | Sequence[int],
         *,
-        held: int | Sequence[int] = 0,
-        source: str | None = None,
+        num_cached_tokens: int | Sequence[int] = 0,
+        src_instance: str | None = None,
         lease_s: float | None = None,
         content: bytes | None = None,
     ) -> RecvHandle:
         """Ask for a request's KV: give its senders a ticket. Returns at once.
 
-        `block_ids` cover `num_tokens` tokens; the first `held` of them are in the pool already and are not sent (one
-        number leaves the record of a `state` group to be sent: it belongs to the last token). `source` names the
-        sending instance; it may be left out where only one is connected. Block ids that cannot be, and the id of a
-        request that is under way, raise `InputError`, a rank of the source that is not connected `PeerLostError`.
+        `block_ids` cover `num_tokens` tokens; the first `num_cached_tokens` of them are in the pool already and are not
+        sent (one number leaves the record of a `state` group to be sent: it belongs to the last token). `src_instance`
+        names the sending instance; it may be left out where only one is connected. Block ids that cannot be, and the id
+        of a request that is under way, raise `InputError`, a rank of the source that is not connected `PeerLostError`.
 
         `content` (see `content_digest`) must be that of the sender's request: otherwise, also where only one side names
         one, nothing is sent and the request fails on both sides with `ContentError`. A source whose version has no
@@ -108,17 +108,17 @@ class Receiver(Node[RecvHandle]):
         """
         key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
-        if isinstance(held, SupportsIndex):
+        if isinstance(num_cached_tokens, SupportsIndex):
             states = state_groups(self.pool.spec)
-            kept = [0 if group in states else index(held) for group in range(len(tokens))]
+            kept = [0 if group in states else index(num_cached_tokens) for group in range(len(tokens))]
         else:
-            kept = [index(count) for count in held]
+            kept = [index(count) for count in num_cached_tokens]
         if len(kept) != len(tokens) or any(not 0 <= a <= b for a, b in zip(kept, tokens, strict=True)):
-            raise InputError(f"{held} tokens held of {num_tokens}")
+            raise InputError(f"num_cached_tokens is {num_cached_tokens} of {num_tokens} tokens")
         want = wanted(self.description, tokens, kept)
         for group, ids in enumerate(blocks):
             self.pool.check_blocks(group, ids, *want[group])
-        sources = self._sources(source)
+        sources = self._sources(src_instance)
         for peer in sources:
             if digest is not None and peer.minor < CONTENT_SINCE:
                 raise UnsupportedError(f"{peer.name} speaks version 1.{peer.minor}, which does not compare contents")
@@ -131,17 +131,19 @@ class Receiver(Node[RecvHandle]):
 
         return self._submit(key, make)
 
-    def _sources(self, source: str | None) -> list[Peer]:
+    def _sources(self, src_instance: str | None) -> list[Peer]:
         """Every rank of the source instance that holds something this rank holds too."""
         peers = self.peers
         names = sorted({peer.description.instance for peer in peers})
-        if source is None and len(names) != 1:
+        if src_instance is None and len(names) != 1:
             raise PeerLostError(
-                f"connected instances are {names}: " + ("name the source" if names else "connect one first")
+                f"connected instances are {names}: " + ("name src_instance" if names else "connect one first")
             )
-        chosen = {peer.description.rank: peer for peer in peers if peer.description.instance == (source or names[0])}
+        chosen = {
+            peer.description.rank: peer for peer in peers if peer.description.instance == (src_instance or names[0])
+        }
         if not chosen:
-            raise PeerLostError(f"instance {source!r} is not connected; connected are {names}")
+            raise PeerLostError(f"instance {src_instance!r} is not connected; connected are {names}")
         theirs = next(iter(chosen.values())).description
         missing = [rank for rank in linked_ranks(self.description, theirs) if rank not in chosen]
         if missing:

@@ -25,10 +25,10 @@ from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node, Peer
 if TYPE_CHECKING:
     from hetkv import _core
 
-Reach = Literal["put", "shared", "peer"]
-"""`peer`: packed straight into memory of the peer's device. `shared`: packed straight into host memory that both sides
-map. `put`: packed into staging, and put by UCX."""
-_REACHES: tuple[Reach | None, ...] = (None, "put", "shared", "peer")
+Path = Literal["rma", "shm", "device"]
+"""`device`: packed straight into memory of the peer's device. `shm`: packed straight into host memory that both sides
+map. `rma`: packed into staging, then put by UCX."""
+_PATHS: tuple[Path | None, ...] = (None, "rma", "shm", "device")
 
 
 class SendHandle(Handle):
@@ -144,18 +144,18 @@ class Sender(Node[SendHandle]):
 
         return self._submit(key, make)
 
-    def refuse(self, request_id: RequestId, reason: str) -> None:
-        """The request has ended and will not be sent again: who asks for it is refused at once with `AbortedError`.
+    def reject(self, request_id: RequestId, reason: str) -> None:
+        """The request has ended and will not be sent again: who asks for it is rejected at once with `AbortedError`.
 
         Without this a ticket for an id that is not under way waits for it until its lease is over. Remembered for ten
         minutes, of the last 4,096 ids; sending the id after all forgets it. Nothing happens where it is under way.
         """
-        self.engine.refuse(request_key(request_id), reason)
+        self.engine.reject(request_key(request_id), reason)
 
-    def reach(self, peer: Peer) -> Reach | None:
-        """How payloads get to a peer, once it has lent a slot: see `Reach`."""
-        code: int = self.engine.reach(peer.link)
-        return _REACHES[code]
+    def path(self, peer: Peer) -> Path | None:
+        """How payloads get to a peer, once it has lent a slot: see `Path`."""
+        code: int = self.engine.path(peer.link)
+        return _PATHS[code]
 
     def _retire(self, peer: Peer) -> None:
         pass  # what a receiver that ended leaves behind is its own

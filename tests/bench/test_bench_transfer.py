@@ -52,13 +52,13 @@ def test_small_run_writes_every_field(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["peers"]["nixl"]["error"].startswith(str(tmp_path))
         assert row["ratio_nixl"] is None
         assert row["send_layer_us"] > 0
-    assert report["results"][1]["reach"] == "put"
+    assert report["results"][1]["path"] == "rma"
 
 
 def test_resharded_beside_unsharded(tmp_path: Path) -> None:
     out = tmp_path / "transfer.json"
     command = (
-        "bench transfer --layers 2 --layer-mib 0.5 --rounds 2 --reps 1 --to hnd:32 --reach auto --peers none --tp 2:3"
+        "bench transfer --layers 2 --layer-mib 0.5 --rounds 2 --reps 1 --to hnd:32 --path auto --peers none --tp 2:3"
     )
     assert main([*command.split(), "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]

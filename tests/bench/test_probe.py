@@ -32,7 +32,7 @@ def test_usual_settings(tmp_path: Path) -> None:
     found, text = run(tmp_path)
     assert found["ucx"]["version"] in text
     assert "tcp" in found["ucx"]["transports"]
-    assert found["local"]["put"]["reach"] == "put"
+    assert found["local"]["rma"]["path"] == "rma"
     for result in found["local"].values():
         assert result["gb_s"] > 0
         assert result["verified_bytes"] == 1 << 20
@@ -42,14 +42,14 @@ def test_usual_settings(tmp_path: Path) -> None:
         assert gpu["present"] == (not gpu["why_not"])
         assert name.upper() in text
     shared = any(lane.startswith(("posix", "sysv")) for lane in found["ucx"]["lanes"]["intra"])
-    assert found["local"]["auto"]["reach"] == ("shared" if shared else "put")
+    assert found["local"]["auto"]["path"] == ("shm" if shared else "rma")
     assert not shared or not any("TCP alone" in warning for warning in found["warnings"])
 
 
 def test_tcp_alone_is_warned_of(tmp_path: Path) -> None:
     found, text = run(tmp_path, UCX_TLS="tcp")
     assert all(lane.startswith("tcp/") for lane in found["ucx"]["lanes"]["intra"])
-    assert found["local"]["auto"]["reach"] == "put"
+    assert found["local"]["auto"]["path"] == "rma"
     assert found["local"]["auto"]["verified_bytes"] == 1 << 20
     assert found["ucx"]["environment"] == {"UCX_TLS": "tcp"}
     assert any("TCP alone" in warning and "UCX_TLS=tcp" in warning for warning in found["warnings"])
@@ -82,7 +82,7 @@ def test_two_ends(tmp_path: Path) -> None:
     connect, listen = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("connect", "listen"))
     assert connect["same_host"]
     assert listen["same_host"]
-    assert connect["reach"] in ("shared", "put")
+    assert connect["path"] in ("shm", "rma")
     assert connect["gb_s"] > 0
     assert listen["gb_s"] > 0
     assert connect["lanes"]
@@ -100,7 +100,7 @@ def facts(**changes: Any) -> dict[str, Any]:
             "memlock_bytes": None,
             "dev_shm": {"bytes": 1 << 34, "free_bytes": 1 << 34},
         },
-        "local": {"auto": {"reach": "shared"}, "put": {"reach": "put"}},
+        "local": {"auto": {"path": "shm"}, "rma": {"path": "rma"}},
         "cpu": {"default_window_bytes": 32 << 20},
         **changes,
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_warnings_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     shared, locked = probe.warnings(facts(limits=small))
     assert "/dev/shm has 1 MiB free" in shared
     assert "64 KiB of memory can be locked" in locked
-    failed = {"auto": {"error": "the sender: it broke"}, "put": {"reach": "put"}}
+    failed = {"auto": {"error": "the sender: it broke"}, "rma": {"path": "rma"}}
     assert probe.warnings(facts(local=failed)) == ["two processes of this host, auto: the sender: it broke"]
 
 

@@ -56,7 +56,7 @@ def describe(
     return Description(**(values | changes))
 
 
-class Refused(NamedTuple):
+class Rejected(NamedTuple):
     peer: str
     error: Exception
 
@@ -66,12 +66,12 @@ class Server:
 
     def __init__(self, address: str = "127.0.0.1:0", role: str = "receiver", **options: object) -> None:
         self.connections: queue.Queue[ControlConnection] = queue.Queue()
-        self.refused: queue.Queue[Refused] = queue.Queue()
+        self.rejected: queue.Queue[Rejected] = queue.Queue()
         defaults = {
             "secret": SECRET,
             "describe": lambda: describe(role),
             "on_connection": self.connections.put,
-            "on_refused": lambda peer, error: self.refused.put(Refused(peer, error)),
+            "on_rejected": lambda peer, error: self.rejected.put(Rejected(peer, error)),
             "timeout": 5.0,
         }
         self.listener = Listener(address, role=role, **(defaults | options))
@@ -81,7 +81,7 @@ class Server:
         return self.connections.get(timeout=10)
 
     def error(self) -> Exception:
-        return self.refused.get(timeout=10).error
+        return self.rejected.get(timeout=10).error
 
 
 @contextlib.contextmanager

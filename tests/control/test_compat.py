@@ -1,4 +1,4 @@
-"""Compatibility of two ranks: what is refused, by which name, and how segments are converted."""
+"""Compatibility of two ranks: what is rejected, by which name, and how segments are converted."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def convert(src, dst) -> Conversion:
     return segment_conversion(src, dst, Interval(0, 4), Interval(0, 4), Interval(0, 4))
 
 
-def refused(mine: Description, theirs: Description) -> IncompatibleError:
-    """The refusal as one side sees it; the other must see the same with the values exchanged."""
+def rejected(mine: Description, theirs: Description) -> IncompatibleError:
+    """The rejection as one side sees it; the other must see the same with the values exchanged."""
     with pytest.raises(IncompatibleError) as ours:
         compat.check(mine, theirs)
     with pytest.raises(IncompatibleError) as other:
@@ -76,23 +76,23 @@ def test_a_hybrid_model_fits():
     ],
 )
 def test_the_first_difference_of_the_specs_is_named(other, field, mine, theirs):
-    error = refused(describe("sender", SPEC), describe("receiver", other))
+    error = rejected(describe("sender", SPEC), describe("receiver", other))
     assert (error.field, error.mine, error.theirs) == (field, mine, theirs)
     assert str(error) == f"{field}: this side has {mine}, the peer has {theirs}"
 
 
-def test_state_of_different_size_is_refused():
+def test_state_of_different_size_is_rejected():
     sides = [describe(r, KVSpec((LayerSpec.state(2, n),))) for r, n in (("sender", 4096), ("receiver", 8192))]
-    assert refused(*sides).field == "spec.layers[0].segments[0].channels"
+    assert rejected(*sides).field == "spec.layers[0].segments[0].channels"
 
 
-def test_same_role_is_refused():
-    assert refused(describe("sender", SPEC), describe("sender", SPEC)).field == "role"
+def test_same_role_is_rejected():
+    assert rejected(describe("sender", SPEC), describe("sender", SPEC)).field == "role"
 
 
-def test_nothing_in_common_is_refused():
+def test_nothing_in_common_is_rejected():
     sides = [describe(r, SPEC, shard=Shard.of(SPEC, 1, 0, 2, p)) for p, r in enumerate(("sender", "receiver"))]
-    error = refused(*sides)
+    error = rejected(*sides)
     assert error.field == "shard"
     assert (error.mine, error.theirs) == ("layers [0, 2), heads [0, 4)", "layers [2, 4), heads [0, 4)")
 
@@ -100,7 +100,7 @@ def test_nothing_in_common_is_refused():
 def test_a_slot_must_hold_one_token():
     """4 heads x (64 + 64) channels x 2 bytes = 1024."""
     compat.check(describe("sender", SPEC), describe("receiver", SPEC, slot_bytes=1024))
-    error = refused(describe("sender", SPEC), describe("receiver", SPEC, slot_bytes=1023))
+    error = rejected(describe("sender", SPEC), describe("receiver", SPEC, slot_bytes=1023))
     assert (error.field, error.mine, error.theirs) == (
         "slot_bytes",
         "frames of at least 1024 bytes",
@@ -110,7 +110,7 @@ def test_a_slot_must_hold_one_token():
 
 
 def test_heartbeats_must_fit():
-    error = refused(describe("sender", SPEC, heartbeat_interval_ms=2000), describe("receiver", SPEC))
+    error = rejected(describe("sender", SPEC, heartbeat_interval_ms=2000), describe("receiver", SPEC))
     assert (error.field, error.mine, error.theirs) == ("heartbeat_ms", "interval 2000", "timeout 3000")
 
 
@@ -123,19 +123,19 @@ def test_heartbeats_must_fit():
     ],
 )
 def test_dtypes_that_do_not_convert(src, dst, field, mine, theirs):
-    error = refused(describe("sender", SPEC, src), describe("receiver", SPEC, dst))
+    error = rejected(describe("sender", SPEC, src), describe("receiver", SPEC, dst))
     assert (error.field, error.mine, error.theirs) == (f"layers[0].k.{field}", mine, theirs)
 
 
 def test_int8_needs_equal_scales():
     one, two = ScaleLayout((1.0,)), ScaleLayout((2.0,))
     compat.check(describe("sender", SPEC, INT8, two), describe("receiver", SPEC, INT8, two))
-    error = refused(describe("sender", SPEC, INT8, one), describe("receiver", SPEC, INT8, two))
+    error = rejected(describe("sender", SPEC, INT8, one), describe("receiver", SPEC, INT8, two))
     assert error.field == "layers[0].k.scale"
 
 
-def test_a_ratio_that_float32_cannot_hold_is_refused():
-    error = refused(
+def test_a_ratio_that_float32_cannot_hold_is_rejected():
+    error = rejected(
         describe("sender", SPEC, FN, ScaleLayout((1e30,))), describe("receiver", SPEC, FN, ScaleLayout((1e-30,)))
     )
     assert error.field == "layers[0].k.scale"
@@ -283,7 +283,7 @@ def test_a_layout_that_does_not_hold_the_shard_is_named():
 
 @settings(max_examples=500, deadline=None)
 @given(st.data())
-def test_a_damaged_description_is_refused_or_means_something_else(data):
+def test_a_damaged_description_is_rejected_or_means_something_else(data):
     """Whatever a peer sends: a description that holds together, or `MessageError`, and no other error."""
     good = bytearray(encode(describe("sender", KVSpec((LayerSpec.kv(2, 64), LayerSpec.latent(64, 16))))))
     for _ in range(data.draw(st.integers(1, 3))):

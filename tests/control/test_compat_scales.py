@@ -1,4 +1,4 @@
-"""Scales in memory at the handshake: what is refused, by which name, and how segments with them are converted."""
+"""Scales in memory at the handshake: what is rejected, by which name, and how segments with them are converted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Interval, KVSpec, LayerSpec, Segment, Shard
 from tests.control.peers import SPEC, describe
-from tests.control.test_compat import BF16, E5, E5FNUZ, FN, FNUZ, FP32, INT8, UINT8, part, refused
+from tests.control.test_compat import BF16, E5, E5FNUZ, FN, FNUZ, FP32, INT8, UINT8, part, rejected
 
 
 def scaled(role: str, dtype: DType, per: str = "", channels: int = 0, **changes: object) -> Description:
@@ -73,7 +73,7 @@ def test_scales_that_the_receiver_can_or_cannot_hold(sender, receiver, field, mi
     if field is None:
         compat.check(*sides)
         return
-    error = refused(*sides)
+    error = rejected(*sides)
     assert (error.field, error.mine, error.theirs) == (f"layers[0].{field}", mine, theirs)
 
 
@@ -90,10 +90,10 @@ def test_shared_scales_need_all_heads_from_one_sender():
     whole = Shard.whole(SPEC)
     receiver = scaled("receiver", FN, "token")
     sender = scaled("sender", BF16, shard=halves[0], instance_shards=tuple(halves))
-    error = refused(sender, receiver)
+    error = rejected(sender, receiver)
     assert (error.field, error.mine, error.theirs) == ("layers[0].k.scale", "none", "in memory, per token")
     replica = scaled("sender", BF16, shard=whole, instance_shards=(whole, whole))
-    assert refused(replica, receiver).field == "layers[0].k.scale"
+    assert rejected(replica, receiver).field == "layers[0].k.scale"
     compat.check(scaled("sender", BF16), receiver)
     # Replicas whose heads share scales already send the same ones.
     compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
@@ -105,15 +105,15 @@ def test_unlike_replicas_do_not_share_a_scale():
     half = Shard.of(SPEC, 2, 0)
     receiver = scaled("receiver", FN, "token", shard=half, instance_shards=(half,))
     unlike = scaled("sender", FN, "token", shard=whole, instance_shards=(whole, half))
-    assert refused(unlike, receiver).field == "layers[0].k.scale"
+    assert rejected(unlike, receiver).field == "layers[0].k.scale"
     compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FN])
 @pytest.mark.parametrize("value", [1e-300, 1e300])
-def test_static_scales_that_float32_does_not_hold_are_refused(dtype, value):
+def test_static_scales_that_float32_does_not_hold_are_rejected(dtype, value):
     """They would be written, or multiplied with, as 0 or infinity."""
-    error = refused(describe("sender", SPEC, dtype, ScaleLayout((value,))), scaled("receiver", FN, "token_head"))
+    error = rejected(describe("sender", SPEC, dtype, ScaleLayout((value,))), scaled("receiver", FN, "token_head"))
     assert error.field == "layers[0].k.scale"
     assert error.why == "a static scale is not a normal float32"
 
@@ -127,7 +127,7 @@ def test_a_slot_must_hold_one_token_with_its_scales():
     """2 x (4 heads x 64 channels + 4 scales of 4 bytes) = 544."""
     sender = scaled("sender", INT8, "token_head")
     compat.check(sender, scaled("receiver", INT8, "token_head", slot_bytes=544))
-    error = refused(sender, scaled("receiver", INT8, "token_head", slot_bytes=543))
+    error = rejected(sender, scaled("receiver", INT8, "token_head", slot_bytes=543))
     assert error.mine == "frames of at least 544 bytes"
 
 
@@ -139,8 +139,8 @@ def test_a_frame_holds_four_segments_and_scales():
         made = describe(role, spec, FN)
         group = msgspec.structs.replace(made.layers[0], layout=made.layers[0].layout.with_scales())
         sides.append(msgspec.structs.replace(made, layers=(group,)))
-    assert refused(*sides).field == "layers[0].scale"
-    assert "not 6" in str(refused(*sides))
+    assert rejected(*sides).field == "layers[0].scale"
+    assert "not 6" in str(rejected(*sides))
 
 
 ONE = Interval(0, 1)

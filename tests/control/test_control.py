@@ -304,7 +304,7 @@ def test_failing_callbacks_do_not_stop_the_listener():
     def fail(*_: object) -> None:
         raise RuntimeError("callback")
 
-    with serving(on_connection=fail, on_refused=fail) as server:
+    with serving(on_connection=fail, on_rejected=fail) as server:
         for _ in range(2):
             with join(server) as client:
                 assert "this side failed" in str(loss_of(client))

@@ -15,7 +15,7 @@ import pytest
 import hetkv.control.connection
 from hetkv.control.channel import MAX_MESSAGE_BYTES, Channel, Records
 from hetkv.control.connection import MAX_UNREAD_MESSAGES, connect
-from hetkv.control.description import Accept, Ready, Refusal, decode, encode
+from hetkv.control.description import Accept, Ready, Rejection, decode, encode
 from hetkv.control.handshake import MAJOR, MINOR, WRONG_SECRET, Hello, authenticate
 from hetkv.errors import (
     AuthenticationError,
@@ -111,14 +111,14 @@ def test_a_reflected_proof_fails():
         connect(address, role="sender", secret=SECRET, describe=lambda: describe("sender"), timeout=5)
 
 
-def test_two_of_one_role_are_refused_on_both_sides():
+def test_two_of_one_role_are_rejected_on_both_sides():
     with serving(role="sender") as server:
         with pytest.raises(HandshakeError, match="both sides are senders"):
             join(server, "sender")
         assert "both sides are senders" in str(server.error())
 
 
-def test_another_major_is_refused_naming_both_versions():
+def test_another_major_is_rejected_naming_both_versions():
     hello = Hello(9, 4, "sender", os.urandom(32), "9.0").encode()
     text = rf"the peer speaks control protocol 9\.4, this side {MAJOR}\.{MINOR}"
     with serving() as server, raw_client(server.address) as sock:
@@ -230,7 +230,7 @@ def test_a_repeated_record_closes():
             assert "has sequence number 2, expected 3" in str(lost)
 
 
-def test_an_oversized_record_is_refused_before_it_is_read():
+def test_an_oversized_record_is_rejected_before_it_is_read():
     with linked() as (client, peer):
         client._channel.write(struct.pack("<IIQ", MAX_MESSAGE_BYTES + 1, 0, 2), time.monotonic() + 5)
         lost = loss_of(peer)
@@ -301,8 +301,8 @@ def test_both_sides_see_the_field_and_both_values():
         assert (mine.value.mine, mine.value.theirs) == ("80", "64") == (theirs.theirs, theirs.mine)
 
 
-def test_a_refusal_by_one_side_alone_reaches_the_other(monkeypatch):
-    """Only the listening side's check objects; the connecting side learns field and values from the refusal."""
+def test_a_rejection_by_one_side_alone_reaches_the_other(monkeypatch):
+    """Only the listening side's check objects; the connecting side learns field and values from the rejection."""
     original = hetkv.control.compat.check
 
     def check(mine, theirs, minor):
@@ -337,7 +337,7 @@ def test_a_malformed_description_is_named_on_both_sides(change, text):
         records.write(msgspec.msgpack.encode(raw), time.monotonic() + 5)
         answer = decode(records.read(time.monotonic() + 5), "server")
         channel.close()
-        assert isinstance(answer, Refusal)
+        assert isinstance(answer, Rejection)
         assert answer.field == "description"
         assert text in answer.why
         error = server.error()

@@ -176,7 +176,7 @@ def test_links_from_runs_of_bench_transfer_with_two_layer_sizes(tmp_path: Path) 
     files = []
     for mib in (1, 16):
         size = mib * 2**20
-        result = {"reach": "shared", "source": "nhd:16", "destination": "hnd:64", "layer_mib": mib}
+        result = {"path": "shm", "source": "nhd:16", "destination": "hnd:64", "layer_mib": mib}
         gb_s = size / (20e-6 + size / 8e9) / 1e9
         files.append(bench_json(tmp_path / f"{mib}.json", [{**result, "hetkv_gb_s": gb_s, "block_kib": 32}]))
     (found,) = from_bench_json(files)

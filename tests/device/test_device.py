@@ -27,16 +27,16 @@ def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-REACHES = {
-    "device-device": {"auto": "peer", "put": "put", "host windows": "shared"},
-    "device-host": {"auto": "shared", "put": "put", "host windows": "shared"},
-    "host-device": {"auto": "shared", "put": "put", "host windows": "shared"},
+PATHS = {
+    "device-device": {"auto": "device", "rma": "rma", "host windows": "shm"},
+    "device-host": {"auto": "shm", "rma": "rma", "host windows": "shm"},
+    "host-device": {"auto": "shm", "rma": "rma", "host windows": "shm"},
 }
 
 
-@pytest.mark.parametrize("how", ["auto", "put", "host windows"])
-def test_every_reach(sides: str, how: str) -> None:
-    settings = {"auto": {}, "put": {"direct": False, "window": "host"}, "host windows": {"window": "host"}}[how]
+@pytest.mark.parametrize("how", ["auto", "rma", "host windows"])
+def test_every_path(sides: str, how: str) -> None:
+    settings = {"auto": {}, "rma": {"direct": False, "window": "host"}, "host windows": {"window": "host"}}[how]
     config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, staging_slots=2, **settings)  # type: ignore[arg-type]
     if sides == "device-host" and how == "host windows":
         config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096)
@@ -44,9 +44,9 @@ def test_every_reach(sides: str, how: str) -> None:
     with connected([source], [destination], config) as ([sender], [receiver]):
         for number in range(3):
             check_transfer(source, destination, sender, receiver, 201, request=f"{number}", seed=number)
-        assert sender.reach(sender.peers[0]) == REACHES[sides][how]
+        assert sender.path(sender.peers[0]) == PATHS[sides][how]
         stats = sender.stats()
-        assert stats["peer_frames"] == (stats["frames"] if REACHES[sides][how] == "peer" else 0)
+        assert stats["peer_frames"] == (stats["frames"] if PATHS[sides][how] == "device" else 0)
         settled(sender, receiver)
 
 
@@ -68,7 +68,9 @@ def test_prefill_first_chunks_and_a_held_prefix(sides: str) -> None:
                 tx.send_layer(layer, (start, start + 100))  # type: ignore[attr-defined]
 
     with connected([source], [destination], SMALL) as ([sender], [receiver]):
-        check_transfer(source, destination, sender, receiver, 300, held=37, tickets_first=False, send=chunks)
+        check_transfer(
+            source, destination, sender, receiver, 300, num_cached_tokens=37, tickets_first=False, send=chunks
+        )
         settled(sender, receiver)
 
 

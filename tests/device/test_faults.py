@@ -23,7 +23,7 @@ from tests.transport.peers import SECRET, WAIT_S, check_transfer, connected, set
 def test_a_failing_device_fails_the_request_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     on_device(monkeypatch, destination=False)
     source, destination = pools()
-    for fault, words in (("refuse-remap=2", "launch refused"), ("fail-remap=2", "a kernel failed")):
+    for fault, words in (("reject-remap=2", "launch rejected"), ("fail-remap=2", "a kernel failed")):
         with options(fault), connected([source], [destination], SMALL) as ([sender], [receiver]):
             tx, rx = sender.send("r", [3, 1, 2], 40), receiver.receive("r", [7, 5], 40)
             tx.send_layers()
@@ -32,19 +32,19 @@ def test_a_failing_device_fails_the_request_with_its_own_words(monkeypatch: pyte
             with pytest.raises(Exception, match=words):
                 rx.wait(WAIT_S)
             settled(sender, receiver)
-            if fault.startswith("refuse"):
+            if fault.startswith("reject"):
                 check_transfer(source, destination, sender, receiver, 100, request="next")
 
 
 def test_a_failing_receiver_device(monkeypatch: pytest.MonkeyPatch) -> None:
     on_device(monkeypatch, source=False)
     source, destination = pools()
-    with options("refuse-remap=2"), connected([source], [destination], SMALL) as ([sender], [receiver]):
+    with options("reject-remap=2"), connected([source], [destination], SMALL) as ([sender], [receiver]):
         tx, rx = sender.send("r", [3, 1, 2], 40), receiver.receive("r", [7, 5], 40)
         tx.send_layers()
-        with pytest.raises(DeviceError, match=r"cuda:1: .*launch refused"):
+        with pytest.raises(DeviceError, match=r"cuda:1: .*launch rejected"):
             rx.wait(WAIT_S)
-        with pytest.raises(Exception, match="launch refused"):
+        with pytest.raises(Exception, match="launch rejected"):
             tx.wait(WAIT_S)
         settled(sender, receiver)
         check_transfer(source, destination, sender, receiver, 100, request="next")
@@ -74,8 +74,8 @@ def test_windows_that_no_one_can_reach_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("role", ["sender", "receiver"])
-def test_scales_in_blocks_of_a_device_pool_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
-    """Its kernels take static scales alone, so the link is refused, before any request."""
+def test_scales_in_blocks_of_a_device_pool_are_rejected_by_name(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    """Its kernels take static scales alone, so the link is rejected, before any request."""
     on_device(monkeypatch, source=role == "sender", destination=role == "receiver")
     made = [
         KVPool.allocate(SPEC, 24, layout=layout, block_size=16, dtype="fp8_e4m3fn", scale="inline")
@@ -144,9 +144,9 @@ def test_out_of_device_memory_at_the_start_leaves_nothing(monkeypatch: pytest.Mo
     source, destination = pools()
     gc.collect()
     before = library().host_blocks_in_use()
-    for memory, refused in ((2048, 1 << 20), ((1 << 20) + 2048, 4096)):
+    for memory, rejected in ((2048, 1 << 20), ((1 << 20) + 2048, 4096)):
         with options(f"memory={memory}"):
-            with pytest.raises(DeviceError, match=rf"cuda:1: allocating {refused} bytes: out of memory"):
+            with pytest.raises(DeviceError, match=rf"cuda:1: allocating {rejected} bytes: out of memory"):
                 Receiver(destination, secret=SECRET, instance="d", config=SMALL)
         gc.collect()
         assert library().host_blocks_in_use() == before

@@ -65,12 +65,12 @@ def test_every_byte_arrives(source: str, destination: str, how: dict[str, object
             rx.wait(WAIT_S)
             tx.wait(WAIT_S)
         assert same_bytes(to(there, "cpu"), theirs)
-        reach = sender.reach(sender.peers[0])
+        path = sender.path(sender.peers[0])
     if how.get("direct") is False:
-        assert reach == "put"
+        assert path == "rma"
     else:
         both = source != "cpu" and destination != "cpu" and not how
-        assert reach == ("peer" if both else "shared")
+        assert path == ("device" if both else "shm")
 
 
 @pytest.mark.parametrize(("source", "destination"), PLACES)

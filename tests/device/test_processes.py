@@ -40,7 +40,7 @@ for line in sys.stdin:
     tx.send_layers()
     if line.split()[1] == "wait":
         tx.wait(20)
-        print(sender.reach(sender.peers[0]), flush=True)
+        print(sender.path(sender.peers[0]), flush=True)
     else:
         time.sleep(60)
 """
@@ -70,7 +70,7 @@ def test_another_process_stores_through_an_ipc_handle(monkeypatch: pytest.Monkey
         rx = receiver.receive("one", [7, 5], 40)
         print("one wait", file=worker.stdin, flush=True)
         rx.wait(WAIT_S)
-        assert worker.stdout.readline().strip() == "peer"
+        assert worker.stdout.readline().strip() == "device"
         deliver([(source, [[3, 1, 2]])], expected, [[7, 5]], [(0, 40)])
         assert same_bytes(destination, expected)
         worker.stdin.close()

@@ -1,4 +1,4 @@
-"""The named pairs of docs/compatibility.md: two sides of one model, a request, and the field that refuses it, if any.
+"""The named pairs of docs/compatibility.md: two sides of one model, a request, and the field that rejects it, if any.
 
 One line adds a pair: the test runs it, the document shows it.
 """
@@ -31,7 +31,7 @@ GQA = KVSpec.uniform(3, 8, 32)
 
 
 class Pair(NamedTuple):
-    """A transfer from `source` to `destination`, or its refusal."""
+    """A transfer from `source` to `destination`, or its rejection."""
 
     name: str
     source: Side = Side()
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     """Where the chunks of a prefill end, before `tokens`."""
     back: bool = False
     """Another request goes from destination to source at the same time."""
-    refused: str = ""
+    rejected: str = ""
     """The field that the handshake names; empty: the pair works."""
 
 
@@ -148,25 +148,25 @@ REQUESTS = [
          back=True),
 ]  # fmt: skip
 
-REFUSED = [
-    Pair("unlike head dims", theirs=uniform(8, 3, 64), refused="spec.layers[0].segments[0].channels"),
-    Pair("unlike value head dims", theirs=uniform(8, 3, 32, 64), refused="spec.layers[0].segments[1].channels"),
-    Pair("unlike numbers of KV heads", theirs=uniform(4), refused="spec.layers[0].segments[0].heads"),
-    Pair("unlike numbers of layers", theirs=uniform(8, 4), refused="len(spec.layers)"),
+REJECTED = [
+    Pair("unlike head dims", theirs=uniform(8, 3, 64), rejected="spec.layers[0].segments[0].channels"),
+    Pair("unlike value head dims", theirs=uniform(8, 3, 32, 64), rejected="spec.layers[0].segments[1].channels"),
+    Pair("unlike numbers of KV heads", theirs=uniform(4), rejected="spec.layers[0].segments[0].heads"),
+    Pair("unlike numbers of layers", theirs=uniform(8, 4), rejected="len(spec.layers)"),
     Pair("unlike windows", Side(), D, WINDOW, layers(WINDOW.layers[0], LayerSpec.kv(4, 32, group=1, window=64)),
-         refused="spec.layers[1].window"),
+         rejected="spec.layers[1].window"),
     Pair("opaque state of unlike size", Side(), D, STATE, layers(STATE.layers[0], LayerSpec.state(6, 208, group=1),
-         STATE.layers[2]), refused="spec.layers[1].segments[0].channels"),
-    Pair("unlike layer kinds: MLA to GQA", Side(), D, MLA, uniform(1, 2, 512), refused="spec.layers[0].kind"),
+         STATE.layers[2]), rejected="spec.layers[1].segments[0].channels"),
+    Pair("unlike layer kinds: MLA to GQA", Side(), D, MLA, uniform(1, 2, 512), rejected="spec.layers[0].kind"),
     Pair("unlike cache groups", Side(), D, GROUPS, layers(*GROUPS.layers[:3], LayerSpec.kv(4, 32, group=1)),
-         refused="spec.layers[3].group"),
-    Pair("int8 to bf16", Side(dtype="int8"), D, refused="layers[0].k.dtype"),
-    Pair("bf16 to int8", Side(), D._replace(dtype="int8"), refused="layers[0].k.dtype"),
+         rejected="spec.layers[3].group"),
+    Pair("int8 to bf16", Side(dtype="int8"), D, rejected="layers[0].k.dtype"),
+    Pair("bf16 to int8", Side(), D._replace(dtype="int8"), rejected="layers[0].k.dtype"),
     Pair("int8 to int8 of another static scale", Side(dtype="int8", scale=(0.1,)),
-         D._replace(dtype="int8", scale=(0.2,)), refused="layers[0].k.scale"),
+         D._replace(dtype="int8", scale=(0.2,)), rejected="layers[0].k.scale"),
     Pair("scales whose ratio is no float32", FN._replace(scale=(1e30,)), FN._replace(scale=(1e-30,)),
-         refused="layers[0].k.scale"),
-    Pair("a slot that holds no token", Side(), D._replace(slot_bytes=512), refused="slot_bytes"),
+         rejected="layers[0].k.scale"),
+    Pair("a slot that holds no token", Side(), D._replace(slot_bytes=512), rejected="slot_bytes"),
 ]  # fmt: skip
 
 TABLES = {
@@ -175,7 +175,7 @@ TABLES = {
     "Layer kinds": (KINDS, "All kinds may be mixed in one model; layers of one cache group share a block size."),
     "Scales": (SCALES, "Static scales: an element is its code times the scale."),
     "Prefixes, chunks, direction": (REQUESTS, "117 tokens unless the name says otherwise."),
-    "Refused": (REFUSED, "The handshake refuses these: no link is made, and nothing is written. The text is what the "
+    "Rejected": (REJECTED, "The handshake rejects these: no link is made, and nothing is written. The text is what the "
                 "connecting side raises as `IncompatibleError`."),
 }  # fmt: skip
 
@@ -198,9 +198,9 @@ def layout_pair(ours: str, theirs: str) -> Pair:
 
 
 def dtype_pair(ours: str, theirs: str) -> Pair:
-    refused = "layers[0].k.dtype" if ours != theirs and "int8" in (ours, theirs) else ""
+    rejected = "layers[0].k.dtype" if ours != theirs and "int8" in (ours, theirs) else ""
     sides = Side(dtype=ours), Side(layout="rocm", block=64, dtype=theirs)
-    return Pair(f"{ours} to {theirs}", *sides, SMALL, tokens=75, refused=refused)
+    return Pair(f"{ours} to {theirs}", *sides, SMALL, tokens=75, rejected=rejected)
 
 
 LAYOUT_PAIRS = [layout_pair(*names) for names in itertools.product(LAYOUTS, repeat=2)]
@@ -209,7 +209,7 @@ MATRICES = (
     ("Layouts", "Blocks of 16 tokens to blocks of 24, 75 tokens, bf16: all pairs arrive identical, moved as bits.",
      LAYOUTS, LAYOUT_PAIRS),
     ("Dtypes", "Who converts, without scales: nhd, blocks of 16, to rocm, blocks of 64. The wire carries the narrower "
-     "of the two, the sender's on a tie, in its OCP form; *bits*: nothing is converted. All pairs that are not refused "
-     "arrive identical.", DTYPES, DTYPE_PAIRS),
+     "of the two, the sender's on a tie, in its OCP form; *bits*: nothing is converted. All pairs that are not "
+     "rejected arrive identical.", DTYPES, DTYPE_PAIRS),
 )  # fmt: skip
 ALL = [pair for pairs, _ in TABLES.values() for pair in pairs] + LAYOUT_PAIRS + DTYPE_PAIRS

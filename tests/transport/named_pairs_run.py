@@ -48,9 +48,9 @@ class Outcome(NamedTuple):
     """What a pair's transfer told."""
 
     result: str
-    """`identical` to the oracle, or `refused`; `wrong` fails the test."""
+    """`identical` to the oracle, or `rejected`; `wrong` fails the test."""
     how: str
-    """The conversions of its links, or the text of the refusal."""
+    """The conversions of its links, or the text of the rejection."""
     routes: int
     payload_bytes: int
 
@@ -126,7 +126,9 @@ class Flow:
         for pool in self.expected:
             want = wanted(self.receivers[0].description, counts, held)
             deliver([(self.ours.whole, from_blocks)], pool, to_blocks, want)
-        self.requests = [r.receive(self.name, to_blocks, pair.tokens, held=pair.held) for r in self.receivers]
+        self.requests = [
+            r.receive(self.name, to_blocks, pair.tokens, num_cached_tokens=pair.held) for r in self.receivers
+        ]
         for sender in self.senders:
             if sender.peers:
                 transmission = sender.send(self.name, from_blocks, pair.tokens)
@@ -154,14 +156,14 @@ def send_chunks(transmission: SendHandle, pool: KVPool, pair: Pair) -> None:
 
 @functools.cache
 def run(pair: Pair) -> Outcome:
-    """Transfer a pair's request and compare every byte with the oracle, or have it refused."""
+    """Transfer a pair's request and compare every byte with the oracle, or have it rejected."""
     seed = crc32(pair.name.encode())
     ours = Instance.make(pair.spec, pair.source, pair.tokens, seed)
     theirs = Instance.make(pair.theirs or pair.spec, pair.destination, pair.tokens, seed + 1)
     with ExitStack() as stack:
         there = Flow(pair, "there", ours, theirs, stack)
-        if pair.refused:
-            return refusal(there)
+        if pair.rejected:
+            return rejection(there)
         flows = [there]
         if pair.back:
             turned = pair._replace(source=pair.destination, destination=pair.source)
@@ -185,16 +187,16 @@ def run(pair: Pair) -> Outcome:
         )
 
 
-def refusal(flow: Flow) -> Outcome:
+def rejection(flow: Flow) -> Outcome:
     """Connect sides that do not fit; nothing may be written."""
     before = duplicate(flow.theirs.ranks[0])
     try:
         flow.receivers[0].connect(flow.senders[0].listen())
     except IncompatibleError as error:
         intact = same_bytes(flow.theirs.ranks[0], before) and not flow.receivers[0].peers
-        result = "refused" if intact and error.field == flow.pair.refused else "wrong"
+        result = "rejected" if intact and error.field == flow.pair.rejected else "wrong"
         return Outcome(result, str(error), 0, 0)
-    return Outcome("wrong", "not refused", 0, 0)
+    return Outcome("wrong", "not rejected", 0, 0)
 
 
 def conversions(spec: KVSpec, ours: Instance, theirs: Instance) -> Iterator[str]:
@@ -247,9 +249,9 @@ def side_text(side: Side) -> str:
 
 
 def table(pairs: list[Pair]) -> list[str]:
-    """Rows of pairs that work, or of pairs that are refused."""
-    if pairs[0].refused:
-        return ["| pair | refused with |", "|---|---|", *(f"| {pair.name} | `{run(pair).how}` |" for pair in pairs)]
+    """Rows of pairs that work, or of pairs that are rejected."""
+    if pairs[0].rejected:
+        return ["| pair | rejected with |", "|---|---|", *(f"| {pair.name} | `{run(pair).how}` |" for pair in pairs)]
     lines = ["| pair | from | to | result | converted how | routes | bytes sent |", "|---|---|---|---|---|---|---|"]
     for pair in pairs:
         got = run(pair)

@@ -175,7 +175,7 @@ def check_transfer(
     tokens: int | list[int],
     *,
     request: str = "request",
-    held: int = 0,
+    num_cached_tokens: int = 0,
     seed: int = 0,
     tickets_first: bool = True,
     send: Callable[[Any], None] | None = None,
@@ -189,12 +189,15 @@ def check_transfer(
             counts[layer.group] = 1
     from_blocks, to_blocks = pick_blocks(source, counts, generator), pick_blocks(destination, counts, generator)
     expected = duplicate(destination)
-    kept = [0 if any(x.kind == "state" and x.group == g for x in spec.layers) else held for g in range(spec.num_groups)]
+    kept = [
+        0 if any(x.kind == "state" and x.group == g for x in spec.layers) else num_cached_tokens
+        for g in range(spec.num_groups)
+    ]
     deliver([(source, from_blocks)], expected, to_blocks, wanted(receiver.description, counts, kept))
-    rx = receiver.receive(request, to_blocks, tokens, held=held) if tickets_first else None
+    rx = receiver.receive(request, to_blocks, tokens, num_cached_tokens=num_cached_tokens) if tickets_first else None
     tx = sender.send(request, from_blocks, tokens)
     (send or (lambda tx: tx.send_layers()))(tx)
-    rx = rx or receiver.receive(request, to_blocks, tokens, held=held)
+    rx = rx or receiver.receive(request, to_blocks, tokens, num_cached_tokens=num_cached_tokens)
     rx.wait(WAIT_S)
     tx.wait(WAIT_S)
     tx.wait_packed(WAIT_S)

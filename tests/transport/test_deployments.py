@@ -50,12 +50,16 @@ def test_random_deployments(case: Deployment) -> None:
 
         tickets_first = rng.random() < 0.5
         receptions = [
-            r.receive("x", case.destination.blocks, case.tokens, held=held(case)) for r in receivers if tickets_first
+            r.receive("x", case.destination.blocks, case.tokens, num_cached_tokens=held(case))
+            for r in receivers
+            if tickets_first
         ]
         sending = [sender.send("x", case.source.blocks, case.tokens) for sender in senders]
         send_layers(case, sending, rng)
         if not tickets_first:
-            receptions = [r.receive("x", case.destination.blocks, case.tokens, held=held(case)) for r in receivers]
+            receptions = [
+                r.receive("x", case.destination.blocks, case.tokens, num_cached_tokens=held(case)) for r in receivers
+            ]
         for request in [*receptions, *(t for t, s in zip(sending, senders, strict=True) if s.peers)]:
             request.wait(20)
         for rank, pool in enumerate(case.destination.pools):

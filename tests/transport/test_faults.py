@@ -280,13 +280,13 @@ def test_an_honest_receiver_that_asks_for_too_much() -> None:
         ended(again)
 
 
-def test_an_id_that_will_not_be_sent_again_is_refused() -> None:
+def test_an_id_that_will_not_be_sent_again_is_rejected() -> None:
     """The ticket that waits and those that come, until the id is sent after all."""
     with attacked() as attack:
         sender, receiver = attack.sender, attack.receiver
         waiting = receiver.receive("over", [5], 16)
         until(lambda: sender.stats()["pending_tickets"] == 1)
-        sender.refuse("over", "all of it was sent")
+        sender.reject("over", "all of it was sent")
         for _ in range(3):
             with pytest.raises(AbortedError, match="all of it was sent"):
                 waiting.wait(WAIT_S)
@@ -294,7 +294,7 @@ def test_an_id_that_will_not_be_sent_again_is_refused() -> None:
         ended(waiting)
         assert sender.stats()["pending_tickets"] == 0
         tx, rx = sender.send("over", [0], 16), receiver.receive("over", [5], 16)
-        sender.refuse("over", "it is under way")
+        sender.reject("over", "it is under way")
         tx.send_layers()
         rx.wait(WAIT_S)
 

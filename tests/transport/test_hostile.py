@@ -23,7 +23,7 @@ from tests.transport.peers import SECRET, connected, randomise, until
 WINDOWED = KVSpec((LayerSpec.kv(2, 64, window=32),) * 2)
 
 
-def test_a_ticket_for_tokens_before_the_window_is_refused() -> None:
+def test_a_ticket_for_tokens_before_the_window_is_rejected() -> None:
     """Ids of blocks that the window does not reach are placeholders: nothing may be read through them."""
     source = randomise(KVPool.allocate(WINDOWED, 64), 1)
     with connected([source], [KVPool.allocate(WINDOWED, 64)], TransferConfig()) as ([sender], [receiver]):

@@ -1,4 +1,4 @@
-"""Every named pair works, byte for byte, or is refused with its reason; docs/compatibility.md says so."""
+"""Every named pair works, byte for byte, or is rejected with its reason; docs/compatibility.md says so."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("pair", ALL, ids=lambda pair: pair.name.replace(" ", "-"))
 def test_pair(pair: Pair) -> None:
     outcome = run(pair)
-    assert outcome.result == ("refused" if pair.refused else "identical"), outcome.how
+    assert outcome.result == ("rejected" if pair.rejected else "identical"), outcome.how
 
 
 def test_names_are_distinct() -> None:

@@ -258,14 +258,14 @@ KINDS = [
 @pytest.mark.parametrize("dst", [*SCALED, BF16], ids=lambda d: d.value)
 @pytest.mark.parametrize("src", [*SCALED, BF16], ids=lambda d: d.value)
 def test_every_dtype_and_kind_keeps_its_values(src: DType, dst: DType) -> None:
-    """Each pair of kinds is refused by name, or every value is within the roundings that its conversion has."""
+    """Each pair of kinds is rejected by name, or every value is within the roundings that its conversion has."""
     for ours, theirs in KINDS:
         if any(dtype is BF16 and kind != "static" for dtype, kind in ((src, ours), (dst, theirs))):
             continue
         source = cache(place(KV, kv_layout(src, ours)), 1)
         destination = cache(place(KV, kv_layout(dst, theirs, 32, "hnd")), 2)
         fill(source)
-        if refused(src, ours, dst, theirs):
+        if rejected(src, ours, dst, theirs):
             with pytest.raises(IncompatibleError, match=r"layers\[0\].k.(scale|dtype)"):
                 transfer(source, destination)
             continue
@@ -279,7 +279,7 @@ def test_every_dtype_and_kind_keeps_its_values(src: DType, dst: DType) -> None:
         assert bool((error <= coarse * want.abs() + row / 60).all()), (ours, theirs)
 
 
-def refused(src: DType, ours: str, dst: DType, theirs: str) -> bool:
+def rejected(src: DType, ours: str, dst: DType, theirs: str) -> bool:
     """int8 whose scale is static holds and gives nothing but its own."""
     static = (src is INT8 and ours == "static", dst is INT8 and theirs == "static")
     if static[0]:

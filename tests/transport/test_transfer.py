@@ -99,7 +99,9 @@ def test_random_geometry(data: st.DataObject) -> None:
         slot_bytes=8192, window_bytes=8192 * data.draw(st.integers(1, 4)), direct=data.draw(st.booleans())
     )
     with connected(made[:1], made[1:], config) as ([sender], [receiver]):
-        check_transfer(*made, sender, receiver, tokens, held=held, seed=tokens, tickets_first=data.draw(st.booleans()))
+        check_transfer(
+            *made, sender, receiver, tokens, num_cached_tokens=held, seed=tokens, tickets_first=data.draw(st.booleans())
+        )
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -169,7 +171,7 @@ def test_cache_groups_windows_latent_state_and_shared_layers() -> None:
     destination = randomise(KVPool.allocate(spec, [5, 9, 2, 60], block_size=[64, 16, 1, 2], layout="hnd"), 2)
     with connected([source], [destination], SMALL) as ([sender], [receiver]):
         check_transfer(source, destination, sender, receiver, 117)
-        check_transfer(source, destination, sender, receiver, [117, 117, 1, 100], request="apart", held=33)
+        check_transfer(source, destination, sender, receiver, [117, 117, 1, 100], request="apart", num_cached_tokens=33)
         assert receiver.stats()["failed_requests"] == 0
         settled(sender, receiver)
 
@@ -218,11 +220,11 @@ def test_one_slot_and_many_senders(direct: bool) -> None:
         ids = [list(range(n * 13, n * 13 + 13)) for n in range(4)]
         for n in range(4):
             deliver([(sources[n], [list(range(13))])], expected, [ids[n]], [(0, 200)])
-        lazy = receiver.receive("0", ids[0], 200, source="p0")
+        lazy = receiver.receive("0", ids[0], 200, src_instance="p0")
         first = senders[0].send("0", list(range(13)), 200)
         first.send_layer(0)
         lazy.wait_layer(0, WAIT_S)  # now it holds the slot and waits for layer 1
-        rest = [receiver.receive(f"{n}", ids[n], 200, source=f"p{n}") for n in range(1, 4)]
+        rest = [receiver.receive(f"{n}", ids[n], 200, src_instance=f"p{n}") for n in range(1, 4)]
         transmissions = [senders[n].send(f"{n}", list(range(13)), 200) for n in range(1, 4)]
         for tx in transmissions:
             tx.send_layers()
@@ -265,14 +267,14 @@ def test_everything_held_asks_for_nothing() -> None:
                 receiver,
                 64,
                 request=f"{tickets_first}",
-                held=64,
+                num_cached_tokens=64,
                 tickets_first=tickets_first,
             )
         assert receiver.stats()["frames"] == 0
         settled(sender, receiver)
 
 
-def test_equal_ids_are_refused_while_under_way() -> None:
+def test_equal_ids_are_rejected_while_under_way() -> None:
     source, destination = pools()
     with connected([source], [destination]) as ([sender], [receiver]):
         tx, rx = sender.send("id", [1], 16), receiver.receive("id", [1], 16)
@@ -314,9 +316,9 @@ def test_bad_arguments_change_nothing() -> None:
             with pytest.raises(InputError):
                 sender.send("bad", [0], 8, hold_s=seconds)
         with pytest.raises(InputError):
-            receiver.receive("bad", [0], 8, held=9)
+            receiver.receive("bad", [0], 8, num_cached_tokens=9)
         with pytest.raises(PeerLostError, match="not connected"):
-            receiver.receive("bad", [0], 8, source="nobody")
+            receiver.receive("bad", [0], 8, src_instance="nobody")
         tx = sender.send("good", np.array([3]), np.int64(8))
         for layer in (-1, 2):
             with pytest.raises(InputError):
@@ -401,13 +403,13 @@ def test_close_ends_requests_and_may_come_from_a_callback() -> None:
         tx.abort()
 
 
-def test_a_slot_that_holds_no_token_is_refused() -> None:
+def test_a_slot_that_holds_no_token_is_rejected() -> None:
     source, destination = pools()
     small, large = TransferConfig(slot_bytes=512, window_bytes=512), TransferConfig()
     for ours, theirs in ((small, large), (large, small)):
         with Sender(source, secret=SECRET, instance="p", config=ours) as sender:
             with Receiver(destination, secret=SECRET, instance="d", config=theirs) as receiver:
-                # One side names slot_bytes; the other sees the link refused, or gone if it wrote at that moment.
+                # One side names slot_bytes; the other sees the link rejected, or gone if it wrote at that moment.
                 with pytest.raises((PeerLostError, InputError, HandshakeError)):
                     receiver.connect(sender.listen())
                 assert receiver.peers == []

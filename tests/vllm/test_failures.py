@@ -117,7 +117,7 @@ def test_a_failed_load_keeps_what_was_held(model: str) -> None:
     pair.close()
 
 
-def test_incompatible_models_are_refused(models: Path, model: str) -> None:
+def test_incompatible_models_are_rejected(models: Path, model: str) -> None:
     """The handshake names what differs, and the request is computed by the consumer."""
     other = checkpoint(models, kv_heads=7, head_dim=96)
     pair = Pair(producer_of(other), consumer_of(model))
@@ -128,7 +128,7 @@ def test_incompatible_models_are_refused(models: Path, model: str) -> None:
 
 
 @pytest.mark.slow
-def test_other_secret_is_refused(tmp_path: Path, model: str) -> None:
+def test_other_secret_is_rejected(tmp_path: Path, model: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("another secret of thirty-two bytes")
     secret.chmod(0o600)

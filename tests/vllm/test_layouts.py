@@ -150,7 +150,7 @@ def test_mixed_fp8_record_of_mla() -> None:
 
 
 @pytest.mark.parametrize("mode", [m for m in KVQuantMode if m not in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)])
-def test_unknown_quantisation_is_refused_by_name(mode: KVQuantMode) -> None:
+def test_unknown_quantisation_is_rejected_by_name(mode: KVQuantMode) -> None:
     spec = FullAttentionSpec(
         block_size=TOKENS, num_kv_heads=HEADS, head_size=CHANNELS, dtype=torch.uint8, kv_quant_mode=mode
     )
@@ -158,7 +158,7 @@ def test_unknown_quantisation_is_refused_by_name(mode: KVQuantMode) -> None:
         layer_memory(layer_of(spec, "TRITON_ATTN"), views(spec, KVCacheLayout.LBHNC))
 
 
-def test_unknown_backend_is_refused_by_name() -> None:
+def test_unknown_backend_is_rejected_by_name() -> None:
     spec = FullAttentionSpec(block_size=TOKENS, num_kv_heads=HEADS, head_size=CHANNELS, dtype=torch.bfloat16)
     with pytest.raises(InputError, match="B12X"):
         layer_memory(layer_of(spec, "B12X"), views(spec, KVCacheLayout.LBHNC))

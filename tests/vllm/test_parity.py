@@ -99,7 +99,7 @@ def test_tensor_parallel(models: Path, prompts: list[list[int]]) -> None:
 def test_dtypes(fleet: Fleet, models: Path, prompts: list[list[int]]) -> None:
     """float32 to bfloat16: the first token, which every loaded entry decides, is that of the consumer alone."""
     if DTYPE != "bfloat16":
-        pytest.skip("vLLM's AMX kernels keep bfloat16 in tiles, which the connector refuses")
+        pytest.skip("vLLM's AMX kernels keep bfloat16 in tiles, which the connector rejects")
     producer = Engine(checkpoint(models), "kv_producer", 32, dtype="float32")
     pair = Pair(producer, fleet("kv_consumer", 128))
     some = prompts[::3]

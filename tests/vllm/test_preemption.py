@@ -212,7 +212,7 @@ def test_repeated_loads_are_let_go_by_ranks_that_are_done() -> None:
         cast(Any, SimpleNamespace(finished_sending=None, finished_recving={"r"}, kv_connector_worker_meta=told))
     )
     [order] = side._next.loads
-    assert (order.held, order.stop, order.blocks, order.awaited) == (64, 64, ([], []), False)
+    assert (order.cached, order.stop, order.blocks, order.awaited) == (64, 64, ([], []), False)
     assert side.pending
     assert not side._loading
 

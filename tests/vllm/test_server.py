@@ -166,11 +166,11 @@ def test_stream(cluster: dict[str, Process], models: Path, prompts: list[list[in
     assert tokens == alone
 
 
-def test_wrong_requests_are_the_servers_to_refuse(cluster: dict[str, Process], models: Path) -> None:
+def test_wrong_requests_are_the_servers_to_reject(cluster: dict[str, Process], models: Path) -> None:
     for mode in ("prefill_first", "concurrent"):
-        with pytest.raises(urllib.error.HTTPError) as refused:
+        with pytest.raises(urllib.error.HTTPError) as rejected:
             cluster[mode].post(body_of(models, [7] * 3000))
-        assert refused.value.code == 400
+        assert rejected.value.code == 400
 
 
 def test_prefill_server_killed(cluster: dict[str, Process], models: Path, prompts: list[list[int]]) -> None:

@@ -23,11 +23,11 @@ def test_supported_versions(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0", "dev"])
-def test_other_versions_are_refused(version: str) -> None:
-    with pytest.raises(BuildError) as refused:
+def test_other_versions_are_rejected(version: str) -> None:
+    with pytest.raises(BuildError) as rejected:
         check_version(version)
-    assert SUPPORTED in str(refused.value)
-    assert version in str(refused.value)
+    assert SUPPORTED in str(rejected.value)
+    assert version in str(rejected.value)
 
 
 def test_piecewise_graphs_are_asked_for_by_the_setting_alone() -> None:
@@ -46,7 +46,7 @@ def test_own_secret_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(made.parent.iterdir()) == [made]
 
 
-def test_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_secret_that_others_can_read_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text("a secret of sixteen bytes or more")
     path.chmod(0o644)

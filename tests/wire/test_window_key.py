@@ -82,7 +82,7 @@ def test_bad_keys_end_the_link(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     with connected([source], [destination], config) as ([sender], [receiver]):
         tx = sender.send("r", [3, 1, 2], 40)
         rx = receiver.receive("r", [7, 5], 40)
-        until(lambda: sender.reach(sender.peers[0]) == "peer")
+        until(lambda: sender.path(sender.peers[0]) == "device")
         [peer] = receiver.peers
         grant = Grant((SlotGrant(9, 0, 4096, 16384, key),))
         prelude = Prelude(Type.GRANT, receiver.engine.next_sequence(peer.link))
@@ -101,7 +101,7 @@ def test_a_grant_of_this_process_names_only_its_windows(monkeypatch: pytest.Monk
     with connected([source], [destination], config) as ([sender], [receiver]):
         tx = sender.send("r", [3, 1, 2], 40)
         receiver.receive("r", [7, 5], 40)
-        until(lambda: sender.reach(sender.peers[0]) == "peer")
+        until(lambda: sender.path(sender.peers[0]) == "device")
         key = changed(process=core.process_number())
         [peer] = receiver.peers
         grant = Grant((SlotGrant(9, 0, destination.base(0, "k"), 4096, key),))

@@ -34,7 +34,7 @@ class LinkFit:
 def from_bench_json(paths: Sequence[Path]) -> list[LinkFit]:
     """One fit for each case in the `results` of benchmark files; the same case of several files is fitted together.
 
-    `hetkv bench transfer` gives `reach`, `source`, `destination`, `layer_mib` and `hetkv_gb_s`; others give `case`,
+    `hetkv bench transfer` gives `path`, `source`, `destination`, `layer_mib` and `hetkv_gb_s`; others give `case`,
     `bytes`, and `seconds` or `gb_s` (1e9 bytes a second). Sizes that differ give latency and bandwidth; a single size
     gives bandwidth alone. Errors name the file, the result and the field.
     """
@@ -60,7 +60,7 @@ def from_bench_json(paths: Sequence[Path]) -> list[LinkFit]:
 def _point(result: Any, where: str) -> tuple[str, float, float]:
     """Case, bytes and seconds of one result."""
     if isinstance(result, dict) and "hetkv_gb_s" in result:
-        name = f"{result.get('reach')} {result.get('source')} -> {result.get('destination')}"
+        name = f"{result.get('path')} {result.get('source')} -> {result.get('destination')}"
         size = _positive(result, "layer_mib", where) * 2**20
         return name, size, size / (_positive(result, "hetkv_gb_s", where) * 1e9)
     if not isinstance(result, dict) or not isinstance(result.get("case"), str):

@@ -1,7 +1,7 @@
 """From vLLM's KV cache tensors to a `KVPool`: the model's spec, this rank's shard, and each layer's layout.
 
 vLLM binds one logical tensor `[block, head, token, content]` a layer; its strides say how it lies in memory, and the
-attention backend says what a row of content is. Backends whose rows are known are listed here; others are refused.
+attention backend says what a row of content is. Backends whose rows are known are listed here; others are rejected.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Loading:
         if error is None:
             if incoming.load.awaited and not incoming.aborted:
                 self._stats.add("loads")
-                self._stats.add("loaded_tokens", incoming.load.stop - incoming.load.held)
+                self._stats.add("loaded_tokens", incoming.load.stop - incoming.load.cached)
                 self._stats.observe("load_seconds", time.monotonic() - incoming.started)
             return True
         again = isinstance(error, AbortedError) and PREEMPTED in str(error) and not incoming.aborted
@@ -152,13 +152,13 @@ class Loading:
         """Give the ticket. One whose request was aborted meanwhile asks for nothing, so that the producer is let go."""
         load = incoming.load
         groups = len(load.blocks)
-        held = [load.stop if incoming.aborted else load.held] * groups
+        cached = [load.stop if incoming.aborted else load.cached] * groups
         incoming.reception = self._receiver.receive(
             load.transfer_id,
-            self._caches.blocks(load.blocks) if held[0] < load.stop else [[] for _ in range(groups)],
+            self._caches.blocks(load.blocks) if cached[0] < load.stop else [[] for _ in range(groups)],
             load.stop,
-            held=held,
-            source=load.source,
+            num_cached_tokens=cached,
+            src_instance=load.source,
             lease_s=max(0.001, incoming.deadline - time.monotonic()),
         )
         incoming.reception.future.add_done_callback(lambda _: self._changed())

@@ -28,7 +28,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Load:
-    """A consumer's request: tokens `[held, stop)` are asked for. Where `held == stop` the producer is only let go."""
+    """A consumer's request: tokens `[cached, stop)` are asked for; none where the producer is only let go."""
 
     request_id: str
     transfer_id: str
@@ -36,19 +36,19 @@ class Load:
     """Engine id of the producer."""
     addresses: tuple[str, ...]
     """Where the producer's ranks listen, by rank."""
-    held: int
+    cached: int
     stop: int
     blocks: Blocks
 
     @property
     def awaited(self) -> bool:
         """There are blocks to fill, and the scheduler waits for it."""
-        return self.held < self.stop
+        return self.cached < self.stop
 
     @property
     def let_go(self) -> Load:
         """The same, asking for nothing."""
-        return replace(self, held=self.stop, blocks=tuple([] for _ in self.blocks))
+        return replace(self, cached=self.stop, blocks=tuple([] for _ in self.blocks))
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Metadata(KVConnectorMetadata):
     """Requests whose prefill is done: their blocks are held until sent."""
     dropped: set[str] = field(default_factory=set)
     """Requests that ended otherwise while their layers were leaving: blocks are held until nothing reads them."""
-    refused: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
     """Mode `concurrent`: transfer ids of requests that ended before anything of them was computed."""
     loads: list[Load] = field(default_factory=list)
     aborted_loads: set[str] = field(default_factory=set)
@@ -73,7 +73,7 @@ class Metadata(KVConnectorMetadata):
     @property
     def any_orders(self) -> bool:
         """Whether the workers have something to do but compute."""
-        sends = self.computing or self.preempted or self.held or self.dropped or self.refused
+        sends = self.computing or self.preempted or self.held or self.dropped or self.rejected
         return bool(sends or self.loads or self.aborted_loads)
 
 

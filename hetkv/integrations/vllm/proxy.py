@@ -33,7 +33,7 @@ HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "con
 TEXT_LIMIT = 300
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A server answered with an error, or not at all."""
 
 
@@ -94,7 +94,7 @@ class Router:
             with prefill.busy():
                 answer = await self._ask(prefill, path, prefill_body(body, order), headers)
             params = answer.get("kv_transfer_params")
-        except Refused as error:
+        except Rejected as error:
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             params = None
         return await self._decode(decode, path, body, params, headers)
@@ -105,7 +105,7 @@ class Router:
         """Both at once. Where the prefill fails, decode is asked again without it: it has said nothing so far."""
         try:
             identity = await self.identity(prefill, headers)
-        except Refused as error:
+        except Rejected as error:
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             return await self._decode(decode, path, body, None, headers)
         transfer = uuid.uuid4().hex
@@ -129,7 +129,7 @@ class Router:
             if failure is None:
                 given = await decoding
                 return given
-            if not isinstance(failure, Refused):
+            if not isinstance(failure, Rejected):
                 raise failure
             prefill.identity = None
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
@@ -165,19 +165,19 @@ class Router:
         return known
 
     async def _ask(self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
-        """A whole JSON answer. Raises `Refused`."""
+        """A whole JSON answer. Raises `Rejected`."""
         try:
             response = await self.client.post(server.url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise Refused(f"{type(error).__name__}: {error}") from None
+            raise Rejected(f"{type(error).__name__}: {error}") from None
         if response.status_code >= 400:
-            raise Refused(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
+            raise Rejected(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Refused("its answer is not a JSON object")
+            raise Rejected("its answer is not a JSON object")
         return answer
 
     async def _decode(
@@ -251,7 +251,7 @@ def _identity(answer: dict[str, Any]) -> dict[str, Any]:
     params = answer.get("kv_transfer_params") or {}
     names = ("do_remote_prefill", "remote_engine_id", "remote_addresses")
     if any(name not in params for name in names):
-        raise Refused("its answer has no kv_transfer_params of HetKVConnector: is it a producer?")
+        raise Rejected("its answer has no kv_transfer_params of HetKVConnector: is it a producer?")
     return {name: params[name] for name in names}
 
 

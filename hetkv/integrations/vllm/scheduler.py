@@ -106,14 +106,14 @@ class SchedulerSide:
             return
         assert request.kv_transfer_params is not None
         request.kv_transfer_params["do_remote_prefill"] = False
-        held = request.kv_transfer_params.pop(LOCAL, None)
+        cached = request.kv_transfer_params.pop(LOCAL, None)
         if self._loads(remote):
             return
-        if num_external_tokens == 0 or held is None:
+        if num_external_tokens == 0 or cached is None:
             self._let_go(request, remote)
             return
         ids = self._cache_config.select_transfer_block_ids(blocks.get_block_ids())
-        load = self._loading[request.request_id] = _load(request, remote, held, held + num_external_tokens, ids)
+        load = self._loading[request.request_id] = _load(request, remote, cached, cached + num_external_tokens, ids)
         self._next.loads.append(load)
 
     def build_meta(self, output: SchedulerOutput) -> Metadata:
@@ -164,7 +164,7 @@ class SchedulerSide:
             self._held.add(request.request_id)
             return True, None
         if producing.concurrent:
-            self._next.refused.append(producing.transfer_id)
+            self._next.rejected.append(producing.transfer_id)
         return False, None
 
     def on_output(self, output: KVConnectorOutput) -> None:
@@ -271,13 +271,13 @@ def drop_last_token(request: Request) -> None:
     request.max_tokens = 1
 
 
-def _load(request: Request, remote: Consume, held: int, stop: int, blocks: Blocks) -> Load:
+def _load(request: Request, remote: Consume, cached: int, stop: int, blocks: Blocks) -> Load:
     return Load(
         request.request_id,
         remote.transfer_id,
         remote.remote_engine_id,
         remote.remote_addresses,
-        held,
+        cached,
         stop,
         _copy(blocks),
     )

@@ -100,8 +100,8 @@ class Sending:
         for request_id in meta.dropped:
             self._out.setdefault(request_id, Outgoing(None)).held_since = time.monotonic()
             self._abort(self._out[request_id], "the request ended before its prefill was done")
-        for transfer_id in meta.refused:
-            self._sender.refuse(transfer_id, OVER)
+        for transfer_id in meta.rejected:
+            self._sender.reject(transfer_id, OVER)
 
     def send_layer(self, name: str) -> None:
         """A layer of this step is computed."""
@@ -133,7 +133,7 @@ class Sending:
                 del self._out[request_id]
                 self._count(out)
                 if out.tx is not None:
-                    self._sender.refuse(out.tx.request_id, OVER)
+                    self._sender.reject(out.tx.request_id, OVER)
             elif now - out.held_since > self._sender.config.hold_s:
                 self._abort(out, "no consumer took the request within hold_s")
                 self._stats.add("expired_sends")

@@ -152,7 +152,7 @@ class WorkerSide:
             out.failed_recving.add(load.request_id)
             return
         size = self._cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._failed_blocks.update(load.blocks[0][load.held // size : -(-load.stop // size)])
+        self._failed_blocks.update(load.blocks[0][load.cached // size : -(-load.stop // size)])
 
 
 def on_all_ranks(statements: list[bool]) -> list[bool]:

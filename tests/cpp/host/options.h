@@ -8,7 +8,7 @@
 //   no-register    host_register fails
 //   no-wait-value  stream_wait_value is unsupported
 //   fail-remap=N   the N-th remap and all later ones fail on the device: their event reports it
-//   refuse-remap=N the N-th remap is refused by the driver when it is launched
+//   reject-remap=N the N-th remap is rejected by the driver when it is launched
 #pragma once
 
 #include <cstdlib>

@@ -69,7 +69,7 @@ inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::rem
 inline std::int32_t remap(void* stream, const hetkv::remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
                           const HetkvRemapSlot* slot, std::int32_t) {
   const int turn = ++remaps;
-  if (option("refuse-remap") == turn) return fail(kHetkvFailed, "launch refused");
+  if (option("reject-remap") == turn) return fail(kHetkvFailed, "launch rejected");
   auto* result = const_cast<HetkvRemapResult*>(slot->result);
   const bool breaks = option("fail-remap") > 0 && turn >= option("fail-remap");
   static_cast<Stream*>(stream)->put(
