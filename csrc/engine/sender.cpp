@@ -49,7 +49,10 @@ std::uint64_t Sender::submit(Submission submission) {
     const auto waiting = pending_.equal_range(submission.id);
     std::vector<PendingTicket> tickets;
     for (auto at = waiting.first; at != waiting.second; at = drop_ticket(at)) tickets.push_back(at->second);
-    for (auto& ticket : tickets) take_ticket(submission.id, std::move(ticket));
+    for (const auto& ticket : tickets) take_ticket(submission.id, ticket);
+    for (const auto& ticket : tickets) {  // slots that came while a ticket waited which is rejected now
+      if (ticket.link->up()) release_idle(*ticket.link);
+    }
   });
   return posted ? handle : 0;
 }

@@ -5,19 +5,30 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hetkv.control import handshake
-from hetkv.errors import ContentError, InputError, ProtocolError, UnsupportedError
+from hetkv.errors import AbortedError, ContentError, InputError, ProtocolError, UnsupportedError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
 from hetkv.transport.content import content_digest
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
-from tests.transport.peers import WAIT_S, check_transfer, connected, deliver, duplicate, randomise, same_bytes, settled
+from tests.transport.peers import (
+    WAIT_S,
+    check_transfer,
+    connected,
+    deliver,
+    duplicate,
+    randomise,
+    same_bytes,
+    settled,
+    until,
+)
 
 SPEC = KVSpec.uniform(2, 2, 64)
 BLOCKS, TOKENS = [5, 3], 30
@@ -76,6 +87,22 @@ def test_other_content(pair: tuple[Sender, Receiver], ticket_first: bool, sent: 
     settled(sender, receiver)
     assert sender.stats()["frames"] == receiver.stats()["frames"] == 0
     assert same_bytes(receiver.pool, before)
+
+
+@pytest.mark.parametrize(("sent", "asked", "tokens"), [(MINE, OTHER, TOKENS), (MINE, MINE, TOKENS - 1)])
+def test_slots_of_a_ticket_that_waited(pair: tuple[Sender, Receiver], sent: bytes, asked: bytes, tokens: int) -> None:
+    """The sender has slots for it when it finds that it cannot serve it: they go back."""
+    sender, receiver = pair
+    rx = receiver.receive("r", BLOCKS, TOKENS, content=asked)
+    until(lambda: sender.stats()["pending_tickets"] == 1 and receiver.stats()["lent_slots"] > 0)
+    time.sleep(0.1)  # for the grant behind the ticket
+    tx = sender.send("r", BLOCKS, tokens, content=sent)
+    with pytest.raises(ContentError if sent != asked else ProtocolError):
+        rx.wait(WAIT_S)
+    tx.abort()
+    with pytest.raises((ContentError, AbortedError)):
+        tx.wait(WAIT_S)
+    settled(sender, receiver)
 
 
 def test_id_is_free_again(pair: tuple[Sender, Receiver]) -> None:
