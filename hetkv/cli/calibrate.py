@@ -76,10 +76,13 @@ def _data(args: argparse.Namespace) -> Path:
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    from hetkv.costmodel.calibration.calibrate import from_rows, read_csv, ship
+    from hetkv.costmodel.calibration.calibrate import ship
     from hetkv.costmodel.calibration.link_constants import LinkFit, dump_links, from_bench_json
+    from hetkv.costmodel.calibration.own_runs import from_rows
+    from hetkv.costmodel.calibration.runs_csv import read_csv
+    from hetkv.costmodel.calibration_file import dump_efficiencies, load_efficiencies
     from hetkv.costmodel.catalogue import load_catalogue
-    from hetkv.costmodel.efficiency import Efficiency, dump_efficiencies, load_efficiencies
+    from hetkv.costmodel.efficiency import Efficiency
 
     catalogue = load_catalogue(args.catalogue)
     entries: list[Efficiency] = []
@@ -106,14 +109,18 @@ def _print(entries: list[Any], links: list[Any]) -> None:
     console = Console()
     if entries:
         table = Table()
-        table.add_column("GPU/engine/version/dtype", overflow="fold")
-        for name in ("rows", "median error", "90 % interval", "models"):
+        table.add_column("GPU/engine/version/dtype", no_wrap=True)
+        for name in ("rows", "median error", "decode, 90 %", "prompts, 90 %"):
             table.add_column(name)
         for entry in sorted(entries, key=lambda e: str(e.key)):
             error = "" if entry.median_error is None else f"{entry.median_error:.1%}"
-            span = f"x{entry.low:.2f} to x{entry.high:.2f}"
-            table.add_row(str(entry.key), str(entry.rows), error, span, ", ".join(entry.models))
+            decode, prefill = (f"x{low:.2f} to x{high:.2f}" for low, high in entry.spans[:2])
+            table.add_row(str(entry.key), str(entry.rows), error, decode, prefill)
         console.print(table)
+        for entry in entries:
+            if entry.bounded:
+                text = f"{entry.key}: at a bound, not set by the data: {', '.join(entry.bounded)}"
+                console.print(text, highlight=False)
     if links:
         table = Table("path", "rows", "GB/s", "latency us", "median error")
         for fit in links:

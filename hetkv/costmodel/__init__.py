@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from hetkv.costmodel.calibration_file import load_efficiencies
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Catalogue, Gpu, load_catalogue
-from hetkv.costmodel.efficiency import Efficiencies, Efficiency, load_efficiencies
+from hetkv.costmodel.efficiency import Efficiencies, Efficiency
 from hetkv.costmodel.interface import Estimate, StepModel
 from hetkv.costmodel.models import ModelShape, known_models, model_shape
 from hetkv.costmodel.step import Placement, RooflineStepModel
@@ -43,6 +44,7 @@ def step_model(
     kv_dtype: str | None = None,
     max_batched_tokens: int = 8192,
     memory_share: float = 0.9,
+    confidence: float = 0.5,
     catalogue: Catalogue | None = None,
     efficiencies: Efficiencies | None = None,
 ) -> RooflineStepModel:
@@ -50,8 +52,9 @@ def step_model(
 
     `gpu` and `model` are names, or objects of the catalogue; `model` may be the path of a `config.json`. `kv_dtype`
     defaults to bf16. `max_batched_tokens` bounds the tokens of one step (activations, chunk of a pipeline stage);
-    `memory_share` is the part of the GPU memory that the engine may use. Unknown GPUs, models or dtypes, missing
-    figures and models that do not fit raise `InputError`.
+    `memory_share` is the part of the GPU memory that the engine may use. `confidence` is the probability that measured
+    steps take no longer than predicted: 0.5 is the centre, 0.95 the slow end of the 90 % interval. Unknown GPUs, models
+    or dtypes, missing figures and models that do not fit raise `InputError`.
     """
     if weight_dtype not in DTYPE_BYTES:
         raise InputError(f"unknown weight dtype {weight_dtype!r}; known are {', '.join(DTYPE_BYTES)}")
@@ -62,7 +65,7 @@ def step_model(
     shape = model if isinstance(model, ModelShape) else model_shape(model)
     known = efficiencies or load_efficiencies()
     efficiency = known.find(found_gpu.name, found_gpu.vendor, engine, engine_version, weight_dtype)
-    efficiency = efficiency.for_model(shape.name, tp)
+    efficiency = efficiency.for_model(shape.name, tp).at(confidence)
     place = Placement(tp, pp, dp)
     return RooflineStepModel(
         found_gpu, shape, place, efficiency, weight_dtype, kv_dtype or "bf16", max_batched_tokens, memory_share

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import log
+from statistics import NormalDist
+from typing import NamedTuple
 
 from hetkv.costmodel.collectives import SWITCH_BYTES
 from hetkv.errors import InputError
@@ -16,13 +14,21 @@ from hetkv.errors import InputError
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants of the step time, see docs/cost-model.md. Shares are of the catalogue's peak, times are seconds."""
+    """The constants of the step time, see docs/cost-model.md. Shares are of the catalogue's peak, times are seconds.
+
+    `few_rows_flops` is the share of products of few rows (decode steps); `kv_group` the power of the number of query
+    heads to a KV head by which its reading slows down (0: read once for all of them, 1: once for each); `kv_unsplit`
+    the factor of that reading where a step has so many sequences that the engine takes its other kernel.
+    """
 
     gemm_bytes: float = 0.80
     gemm_flops: float = 0.50
     expert_bytes: float = 0.60
     expert_flops: float = 0.12
+    few_rows_flops: float = 1.0
     kv_bytes: float = 0.60
+    kv_group: float = 0.0
+    kv_unsplit: float = 1.0
     attention_flops: float = 0.60
     layer_s: float = 60e-6
     sequence_layer_s: float = 0.0
@@ -39,7 +45,7 @@ class Constants:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            low_open = not item.name.endswith("_s") and not item.name.startswith("reduce")
+            low_open = not item.name.endswith("_s") and not item.name.startswith(("reduce", "kv_group"))
             if not isinstance(value, (int, float)) or value != value or value < 0 or (low_open and value == 0):
                 raise InputError(f"efficiency `{item.name}` must be a positive number, got {value!r}")
 
@@ -57,14 +63,53 @@ class Key:
         return "/".join(part or "*" for part in (self.gpu, self.engine, self.version, self.dtype))
 
 
+class Span(NamedTuple):
+    """The 5 % and 95 % quantiles of measured over predicted time."""
+
+    low: float
+    high: float
+
+    def widened(self, factor: float) -> Span:
+        return Span(self.low / factor, self.high * factor)
+
+    def at(self, quantile: float) -> float:
+        """The factor that measured over predicted time stays below with probability `quantile`, the centre being 1.
+
+        Log-normal on each side of the centre. Raises `InputError` outside (0, 1).
+        """
+        if not 0 < quantile < 1:
+            raise InputError(f"confidence must lie between 0 and 1, got {quantile}")
+        z = NormalDist().inv_cdf(quantile) / NormalDist().inv_cdf(0.95)
+        return float(self.high**z if z > 0 else self.low**-z)
+
+
+class Spans(NamedTuple):
+    """Intervals by what is timed: a decode step (TPOT), a prompt, and a first token behind other requests (TTFT)."""
+
+    decode: Span
+    prefill: Span
+    queue: Span
+
+    def widened(self, factor: float) -> Spans:
+        return Spans(*(span.widened(factor) for span in self))
+
+    @staticmethod
+    def same(low: float, high: float) -> Spans:
+        return Spans(*[Span(low, high)] * 3)
+
+
 @dataclass(frozen=True)
 class Efficiency:
-    """Constants with the 5 % and 95 % quantiles of measured over predicted time, their fit error and their origin."""
+    """Constants with their intervals, their error on rows left out of the fit, and their origin.
+
+    `by_tp` holds the constants of single TP degrees where the fit has them; `constants` are those of the other degrees.
+    `bounded` names constants that stopped at a bound of their prior: the data did not set them. `confidence` is the
+    quantile of the intervals at which step times are given.
+    """
 
     key: Key
     constants: Constants
-    low: float
-    high: float
+    spans: Spans
     provenance: str
     median_error: float | None = None
     rows: int = 0
@@ -72,37 +117,59 @@ class Efficiency:
     fallback: str = ""
     tps: tuple[int, ...] = ()
     max_batch: int = 0
+    by_tp: Mapping[int, Constants] = field(default_factory=dict)
+    bounded: tuple[str, ...] = ()
+    confidence: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= 1 <= self.high:
-            raise InputError(f"efficiency {self.key}: interval factors must hold 1, got {self.low} to {self.high}")
+        for name, span in self.spans._asdict().items():
+            if not 0 < span.low <= 1 <= span.high:
+                raise InputError(
+                    f"efficiency {self.key}: the {name} interval must contain 1, got {span.low} to {span.high}"
+                )
 
     def for_model(self, name: str, tp: int) -> Efficiency:
-        """The same; for a model or a TP that was not among those measured with a wider interval and a word about it."""
+        """The efficiency of one model at one TP: that degree's constants, or those of the closest measured degree.
+
+        A model or a TP that was not measured widens the intervals and is named in `fallback`.
+        """
         lost = []
         if self.models and name not in self.models:
             lost.append(f"fitted on {', '.join(self.models)}, not on {name}")
         if self.tps and tp not in self.tps:
             lost.append(f"fitted at TP {', '.join(map(str, self.tps))}, not at {tp}")
-        if not lost:
-            return self
         text = "; ".join([self.fallback] * bool(self.fallback) + [f"{what}: interval widened" for what in lost])
-        widen = NEW_RANGE ** len(lost)
-        return replace(self, low=self.low / widen, high=self.high * widen, fallback=text)
+        return replace(
+            self,
+            constants=self.constants_at(tp),
+            by_tp={},
+            spans=self.spans.widened(NEW_RANGE ** len(lost)),
+            fallback=text,
+        )
 
-    def factors(self, batch: int) -> tuple[float, float]:
-        """Interval factors of a step; wider beyond the largest batch that was measured."""
-        if self.max_batch and batch > self.max_batch:
-            return self.low / NEW_RANGE, self.high * NEW_RANGE
-        return self.low, self.high
+    def constants_at(self, tp: int) -> Constants:
+        """The constants of `tp`; where it was not measured, those of the closest degree (the larger one of two)."""
+        if not self.by_tp:
+            return self.constants
+        return self.by_tp[min(self.by_tp, key=lambda known: (abs(log(known / tp)), -known))]
+
+    def at(self, confidence: float) -> Efficiency:
+        """The efficiency whose step times are at the quantile `confidence` of the intervals; 0.5 is the centre."""
+        self.spans.decode.at(confidence)
+        return replace(self, confidence=confidence)
+
+    def spans_of(self, batch: int) -> Spans:
+        """The intervals of a step; wider beyond the largest batch that was measured."""
+        beyond = self.max_batch and batch > self.max_batch
+        return self.spans.widened(NEW_RANGE) if beyond else self.spans
 
 
 NEW_RANGE, NEW_GPU = 1.3, 1.6
-"""Widening of the interval for a model, TP or batch beyond those measured (and for another version, dtype or engine of
-the same GPU), and for another GPU."""
+"""Widening of the intervals for a model, TP or batch beyond those measured (and for another version, dtype or engine of
+the same GPU), and for another GPU of a vendor whose entry was fitted to single GPUs of it."""
 
-FALLBACK_LOW, FALLBACK_HIGH = 0.5, 5.0
-"""Interval factors of a combination that nothing was measured for; docs/cost-model.md says how they were found."""
+GENERIC = Spans.same(0.1, 10.0)
+"""Intervals of `Constants()`, which serve only where a calibration file has no entry for all GPUs."""
 
 
 @dataclass
@@ -112,9 +179,10 @@ class Efficiencies:
     entries: dict[Key, Efficiency] = field(default_factory=dict)
 
     def find(self, gpu: str, vendor: str, engine: str, version: str | None, dtype: str) -> Efficiency:
-        """The entry for a combination; else the same GPU with another version or dtype, the vendor, or the fallback.
+        """The entry for a combination; else the same GPU with another version, dtype or engine, the vendor's, or all's.
 
-        Each step away from the exact key widens the interval and is named in `fallback`.
+        Every step away from the exact key is named in `fallback`. What several measured GPUs of a vendor, or all
+        vendors, have in common is an entry of its own, whose intervals hold the spread between them.
         """
         version = version or ""
         for key, lost in (
@@ -125,83 +193,19 @@ class Efficiencies:
             (Key(vendor, engine, "", dtype), f"GPU {gpu}"),
             (Key(vendor, engine, "", ""), f"GPU {gpu} and dtype {dtype}"),
             (Key(vendor, "", "", ""), f"GPU {gpu} and engine {engine}"),
+            (Key(), f"vendor {vendor}"),
         ):
             entry = self.entries.get(key)
             if entry is None:
                 continue
             if not lost:
                 return entry
-            text = f"nothing was measured for {lost}: values of {key}, interval widened"
-            widen = NEW_RANGE if key.gpu == gpu else NEW_GPU
-            return replace(entry, low=entry.low / widen, high=entry.high * widen, fallback=text)
+            if key.gpu == gpu:
+                text = f"nothing was measured for {lost}: values of {key}, interval widened"
+                return replace(entry, spans=entry.spans.widened(NEW_RANGE), fallback=text)
+            text = f"nothing was measured for {lost}: values of {key} ({entry.provenance}), with their spread"
+            return replace(entry, fallback=text)
         key = Key(gpu, engine, version, dtype)
-        text = f"nothing was measured for {key}: generic constants, interval x{FALLBACK_LOW} to x{FALLBACK_HIGH}"
-        return Efficiency(key, Constants(), FALLBACK_LOW, FALLBACK_HIGH, "none", fallback=text)
-
-
-def load_efficiencies(overrides: Iterable[str | Path] = ()) -> Efficiencies:
-    """The shipped values with the user's calibration files laid over them, later ones last."""
-    entries = dict(_shipped().entries)
-    for path in overrides:
-        entries.update(parse_efficiencies(Path(path).read_text(encoding="utf-8"), str(path)).entries)
-    return Efficiencies(entries)
-
-
-@lru_cache(maxsize=1)
-def _shipped() -> Efficiencies:
-    entry = resources.files("hetkv.costmodel") / "data" / "calibration.json"
-    if not entry.is_file():
-        return Efficiencies()
-    return parse_efficiencies(entry.read_text(encoding="utf-8"), "hetkv/costmodel/data/calibration.json")
-
-
-def parse_efficiencies(text: str, origin: str) -> Efficiencies:
-    """Read a calibration file; errors name the file, the entry and the field."""
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{origin}: not JSON: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("efficiencies"), list):
-        raise InputError(f"{origin}: expected an object with a list `efficiencies`")
-    entries: dict[Key, Efficiency] = {}
-    for index, raw in enumerate(document["efficiencies"]):
-        try:
-            key = Key(**raw["key"])
-            entries[key] = Efficiency(
-                key=key,
-                constants=Constants(**raw["constants"]),
-                low=float(raw["low"]),
-                high=float(raw["high"]),
-                provenance=str(raw["provenance"]),
-                median_error=raw.get("median_error"),
-                rows=int(raw.get("rows", 0)),
-                models=tuple(raw.get("models", ())),
-                tps=tuple(raw.get("tps", ())),
-                max_batch=int(raw.get("max_batch", 0)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{origin}: efficiencies[{index}]: {reason}") from None
-    return Efficiencies(entries)
-
-
-def dump_efficiencies(entries: Iterable[Efficiency], about: str) -> str:
-    """The text of a calibration file, sorted by key."""
-
-    def row(entry: Efficiency) -> dict[str, Any]:
-        constants = {k: float(f"{v:.6g}") for k, v in asdict(entry.constants).items()}
-        return {
-            "key": asdict(entry.key),
-            "constants": constants,
-            "low": round(entry.low, 4),
-            "high": round(entry.high, 4),
-            "median_error": None if entry.median_error is None else round(entry.median_error, 4),
-            "rows": entry.rows,
-            "models": list(entry.models),
-            "tps": list(entry.tps),
-            "max_batch": entry.max_batch,
-            "provenance": entry.provenance,
-        }
-
-    ordered = sorted(entries, key=lambda e: str(e.key))
-    return json.dumps({"about": about, "efficiencies": [row(entry) for entry in ordered]}, indent=1) + "\n"
+        span = f"interval x{GENERIC.decode.low} to x{GENERIC.decode.high}"
+        text = f"nothing was measured for {key} or any other GPU: generic constants, {span}"
+        return Efficiency(key, Constants(), GENERIC, "none", fallback=text)

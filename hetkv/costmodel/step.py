@@ -23,6 +23,11 @@ from hetkv.errors import InputError
 Array = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2
+FEW_ROWS = 256.0
+"""Rows of a matrix product up to which `few_rows_flops` holds: batches of decode steps, not chunks of prompts."""
+UNSPLIT_HEADS = 512.0
+"""Sequences times query heads of a rank beyond which vLLM's paged attention no longer splits the keys of one sequence
+over several blocks of threads (its v1 and v2 kernels); `kv_unsplit` holds beyond."""
 
 
 class Work(NamedTuple):
@@ -40,6 +45,8 @@ class Work(NamedTuple):
     expert_s_per_token: Any
     expert_miss: Any
     kv_s_per_token: Any
+    kv_group: Any
+    query_heads: Any
     window_s_per_token: Any
     window: Any
     state_s_per_sequence: Any
@@ -107,6 +114,8 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
         expert_s_per_token=2 * model.moe_layers * model.experts_per_token * model.expert_params / shards / expert_flops,
         expert_miss=1 - model.experts_per_token / model.experts if model.experts else 1.0,
         kv_s_per_token=full * kv_s,
+        kv_group=1.0 if model.latent else max(1.0, model.heads / model.kv_heads),
+        query_heads=model.heads / place.tp,
         window_s_per_token=windowed * kv_s,
         window=float(window),
         state_s_per_sequence=2 * model.state_layers * model.state_elements * 4 / shards / bandwidth,
@@ -124,18 +133,19 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
 def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
     """Fold constants into work, so that a step is a few multiplications: the groups that `seconds` unpacks."""
     host = 1 / work.host_speed
+    kv_reads = work.kv_group**c.kv_group / c.kv_bytes
     dense = (
         (work.dense_bytes_s / c.gemm_bytes) ** 4,
         work.dense_s_per_token / c.gemm_flops,
         work.head_bytes_s / c.gemm_bytes + work.layers * c.layer_s + work.reduce_small_s * c.reduce_latency,
-        work.head_s_per_sequence / c.gemm_flops
+        work.head_s_per_sequence * (1 / c.gemm_flops + 1 / c.few_rows_flops - 1)
         + work.state_s_per_sequence / c.kv_bytes
         + work.layers * c.sequence_layer_s,
-        work.kv_s_per_token / c.kv_bytes,
+        work.kv_s_per_token * kv_reads,
         work.pair_s / c.attention_flops,
     )
     experts = (work.expert_bytes_s / c.expert_bytes, work.expert_s_per_token / c.expert_flops, work.expert_miss)
-    window = (work.window_s_per_token / c.kv_bytes, work.window_pair_s / c.attention_flops, work.window)
+    window = (work.window_s_per_token * kv_reads, work.window_pair_s / c.attention_flops, work.window)
     reduce = (
         work.reduce_small_s_per_token * c.reduce,
         (work.reduce_large_s - work.reduce_small_s) * c.reduce_latency,
@@ -144,11 +154,15 @@ def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
     )
     launch = (work.layers * c.host_layer_s * host, work.layers * c.prompt_layer_s * host)
     serial = (c.step_s * host, c.sequence_s * host, c.prompt_s * host)
+    few_rows = work.dense_s_per_token * (1 / c.few_rows_flops - 1)
+    unsplit = (c.kv_unsplit - 1, UNSPLIT_HEADS / work.query_heads)
     return (
         *dense,
         *reduce,
         *launch,
         *serial,
+        few_rows if _any(few_rows) else None,
+        unsplit if _any(unsplit[0]) else None,
         experts if _any(work.expert_bytes_s) else None,
         window if _any(work.window) else None,
     )
@@ -165,9 +179,35 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
     Bytes and operations of the same kernels meet in a 4-norm: the larger one, a little more where they are equal. So do
     the GPU's time and the host's launch time, in an 8-norm.
     """
-    gb, gf, fixed, seq, kv, pr, r1, s0, s1, cut, host, hlaunch, step, hseq, hprompt, experts, window = k
+    (
+        gb,
+        gf,
+        fixed,
+        seq,
+        kv,
+        pr,
+        r1,
+        s0,
+        s1,
+        cut,
+        host,
+        hlaunch,
+        step,
+        hseq,
+        hprompt,
+        few_rows,
+        unsplit,
+        experts,
+        window,
+    ) = k
     tokens = batch + prompt
     flop = gf * tokens
+    if few_rows is not None:
+        flop = flop + few_rows * 0.5 * (tokens + FEW_ROWS - abs(tokens - FEW_ROWS))
+    crowded = 1.0
+    if unsplit is not None:
+        crowded = 1 + unsplit[0] * (batch > unsplit[1])
+        kv = kv * crowded
     flop = flop * flop
     device = (gb + flop * flop) ** 0.25 + fixed + seq * batch + kv * context + pr * pairs
     device = device + r1 * tokens + (tokens > cut) * (s0 + s1 * tokens)
@@ -179,7 +219,7 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
     if window is not None:
         kv, pr, length = window
         held, reach = length * batch, length * prompt
-        device = device + kv * 0.5 * (context + held - abs(context - held))
+        device = device + kv * crowded * 0.5 * (context + held - abs(context - held))
         device = device + pr * 0.5 * (pairs + reach - abs(pairs - reach))
     mixed = prompt > 0
     host = host + hlaunch * mixed
@@ -205,6 +245,8 @@ class RooflineStepModel:
         self.gpu, self.model, self.place, self.efficiency = gpu, model, place, efficiency
         self.work = count_work(gpu, model, place, weight_dtype, kv_dtype)
         self._coefficients = coefficients(self.work, efficiency.constants)
+        spans, confidence = efficiency.spans, efficiency.confidence
+        self._decode_scale, self._prompt_scale = spans.decode.at(confidence), spans.prefill.at(confidence)
         self._stages = place.pp
         self._stage_chunk = max(1, max_batched_tokens // place.pp)
         hop = model.hidden * ACTIVATION_BYTES
@@ -223,18 +265,22 @@ class RooflineStepModel:
         With `pp` stages the step is the time in which every sequence advances once: the work is cut into as many
         micro-batches as there are stages (fewer when there is too little work: the bubble), one busy in each stage.
         """
+        scale = self._prompt_scale if prefill_tokens else self._decode_scale
         if self._stages == 1:
-            return float(seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs))
+            return float(
+                scale * seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs)
+            )
         parts = min(self._stages, max(1, decode_batch + -(-prefill_tokens // self._stage_chunk)))
-        return float(self._staged(parts, decode_batch, decode_context, prefill_tokens, prefill_pairs))
+        return float(scale * self._staged(parts, decode_batch, decode_context, prefill_tokens, prefill_pairs))
 
     def step_seconds_of(self, batch: Array, context: Array, prompt: Array, pairs: Array) -> Array:
         """`step_seconds` of arrays of one shape."""
+        scale = np.where(prompt > 0, self._prompt_scale, self._decode_scale)
         if self._stages == 1:
-            found: Array = seconds(self._coefficients, batch, context, prompt, pairs)
+            found: Array = scale * seconds(self._coefficients, batch, context, prompt, pairs)
             return found
         parts = np.minimum(self._stages, np.maximum(1, batch + -(-prompt // self._stage_chunk)))
-        staged: Array = self._staged(parts, batch, context, prompt, pairs)
+        staged: Array = scale * self._staged(parts, batch, context, prompt, pairs)
         return staged
 
     def _staged(self, parts: Any, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
@@ -252,8 +298,9 @@ class RooflineStepModel:
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> Estimate:
         value = self.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
-        low, high = self.efficiency.factors(decode_batch)
-        return Estimate(value, value * low, value * high)
+        spans = self.efficiency.spans_of(decode_batch)
+        span, scale = (spans.prefill, self._prompt_scale) if prefill_tokens else (spans.decode, self._decode_scale)
+        return Estimate(value, min(value, value / scale * span.low), max(value, value / scale * span.high))
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from hetkv.costmodel.interface import Estimate, StepModel
 
 LOW, HIGH = "low", "high"
 
 
 class ScaledStepModel:
-    """`model` with all step times multiplied, so that a typical decode step is at the `end` of its interval.
+    """`model` with all step times multiplied, so that a typical step is at the `end` of its interval.
 
-    Errors of a cost model are mostly common to all steps (an efficiency that is off), hence one factor.
+    Errors of a cost model are mostly common to all steps of a kind (an efficiency that is off), hence one factor for
+    steps that decode only and one for steps with prompt tokens.
     """
 
     def __init__(self, model: StepModel, end: str) -> None:
         self.model = model
-        typical = model.step_estimate(32, 32 * 1024.0)
-        self.factor: float = getattr(typical, end) / typical.value
+        decode, prompt = model.step_estimate(32, 32 * 1024.0), model.step_estimate(0, 0.0, 1024, 1024 * 1025 / 2)
+        self.decode_factor: float = getattr(decode, end) / decode.value
+        self.prompt_factor: float = getattr(prompt, end) / prompt.value
         self.kv_capacity_tokens = model.kv_capacity_tokens
         self.kv_bytes_per_token = model.kv_bytes_per_token
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> float:
-        return self.factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
+        factor = self.prompt_factor if prefill_tokens else self.decode_factor
+        return factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
 
     def step_seconds_of(self, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
         """`step_seconds` of arrays of one shape, where `model` has it."""
         of: Any = self.model
-        return self.factor * of.step_seconds_of(batch, context, prompt, pairs)
+        factor = np.where(np.asarray(prompt) > 0, self.prompt_factor, self.decode_factor)
+        return factor * of.step_seconds_of(batch, context, prompt, pairs)
 
     def step_estimate(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0

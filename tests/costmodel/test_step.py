@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetkv.costmodel import Efficiencies, Estimate, load_catalogue, load_efficiencies, model_shape, step_model
-from hetkv.costmodel.efficiency import FALLBACK_HIGH, FALLBACK_LOW, Constants, Efficiency, Key, parse_efficiencies
+from hetkv.costmodel import Estimate, load_catalogue, model_shape, step_model
+from hetkv.costmodel.efficiency import Constants
 from hetkv.costmodel.step import Placement, coefficients, count_work, seconds
 from hetkv.errors import InputError
 
@@ -68,6 +69,33 @@ def test_a_window_bounds_the_keys() -> None:
     assert seconds(k, 1, 100, 0, 0) - seconds(k, 1, 0, 0, 0) == pytest.approx(36 * 100 * per_token)
     far = seconds(k, 1, 10_100, 0, 0) - seconds(k, 1, 10_000, 0, 0)
     assert far == pytest.approx(18 * 100 * per_token)  # the 18 full layers alone still grow
+
+
+def test_products_of_few_rows_have_a_share_of_their_own() -> None:
+    """A batch of 64 at a twentieth of the peak, on top of the products at peak; beyond 256 rows nothing is added."""
+    work = count_work(load_catalogue().gpu("MI300X"), model_shape("Llama-2-70B"), Placement(), "bf16", "bf16")
+    plain, slow = coefficients(work, IDEAL), coefficients(work, replace(IDEAL, few_rows_flops=0.05))
+    rows = work.dense_s_per_token * 64 * (1 + 19) + work.head_s_per_sequence * 64 * 20 + work.head_bytes_s
+    assert seconds(slow, 64, 0, 0, 0) == pytest.approx(rows, rel=0.02)
+    more = [seconds(slow, 0, 0, n, 0) - seconds(plain, 0, 0, n, 0) for n in (2560, 25600)]
+    assert more == pytest.approx([work.dense_s_per_token * 256 * 19] * 2, rel=0.02)
+
+
+def test_attention_that_reads_keys_for_every_query_head() -> None:
+    """Llama-3 8B has 4 query heads to a KV head: KV is read 4 times; and 3 times more slowly beyond 512 heads."""
+    constants = replace(IDEAL, kv_group=1.0, kv_unsplit=3.0)
+    work = count_work(load_catalogue().gpu("MI300X"), model_shape("Llama-3-8B"), Placement(2), "bf16", "bf16")
+    k = coefficients(work, constants)
+
+    def reading(batch: int) -> float:
+        return float(seconds(k, batch, 1e6, 0, 0) - seconds(k, batch, 0, 0, 0))
+
+    assert reading(32) == pytest.approx(4 * 1e6 * work.kv_s_per_token)
+    assert reading(33) == pytest.approx(3 * reading(32))
+    assert all(
+        count_work(load_catalogue().gpu("H100"), model_shape(m), Placement(8), "bf16", "bf16").kv_group >= 1
+        for m in MODELS
+    )
 
 
 def test_latent_attention_is_bound_by_operations_on_one_rank() -> None:
@@ -167,40 +195,6 @@ def test_estimate_holds_the_prediction() -> None:
     assert model.efficiency.fallback == ""
 
 
-def test_unknown_combinations_say_so_and_are_wider() -> None:
-    known = load_efficiencies()
-    spans = []
-    for gpu, vendor, engine, version, dtype, word in (
-        ("H100-SXM", "nvidia", "vllm", "0.12.0", "bf16", ""),
-        ("H100-SXM", "nvidia", "vllm", "9.9", "bf16", "version 9.9"),
-        ("L40S", "nvidia", "vllm", None, "bf16", "GPU L40S"),
-        ("Ascend-910B", "huawei", "mindie", None, "bf16", "generic constants"),
-    ):
-        entry = known.find(gpu, vendor, engine, version, dtype)
-        assert word in entry.fallback
-        assert bool(word) == bool(entry.fallback)
-        spans.append(entry.high / entry.low)
-    assert spans == sorted(spans)
-    assert spans[-1] == FALLBACK_HIGH / FALLBACK_LOW
-
-
-def test_a_model_tp_or_batch_beyond_those_measured_widens() -> None:
-    entry = Efficiency(Key("g"), Constants(), 0.9, 1.1, "test", models=("A",), tps=(1, 2), max_batch=64)
-    assert entry.for_model("A", 2) is entry
-    for name, tp, words in (("B", 2, "not on B"), ("A", 8, "fitted at TP 1, 2, not at 8")):
-        other = entry.for_model(name, tp)
-        assert words in other.fallback
-        assert other.high / other.low == pytest.approx(1.1 / 0.9 * 1.3**2)
-    assert entry.for_model("B", 8).high == pytest.approx(1.1 * 1.3**2)
-    assert entry.factors(64) == (0.9, 1.1)
-    assert entry.factors(65) == (pytest.approx(0.9 / 1.3), pytest.approx(1.1 * 1.3))
-
-
-def test_no_constants_at_all_still_predicts() -> None:
-    model = step_model("H100", "Llama-3-8B", efficiencies=Efficiencies())
-    assert "generic" in model.efficiency.fallback
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,40 +213,6 @@ def test_no_constants_at_all_still_predicts() -> None:
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         step_model(**{"gpu": "H100", "model": "Llama-3.1-70B", "tp": 4, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "expected an object"),
-        ('{"efficiencies": [{"constants": {}}]}', r"efficiencies\[0\]: missing 'key'"),
-        (
-            '{"efficiencies": [{"key": {}, "constants": {"gemm_bytes": -1}, "low": 1, "high": 1, "provenance": ""}]}',
-            "`gemm_bytes` must be a positive number, got -1",
-        ),
-        (
-            '{"efficiencies": [{"key": {}, "constants": {}, "low": 1.2, "high": 2, "provenance": ""}]}',
-            "interval factors must hold 1, got 1.2 to 2",
-        ),
-    ],
-)
-def test_bad_calibration_files(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_efficiencies(text, "own.json")
-
-
-def test_every_shipped_entry_has_error_and_provenance() -> None:
-    entries = load_efficiencies().entries
-    measured = {key.gpu for key in entries}
-    assert {"A100-40-SXM", "A100-80-SXM", "H100-SXM", "H200-SXM", "GH200", "MI250", "MI300X", "Max-1550"} <= measured
-    for entry in entries.values():
-        assert entry.provenance
-        assert entry.rows > 0
-        assert entry.median_error is not None
-        assert entry.models
-        assert entry.tps
-        assert entry.max_batch > 0
 
 
 def test_the_same_model_differs_by_engine() -> None:

@@ -10,31 +10,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetkv.costmodel.calibration.fit import Array
+from hetkv.costmodel.calibration.spans import conformal
+from hetkv.costmodel.efficiency import Span
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Errors of `n` predictions relative to the measurement, and the share of measurements inside the 90 % interval."""
+    """Errors of `n` predictions relative to the measurement; coverage and median width of their 90 % intervals.
+
+    The width is the interval's high end over its low end.
+    """
 
     n: int
     bias: float
     median: float
+    mean: float
     p90: float
     coverage: float
+    width: float
 
     def cells(self) -> list[str]:
         return [
             str(self.n),
             f"{self.bias:+.1%}",
             f"{self.median:.1%}",
+            f"{self.mean:.1%}",
             f"{self.p90:.1%}",
             f"{self.coverage:.0%}",
+            f"{self.width:.2f}",
         ]
 
 
-HEADER = ["rows", "bias", "median error", "p90 error", "in 90 % interval"]
+HEADER = ["rows", "bias", "median error", "mean", "p90", "in 90 % interval", "width"]
 
 
 def score(predicted: Array, measured: Array, low: Array, high: Array) -> Score:
@@ -46,8 +55,10 @@ def score(predicted: Array, measured: Array, low: Array, high: Array) -> Score:
         len(measured),
         float(np.mean(relative)),
         float(np.median(error)),
+        float(np.mean(error)),
         float(np.quantile(error, 0.9)),
         float(np.mean(inside)),
+        float(np.median(high / low)),
     )
 
 
@@ -58,19 +69,13 @@ class Intervals:
 
     def __init__(self, rows: Sequence[Any], ratio: Array, group: Callable[[Any], Hashable]) -> None:
         self.group = group
-        self.common = self._span(ratio)
+        self.common = conformal(np.log(ratio))
         members: dict[Hashable, list[float]] = {}
         for row, value in zip(rows, ratio, strict=True):
             members.setdefault(group(row), []).append(float(value))
-        self.own = {key: self._span(np.array(v)) for key, v in members.items() if len(v) >= self.ENOUGH}
+        self.own = {key: conformal(np.log(np.array(v))) for key, v in members.items() if len(v) >= self.ENOUGH}
 
-    @staticmethod
-    def _span(ratio: Array) -> tuple[float, float]:
-        """Conformal: with n rows the (n + 1)/n-fold tail holds 90 % of new ones."""
-        tail = max(0.0, 1 - 0.95 * (1 + 1 / len(ratio)))
-        return min(0.99, float(np.quantile(ratio, tail))), max(1.01, float(np.quantile(ratio, 1 - tail)))
-
-    def of(self, row: Any) -> tuple[float, float]:
+    def of(self, row: Any) -> Span:
         return self.own.get(self.group(row), self.common)
 
     def factors(self, rows: Sequence[Any], widen: float = 1.0) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from hetkv.costmodel.calibration.fit_store import active_store, digest
 from hetkv.costmodel.collectives import SWITCH_BYTES
 from hetkv.costmodel.efficiency import Constants
 
@@ -37,7 +38,10 @@ PRIORS: dict[str, Prior] = {
     "gemm_flops": Prior(0.60, 0.05, 1.0, 0.4),
     "expert_bytes": Prior(0.60, 0.05, 1.0, 0.4),
     "expert_flops": Prior(0.35, 0.02, 1.0, 0.5),
+    "few_rows_flops": Prior(1.0, 0.005, 1.0, 1.5),
     "kv_bytes": Prior(0.60, 0.02, 1.0, 0.3),
+    "kv_group": Prior(0.0, 0.0, 1.0, 1.0),
+    "kv_unsplit": Prior(1.0, 1.0, 10.0, 0.7),
     "attention_flops": Prior(0.40, 0.02, 1.0, 0.5),
     "layer_s": Prior(40e-6, 1e-6, 500e-6, 0.5),
     "sequence_layer_s": Prior(1e-7, 1e-9, 3e-5, 1.0),
@@ -117,6 +121,15 @@ class Fitted:
     def constants(self, row: Any) -> Constants:
         return Constants(**{name: self.value(name, row) for name in STEP_NAMES})
 
+    def bounded(self, row: Any) -> tuple[str, ...]:
+        """Fitted constants of the step that stopped at a bound of their prior: the data did not set them."""
+        found = []
+        for name in self.layout.names:
+            value, prior = self.value(name, row), self.layout.priors[name]
+            if name in STEP_NAMES and (value <= prior.low * 1.001 or value >= prior.high / 1.001):
+                found.append(name)
+        return tuple(found)
+
 
 STEP = 1e-4
 
@@ -147,6 +160,13 @@ def fit(
             parts[name].append((len(columns), np.array([index[key] for key in keys])))
             columns += [(name, depth, group, level.width) for group in groups]
     width = np.array([column[3] for column in columns])
+    store = active_store()
+    key = digest(rows, plan.names, plan.priors, plan.fixed, columns, scale) if store is not None else ""
+    if store is not None and key in store.fits:
+        shifts = store.fits[key]
+        return Fitted(plan, {column[:3]: shift for column, shift in zip(columns, shifts, strict=True)})
+    if store is not None and store.sealed:
+        raise LookupError(f"no stored fit {key} for {len(rows)} rows: the data or the layout changed, fit again")
     constant = {
         name: np.full(len(rows), plan.fixed.get(name, prior.start))
         for name, prior in plan.priors.items()
@@ -187,5 +207,7 @@ def fit(
         return matrix
 
     solution = least_squares(objective, np.zeros(len(columns)), jac=jacobian, max_nfev=max_evaluations)
-    offsets = {column[:3]: float(shift) for column, shift in zip(columns, solution.x, strict=True)}
-    return Fitted(plan, offsets)
+    shifts = [round(float(shift), 6) for shift in solution.x]
+    if store is not None:
+        store.fits[key] = shifts
+    return Fitted(plan, {column[:3]: shift for column, shift in zip(columns, shifts, strict=True)})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hetkv.costmodel.calibration.datasets import BatchRow, ServingRow, Side, StepRow
-from hetkv.costmodel.calibration.fit import STEP_NAMES, Array, Fitted, Layout, Level, Prior, Values, layout
+from hetkv.costmodel.calibration.fit import STEP_NAMES, Array, Layout, Level, Prior, Values, layout
 from hetkv.costmodel.catalogue import Catalogue
 from hetkv.costmodel.efficiency import Constants
 from hetkv.costmodel.memory import kv_capacity_tokens
@@ -112,32 +112,41 @@ class StaticBatches:
     @staticmethod
     def layout(gpu_width: float = 0.1) -> Layout:
         """Constants by engine, small offsets by GPU. `answer`: share of the output that an engine keeps room for."""
-        names = "gemm_bytes gemm_flops kv_bytes layer_s host_layer_s step_s sequence_s reduce answer"
-        priors = {
-            "layer_s": Prior(20e-6, 1e-6, 2e-3, 0.5),
-            "host_layer_s": Prior(50e-6, 1e-7, 5e-3, 1.0),
-            "sequence_s": Prior(50e-6, 1e-7, 5e-3, 1.0),
-            "step_s": Prior(500e-6, 1e-5, 0.1, 1.0),
-            "reduce": Prior(1.0, 0.1, 8.0, 0.5),
-            "answer": Prior(1.0, 0.3, 1.5, 0.3),
-        }
         levels = (Level(lambda r: r.engine, 0.3), Level(lambda r: (r.engine, r.gpu), gpu_width))
-        return layout(names.split(), {"": levels}, {"accept_s": 0.0}, priors)
+        return layout(BATCH_NAMES, {"": levels}, {"accept_s": 0.0}, BATCH_PRIORS)
 
     @staticmethod
-    def own_layout(base: Fitted, row: BatchRow) -> Layout:
-        """To fit few rows of one hardware, starting from what `base` says of it.
+    def own_layout(priors: Mapping[str, Prior] | None = None) -> Layout:
+        """To fit one hardware, from generic priors or from those of other hardware, with small offsets by TP.
 
-        `accept_s` is a start-up in the latency. `gemm_flops` is kept above 0.25: a whole batch's latency cannot tell
-        slow products from a slow host, and prompts must not be charged for the latter.
+        `accept_s` is a start-up in the latency. What a kernel does with a key or a row does not depend on TP.
         """
-        names = base.layout.names
-        priors = {name: base.layout.priors[name] for name in names}
-        priors = {name: p._replace(start=base.value(name, row), width=0.5) for name, p in priors.items()}
-        priors["gemm_flops"] = priors["gemm_flops"]._replace(low=0.25)
-        priors["accept_s"] = Prior(50e-3, 1e-4, 60.0, 2.0)
-        common = {"": (Level(lambda r: r.tp, 0.2),), "accept_s": (Level(lambda r: r.tp, 1.0),)}
-        return layout((*names, "accept_s"), common, None, priors)
+        levels: dict[str, tuple[Level, ...]] = {
+            "": (Level(lambda r: r.tp, 0.2),),
+            "accept_s": (Level(lambda r: r.tp, 1.0),),
+        }
+        levels |= dict.fromkeys(("gemm_flops", "kv_group", "kv_unsplit"), ())
+        return layout((*BATCH_NAMES, "accept_s"), levels, None, {**BATCH_PRIORS, **(priors or {})})
+
+
+BATCH_NAMES = (
+    "gemm_bytes", "gemm_flops", "few_rows_flops", "kv_bytes", "kv_group", "kv_unsplit", "layer_s", "host_layer_s",
+    "step_s", "sequence_s", "reduce", "answer",
+)  # fmt: skip
+BATCH_PRIORS = {
+    "gemm_flops": Prior(0.6, 0.05, 1.0, 0.2),
+    "few_rows_flops": Prior(0.6, 0.005, 1.0, 1.5),
+    "kv_group": Prior(0.3, 0.001, 1.2, 1.0),
+    "kv_unsplit": Prior(1.2, 1.0, 10.0, 0.7),
+    "layer_s": Prior(20e-6, 1e-6, 2e-3, 0.5),
+    "host_layer_s": Prior(50e-6, 1e-7, 5e-3, 1.0),
+    "sequence_s": Prior(50e-6, 1e-7, 5e-3, 1.0),
+    "step_s": Prior(500e-6, 1e-5, 0.1, 1.0),
+    "reduce": Prior(1.0, 0.1, 8.0, 0.5),
+    "answer": Prior(1.0, 0.3, 1.5, 0.3),
+    "accept_s": Prior(50e-3, 1e-4, 60.0, 2.0),
+}
+"""A whole batch's latency cannot tell prompt from token time: the prior of `gemm_flops` is narrow, prompts keep it."""
 
 
 def kv_dtype(row: ServingRow) -> str:
@@ -169,7 +178,9 @@ class ServingLoops:
             _column(rows, lambda r: r.concurrency), _column(rows, lambda r: r.prompt), _column(rows, lambda r: r.output)
         )
         self.room = tokens / (self.load.prompt + self.load.output)
-        self.ttft_s, self.tpot_s = _column(rows, lambda r: r.ttft_s), _column(rows, lambda r: r.tpot_s)
+        self.has_ttft = np.array([r.ttft_s > 0 for r in rows])
+        self.ttft_s = np.where(self.has_ttft, _column(rows, lambda r: r.ttft_s), 1.0)
+        self.tpot_s = _column(rows, lambda r: r.tpot_s)
 
     @staticmethod
     def _work(row: ServingRow, side: Side, catalogue: Catalogue) -> Work:

@@ -22,11 +22,11 @@ from hetkv.costmodel.calibration.errors import (
     table,
     verdict,
 )
-from hetkv.costmodel.calibration.fit import Array, fit
+from hetkv.costmodel.calibration.fit import Array, Fitted, fit
 from hetkv.costmodel.calibration.problems import ServingLoops
 from hetkv.costmodel.calibration.report import section
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
-from hetkv.costmodel.efficiency import NEW_RANGE
+from hetkv.costmodel.efficiency import NEW_RANGE, Spans
 from hetkv.costmodel.models import model_shape
 
 FILE = "measured/disaggregated_hopper.csv"
@@ -45,17 +45,37 @@ def config(row: ServingRow) -> tuple[object, ...]:
     return row.gpu, row.engine, row.version, model_of(row), row.dtype, split, row.prompt, row.output, row.concurrency
 
 
+def fit_steps(rows: Sequence[ServingRow], catalogue: Catalogue) -> Fitted:
+    """The constants of the step from TPOT."""
+    problem = ServingLoops(rows, catalogue)
+    return fit(rows, problem.residuals, problem.layout(any(model_shape(row.model).experts for row in rows)))
+
+
 def predict(train: Sequence[ServingRow], test: Sequence[ServingRow], catalogue: Catalogue) -> Array:
     """TTFT and TPOT of `test` in seconds, from a fit on `train`; shape (2, rows)."""
     problem = ServingLoops(train, catalogue)
-    experts = any(model_shape(row.model).experts for row in train)
-    steps = fit(train, problem.residuals, problem.layout(experts))
+    steps = fit_steps(train, catalogue)
     held = steps.values(train)
     first = fit(train, problem.first_token_residuals(held), problem.first_token_layout(), 0.3)
     values, own = steps.values(test), first.values(test)
     values.update(burst=own["burst"], accept_s=own["accept_s"])
     loop = ServingLoops(test, catalogue).predict(values)
     return np.stack([loop.ttft_s, loop.tpot_s])
+
+
+def intervals(rows: Sequence[ServingRow], ratios: Array, widen: float) -> Callable[[ServingRow], Spans]:
+    """Intervals by (GPU, engine, version, dtype) from measured over predicted TTFT and TPOT of rows left out.
+
+    Runs with at most two requests in flight on each worker hardly queue: their TTFT gives the interval of a prompt.
+    """
+    decode, queue = (Intervals(rows, ratio, exact_key) for ratio in (ratios[1], ratios[0]))
+    alone = np.array([row.concurrency <= 2 * (row.prefill or row.decode).workers for row in rows])
+    prefill = Intervals(pick(rows, alone), ratios[0][alone], exact_key)
+
+    def spans(row: ServingRow) -> Spans:
+        return Spans(decode.of(row), prefill.of(row), queue.of(row)).widened(widen)
+
+    return spans
 
 
 def measured(rows: Sequence[ServingRow]) -> Array:

@@ -1,0 +1,53 @@
+"""Stored fits, by what was fitted to which rows: docs/accuracy.md is remade from the shipped ones without fitting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class FitStore:
+    """Offsets of fits by the digest of what was fitted. A sealed store is complete: a fit it lacks is an error."""
+
+    fits: dict[str, list[float]] = field(default_factory=dict)
+    sealed: bool = False
+
+    def dump(self) -> str:
+        lines = (f'"{key}": {json.dumps(shifts)}' for key, shifts in sorted(self.fits.items()))
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @staticmethod
+    def load(path: Path) -> FitStore:
+        return FitStore(json.loads(path.read_text(encoding="utf-8")), sealed=True)
+
+
+_active: ContextVar[FitStore | None] = ContextVar("fit_store", default=None)
+
+
+def active_store() -> FitStore | None:
+    return _active.get()
+
+
+@contextmanager
+def stored(store: FitStore) -> Iterator[None]:
+    """Within the block every fit is looked up in `store`, and added to it where it is missing."""
+    token = _active.set(store)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def digest(rows: Sequence[Any], *settings: Any) -> str:
+    """Names a fit by its rows, with their measurements, and its settings."""
+    text = hashlib.sha256()
+    for part in (*rows, *settings):
+        text.update(repr(part).encode())
+    return text.hexdigest()[:16]
