@@ -2,7 +2,7 @@
 
     apt-get install bible-kjv bible-kjv-text
     OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
-      python bench/train_demo/train.py --out hetkv/models/demo --compile
+      python bench/train_demo/train.py --out hetkv/runtime/data/demo --compile
 
 Matrix products run in bf16 (quick on a core with AMX), weights and optimizer states are fp32, the saved weights are
 bf16. Three steps in four read short windows, because attention's backward pass is the slow part on a CPU; the fourth

@@ -74,8 +74,8 @@ class _Prefill:
 
     def run(self, request: str) -> Run:
         """One prefill of the whole batch; its KV is sent where `request` is given."""
+        from hetkv.runtime.attention import Span
         from hetkv.runtime.clock import WorkClock
-        from hetkv.runtime.model import Span
 
         sending = []
         if request:

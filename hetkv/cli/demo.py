@@ -20,7 +20,8 @@ from rich.table import Table
 from hetkv.cli import check_outputs
 from hetkv.errors import InputError
 from hetkv.kv.spec import Interval
-from hetkv.runtime.config import ModelConfig, read_config
+from hetkv.models import ModelConfig
+from hetkv.runtime.checkpoint import read_checkpoint
 from hetkv.runtime.demo import DECODE_POOL, PREFILL_POOL, DemoOptions, DemoResult, run_demo
 from hetkv.runtime.plan import GRAMMAR, LAYOUTS, InstancePlan, SideOptions, parse_side, read_plan
 from hetkv.runtime.synthetic import SHAPES
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if ranks == 2 and len(result.requests) == 1:
         _show_pair(console, options, result)
     else:
-        _show_deployment(console, result, read_config(Path(options.model)))
+        _show_deployment(console, result, read_checkpoint(options.model))
     _show_figures(console, result)
     _write(args, result, timelines, result.requests[0].prompt_tokens)
     if not result.identical:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hetkv.errors import InputError
+from hetkv.models import ModelConfig, State, parse_config
+from hetkv.models.fields import load_object
 
 ALIASES = {
     "llama2-70b": "Llama-2-70B",
@@ -48,6 +49,9 @@ class ModelShape:
     attention_params: int
     state_params: int
     state_elements: int
+    """Of a state layer, in fp32."""
+    state_inputs: int
+    """Of a state layer's convolution, in the KV cache's dtype."""
     dense_mlp_layers: int
     dense_mlp_params: int
     moe_layers: int
@@ -106,163 +110,92 @@ class ModelShape:
             return self.attention_layers * self.kv_elements
         return self.attention_layers * -(-self.kv_heads // tp) * (self.qk_dim + self.v_dim)
 
-
-class _Fields:
-    """A `config.json` that answers with an `InputError` naming the field when it is missing or not a number."""
-
-    def __init__(self, fields: Mapping[str, Any], origin: str) -> None:
-        self.fields, self.origin = fields, origin
-
-    def number(self, *names: str, default: int | None = None) -> int:
-        for name in names:
-            value = self.fields.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or value != int(value):
-                raise InputError(f"{self.origin}: `{name}` must be a whole number of zero or more, got {value!r}")
-            return int(value)
-        if default is None:
-            raise InputError(f"{self.origin}: missing field `{names[0]}`")
-        return default
-
-    def positive(self, *names: str) -> int:
-        value = self.number(*names)
-        if value == 0:
-            raise InputError(f"{self.origin}: `{names[0]}` must not be zero")
-        return value
+    def kv_bytes_of_request(self, tokens: int, element_bytes: float) -> float:
+        """Bytes that a request of `tokens` tokens must keep to go on, held once: KV, of layers with a window only of
+        the tokens that the next one can see, and states."""
+        seen = min(tokens, self.window - 1) if self.window_layers else 0
+        kv = (self.full_layers * tokens + self.window_layers * seen) * self.kv_elements * element_bytes
+        return kv + self.state_layers * (self.state_elements * 4 + self.state_inputs * element_bytes)
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelShape:
-    """Read a `config.json` dictionary. `origin` names the file in errors. A `text_config` inside is used."""
-    nested = config.get("text_config")
-    if isinstance(nested, Mapping):
-        config = {**nested, "quantization_config": config.get("quantization_config", nested.get("quantization_config"))}
-    get = _Fields(config, origin)
-    hidden, layers, heads = (
-        get.positive("hidden_size"),
-        get.positive("num_hidden_layers"),
-        get.positive("num_attention_heads"),
-    )
-    experts = get.number("n_routed_experts", "num_local_experts", "num_experts", default=0)
-    top_k = get.positive("num_experts_per_tok", "experts_per_token") if experts else 0
-    if top_k > experts:
-        raise InputError(f"{origin}: `num_experts_per_tok` {top_k} exceeds the {experts} experts")
-    attention = _attention(get, hidden, heads)
-    full, window_layers, state = _layer_kinds(config, layers, origin)
-    dense_layers = _dense_layers(config, get, layers, experts)
-    expert_width = get.number("moe_intermediate_size", "intermediate_size") if experts else 0
-    shared_width = get.number("n_shared_experts", default=0) * expert_width
-    shared_width += get.number("shared_expert_intermediate_size", default=0) if experts else 0
+    """The shape of a `config.json` that is loaded already. `origin` names the file in errors."""
+    return shape_of(parse_config(config, origin), name)
+
+
+def shape_of(model: ModelConfig, name: str) -> ModelShape:
+    """A model's counts. Norms and biases are left out: they are less than a thousandth of the weights."""
+    windows = [window for i, window in enumerate(model.windows) if window is not None and not model.keeps_state(i)]
+    states = sum(model.state_layers)
+    experts, gated = model.experts, 3 * model.hidden_size
+    sparse = 0 if experts is None else sum(experts.layers)
     return ModelShape(
         name=name,
-        hidden=hidden,
-        vocab=get.positive("vocab_size"),
-        full_layers=full,
-        window_layers=window_layers,
-        state_layers=state,
-        window=get.positive("sliding_window") if window_layers else 0,
-        heads=heads,
-        **attention,
-        **_state(get, hidden, state),
-        dense_mlp_layers=dense_layers,
-        dense_mlp_params=3 * hidden * get.positive("intermediate_size") if dense_layers else 0,
-        moe_layers=layers - dense_layers,
-        experts=experts,
-        experts_per_token=top_k,
-        expert_params=3 * hidden * expert_width,
-        shared_params=3 * hidden * shared_width,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        experts_only_quantised=_experts_only(config),
-        index_topk=get.number("index_topk", default=0),
-        max_positions=get.number("max_position_embeddings", default=0),
+        hidden=model.hidden_size,
+        vocab=model.vocab_size,
+        full_layers=model.num_layers - len(windows) - states,
+        window_layers=len(windows),
+        state_layers=states,
+        window=windows[0] if windows else 0,
+        heads=model.num_heads,
+        **_attention(model),
+        **_state(model.state, model.hidden_size),
+        dense_mlp_layers=model.num_layers - sparse,
+        dense_mlp_params=gated * model.intermediate_size,
+        moe_layers=sparse,
+        experts=0 if experts is None else experts.count,
+        experts_per_token=0 if experts is None else experts.per_token,
+        expert_params=0 if experts is None else gated * experts.inner,
+        shared_params=0 if experts is None else gated * experts.shared_inner,
+        tied=model.tied_embeddings,
+        experts_only_quantised=any("self_attn" in pattern for pattern in model.kept_modules),
+        index_topk=0 if model.indexed is None else model.indexed.topk,
+        max_positions=model.max_context,
     )
 
 
-def _attention(get: _Fields, hidden: int, heads: int) -> dict[str, Any]:
-    rank = get.number("kv_lora_rank", default=0)
-    if rank:
-        nope, rope, v_dim = (
-            get.positive("qk_nope_head_dim"),
-            get.positive("qk_rope_head_dim"),
-            get.positive("v_head_dim"),
-        )
-        q_rank = get.number("q_lora_rank", default=0)
-        query = hidden * q_rank + q_rank * heads * (nope + rope) if q_rank else hidden * heads * (nope + rope)
-        params = query + hidden * (rank + rope) + rank * heads * (nope + v_dim) + heads * v_dim * hidden
-        index_heads = get.number("index_n_heads", default=0)
-        if index_heads:
-            index_dim = get.positive("index_head_dim")
-            params += q_rank * index_heads * index_dim + hidden * (index_dim + index_heads)
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    """Heads, and the weights and cached elements of one layer with attention."""
+    hidden, heads, mla = model.hidden_size, model.num_heads, model.latent
+    if mla is None:
+        gate = 2 if model.output_gate else 1
         return {
-            "latent": True,
-            "kv_heads": 1,
-            "qk_dim": nope + rope,
-            "v_dim": v_dim,
-            "kv_elements": rank + rope,
-            "attention_params": params,
+            "latent": False,
+            "kv_heads": model.num_kv_heads,
+            "qk_dim": model.head_dim,
+            "v_dim": model.head_dim,
+            "kv_elements": 2 * model.num_kv_heads * model.head_dim,
+            "attention_params": hidden * model.head_dim * ((1 + gate) * heads + 2 * model.num_kv_heads),
         }
-    kv_heads = get.number("num_key_value_heads", default=heads)
-    head_dim = get.number("head_dim", default=0)
-    if not head_dim:
-        if hidden % heads:
-            raise InputError(f"{get.origin}: `hidden_size` {hidden} is no multiple of {heads} heads; give `head_dim`")
-        head_dim = hidden // heads
-    gate = 2 if get.fields.get("attn_output_gate") else 1
+    width = heads * (mla.nope_dim + mla.rope_dim)
+    query = hidden * width if mla.query_rank is None else (hidden + width) * mla.query_rank
+    params = query + hidden * (mla.rank + mla.rope_dim) + mla.rank * heads * (mla.nope_dim + mla.value_dim)
+    params += heads * mla.value_dim * hidden
+    cached = mla.rank + mla.rope_dim
+    if model.indexed is not None:
+        index = model.indexed
+        params += (mla.query_rank or hidden) * index.heads * index.dim + hidden * (index.dim + index.heads)
+        cached += index.dim
     return {
-        "latent": False,
-        "kv_heads": kv_heads,
-        "qk_dim": head_dim,
-        "v_dim": head_dim,
-        "kv_elements": 2 * kv_heads * head_dim,
-        "attention_params": hidden * head_dim * ((1 + gate) * heads + 2 * kv_heads),
+        "latent": True,
+        "kv_heads": 1,
+        "qk_dim": mla.nope_dim + mla.rope_dim,
+        "v_dim": mla.value_dim,
+        "kv_elements": cached,
+        "attention_params": params,
     }
 
 
-def _state(get: _Fields, hidden: int, layers: int) -> dict[str, Any]:
-    """Gated delta-net layers: q, k, v, gate and output projections, and a state of one matrix per value head."""
-    if not layers:
-        return {"state_params": 0, "state_elements": 0}
-    k_heads, v_heads = get.positive("linear_num_key_heads"), get.positive("linear_num_value_heads")
-    k_dim, v_dim = get.positive("linear_key_head_dim"), get.positive("linear_value_head_dim")
-    params = hidden * (2 * k_heads * k_dim + 3 * v_heads * v_dim + 2 * v_heads)
-    return {"state_params": params, "state_elements": v_heads * k_dim * v_dim}
-
-
-def _layer_kinds(config: Mapping[str, Any], layers: int, origin: str) -> tuple[int, int, int]:
-    kinds = config.get("layer_types")
-    if kinds is None:
-        windowed = config.get("sliding_window") and config.get(
-            "use_sliding_window", config.get("model_type") == "mistral"
-        )
-        return (0, layers, 0) if windowed else (layers, 0, 0)
-    if len(kinds) != layers:
-        raise InputError(f"{origin}: `layer_types` names {len(kinds)} layers, `num_hidden_layers` says {layers}")
-    known = {"full_attention", "sliding_attention", "linear_attention"}
-    for kind in kinds:
-        if kind not in known:
-            raise InputError(f"{origin}: `layer_types` holds {kind!r}; known are {', '.join(sorted(known))}")
-    return (
-        kinds.count("full_attention"),
-        kinds.count("sliding_attention"),
-        kinds.count("linear_attention"),
-    )
-
-
-def _dense_layers(config: Mapping[str, Any], get: _Fields, layers: int, experts: int) -> int:
-    if not experts:
-        return layers
-    if config.get("mlp_only_layers"):
-        return len(config["mlp_only_layers"])
-    step = get.number("decoder_sparse_step", default=1)
-    if step > 1:
-        return layers - layers // step
-    return min(layers, get.number("first_k_dense_replace", default=0))
-
-
-def _experts_only(config: Mapping[str, Any]) -> bool:
-    quantisation = config.get("quantization_config") or {}
-    kept = [*quantisation.get("modules_to_not_convert", []), *quantisation.get("ignore", [])]
-    return any("self_attn" in pattern for pattern in kept)
+def _state(state: State | None, hidden: int) -> dict[str, Any]:
+    """Gated delta-net layers: q, k, v, gate and output projections, and what a request keeps."""
+    if state is None:
+        return {"state_params": 0, "state_elements": 0, "state_inputs": 0}
+    key, value = state.key_heads * state.key_dim, state.value_heads * state.value_dim
+    return {
+        "state_params": hidden * (2 * key + 3 * value + 2 * state.value_heads),
+        "state_elements": state.recurrent_elements,
+        "state_inputs": state.convolution_elements,
+    }
 
 
 def known_models() -> list[str]:
@@ -284,7 +217,7 @@ def model_config(name: str) -> tuple[dict[str, Any], str, str]:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return _load(path.read_text(encoding="utf-8"), str(path)), name, str(path)
+        return load_object(path), name, str(path)
     if path.suffix == ".json":
         raise InputError(f"model file {name}: no such file")
     last = name.rsplit("/", 1)[-1].lower()
@@ -294,14 +227,5 @@ def model_config(name: str) -> tuple[dict[str, Any], str, str]:
     if found is None:
         raise InputError(f"unknown model {name!r}: give a config.json or one of {', '.join(known_models())}")
     entry = resources.files("hetkv.costmodel") / "data" / "models" / f"{found}.json"
-    return _load(entry.read_text(encoding="utf-8"), found), found, f"model {found}"
-
-
-def _load(text: str, origin: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{origin}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{origin}: expected a JSON object, got {type(config).__name__}")
-    return config
+    with resources.as_file(entry) as shipped:
+        return load_object(shipped), found, f"model {found}"

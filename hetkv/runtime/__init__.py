@@ -1,11 +1,14 @@
-"""A thin Llama-family decoder over paged KV: it shows the transport, and is checked against `transformers`.
+"""A small reference decoder over paged KV, which shows the transport and is compared with `transformers`.
 
 `Decoder.load` reads a Hugging Face directory; `Pages` is one sequence's place in a `KVPool`; `generate` runs both.
+May import `hetkv.kv`, `hetkv.models`, `hetkv.transport` and torch.
 """
 
-from hetkv.runtime.config import ModelConfig, read_config
+from hetkv.models import ModelConfig
+from hetkv.runtime.attention import Span
+from hetkv.runtime.checkpoint import read_checkpoint
 from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
-from hetkv.runtime.model import Decoder, Span
+from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
 from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part
@@ -26,5 +29,5 @@ __all__ = [
     "generate",
     "greedy",
     "prefill",
-    "read_config",
+    "read_checkpoint",
 ]

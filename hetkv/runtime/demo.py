@@ -14,7 +14,7 @@ import torch
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
-from hetkv.runtime.config import read_config
+from hetkv.runtime.checkpoint import read_checkpoint
 from hetkv.runtime.generate import generate
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
@@ -25,7 +25,7 @@ from hetkv.runtime.timeline import Span
 from hetkv.runtime.tokenizer import TextTokenizer
 from hetkv.transport.config import TransferConfig
 
-MODEL = Path(__file__).parents[1] / "models" / "demo"
+MODEL = Path(__file__).parent / "data" / "demo"
 PROMPT = """\
 And Joseph fell upon his father's face, and wept upon him, and kissed him.
 And Joseph commanded his servants the physicians to embalm his father: and the physicians embalmed Israel.
@@ -114,7 +114,7 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
 
     The second result is each request's timeline.
     """
-    config = read_config(Path(options.model))
+    config = read_checkpoint(options.model)
     _check(options)
     check_instances(options.instances, config)
     sources = [instance for instance in options.instances if instance.role == "prefill"]

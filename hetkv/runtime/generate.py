@@ -24,8 +24,8 @@ def greedy(logits: torch.Tensor) -> int:
 
 
 def choose(model: Decoder, logits: torch.Tensor | None) -> int:
-    """`greedy`, told to every rank of the model's team; `logits` are `None` on a rank that has none."""
-    return model.team.agree(None if logits is None else greedy(logits))
+    """`greedy`, the same on every rank of the model's group; `logits` are `None` on a rank that has none."""
+    return model.group.agree(None if logits is None else greedy(logits))
 
 
 def prefill(

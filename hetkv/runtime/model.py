@@ -1,4 +1,4 @@
-"""The decoder: Llama-family layers in plain PyTorch, keys and values in a paged pool.
+"""The decoder: layers of attention and MLPs in plain PyTorch, keys and values in a paged pool.
 
 One forward pass takes any number of `Span`s (a prompt, a chunk of one, or one token to decode from) and runs the dense
 products over all their tokens at once; attention is per sequence, over keys and values gathered from its pages.
@@ -11,59 +11,41 @@ pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from hetkv.errors import InputError
 from hetkv.kv.spec import KVSpec, Shard
-from hetkv.runtime.config import ModelConfig, read_config
+from hetkv.models import ModelConfig
+from hetkv.runtime.attention import Attention, AttentionLayer, Span
+from hetkv.runtime.checkpoint import read_checkpoint
+from hetkv.runtime.mla import LatentAttention
+from hetkv.runtime.mlp import Mixture, Mlp, mlp_of
+from hetkv.runtime.norm import Norm
 from hetkv.runtime.paged import Pages
 from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part, even
-from hetkv.runtime.rope import amplitude, inverse_frequencies, rotate, rotation
-from hetkv.runtime.weights import load_weights, rank_tensors
+from hetkv.runtime.rope import Rotary, Rotation
+from hetkv.runtime.tensors import rank_tensors
+from hetkv.runtime.weights import load_weights
 
 OnLayer = Callable[[int], None]
 """Called with layer `i` once its keys and values of this pass are in the pool, before its attention is computed."""
 
 
-class Span(NamedTuple):
-    """Consecutive tokens of one sequence: `tokens[j]` sits at position `start + j`; all before are in `pages`."""
-
-    pages: Pages
-    start: int
-    tokens: Sequence[int]
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.tokens)
-
-
-class Linear(NamedTuple):
-    """`x @ weight.T + bias`, weight `[out, in]`."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
 class Layer(NamedTuple):
-    """Weights of one decoder layer; q, k and v in one product, gate and up in one."""
+    """One decoder layer. Norms that a family does not have are None."""
 
-    attention_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    attention: AttentionLayer
+    mlp: Mlp | Mixture
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
 
 
 class Decoder:
@@ -72,23 +54,25 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
         part: Part | None = None,
-        team: ParallelGroup | None = None,
+        group: ParallelGroup | None = None,
     ) -> None:
-        self.part, self.team = part or Part.of(config), team or ParallelGroup()
+        self.part, self.group = part or Part.of(config), group or ParallelGroup()
         missing = [name for name in rank_tensors(config, self.part) if name not in weights]
         if missing:
             raise InputError(f"tensor {missing[0]!r} is missing from the weights")
         self.config = config
         self.embedding = weights.get("model.embed_tokens.weight")
         self.head = self.embedding if config.tied_embeddings else weights.get("lm_head.weight")
-        self.norm = weights.get("model.norm.weight")
+        self.norm = self._norm(weights, "model.norm") if self.part.last else None
         self.layers = {index: self._layer(weights, index) for index in range(*self.part.shard.layers)}
         some = next(iter(weights.values()))
         self.dtype, self.device = some.dtype, some.device
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
-        self._amplitude = amplitude(config.rope)
+        self._rotary = Rotary(config.rope, config.head_dim, self.device)
+        self._window_rotary = (
+            self._rotary if config.window_rope is None else Rotary(config.window_rope, config.head_dim, self.device)
+        )
         self._spec = config.kv_spec()
 
     @classmethod
@@ -98,22 +82,17 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
-        team: ParallelGroup | None = None,
+        group: ParallelGroup | None = None,
         stages: Sequence[int] | None = None,
     ) -> Decoder:
         """Read a Hugging Face directory (config.json, safetensors). `InputError` names what is missing or wrong.
 
-        In a `team`: this rank's part, of which it reads only its slices; `stages` are the layers of each pipeline
+        In a `group`: this rank's part, of which it reads only its slices; `stages` are the layers of each pipeline
         stage (default: as even as can be).
         """
-        path = Path(directory)
-        if not path.is_dir():
-            raise InputError(f"{path}: no such checkpoint directory")
-        config, team = read_config(path), team or ParallelGroup()
-        part = Part.of(config, team.tp, team.rank % team.tp, team.pp, team.rank // team.tp, stages)
-        if config.latent is not None:
-            from hetkv.runtime.mla import LatentDecoder as cls  # it is a Decoder, so it cannot be imported above
-        return cls(config, load_weights(path, config, dtype, device, part), part, team)
+        config, group = read_checkpoint(directory), group or ParallelGroup()
+        part = Part.of(config, group.tp, group.rank % group.tp, group.pp, group.rank // group.tp, stages)
+        return cls(config, load_weights(Path(directory), config, dtype, device, part), part, group)
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -152,22 +131,15 @@ class Decoder:
             self._check(span)
         ids = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
         positions = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
-        cos, sin = rotation(positions, self._frequencies, self.dtype, self._amplitude)
+        full = self._rotary.at(positions, self.dtype)
+        local = full if self._window_rotary is self._rotary else self._window_rotary.at(positions, self.dtype)
         shape = (len(ids), self.config.hidden_size)
-        x = self._embed(ids) if self.part.first else self.team.receive(shape, self.dtype)
+        x = self._embed(ids) if self.part.first else self.group.receive(shape, self.dtype)
         for index, layer in self.layers.items():
-            q, k, v = self._project(layer, x, cos, sin)
-            first = 0
-            for span in spans:
-                last = first + len(span.tokens)
-                span.pages.write(index, span.start, k[first:last], v[first:last])
-                first = last
-            if on_layer is not None:
-                on_layer(index)
-            x = x + self.team.sum(layer.output(self._attend(index, spans, q)))
-            x = x + self.team.sum(self._mlp(layer, _rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)))
+            turn = full if self.config.windows[index] is None else local
+            x = self._run(index, layer, x, spans, turn, on_layer)
         if not self.part.last:
-            self.team.send(x)
+            self.group.send(x)
             return None
         ends = torch.tensor([len(span.tokens) for span in spans], device=self.device).cumsum(0) - 1
         return self._logits(x[ends])
@@ -178,57 +150,56 @@ class Decoder:
         start, stop = self.part.vocab
         mine = (ids >= start) & (ids < stop)
         rows = F.embedding(torch.where(mine, ids - start, 0), self.embedding)
-        return self.team.sum(rows.masked_fill_(~mine[:, None], 0))
+        rows = self.group.sum(rows.masked_fill_(~mine[:, None], 0))
+        scale = self.config.embedding_scale
+        return rows if scale == 1 else rows * torch.tensor(scale, dtype=self.dtype, device=self.device)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, vocab]` of hidden states `[rows, hidden]`: each rank makes those of its part of the vocabulary."""
         assert self.norm is not None
         assert self.head is not None
-        mine = F.linear(_rms_norm(x, self.norm, self.config.rms_norm_eps), self.head)
-        tp = self.part.tp
-        return self.team.concat(mine, [even(self.config.vocab_size, tp, rank).size for rank in range(tp)])
+        config, tp = self.config, self.part.tp
+        logits = self.group.concat(
+            F.linear(self.norm(x), self.head), [even(config.vocab_size, tp, rank).size for rank in range(tp)]
+        )
+        if config.logits_divisor != 1:
+            logits = logits / config.logits_divisor
+        cap = config.logits_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Any:
-        """Weights of a layer, as `_project`, `_attend` and `_mlp` use them."""
-        return _layer(weights, f"model.layers.{index}.")
-
-    def _project(
-        self, layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values, each `[tokens, heads, head_dim]` with this rank's heads."""
-        config, part = self.config, self.part
-        heads = [part.heads.size, part.kv_heads.size, part.kv_heads.size]
-        qkv = layer.qkv(_rms_norm(x, layer.attention_norm, config.rms_norm_eps))
-        q, k, v = torch.split_with_sizes(qkv.view(len(x), sum(heads), config.head_dim), heads, dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = _rms_norm(q, layer.q_norm, config.rms_norm_eps), _rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def _attend(self, index: int, spans: Sequence[Span], q: torch.Tensor) -> torch.Tensor:
-        """Attention of every span over its own pages; `[tokens, heads * head_dim]` with this rank's heads."""
-        out = torch.empty_like(q)
-        window = self.config.windows[index]
+    def _run(
+        self, index: int, layer: Layer, x: torch.Tensor, spans: Sequence[Span], turn: Rotation, on_layer: OnLayer | None
+    ) -> torch.Tensor:
+        """One layer's hidden states, its keys and values written."""
+        q, k, v = layer.attention.project(_normed(layer.before_attention, x), turn)
         first = 0
         for span in spans:
             last = first + len(span.tokens)
-            begin = 0 if window is None else max(0, span.start - window + 1)
-            k, v = span.pages.read(index, span.stop, self.dtype, begin)
-            mask = _mask(span, begin, window, q.device)
-            out[first:last] = F.scaled_dot_product_attention(
-                q[None, first:last].transpose(1, 2),
-                k[None].transpose(1, 2),
-                v[None].transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None and len(span.tokens) > 1,
-                enable_gqa=True,
-            ).transpose(1, 2)[0]
+            span.pages.write(index, span.start, k[first:last], v[first:last])
             first = last
-        return out.flatten(1)
+        if on_layer is not None:
+            on_layer(index)
+        out = self.group.sum(layer.attention.output(layer.attention.attend(spans, q)))
+        x = self._add(x, _normed(layer.after_attention, out))
+        out = self.group.sum(layer.mlp(_normed(layer.before_mlp, x)))
+        return self._add(x, _normed(layer.after_mlp, out))
 
-    def _mlp(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """What follows attention, of normed `[tokens, hidden]`: this rank's part of the sum."""
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return cast(torch.Tensor, layer.down(F.silu(gate) * up))
+    def _add(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        scale = self.config.residual_scale
+        return x + (out if scale == 1 else out * scale)
+
+    def _layer(self, weights: Mapping[str, torch.Tensor], index: int) -> Layer:
+        config = self.config
+        attention: AttentionLayer
+        if config.latent is not None:
+            attention = LatentAttention(config, config.latent, weights, index)
+        else:
+            attention = Attention(config, weights, index, self.part, self.group)
+        norms = [None if name is None else self._norm(weights, f"model.layers.{index}.{name}") for name in config.norms]
+        return Layer(attention, mlp_of(config, weights, index), *norms)
+
+    def _norm(self, weights: Mapping[str, torch.Tensor], name: str) -> Norm:
+        return Norm(weights[f"{name}.weight"], self.config.norm_eps, self.config.unit_offset)
 
     def _check(self, span: Span) -> None:
         if not span.tokens or span.start < 0:
@@ -250,37 +221,5 @@ class Decoder:
                 raise InputError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")
 
 
-def _mask(span: Span, begin: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """`[queries, keys from begin]`, True where a query may look; None where plain causal attention says the same."""
-    count = len(span.tokens)
-    if count == 1 or (span.start == 0 and (window is None or span.stop <= window)):
-        return None
-    queries = torch.arange(span.start, span.stop, device=device)[:, None]
-    keys = torch.arange(begin, span.stop, device=device)[None]
-    mask = keys <= queries
-    return mask if window is None else mask & (queries - keys < window)
-
-
-def _rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last axis, computed in fp32, rounded before the gain."""
-    wide = x.float()
-    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _layer(weights: dict[str, torch.Tensor], prefix: str) -> Layer:
-    def fused(*names: str) -> Linear:
-        biases = [weights[prefix + name + ".bias"] for name in names if prefix + name + ".bias" in weights]
-        return Linear(
-            torch.cat([weights[prefix + name + ".weight"] for name in names]), torch.cat(biases) if biases else None
-        )
-
-    return Layer(
-        attention_norm=weights[prefix + "input_layernorm.weight"],
-        qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=weights.get(prefix + "self_attn.q_norm.weight"),
-        k_norm=weights.get(prefix + "self_attn.k_norm.weight"),
-        output=fused("self_attn.o_proj"),
-        mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        gate_up=fused("mlp.gate_proj", "mlp.up_proj"),
-        down=fused("mlp.down_proj"),
-    )
+def _normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)

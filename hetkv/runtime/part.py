@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from hetkv.errors import InputError
 from hetkv.kv.spec import Interval, Shard, head_interval
-from hetkv.runtime.config import ModelConfig
+from hetkv.models import ModelConfig
 
 
 class Part(NamedTuple):
@@ -22,8 +22,8 @@ class Part(NamedTuple):
     heads: Interval
     """Query heads: those that read the rank's KV heads. Ranks that replicate a KV head share its query heads."""
     kv_heads: Interval
-    inner: Interval
-    """Channels inside the MLP."""
+    replicas: int
+    """Ranks of the stage that hold the same KV heads, this one included."""
     vocab: Interval
     """Rows of the embedding (first stage) and of the head (last stage)."""
 
@@ -50,9 +50,11 @@ class Part(NamedTuple):
         """The part of a rank; `stages` as in `Shard.of`. `InputError` where a rank or a stage would have nothing."""
         if tp < 1 or pp < 1:
             raise InputError(f"TP {tp}, PP {pp}: both must be at least 1")
+        experts = config.experts
+        inner = [config.intermediate_size] + ([] if experts is None else [experts.inner, experts.shared_inner])
         for name, count in (
             ("query heads", config.num_heads),
-            ("inner channels", config.intermediate_size),
+            ("inner channels", min(size for size in inner if size)),
             ("tokens of vocabulary", config.vocab_size),
         ):
             if tp > count:
@@ -72,7 +74,7 @@ class Part(NamedTuple):
             Shard.of(spec, tp, tp_rank, pp, pp_rank, stages),
             query_heads(config.num_heads, kv_heads, tp, tp_rank),
             head_interval(kv_heads, tp, tp_rank),
-            even(config.intermediate_size, tp, tp_rank),
+            len(_replicas(kv_heads, tp, tp_rank)),
             even(config.vocab_size, tp, tp_rank),
         )
 
@@ -85,7 +87,13 @@ def even(count: int, tp: int, rank: int) -> Interval:
 def query_heads(heads: int, kv_heads: int, tp: int, rank: int) -> Interval:
     """Query heads of a rank: all that read its KV heads, shared evenly with the ranks that hold the same ones."""
     mine = head_interval(kv_heads, tp, rank)
-    replicas = [other for other in range(tp) if head_interval(kv_heads, tp, other) == mine]
+    replicas = _replicas(kv_heads, tp, rank)
     group = heads // kv_heads
     start, stop = even(mine.size * group, len(replicas), replicas.index(rank))
     return Interval(mine.start * group + start, mine.start * group + stop)
+
+
+def _replicas(kv_heads: int, tp: int, rank: int) -> list[int]:
+    """Ranks that hold the same KV heads."""
+    mine = head_interval(kv_heads, tp, rank)
+    return [other for other in range(tp) if head_interval(kv_heads, tp, other) == mine]

@@ -13,7 +13,7 @@ from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.presets import PRESETS
 from hetkv.kv.spec import Shard
-from hetkv.runtime.config import ModelConfig
+from hetkv.models import ModelConfig
 from hetkv.runtime.part import Part
 
 GRAMMAR = "[Nx]TPa[PPb[:l+l+...]]"

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from hetkv.errors import HetkvError, InputError, PeerLostError
-from hetkv.runtime.config import ModelConfig
+from hetkv.models import ModelConfig
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.worker import WorkerConfig, serve
 from hetkv.transport.config import TransferConfig

@@ -8,27 +8,26 @@ import msgspec
 import torch
 
 from hetkv.errors import InputError
-from hetkv.runtime.config import ModelConfig, Rope
+from hetkv.models import ModelConfig, Rope
 from hetkv.runtime.model import Decoder
-from hetkv.runtime.weights import expected_tensors
+from hetkv.runtime.tensors import expected_tensors
 
 
 def _shape(
-    architecture: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, theta: float
+    family: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, theta: float
 ) -> ModelConfig:
     """A shape of head dimension 128, as its `config.json` gives it."""
     return ModelConfig(
-        architecture=architecture, vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_layers=layers,
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=128, rms_norm_eps=1e-6, max_context=32768,
-        tied_embeddings=False, qkv_bias=False, output_bias=False, mlp_bias=False,
-        qk_norm=architecture == "Qwen3ForCausalLM", rope=Rope(theta=theta), windows=(None,) * layers, eos_ids=(),
+        family=family, vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_layers=layers,
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=128, max_context=32768,
+        qk_norm="head" if family == "qwen3" else "none", rope=Rope(theta=theta), windows=(None,) * layers,
     )  # fmt: skip
 
 
 SHAPES = {
-    "llama-2-7b": _shape("LlamaForCausalLM", 32000, 4096, 11008, 32, 32, 32, 1e4),
-    "llama-3-70b": _shape("LlamaForCausalLM", 128256, 8192, 28672, 80, 64, 8, 5e5),
-    "qwen3-32b": _shape("Qwen3ForCausalLM", 151936, 5120, 25600, 64, 64, 8, 1e6),
+    "llama-2-7b": _shape("llama", 32000, 4096, 11008, 32, 32, 32, 1e4),
+    "llama-3-70b": _shape("llama", 128256, 8192, 28672, 80, 64, 8, 5e5),
+    "qwen3-32b": _shape("qwen3", 151936, 5120, 25600, 64, 64, 8, 1e6),
 }
 
 
@@ -46,7 +45,7 @@ def shape(name: str, layers: int | None = None) -> ModelConfig:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights of `random_decoder`."""
-    return sum(prod(size) for size in expected_tensors(config).values()) * dtype.itemsize
+    return sum(prod(spec.shape) for spec in expected_tensors(config).values()) * dtype.itemsize
 
 
 def random_decoder(
@@ -55,7 +54,8 @@ def random_decoder(
     """A decoder of that geometry whose activations stay of ordinary size."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
-    for name, size in expected_tensors(config).items():
+    for name, spec in expected_tensors(config).items():
+        size = spec.shape
         if len(size) == 1:
             weights[name] = torch.ones(size, dtype=dtype, device=device)
         else:

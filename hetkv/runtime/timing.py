@@ -15,7 +15,7 @@ import torch
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.runtime.config import ModelConfig
+from hetkv.models import ModelConfig
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
 from hetkv.runtime.processes import link, running
 from hetkv.runtime.request_flow import Rendezvous, Request, Times, counted, route, times

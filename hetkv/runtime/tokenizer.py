@@ -4,38 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from hetkv.errors import InputError
+from hetkv.models.fields import load_object
 
 
 class TextTokenizer:
-    """A thin cover of `tokenizers.Tokenizer`."""
+    """A thin cover of `tokenizers.Tokenizer`, which neither truncates nor pads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # A file remembers how it was last used, which says nothing of the next text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
 
     @classmethod
     def load(cls, directory: Path | str) -> TextTokenizer:
-        """Read `tokenizer.json` of a checkpoint directory; `InputError` names the file if it is missing or broken."""
+        """Read `tokenizer.json` of a checkpoint directory.
+
+        `InputError` names the file if it is missing or broken, and a token that `tokenizer_config.json` adds to it.
+        """
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({error})") from None
+        _check_added(path.with_name("tokenizer_config.json"), tokenizer)
+        return cls(tokenizer)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint's template puts around a text (such as BOS)."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Token ids, by default with the special tokens that the checkpoint puts around a text (such as BOS)."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens. Bytes that are no whole UTF-8 character come out as the replacement mark."""
         return str(self._tokenizer.decode(list(token_ids)))
+
+
+def _check_added(path: Path, tokenizer: Tokenizer) -> None:
+    """Added tokens of `tokenizer_config.json` must be in `tokenizer.json`: others would be lost."""
+    if not path.is_file():
+        return
+    added: Any = load_object(path).get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise InputError(f"{path}: `added_tokens_decoder` must be an object")
+    for number, token in added.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or tokenizer.token_to_id(content) != (
+            int(number) if number.isdigit() else None
+        ):
+            raise InputError(f"{path}: added token {content!r} with id {number} is not in tokenizer.json as such")

@@ -1,4 +1,4 @@
-"""Safetensors of a checkpoint directory: which tensors there must be, and reading a rank's slices of them."""
+"""Safetensors of a checkpoint directory: a rank's slices of them, checked as they are read."""
 
 from __future__ import annotations
 
@@ -12,91 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from hetkv.errors import InputError
 from hetkv.kv.spec import Interval
-from hetkv.runtime import deepseek
-from hetkv.runtime.config import ModelConfig
+from hetkv.models import ModelConfig
 from hetkv.runtime.part import Part
+from hetkv.runtime.tensors import TensorSpec, expected_tensors, rank_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the decoder reads, by Hugging Face's names."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    rows = {"q_proj": config.num_heads * dim, "k_proj": config.num_kv_heads * dim, "v_proj": config.num_kv_heads * dim}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        if config.latent is not None:
-            shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-            shapes |= deepseek.attention_tensors(config, layer) | deepseek.mlp_tensors(config, index, layer)
-            continue
-        for name, size in rows.items():
-            shapes[f"{layer}self_attn.{name}.weight"] = (size, hidden)
-            if config.qkv_bias:
-                shapes[f"{layer}self_attn.{name}.bias"] = (size,)
-        shapes[layer + "self_attn.o_proj.weight"] = (hidden, config.num_heads * dim)
-        if config.output_bias:
-            shapes[layer + "self_attn.o_proj.bias"] = (hidden,)
-        if config.qk_norm:
-            shapes[layer + "self_attn.q_norm.weight"] = (dim,)
-            shapes[layer + "self_attn.k_norm.weight"] = (dim,)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        for name, (size, width) in {
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }.items():
-            shapes[f"{layer}mlp.{name}.weight"] = (size, width)
-            if config.mlp_bias:
-                shapes[f"{layer}mlp.{name}.bias"] = (size,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def rank_tensors(config: ModelConfig, part: Part) -> list[str]:
-    """Names of the tensors of which a rank needs anything.
-
-    A bias behind a product whose parts are summed over the ranks is the first rank's alone, so that it is added once.
-    """
-    names = []
-    for name in expected_tensors(config):
-        if name.startswith("model.layers."):
-            layer = int(name.split(".")[2])
-            needed = part.shard.layers.start <= layer < part.shard.layers.stop
-            needed &= part.tp_rank == 0 or not name.endswith(("o_proj.bias", "down_proj.bias"))
-        elif name == "model.embed_tokens.weight":
-            needed = part.first or (part.last and config.tied_embeddings)
-        else:
-            needed = part.last
-        if needed:
-            names.append(name)
-    return names
-
-
-def tensor_cut(config: ModelConfig, part: Part, name: str, shape: tuple[int, ...]) -> tuple[int, Interval]:
-    """Axis and interval of a tensor that a rank computes with; the whole tensor where it is not split."""
-    if config.latent is not None and name.startswith("model.layers."):
-        return deepseek.tensor_cut(config, name, shape, part.tp, part.tp_rank)
-    dim = config.head_dim
-    kind = name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
-    cuts = {
-        "q_proj": (0, part.heads, dim),
-        "k_proj": (0, part.kv_heads, dim),
-        "v_proj": (0, part.kv_heads, dim),
-        "o_proj": (1, part.heads, dim),
-        "gate_proj": (0, part.inner, 1),
-        "up_proj": (0, part.inner, 1),
-        "down_proj": (1, part.inner, 1),
-        "embed_tokens": (0, part.vocab, 1),
-        "lm_head": (0, part.vocab, 1),
-    }
-    axis, (start, stop), size = cuts.get(kind, (0, Interval(0, shape[0]), 1))
-    if axis == len(shape):  # the bias of a product whose input is split
-        return 0, Interval(0, shape[0])
-    return axis, Interval(start * size, stop * size)
+DTYPES = ("F64", "F32", "F16", "BF16")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_weights(
@@ -109,55 +31,76 @@ def load_weights(
     """A rank's slices of all tensors that it needs (default: everything) as `dtype` on `device`.
 
     Nothing else is read. Raises `InputError`, before anything is computed, that names the file or tensor: a missing
-    file or tensor, a wrong shape, a dtype that is no float, a tensor that the decoder would silently ignore, a file
-    that is not safetensors.
+    file or tensor, a wrong shape, a dtype that is no float, NaN or infinity, a value that `dtype` cannot hold, a tensor
+    that the decoder would silently ignore, a head of its own where the config ties it, a file that is not safetensors.
     """
     part = part or Part.of(config)
-    shapes = expected_tensors(config)
-    files = _files(directory)
-    missing = [name for name in shapes if name not in files]
+    expected, files = expected_tensors(config), _files(directory)
+    missing = [name for name in expected if name not in files]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{directory}: tensor {missing[0]!r}{more} is missing from the checkpoint")
-    extra = [name for name in files if name not in shapes and not _ignorable(name, config)]
+    extra = [name for name in files if name not in expected and not _ignorable(name, config)]
     if extra:
-        raise InputError(
-            f"{directory}: tensor {extra[0]!r} has no place in {config.architecture} with this config.json"
-        )
-    by_file: dict[Path, list[str]] = {}
-    for name in rank_tensors(config, part):
-        by_file.setdefault(files[name], []).append(name)
+        raise InputError(f"{directory}: tensor {extra[0]!r} has no place in {config.family} with this config.json")
+    _check_named(files)
+    by_file: dict[Path, dict[str, TensorSpec]] = {}
+    for name, spec in rank_tensors(config, part).items():
+        by_file.setdefault(files[name], {})[name] = spec
     weights: dict[str, torch.Tensor] = {}
-    for path, names in by_file.items():
-        cuts = {name: (shapes[name], *tensor_cut(config, part, name, shapes[name])) for name in names}
-        for name, tensor in _load_file(path, cuts):
+    for path, specs in by_file.items():
+        for name, tensor in _load_file(path, specs, part):
             # A copy: what safetensors gives is a view of the mapped file.
             weights[name] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            if not bool(weights[name].isfinite().all()):
+                what = (
+                    "a value beyond the range of " + str(dtype) if bool(tensor.isfinite().all()) else "NaN or infinity"
+                )
+                raise InputError(f"{path}: tensor {name!r} holds {what}")
+    if config.tied_embeddings and HEAD in files and part.last:
+        _check_tied(files[HEAD], expected[EMBEDDING], part, weights[EMBEDDING])
     return weights
+
+
+def _check_tied(path: Path, spec: TensorSpec, part: Part, embedding: torch.Tensor) -> None:
+    """A tied head may be stored again, but not as another one: it would be dropped."""
+    for _, head in _load_file(path, {HEAD: spec}, part):
+        if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
+            raise InputError(
+                f"{path}: tensor {HEAD!r} differs from {EMBEDDING!r}, though config.json says `tie_word_embeddings`"
+            )
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:
     """A tied head saved twice, and the rotary frequencies that old exporters wrote."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == HEAD)
 
 
 def _files(directory: Path) -> Mapping[str, Path]:
-    """Tensor name -> file that holds it. A sharded index wins over a single file, as in `transformers`."""
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-        except msgspec.DecodeError as error:
-            raise InputError(f"{index}: {error}") from None
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise InputError(f"{index}: tensor {name!r} points outside the directory, to {file!r}")
-        return {name: directory / file for name, file in weight_map.items()}
-    single = directory / SINGLE
-    if not single.is_file():
+    """Tensor name -> file that holds it. A single file wins over an index, as in `transformers`."""
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
         raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single)
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.DecodeError as error:
+        raise InputError(f"{index}: {error}") from None
+    for name, shard in weight_map.items():
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: tensor {name!r} points outside the directory, to {shard!r}")
+    return {name: directory / shard for name, shard in weight_map.items()}
+
+
+def _check_named(files: Mapping[str, Path]) -> None:
+    """Every tensor in a shard is one that the index names there."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                if files.get(name) != path:
+                    raise InputError(f"{path}: tensor {name!r} is not in the index as one of this file's")
 
 
 class _Index(msgspec.Struct):
@@ -173,22 +116,25 @@ def _open(path: Path) -> Any:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _load_file(
-    path: Path, cuts: Mapping[str, tuple[tuple[int, ...], int, Interval]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """By name: the shape that a tensor must have, and the axis and interval of it that is read."""
+def _load_file(path: Path, specs: Mapping[str, TensorSpec], part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+    """By name: what the rank has of each tensor."""
     with _open(path) as file:
         present = set(file.keys())
-        for name, (wanted, axis, (start, stop)) in cuts.items():
+        for name, spec in specs.items():
             if name not in present:
                 raise InputError(f"{path}: tensor {name!r} is missing, though the index names this file")
             stored = file.get_slice(name)
-            shape = tuple(stored.get_shape())
-            if shape != wanted:
+            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            if shape != spec.shape:
                 raise InputError(
-                    f"{path}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(wanted)}"
+                    f"{path}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(spec.shape)}"
                 )
-            tensor = stored[start:stop] if axis == 0 else stored[:, start:stop]
-            if not tensor.is_floating_point():
-                raise InputError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, weights are floating-point")
-            yield name, tensor
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: tensor {name!r} has dtype {dtype}; read are {', '.join(DTYPES)}")
+            pieces = [_slice(stored, spec.axis, interval) for interval in spec.cut(part)]
+            yield name, torch.cat(pieces, dim=spec.axis) if len(pieces) > 1 else pieces[0]
+
+
+def _slice(stored: Any, axis: int, interval: Interval) -> torch.Tensor:
+    found: torch.Tensor = stored[(slice(None),) * axis + (slice(*interval),)]
+    return found

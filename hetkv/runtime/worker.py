@@ -22,8 +22,8 @@ from hetkv.errors import HetkvError, InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
 from hetkv.kv.reshard import overlap
+from hetkv.models import ModelConfig
 from hetkv.runtime.clock import WorkClock
-from hetkv.runtime.config import ModelConfig
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
@@ -98,13 +98,13 @@ class Worker:
         device = plan.rank_device(config.rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        team = ParallelGroup.join(config.meeting, plan.tp, plan.pp, config.rank, device)
-        self._stack.callback(team.leave)
+        group = ParallelGroup.join(config.meeting, plan.tp, plan.pp, config.rank, device)
+        self._stack.callback(group.leave)
         dtype = DType.parse(config.compute_dtype).torch
         if isinstance(config.model, ModelConfig):
             self.model = random_decoder(config.model, dtype, device)
         else:
-            self.model = Decoder.load(config.model, dtype, device, team=team, stages=plan.stages)
+            self.model = Decoder.load(config.model, dtype, device, group=group, stages=plan.stages)
         self.pool = KVPool.allocate(
             self.model.kv_spec,
             pool_blocks(config.max_tokens, config.max_requests, plan.pool.block_size),
@@ -132,7 +132,7 @@ class Worker:
         self.accepted: dict[str, tuple[RecvHandle, list[list[int]], int]] = {}
 
     def close(self) -> None:
-        """End the node's links, then leave the team."""
+        """End the node's links, then leave the group."""
         self._stack.close()
 
     def listen(self) -> str:

@@ -114,6 +114,7 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
 
 
 SMALL: dict[str, Any] = {
+    "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -126,15 +127,18 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "missing field `hidden_size`"),
-        ({"num_hidden_layers": 0}, "`num_hidden_layers` must not be zero"),
+        ({"model_type": "magic"}, "family 'magic' is not supported"),
+        ({"hidden_size": None}, "`hidden_size` is null"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0"),
         ({"vocab_size": "many"}, "`vocab_size` must be a whole number"),
         ({"vocab_size": 1.5}, "`vocab_size` must be a whole number"),
-        ({"num_attention_heads": 5}, "no multiple of 5 heads"),
-        ({"layer_types": ["full_attention"]}, "names 1 layers, `num_hidden_layers` says 2"),
-        ({"layer_types": ["full_attention", "magic"]}, "'magic'"),
-        ({"num_experts": 4}, "missing field `num_experts_per_tok`"),
-        ({"num_experts": 4, "num_experts_per_tok": 8}, "8 exceeds the 4 experts"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "no multiple of `num_attention_heads` 5"),
+        ({"num_key_value_heads": 32}, "4 is no multiple of `num_key_value_heads` 32"),
+        ({"layer_types": ["full_attention"]}, "which family llama does not have"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "names 1 layers, `num_hidden_layers` says 2"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "magic"]}, "'magic'"),
+        ({"num_experts": 4}, "which family llama does not have"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 8}, "8 exceeds the 4 experts"),
     ],
 )
 def test_bad_configs(change: dict[str, Any], message: str) -> None:

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from hetkv.errors import InputError
-from hetkv.runtime import Decoder, TextTokenizer, read_config
-from hetkv.runtime.config import Rope
-from hetkv.runtime.weights import expected_tensors
+from hetkv.models import Rope
+from hetkv.runtime import Decoder, TextTokenizer, read_checkpoint
+from hetkv.runtime.tensors import expected_tensors
 
 CONFIG = {
+    "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 17,
     "hidden_size": 8,
@@ -35,7 +36,7 @@ CONFIG = {
 def checkpoint(tmp_path: Path) -> Path:
     """A good checkpoint in two shards."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    tensors = {name: torch.randn(shape) for name, shape in expected_tensors(read_config(tmp_path)).items()}
+    tensors = {name: torch.randn(spec.shape) for name, spec in expected_tensors(read_checkpoint(tmp_path)).items()}
     shards = {f"model-{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
     for file, part in shards.items():
         save_file(part, tmp_path / file)
@@ -72,34 +73,68 @@ def edit_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor | None]) 
     return change
 
 
+def add_tensor(directory: Path) -> None:
+    path = directory / "model-0.safetensors"
+    save_file(load_file(path) | {"more": torch.ones(1)}, path)
+
+
 def truncate(directory: Path) -> None:
     path = directory / "model-1.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
 
 
+DEEPSEEK = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: no such file"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json: "),
-    "config lacks a field": (lambda d: (d / "config.json").write_text("{}"), r"config\.json: .*architectures"),
-    "config has a wrong type": (edit_config(hidden_size="8"), r"config\.json: .*hidden_size"),
-    "unknown architecture": (
+    "config lacks its family": (lambda d: (d / "config.json").write_text("{}"), r"config\.json: .*`model_type`"),
+    "config lacks a field": (edit_config(vocab_size=None), r"config\.json: `vocab_size` is null"),
+    "config has a wrong type": (edit_config(hidden_size="8"), r"config\.json: `hidden_size` must be a whole number"),
+    "unknown family": (edit_config(model_type="gpt2"), "family 'gpt2' is not supported; supported are llama"),
+    "family that is read for its sizes": (edit_config(**DEEPSEEK), "family 'deepseek_v3' is read for its sizes alone"),
+    "architecture of another family": (
         edit_config(architectures=["GPT2LMHeadModel"]),
-        "'GPT2LMHeadModel' is not supported.*Llama",
+        "`architectures` .'GPT2LMHeadModel'. is not that of `model_type` 'llama', LlamaForCausalLM",
     ),
-    "no architecture": (edit_config(architectures=[]), "architecture 'none'"),
-    "other activation": (edit_config(hidden_act="gelu"), "hidden_act 'gelu'"),
-    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), "quant_method 'awq'"),
-    "partial rotary": (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    "a key of another family": (
+        edit_config(sliding_window=4),
+        "`sliding_window` is 4, which family llama does not have",
+    ),
+    "an unknown key": (edit_config(frobnicate=True), "`frobnicate` is true, which family llama does not have"),
+    "other activation": (edit_config(hidden_act="relu2"), "activation 'relu2'"),
+    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), "`quant_method` 'awq'"),
+    "partial rotary": (edit_config(partial_rotary_factor=0.5), "`partial_rotary_factor` 0.5 is not supported"),
     "rope type": (edit_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
-    "rope lacks a field": (edit_config(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "needs 'low_freq_factor'"),
-    "rope has a wrong type": (edit_config(rope_scaling={"type": "linear", "factor": "x"}), "rope parameters: .*factor"),
-    "no heads": (edit_config(num_attention_heads=0), "num_attention_heads is 0"),
-    "heads do not divide": (edit_config(num_key_value_heads=3), "2 is no multiple of num_key_value_heads 3"),
-    "odd head": (edit_config(head_dim=3), "head_dim 3 is odd"),
+    "rope type that nobody knows": (edit_config(rope_scaling={"type": "x"}), "`rope_scaling`: rope type 'x'"),
+    "rope lacks a field": (
+        edit_config(rope_scaling={"rope_type": "llama3", "factor": 2.0}),
+        "missing field `low_freq_factor`",
+    ),
+    "rope has a wrong type": (
+        edit_config(rope_scaling={"type": "linear", "factor": "x"}),
+        "`rope_scaling`: `factor` must be a number",
+    ),
+    "rope has an unknown field": (
+        edit_config(rope_scaling={"type": "linear", "factor": 2, "mscale": 1}),
+        "`mscale` has no meaning for rope type 'linear'",
+    ),
+    "no heads": (edit_config(num_attention_heads=0), "`num_attention_heads` is 0"),
+    "heads do not divide": (edit_config(num_key_value_heads=3), "2 is no multiple of `num_key_value_heads` 3"),
+    "odd head": (edit_config(head_dim=3), "3 of 3 channels of a head are rotated"),
     "layer types": (
-        edit_config(architectures=["Qwen2ForCausalLM"], use_sliding_window=True, sliding_window=4, layer_types=["x"]),
-        "layer_types has 1 entries for 2 layers",
+        edit_config(
+            model_type="qwen2",
+            architectures=["Qwen2ForCausalLM"],
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["x"],
+        ),
+        "`layer_types` names 1 layers, `num_hidden_layers` says 2",
+    ),
+    "unknown generation key": (
+        lambda d: (d / "generation_config.json").write_text('{"frobnicate": 3}'),
+        r"generation_config\.json: `frobnicate` is 3",
     ),
     "tensor missing": (edit_index(lambda m: m.pop(DOWN)), f"tensor '{DOWN}' is missing"),
     "two tensors missing": (
@@ -114,10 +149,21 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_tensor("model.embed_tokens.weight", lambda t: t[1:].clone()),
         r"'model\.embed_tokens\.weight' has shape \[16, 8\], config\.json asks for \[17, 8\]",
     ),
-    "integer weights": (edit_tensor(DOWN, lambda t: t.to(torch.int32)), f"tensor '{DOWN}' has dtype torch.int32"),
+    "integer weights": (edit_tensor(DOWN, lambda t: t.to(torch.int32)), f"tensor '{DOWN}' has dtype I32; read are"),
     "tensor that would be ignored": (
         edit_index(lambda m: m.update({"model.layers.0.self_attn.q_proj.bias": "model-0.safetensors"})),
-        "tensor 'model.layers.0.self_attn.q_proj.bias' has no place in LlamaForCausalLM",
+        "tensor 'model.layers.0.self_attn.q_proj.bias' has no place in llama",
+    ),
+    "FP8 weights": (edit_tensor(DOWN, lambda t: t.to(torch.float8_e4m3fn)), f"tensor '{DOWN}' has dtype F8_E4M3"),
+    "NaN": (edit_tensor(DOWN, lambda t: t.where(t != t[0, 0], torch.nan)), f"tensor '{DOWN}' holds NaN or infinity"),
+    "infinity": (edit_tensor(DOWN, lambda t: t.where(t != t[0, 0], torch.inf)), f"tensor '{DOWN}' holds NaN or inf"),
+    "tensor that the index lacks": (
+        lambda d: add_tensor(d),
+        r"model-0\.safetensors: tensor 'more' is not in the index",
+    ),
+    "another head where it is tied": (
+        edit_config(tie_word_embeddings=True),
+        "'lm_head.weight' differs from 'model.embed",
     ),
     "shard missing": (lambda d: (d / "model-0.safetensors").unlink(), r"model-0\.safetensors: no such file"),
     "shard truncated": (truncate, r"model-1\.safetensors: not a readable safetensors file"),
@@ -145,19 +191,55 @@ def test_good_checkpoint_loads(checkpoint: Path) -> None:
 
 
 def test_tied_head_may_be_saved_twice(checkpoint: Path) -> None:
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    embedding = load_file(checkpoint / index["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    edit_tensor("lm_head.weight", lambda t: embedding.clone())(checkpoint)
     edit_config(tie_word_embeddings=True)(checkpoint)
     model = Decoder.load(checkpoint)
     assert model.head is model.embedding
 
 
+def test_a_single_file_wins_over_an_index(checkpoint: Path) -> None:
+    """As in transformers: the index may be that of an older state."""
+    old = Decoder.load(checkpoint)
+    new = {name: torch.randn(spec.shape) for name, spec in expected_tensors(old.config).items()}
+    save_file(new, checkpoint / "model.safetensors")
+    assert torch.equal(Decoder.load(checkpoint).head, new["lm_head.weight"])
+
+
+def test_values_beyond_the_compute_dtype_are_refused(checkpoint: Path) -> None:
+    edit_tensor(DOWN, lambda t: t * 1e6)(checkpoint)
+    Decoder.load(checkpoint)
+    with pytest.raises(InputError, match=r"holds a value beyond the range of torch\.float16"):
+        Decoder.load(checkpoint, torch.float16)
+
+
+def test_whole_numbers_and_empty_objects(checkpoint: Path) -> None:
+    plain = read_checkpoint(checkpoint)
+    edit_config(max_position_embeddings=64.0, hidden_size=8.0, quantization_config={}, eos_token_id=[3, None])(
+        checkpoint
+    )
+    assert read_checkpoint(checkpoint) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "eos"),
+    [('{"eos_token_id": 0}', (0,)), ('{"eos_token_id": null}', ()), ("{}", ()), ('{"eos_token_id": [5, null]}', (5,))],
+)
+def test_end_tokens_of_the_generation_config(text: str, eos: tuple[int, ...], checkpoint: Path) -> None:
+    """As transformers has it: the file's, even where it names none; `config.json`'s only where there is no file."""
+    (checkpoint / "generation_config.json").write_text(text)
+    assert read_checkpoint(checkpoint).eos_ids == eos
+
+
 def test_end_tokens_and_rope_of_either_spelling(checkpoint: Path) -> None:
-    assert read_config(checkpoint).eos_ids == (3,)
+    assert read_checkpoint(checkpoint).eos_ids == (3,)
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert read_config(checkpoint).eos_ids == (5, 6)
+    assert read_checkpoint(checkpoint).eos_ids == (5, 6)
     edit_config(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2})(checkpoint)
-    old = read_config(checkpoint).rope
+    old = read_checkpoint(checkpoint).rope
     edit_config(rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 5e5})(checkpoint)
-    assert old == read_config(checkpoint).rope == Rope(5e5, "linear", 2.0)
+    assert old == read_checkpoint(checkpoint).rope == Rope(5e5, "linear", 2.0)
 
 
 def test_tokenizer_file(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.runtime import BlockAllocator, Decoder, Pages, Span, decode, generate, greedy, prefill
-from hetkv.runtime.mla import LatentDecoder
+from hetkv.runtime.mla import LatentAttention
 from hetkv.runtime.part import Part
-from hetkv.runtime.weights import expected_tensors, load_weights
+from hetkv.runtime.rope import Rotation
+from hetkv.runtime.tensors import expected_tensors
+from hetkv.runtime.weights import load_weights
 from hetkv.transport.sender import SendHandle
 from tests.runtime.test_runtime import reference
 from tests.transport.peers import WAIT_S, connected
@@ -136,25 +138,25 @@ def test_ranks_add_up(name: str, tp: int, checkpoints: dict[str, tuple[Path, Dee
     """Query heads and inner channels are shared by the ranks (6 heads over 4), the latent is the same on all."""
     directory, _ = checkpoints[name]
     whole = Decoder.load(directory)
-    assert isinstance(whole, LatentDecoder)
+    assert isinstance(whole.layers[0].attention, LatentAttention)
     weights = load_weights(directory, whole.config, torch.float32)
     prompt, hidden = prompt_of(21), torch.randn(21, 48, generator=torch.Generator().manual_seed(3))
 
-    def outputs(model: LatentDecoder, index: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def outputs(model: Decoder, index: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pool = KVPool.allocate(model.kv_spec, 4, dtype="float32")
         span = Span(Pages(pool, [[2, 0]]), 0, prompt)
-        half = model.config.latent.rope_dim
-        angles = torch.arange(21.0)[:, None, None] / torch.arange(1.0, half + 1)
+        dim = model.config.latent.rope_dim
+        angles = torch.arange(21.0)[:, None, None] / torch.arange(1.0, dim + 1)
         layer = model.layers[index]
-        q, latent, key = model._project(layer, hidden, angles.cos(), angles.sin())
+        q, latent, key = layer.attention.project(hidden, Rotation(angles.cos(), angles.sin(), True))
         span.pages.write(index, 0, latent, key)
-        output = layer.output if bias else layer.output._replace(bias=None)
+        output = layer.attention.output if bias else layer.attention.output._replace(bias=None)
         memory = pool.layers[index].tensors["latent"].clone()
-        return output(model._attend(index, [span], q)), model._mlp(layer, hidden), memory
+        return output(layer.attention.attend([span], q)), layer.mlp(hidden), memory
 
     parts_of = [Part.of(whole.config, tp, rank) for rank in range(tp)]
     cuts = [load_weights(directory, whole.config, torch.float32, part=part) for part in parts_of]
-    ranks = [LatentDecoder(whole.config, cut, part) for cut, part in zip(cuts, parts_of, strict=True)]
+    ranks = [Decoder(whole.config, cut, part) for cut, part in zip(cuts, parts_of, strict=True)]
     for index in (0, 2):
         attention, mlp, cache = outputs(whole, index, True)
         parts = [outputs(model, index, rank == 0) for rank, model in enumerate(ranks)]
@@ -184,16 +186,16 @@ def edit(directory: Path, target: Path, **fields: object) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"norm_topk_prob": True}, "norm_topk_prob true"),
+        ({"norm_topk_prob": True}, "`norm_topk_prob` true"),
         ({"topk_method": "noaux_tc"}, "topk_method"),
         ({"scoring_func": "sigmoid"}, "scoring_func"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
-        ({"kv_lora_rank": 0}, "kv_lora_rank is 0"),
-        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 is odd"),
-        ({"num_experts_per_tok": None}, "num_experts_per_tok is None"),
-        ({"num_experts_per_tok": 9}, "do not fit"),
-        ({"n_group": 3}, "do not fit"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "needs 'factor'"),
+        ({"moe_layer_freq": 2}, "`moe_layer_freq` 2"),
+        ({"kv_lora_rank": 0}, "`kv_lora_rank` is 0"),
+        ({"qk_rope_head_dim": 7, "qk_head_dim": 23}, "7 of 7 channels of a head are rotated"),
+        ({"num_experts_per_tok": None}, "`num_experts_per_tok` is null"),
+        ({"num_experts_per_tok": 9}, "exceeds the 8 experts"),
+        ({"n_group": 3}, "out of 2 of 3 groups"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "missing field `factor`"),
     ],
 )
 def test_configs_that_are_refused(

@@ -14,8 +14,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Shard
 from hetkv.runtime import BlockAllocator, Decoder, ModelConfig, Pages, PoolFull, prefill
-from hetkv.runtime.config import Rope
-from hetkv.runtime.weights import expected_tensors
+from hetkv.runtime.tensors import expected_tensors
 
 LAYOUTS = ["nhd", "hnd", "nhd_interleaved", "hnd_interleaved", "packed_nhd", "packed_hnd", "rocm"]
 
@@ -73,14 +72,13 @@ def test_chunks_layouts_and_block_ids_do_not_change_logits(
     data: st.DataObject,
 ) -> None:  # fmt: skip
     config = ModelConfig(
-        architecture="Qwen3ForCausalLM", vocab_size=50, hidden_size=24, intermediate_size=36, num_layers=2,
-        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, rms_norm_eps=1e-5, max_context=128,
-        tied_embeddings=True, qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=qk_norm, rope=Rope(),
-        windows=(None, window), eos_ids=(),
+        family="qwen3", vocab_size=50, hidden_size=24, intermediate_size=36, num_layers=2,
+        num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, norm_eps=1e-5, max_context=128,
+        tied_embeddings=True, qkv_bias=True, qk_norm="head" if qk_norm else "none", windows=(None, window),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(length)
-    shapes = expected_tensors(config).items()
-    model = Decoder(config, {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes})
+    specs = expected_tensors(config).items()
+    model = Decoder(config, {name: torch.randn(spec.shape, generator=generator) * 0.3 for name, spec in specs})
     tokens = data.draw(st.lists(st.integers(0, 49), min_size=length, max_size=length))
     groups = model.kv_spec.num_groups
 

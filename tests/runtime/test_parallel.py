@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import Shard, head_interval
-from hetkv.runtime import BlockAllocator, Decoder, Pages, ParallelGroup, Part, PoolFull, read_config
+from hetkv.runtime import BlockAllocator, Decoder, Pages, ParallelGroup, Part, PoolFull, read_checkpoint
 from hetkv.runtime.part import query_heads
 from hetkv.runtime.plan import InstancePlan
-from hetkv.runtime.weights import expected_tensors, load_weights, tensor_cut
+from hetkv.runtime.tensors import expected_tensors
+from hetkv.runtime.weights import load_weights
 from tests.runtime.deployment_cases import POOLS, moved
 from tests.runtime.test_runtime import DEMO, RANDOM_MODELS, SMALL, reference, save_random
 
@@ -38,7 +39,7 @@ def test_query_heads_are_split_once_and_lie_where_their_kv_head_is(
 
 
 def test_uneven_heads_and_stages() -> None:
-    config = read_config(DEMO)  # 6 layers, 6 query heads on 3 KV heads
+    config = read_checkpoint(DEMO)  # 6 layers, 6 query heads on 3 KV heads
     parts = [Part.of(config, 2, rank, 3, stage, (1, 3, 2)) for stage, rank in product(range(3), range(2))]
     assert [tuple(part.heads) for part in parts[:2]] == [(0, 2), (2, 6)]
     assert [tuple(part.kv_heads) for part in parts[:2]] == [(0, 1), (1, 3)]
@@ -63,22 +64,24 @@ def test_uneven_heads_and_stages() -> None:
 )
 def test_impossible_splits_are_refused(tp: int, pp: int, stages: tuple[int, ...] | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Part.of(read_config(DEMO), tp, 0, pp, 0, stages)
+        Part.of(read_checkpoint(DEMO), tp, 0, pp, 0, stages)
 
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (3, 2)])
 def test_a_rank_reads_its_slices_and_nothing_else(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     save_random(name, tmp_path)
-    config, whole = read_config(tmp_path), load_file(tmp_path / "model.safetensors")
-    covered = {key: torch.zeros(shape, dtype=torch.bool) for key, shape in expected_tensors(config).items()}
+    config, whole = read_checkpoint(tmp_path), load_file(tmp_path / "model.safetensors")
+    covered = {key: torch.zeros(spec.shape, dtype=torch.bool) for key, spec in expected_tensors(config).items()}
     for stage, rank in product(range(pp), range(tp)):
         part = Part.of(config, tp, rank, pp, stage)
         for key, tensor in load_weights(tmp_path, config, torch.float32, part=part).items():
-            axis, (start, stop) = tensor_cut(config, part, key, tuple(whole[key].shape))
-            assert torch.equal(tensor, whole[key].narrow(axis, start, stop - start))
+            spec = expected_tensors(config)[key]
+            pieces = [whole[key].narrow(spec.axis, start, stop - start) for start, stop in spec.cut(part)]
+            assert torch.equal(tensor, torch.cat(pieces, spec.axis))
             assert tensor.untyped_storage().nbytes() == tensor.numel() * 4, "more than the slice is in memory"
-            covered[key].narrow(axis, start, stop - start).fill_(True)
+            for start, stop in spec.cut(part):
+                covered[key].narrow(spec.axis, start, stop - start).fill_(True)
             if key.startswith("model.layers."):
                 assert int(key.split(".")[2]) in range(*part.shard.layers)
     assert all(seen.all() for seen in covered.values())

@@ -25,7 +25,7 @@ from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.runtime import BlockAllocator, Decoder, Pages, Span, TextTokenizer, decode, generate, greedy, prefill
 
-DEMO = Path(__file__).parents[2] / "hetkv" / "models" / "demo"
+DEMO = Path(__file__).parents[2] / "hetkv" / "runtime" / "data" / "demo"
 LAYOUTS = ["nhd", "hnd", "nhd_interleaved", "hnd_interleaved", "packed_nhd", "packed_hnd", "rocm"]
 BLOCK_SIZES = [1, 16, 64, 128]
 NEW_TOKENS = 200
