@@ -91,7 +91,7 @@ class Gpu:
 
 @dataclass
 class Catalogue:
-    """GPUs by name and alias, without regard to case, blanks, `-` and `_`."""
+    """GPUs by name and alias, without regard to case, blanks, `-`, `_` and the vendor's name in front."""
 
     gpus: dict[str, Gpu] = field(default_factory=dict)
 
@@ -108,8 +108,15 @@ class Catalogue:
         return self.gpus[found]
 
 
+VENDOR_WORDS = ("nvidia", "geforce", "amd", "instinct", "radeon", "intel", "habana")
+
+
 def _key(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    """Letters and digits; names as drivers report them start with the vendor's words."""
+    key = "".join(c for c in name.lower() if c.isalnum())
+    for word in VENDOR_WORDS:
+        key = key.removeprefix(word)
+    return key
 
 
 def load_catalogue(overrides: Iterable[str | Path] = ()) -> Catalogue:

@@ -9,20 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hetkv.costmodel.names import resolve
 from hetkv.errors import InputError
 from hetkv.models import ModelConfig, State, parse_config
 from hetkv.models.fields import load_object
-
-ALIASES = {
-    "llama2-70b": "Llama-2-70B",
-    "meta-llama-3-8b": "Llama-3-8B",
-    "llama-3.1-8b-instruct": "Llama-3.1-8B",
-    "llama-3.1-8b-instruct-fp8": "Llama-3.1-8B",
-    "meta-llama-3.1-8b": "Llama-3.1-8B",
-    "meta-llama-3.1-70b": "Llama-3.1-70B",
-    "qwen3-235b-a22b-fp8": "Qwen3-235B-A22B",
-    "mistral-7b-v0.3": "Mistral-7B",
-}
 
 
 @dataclass(frozen=True)
@@ -220,12 +210,7 @@ def model_config(name: str) -> tuple[dict[str, Any], str, str]:
         return load_object(path), name, str(path)
     if path.suffix == ".json":
         raise InputError(f"model file {name}: no such file")
-    last = name.rsplit("/", 1)[-1].lower()
-    last = ALIASES.get(last, last).lower()
-    by_lower = {known.lower(): known for known in known_models()}
-    found = by_lower.get(last) or by_lower.get(last.removesuffix("-hf").removesuffix("-instruct"))
-    if found is None:
-        raise InputError(f"unknown model {name!r}: give a config.json or one of {', '.join(known_models())}")
+    found = resolve(name, known_models())
     entry = resources.files("hetkv.costmodel") / "data" / "models" / f"{found}.json"
     with resources.as_file(entry) as shipped:
         return load_object(shipped), found, f"model {found}"

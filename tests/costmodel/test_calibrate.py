@@ -242,7 +242,7 @@ def test_links_from_runs_of_bench_transfer_with_two_layer_sizes(tmp_path: Path) 
         gb_s = size / (20e-6 + size / 8e9) / 1e9
         files.append(bench_json(tmp_path / f"{mib}.json", [{**result, "hetkv_gb_s": gb_s, "block_kib": 32}]))
     (found,) = from_bench_json(files)
-    assert found.name == "shared nhd:16 -> hnd:64"
+    assert found.name == "shm nhd:16 -> hnd:64"
     assert found.link == (pytest.approx(8e9), pytest.approx(20e-6))
 
 

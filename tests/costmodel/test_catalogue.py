@@ -17,7 +17,12 @@ LISTED = [
     "H100-SXM",
     "H100-PCIe",
     "H200-SXM",
+    "H20",
+    "H800-SXM",
     "B200-SXM",
+    "B300-SXM",
+    "GB200",
+    "GB300",
     "GH200",
     "L40S",
     "L4",
@@ -26,6 +31,7 @@ LISTED = [
     "MI250X",
     "MI300X",
     "MI325X",
+    "MI350X",
     "MI355X",
     "Max-1550",
     "Ascend-910B",
@@ -62,6 +68,20 @@ def test_a_dtype_without_a_unit_runs_on_the_bf16_unit() -> None:
 @pytest.mark.parametrize("name", ["h100_sxm", "H100 SXM", "Nvidia H100 GPU", "h100-80gb"])
 def test_aliases(name: str) -> None:
     assert CATALOGUE.gpu(name).name == "H100-SXM"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("H20", "H20"), ("NVIDIA H20", "H20"), ("h800", "H800-SXM"), ("NVIDIA-H100-80GB-HBM3", "H100-SXM"),
+        ("NVIDIA H200", "H200-SXM"), ("NVIDIA B200", "B200-SXM"), ("b300", "B300-SXM"), ("GB200 NVL72", "GB200"),
+        ("AMD Instinct MI300X", "MI300X"), ("AMD_Instinct_MI350X", "MI350X"), ("NVIDIA A100-SXM4-80GB", "A100-80-SXM"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40-SXM"), ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("AMD Instinct MI250X", "MI250X"),
+    ],
+)  # fmt: skip
+def test_names_as_drivers_and_people_write_them(name: str, found: str) -> None:
+    assert CATALOGUE.gpu(name).name == found
 
 
 def test_a_pair_in_a_mesh_has_one_link_and_behind_a_switch_the_whole_port() -> None:
