@@ -24,7 +24,7 @@ METHODS = {
     "aiconfigurator-mixed": "the same, a GPU type for each phase",
     "aiconfigurator-tool": "AIConfigurator itself",
 }
-EXAMPLES = ("llama-2-7b", "llama-3-70b", "llama-3-405b", "deepseek-v3")
+EXAMPLES = ("llama-3-70b", "llama-3-405b", "deepseek-v3")
 
 
 def baselines_section() -> str:

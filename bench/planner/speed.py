@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from hetkv.bench.environment import environment
-from hetkv.planner import Problem, parse_problem, solve
+from hetkv.planner.problem import Problem, parse_problem
+from hetkv.planner.solve import solve
 
 GPUS = {"H100-SXM": 2.5, "MI300X": 2.0, "A100-80-SXM": 1.3, "B200-SXM": 4.9, "L40S": 0.9}
 CAP = 10_000

@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
     )
     parser.add_argument(
+        "--allow-unstartable",
+        action="store_true",
+        help="also offer instances that the engine or hetkv's connector cannot start, marked",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         help="of the simulations; the same seed gives the same plan on one kind of CPU",
@@ -119,6 +124,8 @@ def problem_of(args: argparse.Namespace) -> Any:
             },
             "options",
         )
+    if args.allow_unstartable:
+        problem = msgspec.structs.replace(problem, allow_unstartable=True)
     if args.roles is not None:
         problem = msgspec.structs.replace(problem, roles=args.roles)
     if args.seed is not None:

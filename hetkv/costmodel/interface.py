@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Estimate(NamedTuple):
@@ -14,14 +14,28 @@ class Estimate(NamedTuple):
 
 
 class StepModel(Protocol):
-    """Step times of one instance: a model on `tp x pp` GPUs under one engine. `hetkv.costmodel.step_model` makes one.
+    """Step times of one instance: a model on some GPUs under one engine. `hetkv.costmodel.step_model` makes one.
 
     One engine step runs `decode_batch` sequences by one token each and `prefill_tokens` prompt tokens, together
     (chunked prefill) or alone. `decode_context` is the sum over the decode batch of the tokens in each KV cache.
     `prefill_pairs`
     is the number of (query, key) pairs that causal attention visits for the prompt tokens: a chunk of `n` tokens behind
     `p` cached ones has `n*p + n*(n+1)/2`.
+
+    The time of a step is its latency: from its start until its tokens are out. With pipeline `stages` the next step may
+    start earlier, after `step_share` of it.
+
+    A class that derives from this one has the defaults below: one stage, no state.
     """
+
+    stages: int = 1
+    """Pipeline stages: so many steps may be under way at once."""
+    state_bytes: float = 0.0
+    """Bytes of state (Mamba and the like) of one sequence, all ranks of one replica, whatever its length."""
+    state_tokens: float = 0.0
+    """The same in tokens of KV cache, which share the memory with it."""
+    kv_element_bytes: float = 2.0
+    """Bytes of one KV element, scales included."""
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
@@ -34,6 +48,10 @@ class StepModel(Protocol):
     ) -> Estimate:
         """The same with its 90 % interval."""
         ...
+
+    def step_share(self, decode_batch: Any, prefill_tokens: Any) -> Any:
+        """The share of a step's time after which the next step may start; floats or arrays of one shape."""
+        return 1.0
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -6,8 +6,14 @@ from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
 from hetkv.costmodel.models import ModelShape
 from hetkv.errors import InputError
 
-RUNTIME_BYTES = 2.0 * 2**30
-"""Context, libraries, communication buffers and captured graphs of one rank (AIConfigurator assumes 0.5 to 3.5 GiB)."""
+STATE_ELEMENT_BYTES = 4
+
+RUNTIME_BYTES = 1.4 * 2**30
+"""Context, libraries, sampler and captured graphs of one rank: what vLLM on an RTX 4090 (2,048 tokens a step) leaves
+beside an 8B model is room for 41,408 tokens."""
+
+GROUP_BYTES = 0.5 * 2**30
+"""Communication buffers besides, of a rank that shares a model with others."""
 
 
 def weight_bytes(model: ModelShape, tp: int, pp: int, dp: int, weight_dtype: str) -> float:
@@ -23,6 +29,20 @@ def weight_bytes(model: ModelShape, tp: int, pp: int, dp: int, weight_dtype: str
 def kv_bytes_per_token(model: ModelShape, tp: int, kv_dtype: str) -> float:
     """Bytes of KV cache per token over all layers and all `tp` ranks of one replica, with replicated heads."""
     return model.kv_elements_per_token(tp) * DTYPE_BYTES[kv_dtype] * tp
+
+
+def state_bytes(model: ModelShape) -> float:
+    """Bytes of state of one sequence over all layers and ranks, held as float32."""
+    return float(model.state_layers * model.state_elements * STATE_ELEMENT_BYTES)
+
+
+def activation_bytes(model: ModelShape, tp: int, max_batched_tokens: int) -> float:
+    """Bytes of activations of one rank at the most: two hidden states, and gate, up and product of the widest MLP."""
+    dense = model.dense_mlp_params / (3 * model.hidden) if model.dense_mlp_layers else 0.0
+    shared = model.shared_params / (3 * model.hidden)
+    routed = model.experts_per_token * (model.expert_params / (3 * model.hidden) * 3 / tp + model.hidden)
+    width = max(3 * dense / tp, 3 * shared / tp + (routed if model.experts else 0.0))
+    return max_batched_tokens * (2 * model.hidden + width) * 2
 
 
 def kv_capacity_tokens(
@@ -45,13 +65,13 @@ def kv_capacity_tokens(
         raise InputError(f"memory share must lie in (0, 1], got {memory_share}")
     budget = gpu.memory_bytes * memory_share
     weights = weight_bytes(model, tp, pp, dp, weight_dtype)
-    width = max(model.hidden, 3 * model.dense_mlp_params // (3 * model.hidden * tp) if model.dense_mlp_layers else 0)
-    activations = max_batched_tokens * (4 * model.hidden + 2 * width) * 2
-    left = budget - weights - activations - RUNTIME_BYTES
+    activations = activation_bytes(model, tp, max_batched_tokens)
+    runtime = RUNTIME_BYTES + (GROUP_BYTES if tp * pp * dp > 1 else 0.0)
+    left = budget - weights - activations - runtime
     if left <= 0:
         raise InputError(
             f"{model.name} ({weight_dtype}) does not fit on {tp * pp * dp} x {gpu.name} (tp {tp}, pp {pp}, dp {dp}): "
-            f"{weights / 2**30:.1f} GiB of weights and {(activations + RUNTIME_BYTES) / 2**30:.1f} GiB of activations "
+            f"{weights / 2**30:.1f} GiB of weights and {(activations + runtime) / 2**30:.1f} GiB of activations "
             f"and runtime per GPU, {budget / 2**30:.1f} GiB usable"
         )
     per_token = model.kv_elements_per_token(tp) * DTYPE_BYTES[kv_dtype] * (-(-model.layers // pp) / model.layers)

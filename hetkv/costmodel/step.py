@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
 from hetkv.costmodel.collectives import all_reduce, exchange
 from hetkv.costmodel.efficiency import Constants, Efficiency
-from hetkv.costmodel.interface import Estimate
-from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens
+from hetkv.costmodel.interface import Estimate, StepModel
+from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens, state_bytes
 from hetkv.costmodel.models import ModelShape
 from hetkv.errors import InputError
 
@@ -228,7 +228,7 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
     return (device * device + host * host) ** 0.125 + step + hseq * batch + hprompt * mixed
 
 
-class RooflineStepModel:
+class RooflineStepModel(StepModel):
     """`StepModel` of one instance. `efficiency.fallback` says when nothing was measured for the combination."""
 
     def __init__(
@@ -247,8 +247,11 @@ class RooflineStepModel:
         self._coefficients = coefficients(self.work, efficiency.constants)
         spans, confidence = efficiency.spans, efficiency.confidence
         self._decode_scale, self._prompt_scale = spans.decode.at(confidence), spans.prefill.at(confidence)
-        self._stages = place.pp
-        self._stage_chunk = max(1, max_batched_tokens // place.pp)
+        self._without_experts = (*self._coefficients[:-2], None, self._coefficients[-1])
+        self.stages = place.pp
+        self.state_bytes = state_bytes(model)
+        self.kv_element_bytes = DTYPE_BYTES[kv_dtype]
+        self._chunk = max_batched_tokens * place.dp
         hop = model.hidden * ACTIVATION_BYTES
         self._hop_s = (place.pp - 1) * 10e-6 if place.pp > 1 else 0.0
         self._hop_s_per_token = (place.pp - 1) * hop / gpu.link_bandwidth(1) if place.pp > 1 else 0.0
@@ -256,43 +259,65 @@ class RooflineStepModel:
         self._capacity = kv_capacity_tokens(
             gpu, model, place.tp, place.pp, place.dp, weight_dtype, kv_dtype, max_batched_tokens, memory_share
         )
+        self.state_tokens = self.state_bytes / self._kv_bytes_per_token if self._kv_bytes_per_token else 0.0
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> float:
         """Central prediction of one step, see `StepModel`.
 
-        With `pp` stages the step is the time in which every sequence advances once: the work is cut into as many
-        micro-batches as there are stages (fewer when there is too little work: the bubble), one busy in each stage.
+        With `pp` stages a decode step is the time in which every sequence advances once: the batch is cut into as many
+        micro-batches as there are stages (fewer where it is smaller), and each of them passes through all stages.
+        Prompt tokens pass through all stages in steps of the engine's budget; where more of them are asked for, the
+        later ones follow one stage behind.
         """
         scale = self._prompt_scale if prefill_tokens else self._decode_scale
-        if self._stages == 1:
+        if self._simple:
             return float(
                 scale * seconds(self._coefficients, decode_batch, decode_context, prefill_tokens, prefill_pairs)
             )
-        parts = min(self._stages, max(1, decode_batch + -(-prefill_tokens // self._stage_chunk)))
-        return float(scale * self._staged(parts, decode_batch, decode_context, prefill_tokens, prefill_pairs))
+        parts = min(self.stages, max(1, decode_batch))
+        cuts = min(self.stages, max(1, -(-prefill_tokens // self._chunk)))
+        return float(scale * self._split(parts, cuts, decode_batch, decode_context, prefill_tokens, prefill_pairs))
 
     def step_seconds_of(self, batch: Array, context: Array, prompt: Array, pairs: Array) -> Array:
         """`step_seconds` of arrays of one shape."""
         scale = np.where(prompt > 0, self._prompt_scale, self._decode_scale)
-        if self._stages == 1:
+        if self._simple:
             found: Array = scale * seconds(self._coefficients, batch, context, prompt, pairs)
             return found
-        parts = np.minimum(self._stages, np.maximum(1, batch + -(-prompt // self._stage_chunk)))
-        staged: Array = scale * self._staged(parts, batch, context, prompt, pairs)
-        return staged
+        parts = np.minimum(self.stages, np.maximum(1, batch))
+        cuts = np.minimum(self.stages, np.maximum(1, -(-prompt // self._chunk)))
+        split: Array = scale * self._split(parts, cuts, batch, context, prompt, pairs)
+        return split
 
-    def _staged(self, parts: Any, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
-        """Floats or arrays: the time in which `parts` micro-batches each pass through every stage once."""
-        one = seconds(
-            self._coefficients,
-            batch / parts,
-            context / parts,
-            prompt / parts,
-            pairs / parts,
-        )
-        return one + self._hop_s + self._hop_s_per_token * ((batch + prompt) / parts)
+    def step_share(self, decode_batch: Any, prefill_tokens: Any) -> Any:
+        """Steps of prompts alone follow each other by one stage. A step with decoding sequences is a round of all."""
+        if self.stages == 1:
+            return 1.0
+        cuts = np.minimum(self.stages, np.maximum(1, -(-prefill_tokens // self._chunk)))
+        alone = (decode_batch <= 0) & (prefill_tokens > 0)
+        return np.where(alone, 1 / self.stages, 1 / (1 + (cuts - 1) / self.stages))
+
+    @property
+    def _simple(self) -> bool:
+        return self.stages == 1 and self.place.dp == 1
+
+    def _split(self, parts: Any, cuts: Any, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
+        """Floats or arrays: decoding in `parts` micro-batches and prompts in `cuts`, the last of which ends the step.
+
+        Of `dp` attention replicas only those work that have a prompt: with as many prompts as their pairs suggest (one
+        of `n` tokens has about `n**2 / 2`), the fullest one has its share of them. Experts are shared by all.
+        """
+        batch, context, prompt, pairs = batch / parts, context / parts, prompt / cuts, pairs / cuts
+        one = seconds(self._coefficients, batch, context, prompt, pairs)
+        if self.place.dp > 1:
+            prompts = prompt * prompt / np.maximum(2 * pairs, 1.0)
+            crowd = self.place.dp / np.clip(prompts, 1.0, self.place.dp)
+            one = one + seconds(self._without_experts, batch, context, prompt * crowd, pairs * crowd)
+            one = one - seconds(self._without_experts, batch, context, prompt, pairs)
+        hops = self._hop_s + self._hop_s_per_token * (batch + prompt)
+        return (one + hops) * (1 + (cuts - 1) / self.stages)
 
     def step_estimate(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0

@@ -10,8 +10,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hetkv.planner.capacity import batch_at, step_times
 from hetkv.planner.columns import Column
 from hetkv.planner.effort import Effort
+from hetkv.planner.handover import Handover
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
 from hetkv.planner.result import Instances
@@ -91,10 +93,14 @@ class Gauge:
                     budget=column.budget,
                     kv_tokens=self._room(column, counts),
                     usd_per_hour=None if price is None else column.price,
+                    dp=column.dp,
+                    unstartable=column.unstartable,
                 )
             )
         order = {"prefill": 0, "decode": 1, "aggregated": 2}
-        return sorted(found, key=lambda i: (i.model, order[i.role], -i.count * i.gpus, i.gpu, i.tp, i.pp, i.budget))
+        return sorted(
+            found, key=lambda i: (i.model, order[i.role], -i.count * i.gpus, i.gpu, i.tp, i.pp, i.dp, i.budget)
+        )
 
     def _room(self, column: Column, counts: Counts) -> int | None:
         """KV tokens to offer: routing by requests over room then gives each instance the batch that it can carry."""
@@ -119,7 +125,7 @@ class Gauge:
         latency = {
             name: msgspec.structs.replace(x, tpot_ms=later.latency[name].tpot_ms) for name, x in first.latency.items()
         }
-        return Verdict(latency)
+        return Verdict(latency)  # the wait for the first step is in `first`
 
     def role(self, model: str, counts: Counts, role: str, scale: float, quick: bool = True) -> Verdict:
         """One pool, by a cell of it: prefill by its prompts alone, decode with enough prefill before it.
@@ -131,7 +137,9 @@ class Gauge:
         whole = {k: n for k, n in counts.items() if k[:2] == (model, role)}
         share = self._weight(cell) / self._weight(whole) if cells > 1 else 1.0
         if role == "prefill":
-            return self.judges[model](self.instances(cell), scale * share, True)
+            return self.judges[model](
+                self.instances(cell), scale * share, True, after=self._after(model, counts, scale)
+            )
         if role == "decode":
             before = {k: ceil(n * share) for k, n in counts.items() if k[:2] == (model, "prefill")}
             largest = max(before, key=lambda k: self._by_key[k].relaxed * before[k])
@@ -141,6 +149,21 @@ class Gauge:
                     before[largest] += 1
             cell = {**before, **cell}
         return self.judges[model](self.instances(cell), scale * share, quick=quick and role == "decode")
+
+    def _after(self, model: str, counts: Counts, scale: float) -> Handover | None:
+        """What follows a prefill until the first token: with the plan's decode pool, else the least of any column."""
+        mine = [self._by_key[k] for k in counts if k[:2] == (model, "decode")]
+        found = [c for c in mine or self.columns if (c.model, c.role) == (model, "decode") and c.handover is not None]
+        if not mine:
+            return min((c.handover for c in found if c.handover), key=lambda h: h.step_s, default=None)
+        column = max(found, key=lambda c: part_of(c, counts[c.key]), default=None)
+        if column is None or column.handover is None:
+            return None
+        demand = self.judges[model].demand
+        share = part_of(column, counts[column.key]) / sum(part_of(c, counts[c.key]) for c in mine)
+        batch = batch_at(column.steps, demand, scale * self.rate(model) * share / counts[column.key])
+        step = float(step_times(column.steps, batch, batch * demand.context)[0])
+        return column.handover._replace(step_s=1.5 * step)
 
     def rate(self, model: str) -> float:
         """Requests/s of a model at scale 1."""

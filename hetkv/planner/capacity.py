@@ -95,28 +95,39 @@ def step_times(
     return np.array([seconds(*row) for row in zip(*(r.tolist() for r in rows), strict=True)])
 
 
-def prompt_seconds(steps: StepModel, lengths: Sequence[Array], budget: int) -> list[Array]:
-    """Time of each prompt alone, in steps of at most `budget` tokens; interpolated between worked-out lengths."""
+class PromptTimes(NamedTuple):
+    """Seconds for each prompt alone, by class: `latency` until it is computed, `service` until the next may start."""
+
+    latency: list[Array]
+    service: list[Array]
+
+
+def prompt_times(steps: StepModel, lengths: Sequence[Array], budget: int) -> PromptTimes:
+    """Prompts in steps of at most `budget` tokens, which follow each other by one pipeline stage; interpolated."""
     top = max(float(x.max()) for x in lengths)
     knots = np.unique(np.rint(np.geomspace(1, max(top, 2.0), 28)))
-    times = np.zeros(len(knots))
+    service, latency = np.zeros(len(knots)), np.zeros(len(knots))
     for done in np.arange(0.0, knots[-1], budget):
         longer = knots > done
         n = np.minimum(knots[longer] - done, budget)
-        times[longer] += step_times(steps, 0.0, 0.0, n, n * done + n * (n + 1) / 2)
-    return [np.interp(x, knots, times) for x in lengths]
+        step = step_times(steps, 0.0, 0.0, n, n * done + n * (n + 1) / 2)
+        latency[longer] = np.maximum(service[longer] + step, latency[longer] + step / steps.stages)
+        service[longer] += step / steps.stages
+    return PromptTimes(*([np.interp(x, knots, times) for x in lengths] for times in (latency, service)))
 
 
-def prefill(steps: StepModel, demand: Demand, budget: int, service: Sequence[Array]) -> Capacity:
+def prefill(
+    steps: StepModel, demand: Demand, budget: int, times: PromptTimes, after: Sequence[Array] | None = None
+) -> Capacity:
     """Of a prefill instance: the better of prompts one by one (M/G/n) and of all waiting prompts in one step.
 
-    `service` are the `prompt_seconds` of the demand's prompts.
+    `times` are the `prompt_times` of the demand's prompts, `after` the seconds from there to the first token.
     """
-    mean = demand.mean(service)
-    variance = demand.mean([(x - mean) ** 2 for x in service])
+    mean = demand.mean(times.service)
+    variance = demand.mean([(x - mean) ** 2 for x in times.service])
     late = [
-        Late(x, s.spec.ttft_ms / 1e3, 1 - s.spec.ttft_percentile / 100)
-        for s, x in zip(demand.samples, service, strict=True)
+        Late(x + y, s.spec.ttft_ms / 1e3, 1 - s.spec.ttft_percentile / 100)
+        for s, x, y in zip(demand.samples, times.latency, after or [np.zeros(1)] * len(times.latency), strict=True)
     ]
     bound = prompt_bound(steps, demand, budget)
     if any(float((one.service > one.limit).mean()) > one.allowed for one in late):
@@ -126,24 +137,25 @@ def prefill(steps: StepModel, demand: Demand, budget: int, service: Sequence[Arr
     together = 0.0
     if tokens is not None:
         prompts = tokens / demand.prompt
-        times = step_times(steps, 0.0, 0.0, tokens, prompts * demand.pairs)
-        elasticity = np.clip(np.gradient(np.log(times), np.log(tokens)), 0.0, 0.97)
+        step = step_times(steps, 0.0, 0.0, tokens, prompts * demand.pairs)
+        elasticity = np.clip(np.gradient(np.log(step), np.log(tokens)), 0.0, 0.97)
         spread = elasticity * np.sqrt((1 + demand.prompt_spread) / (1 - elasticity**2))
-        together = batched_rate(late, prompts / times, times, mean, spread)
+        alone = demand.mean([np.asarray(one.service) for one in late])
+        together = batched_rate(late, steps.stages * prompts / step, step, alone, spread)
     return Capacity(np.maximum(single, together), bound, 0.0)
 
 
 def prompt_bound(steps: StepModel, demand: Demand, budget: int) -> float:
     """Prompts per second at most: every step takes at least the best time per token, attention left out."""
     tokens = np.geomspace(1, budget, 40)
-    return float(1 / (demand.prompt * (step_times(steps, 0.0, 0.0, tokens) / tokens).min()))
+    return float(steps.stages / (demand.prompt * (step_times(steps, 0.0, 0.0, tokens) / tokens).min()))
 
 
-def step_limit(sample: Sample, transfer: Array | float) -> float:
+def step_limit(sample: Sample, transfer: Array | float, joins: bool = True) -> float:
     """The decode step time at which the class's TPOT is at its limit at the percentile.
 
-    TPOT of a request is its steps, the KV transfer that shows (`transfer` seconds for each of `prompts`) and half a
-    step until it joins the batch, over its output tokens after the first.
+    TPOT of a request is its steps, the KV transfer that shows (`transfer` seconds for each of `prompts`) and, where it
+    `joins` the batch after its first token, half a step until then, over its output tokens after the first.
     """
     after = sample.others - 1
     several = after > 0
@@ -151,7 +163,7 @@ def step_limit(sample: Sample, transfer: Array | float) -> float:
         return float("inf")
     shown = np.broadcast_to(transfer, after.shape)[several]
     after = after[several]
-    limits = (sample.spec.tpot_ms / 1e3 - shown / after) / (1 + 0.5 / after)
+    limits = (sample.spec.tpot_ms / 1e3 - shown / after) / (1 + (0.5 / after if joins else 0.0))
     return float(np.quantile(limits, 1 - sample.spec.tpot_percentile / 100, method="lower"))
 
 
@@ -163,19 +175,22 @@ def _mean_limit(demand: Demand) -> float:
 
 
 def decode(
-    steps: StepModel, demand: Demand, places: int, kv_tokens: int, transfer: Sequence[Array | float]
+    steps: StepModel, demand: Demand, places: int, transfer: Sequence[Array | float], joins: bool = True
 ) -> Capacity:
-    """Of a decode instance: the batch that keeps every TPOT limit at its percentile, and fits in memory."""
+    """Of a decode instance: the batch that keeps every TPOT limit at its percentile, and fits in memory.
+
+    `transfer` and `joins` are those of `step_limit`.
+    """
     each = demand.steps
     if not each:
         return Capacity(np.full(len(COUNTS), 1e9), 1e9, 1.0)
     context = demand.context + 8.0  # half a block
     limit, z = float("inf"), 0.0
     for sample, shown in zip(demand.samples, transfer, strict=True):
-        own = step_limit(sample, shown)
+        own = step_limit(sample, shown, joins)
         if own < limit:
             limit, z = own, max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
-    room = min(float(places), kv_tokens / context)
+    room = min(float(places), steps.kv_capacity_tokens / (context + steps.state_tokens))
     if room < 1 or not steps.step_seconds(1, context) <= limit:
         return NONE
     batches = np.geomspace(0.02, max(room, 1.0), 120)
@@ -192,7 +207,17 @@ def decode(
     return Capacity(np.maximum.accumulate(rates), max(relaxed, float(rates.max())), float(batches[best[-1]]))
 
 
-def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, budget: int) -> Capacity:
+def batch_at(steps: StepModel, demand: Demand, rate: float) -> float:
+    """The mean decode batch of an instance that serves `rate` requests/s (Little)."""
+    if not demand.steps:
+        return 1.0
+    batches = np.geomspace(0.02, 4096, 120)
+    running = np.maximum(batches, 1.0)
+    times = step_times(steps, running, running * (demand.context + 8.0))
+    return max(float(np.interp(rate * demand.steps, batches / times, batches)), 1.0)
+
+
+def aggregated(steps: StepModel, demand: Demand, places: int, budget: int) -> Capacity:
     """Of an instance that does both: prompt steps lengthen the decode steps, and prompts wait for the step's budget.
 
     With `m` sequences decoding, a share `q` of the steps holds prompt tokens, `chunk` of them. TPOT at the percentile
@@ -201,9 +226,10 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
     each = max(demand.steps, 1.0)
     context = demand.context + 8.0
     chunk = min(demand.prompt, float(budget))
-    room = min(float(places), kv_tokens / context)
+    room = min(float(places), steps.kv_capacity_tokens / (context + steps.state_tokens))
     if room < 1:
         return NONE
+    budget *= steps.stages  # a round has one step for each stage
     batches = np.geomspace(0.02, max(room, 1.0), 40)
     pairs = chunk * demand.pairs / demand.prompt
     running = np.maximum(batches, 1.0)
@@ -211,6 +237,7 @@ def aggregated(steps: StepModel, demand: Demand, places: int, kv_tokens: int, bu
     share = batches * demand.prompt / (each * chunk)
     tokens = np.minimum(chunk * np.maximum(share, 1.0), budget)  # several prompts in one step
     mixed = step_times(steps, running, running * context, tokens, tokens / chunk * pairs)
+    mixed = mixed * steps.step_share(running, tokens)
     share = np.minimum(share, 1.0)
     step = plain + share * (mixed - plain)
     use = batches * demand.prompt / (each * budget)

@@ -1,9 +1,9 @@
-"""Columns of the programme: what one instance can be (role, GPU, TP, PP, prompt budget) and what it carries."""
+"""Columns of the integer programme: what one instance can be (role, GPU, TP, PP, DP, budget) and what it carries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,21 +13,20 @@ from hetkv.costmodel import (
     Catalogue,
     Efficiencies,
     Placement,
-    RooflineStepModel,
     StepModel,
     load_catalogue,
     load_efficiencies,
     model_shape,
-    step_model,
 )
-from hetkv.costmodel.catalogue import Gpu
-from hetkv.costmodel.models import ModelShape
 from hetkv.costmodel.step import count_work
+from hetkv.engines import obstacle
 from hetkv.errors import InputError
-from hetkv.planner.capacity import Capacity, Demand, aggregated, decode, prefill, prompt_seconds
+from hetkv.planner.capacity import Capacity, Demand, aggregated, decode, prefill, prompt_times, step_times
+from hetkv.planner.handover import Handover
 from hetkv.planner.problem import GpuOffer, ModelSpec, Problem
+from hetkv.planner.sizes import considered
 from hetkv.planner.traffic import samples
-from hetkv.simulator.deployment import Engine
+from hetkv.simulator.deployment import Engine, step_model_of, use_of
 from hetkv.simulator.scaled import ScaledStepModel
 
 Array = NDArray[np.float64]
@@ -45,6 +44,8 @@ class Column:
     """One kind of instance for one model. Rates are requests/s of the model's mix on one instance.
 
     `rates[i]` holds in a pool of `COUNTS[i]` or more, `relaxed` without queueing. `port_rate` is what its port carries.
+    `unstartable` says why the engine cannot start it; empty where it can. `handover`, of a decode column where the
+    first token comes from decode: what it takes at the least, in a batch of one.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Column:
     gpu: str
     tp: int
     pp: int
+    dp: int
     budget: int
     price: float
     rates: Array
@@ -60,19 +62,25 @@ class Column:
     batch: float
     kv_tokens: int
     steps: StepModel = field(repr=False)
+    unstartable: str = ""
+    handover: Handover | None = None
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     @property
-    def key(self) -> tuple[str, str, str, int, int, int]:
+    def key(self) -> tuple[str, str, str, int, int, int, int]:
         """What tells columns apart."""
-        return self.model, self.role, self.gpu, self.tp, self.pp, self.budget
+        return self.model, self.role, self.gpu, self.tp, self.pp, self.dp, self.budget
 
     def __str__(self) -> str:
-        shape = f"tp {self.tp}" + (f" pp {self.pp}" if self.pp > 1 else "")
-        return f"{self.role} {self.gpu} {shape}"
+        return f"{self.role} {self.gpu} {shape_text(Placement(self.tp, self.pp, self.dp))}"
+
+
+def shape_text(place: Placement) -> str:
+    """The sizes in words: `tp 8`, `tp 4 pp 2`."""
+    return f"tp {place.tp}" + f" pp {place.pp}" * (place.pp > 1) + f" dp {place.dp}" * (place.dp > 1)
 
 
 @dataclass
@@ -85,7 +93,7 @@ class Columns:
 
 
 def build_columns(problem: Problem, end: Literal["low", "high"] | None = None, every: bool = False) -> Columns:
-    """Every column that fits in memory and serves the targets at some rate.
+    """Every column that can be started, fits in memory and serves the targets at some rate.
 
     With `every`, also those that serve them at none: in a mixed pool a slow instance may still take the short prompts.
 
@@ -100,6 +108,15 @@ def build_columns(problem: Problem, end: Literal["low", "high"] | None = None, e
     return found
 
 
+class _Instance(NamedTuple):
+    """A size on a GPU type whose weights leave room for the requests."""
+
+    offer: GpuOffer
+    place: Placement
+    engine: Engine
+    steps: StepModel
+
+
 @dataclass
 class _Builder:
     problem: Problem
@@ -112,150 +129,171 @@ class _Builder:
     found: Columns
 
     def build(self) -> None:
-        shape, engine = model_shape(self.model.name), self.problem.engine_for(self.model)
-        places = [
-            (offer, tp, pp, steps)
+        self.shape = model_shape(self.model.name)
+        instances = [
+            _Instance(offer, place, engine, steps)
             for offer in self.problem.gpus
             if offer.cap != 0
-            for tp, pp in sizes(self.model, offer, shape)
-            if (steps := self._steps(offer, tp, pp, shape, engine)) is not None
+            for engine in [self.problem.engine_for(self.model, offer)]
+            for place in self._sizes(offer)
+            if (steps := self._steps(offer, place, engine)) is not None
         ]
         if self.problem.roles != "aggregated":
-            service: list[list[Array]] = []
-            prompts = [s.prompts for s in self.demand.samples]
-            for offer, tp, pp, steps in places:
-                times = prompt_seconds(steps, prompts, engine.max_num_batched_tokens)
-                capacity = prefill(steps, self.demand, engine.max_num_batched_tokens, times)
-                if self._add("prefill", offer, tp, pp, steps, capacity, engine):
-                    service.append(times)
-            if not service:
-                return self._both(places, shape, engine)
-            fastest = [np.min(times, axis=0) for times in zip(*service, strict=True)]
-            for offer, tp, pp, steps in places:
-                shown = self._shown(offer, tp * pp, steps, fastest, shape.layers)
-                capacity = decode(steps, self.demand, engine.max_num_seqs, steps.kv_capacity_tokens, shown)
-                self._add("decode", offer, tp, pp, steps, capacity, engine)
-        return self._both(places, shape, engine)
+            self._separate([i for i in instances if self._starts(i, True)])
+        if self.problem.roles != "disaggregated":
+            self._both([i for i in instances if self._starts(i, False)])
 
-    def _both(self, places: list[tuple[GpuOffer, int, int, StepModel]], shape: ModelShape, engine: Engine) -> None:
-        if self.problem.roles == "disaggregated":
+    def _separate(self, instances: list[_Instance]) -> None:
+        """Prefill and decode columns."""
+        if not instances:
             return
-        for offer, tp, pp, full in places:
-            for budget in sorted({engine.max_num_batched_tokens, *BUDGETS}):
-                if budget > engine.max_num_batched_tokens or budget <= engine.max_num_seqs:
-                    continue
-                own = msgspec.structs.replace(engine, max_num_batched_tokens=budget)
-                steps = full
-                if budget != engine.max_num_batched_tokens:
-                    other = self._steps(offer, tp, pp, shape, own)
-                    assert other is not None
-                    steps = other
-                capacity = aggregated(steps, self.demand, engine.max_num_seqs, steps.kv_capacity_tokens, budget)
-                self._add("aggregated", offer, tp, pp, steps, capacity, own)
+        prompts = [s.prompts for s in self.demand.samples]
+        times = [prompt_times(i.steps, prompts, i.engine.max_num_batched_tokens * i.place.dp) for i in instances]
+        fastest = [np.min([t.latency[n] for t in times], axis=0) for n in range(len(prompts))]
+        late = self.problem.first_token_at == "decode"
+        self.prompt_s = self.demand.mean(fastest) / self.demand.prompt
+        self.sent = min(i.steps.kv_bytes_per_token for i in instances) * self.demand.prompt
+        self.sent += min(i.steps.state_bytes for i in instances)
+        after: list[list[Array]] = []
+        for one in instances:
+            shown = self._shown(one, fastest)
+            places = one.engine.max_num_seqs * one.place.dp
+            nothing = [np.zeros(1) for _ in shown]
+            capacity = decode(one.steps, self.demand, places, nothing if late else shown, joins=not late)
+            if self._add("decode", one, capacity) and late:
+                step = self._step(one.steps, max(capacity.batch, 1.0))
+                after.append([x + 1.5 * step for x in shown])
+        extra = [np.min(rows, axis=0) for rows in zip(*after, strict=True)] if after else [np.zeros(1) for _ in prompts]
+        for one, own in zip(instances, times, strict=True):
+            self._add("prefill", one, prefill(one.steps, self.demand, one.engine.max_num_batched_tokens, own, extra))
 
-    def _steps(self, offer: GpuOffer, tp: int, pp: int, shape: ModelShape, engine: Engine) -> StepModel | None:
+    def _both(self, instances: list[_Instance]) -> None:
+        """Aggregated columns, each with several prompt budgets."""
+        for one in instances:
+            full = one.engine.max_num_batched_tokens
+            for budget in sorted({full, *BUDGETS}):
+                if budget > full or budget <= one.engine.max_num_seqs:
+                    continue
+                own = one
+                if budget != full:
+                    engine = msgspec.structs.replace(one.engine, max_num_batched_tokens=budget)
+                    steps = self._steps(one.offer, one.place, engine)
+                    if steps is None:
+                        continue
+                    own = _Instance(one.offer, one.place, engine, steps)
+                places = own.engine.max_num_seqs * own.place.dp
+                self._add("aggregated", own, aggregated(own.steps, self.demand, places, budget * own.place.dp))
+
+    def _sizes(self, offer: GpuOffer) -> list[Placement]:
+        """The sizes to try; a word about those that are not."""
+        found = []
+        for place, why in considered(self.model, offer, self.shape):
+            if why:
+                self.found.refused[f"{self.shape.name} on {offer.gpu} {shape_text(place)}"] = why
+            else:
+                found.append(place)
+        return found
+
+    def _starts(self, one: _Instance, disaggregated: bool) -> bool:
+        """Whether it can be started, or need not; a word about it where not."""
+        why = self._obstacle(one, disaggregated)
+        if why:
+            role = "disaggregated" if disaggregated else "aggregated"
+            where = f"{self.shape.name} on {one.offer.gpu} {shape_text(one.place)}, {role}"
+            self.found.refused[where] = f"cannot be started: {why}"
+        return not why or self.problem.allow_unstartable
+
+    def _obstacle(self, one: _Instance, disaggregated: bool) -> str:
+        return obstacle(use_of(one.engine, one.place, self.shape, disaggregated))
+
+    def _steps(self, offer: GpuOffer, place: Placement, engine: Engine) -> StepModel | None:
         """The step model of one size; None, and a word about it, where the model does not fit."""
         gpu = self.catalogue.gpu(offer.gpu)
-        count_work(gpu, shape, Placement(tp, pp), engine.weight_dtype, engine.kv_dtype)  # missing figures are errors
-        where = f"{shape.name} on {gpu.name} tp {tp} pp {pp}"
+        count_work(gpu, self.shape, place, engine.weight_dtype, engine.kv_dtype)  # missing figures are errors
+        where = f"{self.shape.name} on {gpu.name} {shape_text(place)}"
         try:
-            steps: StepModel = steps_of(gpu, shape, tp, pp, engine, self.catalogue, self.efficiencies)
+            steps: StepModel = step_model_of(engine, gpu, self.shape, place, self.catalogue, self.efficiencies)
         except InputError as error:
             self.found.refused[where] = f"memory: {error}"
             return None
+        room = steps.kv_capacity_tokens // place.dp - steps.state_tokens  # one replica holds a whole sequence
         for sample in self.demand.samples:
             for percentile in (sample.spec.ttft_percentile, sample.spec.tpot_percentile):
-                if (sample.prompts + sample.others > steps.kv_capacity_tokens).mean() > 1 - percentile / 100:
+                if (sample.prompts + sample.others > room).mean() > 1 - percentile / 100:
                     self.found.refused[where] = (
-                        f"memory: room for {steps.kv_capacity_tokens} KV tokens, too few for requests of class "
+                        f"memory: room for {max(room, 0):.0f} KV tokens, too few for requests of class "
                         f"{sample.spec.name}"
                     )
                     return None
         return ScaledStepModel(steps, self.end) if self.end else steps
 
-    def _port(self, offer: GpuOffer, gpus: int) -> float:
+    def _step(self, steps: StepModel, batch: float) -> float:
+        return float(step_times(steps, batch, batch * self.demand.context)[0])
+
+    def _port(self, one: _Instance) -> float:
         """Bytes per second of an instance's port."""
         link = self.problem.link
         if link.gb_s != "nic":
             return link.gb_s * 1e9
-        return self.catalogue.gpu(offer.gpu).value("nic_gbit_s") / 8 * 1e9 * gpus
+        return self.catalogue.gpu(one.offer.gpu).value("nic_gbit_s") / 8 * 1e9 * one.place.gpus
 
-    def _shown(
-        self, offer: GpuOffer, gpus: int, steps: StepModel, fastest: list[Array], layers: int
-    ) -> list[Array | float]:
-        """Seconds of KV transfer that show after the fastest prefill, for the prompts of each class."""
-        link = self.problem.link
-        port = self._port(offer, gpus)
-        found: list[Array | float] = []
+    def _handover(self, one: _Instance) -> Handover | None:
+        if self.problem.first_token_at == "prefill":
+            return None
+        link, port = self.problem.link, self._port(one)
+        return Handover(
+            one.steps.kv_bytes_per_token / port,
+            one.steps.state_bytes / port,
+            self.prompt_s if link.overlap == "layerwise" else 0.0,
+            self.shape.layers,
+            link.latency_us / 1e6,
+            self._step(one.steps, 1.0),
+        )
+
+    def _shown(self, one: _Instance, fastest: list[Array]) -> list[Array]:
+        """Seconds of KV transfer to this instance that show after the fastest prefill, by class and prompt."""
+        link, layers = self.problem.link, self.shape.layers
+        port, found = self._port(one), []
         for sample, service in zip(self.demand.samples, fastest, strict=True):
-            alone = sample.prompts * steps.kv_bytes_per_token / port
+            alone = (sample.prompts * one.steps.kv_bytes_per_token + one.steps.state_bytes) / port
             if link.overlap == "layerwise":
                 alone = np.maximum(alone / layers, alone - service * (1 - 1 / layers))
             found.append(alone + link.latency_us / 1e6)
         return found
 
-    def _add(
-        self, role: Role, offer: GpuOffer, tp: int, pp: int, steps: StepModel, capacity: Capacity, engine: Engine
-    ) -> bool:
+    def _add(self, role: Role, one: _Instance, capacity: Capacity) -> bool:
+        offer, place, engine, steps = one
         if not capacity.rates.max() > 0:
-            self.found.refused[f"{role} of {self.model.name} on {offer.gpu} tp {tp} pp {pp}"] = (
+            self.found.refused[f"{role} of {self.model.name} on {offer.gpu} {shape_text(place)}"] = (
                 "TTFT" if role == "prefill" else "TPOT" if role == "decode" else "TTFT or TPOT"
             )
             if not self.every:
                 return False
-        port_rate = float("inf")
+        port_rate, handover = float("inf"), None
         if role != "aggregated":
-            port_rate = PORT_LOAD * self._port(offer, tp * pp) / (self.demand.prompt * steps.kv_bytes_per_token)
-        rates = np.minimum(capacity.rates, port_rate)
+            bytes_each = self.sent
+            if role == "decode":
+                bytes_each = self.demand.prompt * steps.kv_bytes_per_token + steps.state_bytes
+                handover = self._handover(one)
+            port_rate = PORT_LOAD * self._port(one) / max(bytes_each, 1.0)
         self.found.columns.append(
             Column(
                 model=self.model.name,
                 role=role,
                 gpu=offer.gpu,
-                tp=tp,
-                pp=pp,
+                tp=place.tp,
+                pp=place.pp,
+                dp=place.dp,
                 budget=engine.max_num_batched_tokens,
-                price=(offer.usd_per_gpu_hour or 0.0) * tp * pp,
-                rates=rates,
+                price=(offer.usd_per_gpu_hour or 0.0) * place.gpus,
+                rates=np.minimum(capacity.rates, port_rate),
                 relaxed=min(capacity.relaxed, port_rate / PORT_LOAD),
                 port_rate=port_rate,
                 batch=capacity.batch,
                 kv_tokens=steps.kv_capacity_tokens,
                 steps=steps,
+                unstartable=self._obstacle(one, role != "aggregated"),
+                handover=handover,
             )
         )
-        return True
-
-
-def steps_of(
-    gpu: Gpu, shape: ModelShape, tp: int, pp: int, engine: Engine, catalogue: Catalogue, efficiencies: Efficiencies
-) -> RooflineStepModel:
-    """The step model of one instance under `engine`; `InputError` where the model does not fit."""
-    return step_model(
-        gpu,
-        shape,
-        tp,
-        pp,
-        engine=engine.name,
-        engine_version=engine.version,
-        weight_dtype=engine.weight_dtype,
-        kv_dtype=engine.kv_dtype,
-        max_batched_tokens=engine.max_num_batched_tokens,
-        memory_share=engine.memory_share,
-        catalogue=catalogue,
-        efficiencies=efficiencies,
-    )
-
-
-def sizes(model: ModelSpec, offer: GpuOffer, shape: ModelShape) -> list[tuple[int, int]]:
-    """(tp, pp) to try: TP within a node and a divisor of the heads; an instance is part of a node or whole nodes."""
-    node = offer.gpus_per_node or 1
-    tps = model.tp or [2**i for i in range(node.bit_length()) if 2**i <= node]
-    found = []
-    for tp in tps:
-        for pp in model.pp or (1, 2, 4):
-            whole = node % (tp * pp) == 0 or (tp * pp) % node == 0
-            within = offer.cap is None or tp * pp <= offer.cap
-            if tp <= node and shape.heads % tp == 0 and pp <= shape.layers and whole and within:
-                found.append((tp, pp))
-    return found
+        return bool(capacity.rates.max() > 0)

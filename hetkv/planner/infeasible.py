@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetkv.errors import InputError
-from hetkv.planner.capacity import prompt_seconds
+from hetkv.planner.capacity import prompt_times
 from hetkv.planner.columns import Column, Columns, build_columns
 from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.problem import Problem
@@ -41,9 +41,7 @@ def _no_columns(problem: Problem, model: str) -> InfeasibleError:
     loose = build_columns(msgspec.structs.replace(problem, classes=free, roles="disaggregated"))
     mine = [c for c in loose.columns if c.model == model]
     if not mine:
-        reasons = [why for where, why in loose.refused.items() if where.startswith(f"{model} on ")]
-        reason = reasons[-1].removeprefix("memory: ") if reasons else "every offered GPU has the cap 0"
-        return _error("memory", f"model {model}", float("inf"), f"{model} fits on none of the offered GPUs: {reason}")
+        return _nothing_tried(loose, model)
     worst: tuple[float, str, str, str] | None = None
     for i, sample in enumerate(loose.demands[model].samples):
         spec = problem.classes_of(model)[i]
@@ -71,9 +69,24 @@ def _no_columns(problem: Problem, model: str) -> InfeasibleError:
     return _error(constraint, where_text, used, text)
 
 
+def _nothing_tried(loose: Columns, model: str) -> InfeasibleError:
+    """No size was left to try: the reason of the one that came furthest."""
+    reasons = [why for where, why in loose.refused.items() if where.startswith(f"{model} on ")]
+    for constraint, what in (
+        ("memory: ", f"{model} fits on none of the offered GPUs"),
+        ("cannot be started: ", f"{model} can be started on none of the offered GPUs"),
+        ("", f"{model} has no size to try on the offered GPUs"),
+    ):
+        found = [why.removeprefix(constraint) for why in reasons if why.startswith(constraint)]
+        if found:
+            name = constraint.removesuffix(": ") or "sizes"
+            return _error(name, f"model {model}", float("inf"), f"{what}: {found[-1]}")
+    return _error("GPU cap", f"model {model}", float("inf"), "every offered GPU has the cap 0")
+
+
 def _service(column: Column, found: Columns, index: int) -> NDArray[np.float64]:
     prompts = [s.prompts for s in found.demands[column.model].samples]
-    return prompt_seconds(column.steps, prompts, column.budget)[index]
+    return prompt_times(column.steps, prompts, column.budget * column.dp).latency[index]
 
 
 def _shared(problem: Problem, found: Columns) -> InfeasibleError:

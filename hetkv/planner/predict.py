@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from hetkv.planner.calibrator import Counts, part_of
-from hetkv.planner.capacity import Demand, prompt_seconds, step_times
+from hetkv.planner.capacity import Demand, prompt_times, step_times
 from hetkv.planner.columns import Column
 from hetkv.planner.queueing import COUNTS, LOADS, busy_batch, erlang_c
 from hetkv.planner.result import ClassLatency
@@ -49,7 +49,8 @@ def _least(late: Callable[[float], float], allowed: float) -> float:
 
 
 def _prefill(demand: Demand, column: Column, count: int, rate: float) -> list[float]:
-    service = prompt_seconds(column.steps, [s.prompts for s in demand.samples], column.budget)
+    times = prompt_times(column.steps, [s.prompts for s in demand.samples], column.budget * column.dp)
+    service = times.service
     mean = demand.mean(service)
     variance = demand.mean([(x - mean) ** 2 for x in service])
     load = min(rate * mean, float(LOADS[-1]))

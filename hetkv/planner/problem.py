@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import yaml
 
-from hetkv.costmodel import Catalogue, load_catalogue, model_shape
+from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_shape
 from hetkv.errors import InputError
-from hetkv.simulator.deployment import Engine, LinkPlan, Price, engine_of, parse_plan
+from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
 from hetkv.simulator.traffic.lengths import parse_lengths
 
 Basis = Literal["on_demand", "reserved", "rental_model"]
@@ -24,15 +25,17 @@ Roles = Literal["any", "disaggregated", "aggregated"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A model to serve. `engine` overrides fields of the problem's; `tp` and `pp` are the sizes to consider.
+    """A model to serve. `engine` overrides fields of the problem's; `tp`, `pp` and `dp` are the sizes to consider.
 
-    Left out, `tp` is every power of two up to a node and `pp` is 1, 2 and 4.
+    Left out, `tp` is every power of two up to a node, `pp` is 1, 2 and 4, and `dp` (attention replicas that share the
+    experts) is 1; for a model with experts also every power of two with which `tp * dp` fills no more than a node.
     """
 
     name: str
     engine: dict[str, Any] = {}
     tp: list[int] | None = None
     pp: list[int] | None = None
+    dp: list[int] | None = None
 
 
 class WorkloadClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -55,7 +58,8 @@ class WorkloadClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 class GpuOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A GPU type that can be had. `cap` bounds the number of GPUs; `rent: node` sells whole nodes only.
 
-    `gpus_per_node` defaults to the catalogue's. A price may be left out only with the goal `split`.
+    `gpus_per_node` defaults to the catalogue's. A price may be left out only with the goal `split`. `engine` overrides
+    fields of the model's on this GPU type: another engine, version or dtype.
     """
 
     gpu: str
@@ -65,6 +69,7 @@ class GpuOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     cap: int | None = None
     gpus_per_node: int | None = None
     rent: Literal["gpu", "node"] = "gpu"
+    engine: dict[str, Any] = {}
 
 
 class PairLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +94,9 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """A planning problem. `spare_instances: 1` is N+1: every pool meets the targets with one instance down.
 
     `roles` restricts the search: `any` takes the cheaper of a disaggregated and an aggregated deployment of each model.
+    `first_token_at`: where a client's first token comes from when disaggregated; the proxies of the launch lines stream
+    from decode. `allow_unstartable` also offers instances that the engine or the KV connector cannot start (by the
+    table of `hetkv/engines.py`).
     """
 
     models: list[ModelSpec]
@@ -100,7 +108,9 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     spare_instances: Literal[0, 1] = 0
     roles: Roles = "any"
     engine: Engine = Engine()
+    first_token_at: Literal["prefill", "decode"] = "decode"
     allow_mixed_price_bases: bool = False
+    allow_unstartable: bool = False
     catalogue: list[str] = []
     calibration: list[str] = []
     seed: int = 0
@@ -113,9 +123,10 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """The offer of a GPU by its catalogue name."""
         return next(o for o in self.gpus if o.gpu == gpu)
 
-    def engine_for(self, model: ModelSpec) -> Engine:
-        """The problem's engine settings with the model's own over them."""
-        return msgspec.convert({**msgspec.structs.asdict(self.engine), **model.engine}, Engine)
+    def engine_for(self, model: ModelSpec, offer: GpuOffer | None = None) -> Engine:
+        """The problem's engine settings with the model's over them, and those of a GPU type over both."""
+        own = offer.engine if offer is not None else {}
+        return msgspec.convert({**msgspec.structs.asdict(self.engine), **model.engine, **own}, Engine)
 
     @property
     def prices(self) -> list[Price]:
@@ -262,12 +273,15 @@ def _class(spec: WorkloadClass, index: int, problem: Problem, origin: str) -> Wo
 
 def _model(model: ModelSpec, index: int, problem: Problem, origin: str) -> None:
     where = f"{origin}: models[{index}] ({model.name})"
+    efficiencies = load_efficiencies(problem.calibration)
     try:
         model_shape(model.name)
-        engine = problem.engine_for(model)
+        engines = [problem.engine_for(model, offer) for offer in problem.gpus]
+        for engine in engines:
+            check_engine(engine.name, efficiencies)
     except (InputError, msgspec.ValidationError) as error:
         raise InputError(f"{where}: {error}") from None
-    for field in ("tp", "pp"):
+    for field in ("tp", "pp", "dp"):
         sizes = getattr(model, field)
         if sizes is not None and not sizes:
             raise InputError(f"{where}: `{field}` is empty")
@@ -275,10 +289,28 @@ def _model(model: ModelSpec, index: int, problem: Problem, origin: str) -> None:
             _positive(size, f"{where}: `{field}`")
     if not problem.classes_of(model.name):
         raise InputError(f"{where}: no class uses this model")
+    for spec in problem.classes_of(model.name):
+        _positions(spec, model.name, f"{origin}: class {spec.name}")
     # The deployment's own checks of the engine settings.
-    pool = {"role": "aggregated", "gpu": problem.gpus[0].gpu}
-    plan = parse_plan({"model": model.name, "pools": [pool], "engine": msgspec.to_builtins(engine)}, where)
-    engine_of(plan, plan.pools[0], where)
+    for offer, engine in zip(problem.gpus, engines, strict=True):
+        pool = {"role": "aggregated", "gpu": offer.gpu}
+        plan = parse_plan({"model": model.name, "pools": [pool], "engine": msgspec.to_builtins(engine)}, where)
+        engine_of(plan, plan.pools[0], where)
+
+
+def _positions(spec: WorkloadClass, model: str, where: str) -> None:
+    """Engines reject requests that are longer than the model's positions: no GPU helps there."""
+    most = model_shape(model).max_positions
+    draws = [
+        parse_lengths(text, where)(np.random.default_rng([13, i]), 20_000)
+        for i, text in enumerate((spec.prompt_tokens, spec.output_tokens))
+    ]
+    share = float((draws[0] + draws[1] > most).mean()) if most else 0.0
+    if share > 1 - min(spec.ttft_percentile, spec.tpot_percentile) / 100:
+        raise InputError(
+            f"{where}: {share:.1%} of its requests are longer than the {most:,} positions of {model}; engines "
+            "reject them"
+        )
 
 
 def _objective(problem: Problem, origin: str) -> None:

@@ -11,10 +11,10 @@ from hetkv.simulator.deployment import Plan as Deployment
 
 
 class Instances(msgspec.Struct, frozen=True):
-    """`count` equal instances of `tp * pp` GPUs each. `kv_tokens`: KV room of one, cut to balance routing; None: all.
+    """`count` equal instances of `tp * pp * dp` GPUs each. `kv_tokens`: room of one, cut to balance routing; None: all.
 
     `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one, None where the
-    problem has no prices.
+    problem has no prices. `unstartable` says why the engine cannot start it; empty where it can.
     """
 
     role: Literal["prefill", "decode", "aggregated"]
@@ -26,11 +26,13 @@ class Instances(msgspec.Struct, frozen=True):
     budget: int
     kv_tokens: int | None = None
     usd_per_hour: float | None = None
+    dp: int = 1
+    unstartable: str = ""
 
     @property
     def gpus(self) -> int:
         """GPUs of one instance."""
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
 
 class ClassLatency(msgspec.Struct, frozen=True):

@@ -257,8 +257,8 @@ class Search:
 def gpus_of(counts: Counts) -> dict[str, int]:
     """GPUs of each type that `counts` take."""
     gpus: dict[str, int] = {}
-    for (_, _, gpu, tp, pp, _), n in counts.items():
-        gpus[gpu] = gpus.get(gpu, 0) + n * tp * pp
+    for (_, _, gpu, tp, pp, dp, _), n in counts.items():
+        gpus[gpu] = gpus.get(gpu, 0) + n * tp * pp * dp
     return gpus
 
 
@@ -266,8 +266,8 @@ def kv_bytes(found: Columns, problem: Problem) -> dict[str, float]:
     """KV bytes that one request sends, by model: the narrowest column's."""
     result: dict[str, float] = {}
     for model in problem.models:
-        each = [c.steps.kv_bytes_per_token for c in found.columns if c.model == model.name]
-        result[model.name] = max(min(each, default=0.0) * found.demands[model.name].prompt, 1.0)
+        prompt, mine = found.demands[model.name].prompt, [c.steps for c in found.columns if c.model == model.name]
+        result[model.name] = max(min((s.kv_bytes_per_token * prompt + s.state_bytes for s in mine), default=0.0), 1.0)
     return result
 
 

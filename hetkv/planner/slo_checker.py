@@ -8,9 +8,12 @@ from functools import cached_property
 from math import ceil, inf
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hetkv.costmodel import StepModel
+from hetkv.planner.capacity import Demand
+from hetkv.planner.handover import Handover
 from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import ClassLatency, Instances
 from hetkv.planner.traffic import Mix, Sample, samples
@@ -53,12 +56,13 @@ class Verdict:
 class SloChecker:
     """Simulates deployments of one model of a problem. The same deployment, scale and seed give the same verdict.
 
-    `models` overrides step models, by (gpu, tp, pp, budget). Step times of decode runs are kept between simulations.
+    `models` overrides step models, by (gpu, tp, pp, dp, budget). Step times of decode runs are kept from one
+    simulation to the next.
     """
 
     problem: Problem
     model: ModelSpec
-    models: dict[tuple[str, int, int, int], StepModel] = field(default_factory=dict)
+    models: dict[tuple[str, int, int, int, int], StepModel] = field(default_factory=dict)
     simulations: int = 0
     events: int = 0  # that all simulations handled
     _lines: dict[Any, dict[int, Any]] = field(default_factory=dict)
@@ -69,29 +73,41 @@ class SloChecker:
         return self.problem.classes_of(self.model.name)
 
     def __call__(
-        self, instances: Sequence[Instances], scale: float, prompts_only: bool = False, quick: bool = False
+        self,
+        instances: Sequence[Instances],
+        scale: float,
+        prompts_only: bool = False,
+        quick: bool = False,
+        after: Handover | None = None,
     ) -> Verdict:
         """Simulate `instances` at `scale` times the classes' rates.
 
-        `prompts_only` leaves decoding and links out, `quick` the sharing of links (`Wires`).
+        `prompts_only` leaves decoding and links out; `after` then stands for what comes between the prefill and the
+        first token. `quick` leaves out the sharing of links (`Wires`).
         """
-        pools = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.budget, i.kv_tokens, i.count) for i in instances))
-        key = (pools, scale, prompts_only, quick)
+        pools = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.dp, i.budget, i.kv_tokens, i.count) for i in instances))
+        key = (pools, scale, prompts_only, quick, after)
         if key not in self._known:
-            self._known[key] = self._judge(instances, scale, prompts_only, quick)
+            self._known[key] = self._judge(instances, scale, prompts_only, quick, after)
             self.simulations += 1
         return self._known[key]
 
-    def _judge(self, instances: Sequence[Instances], scale: float, prompts_only: bool, quick: bool) -> Verdict:
+    def _judge(
+        self, instances: Sequence[Instances], scale: float, prompts_only: bool, quick: bool, after: Handover | None
+    ) -> Verdict:
         plan = deployment(self.problem, self.model, instances)
+        if prompts_only:
+            plan = msgspec.structs.replace(plan, first_token_at="prefill")
         mix = Mix(self.classes, scale, self.requests(scale), prompts_only)
         models = self._step_model if self.models else None
         columns, events = run(plan, mix, self.problem.seed, models, self._lines, quick)
         self.events += events
+        if after is not None:
+            columns = {**columns, "first_token": columns["first_token"] + after.seconds(columns["prompt"])}
         return verdict(columns, self.classes, mix.kinds(self.problem.seed))
 
     def _step_model(self, pool: PoolPlan, engine: Engine) -> StepModel:
-        return self.models[pool.gpu, pool.tp, pool.pp, engine.max_num_batched_tokens]
+        return self.models[pool.gpu, pool.tp, pool.pp, pool.dp, engine.max_num_batched_tokens]
 
     def requests(self, scale: float) -> int:
         """Requests to simulate: enough beyond the highest percentile, and ten times those that decode at once."""
@@ -109,6 +125,11 @@ class SloChecker:
         return samples(self.classes)
 
     @cached_property
+    def demand(self) -> Demand:
+        """What the classes ask of an instance."""
+        return Demand(self.samples)
+
+    @cached_property
     def flight(self) -> float:
         """Sequences that decode at once at scale 1 where all are at their TPOT limit (Little)."""
         return float(sum(s.spec.rate * s.outputs.mean() * s.spec.tpot_ms / 1e3 for s in self.samples))
@@ -119,12 +140,14 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
     engine = problem.engine_for(model)
     pools, names = [], set()
     for item in instances:
-        name = f"{item.role}-{item.gpu}-tp{item.tp}" + (f"-pp{item.pp}" if item.pp > 1 else "")
+        name = f"{item.role}-{item.gpu}-tp{item.tp}" + f"-pp{item.pp}" * (item.pp > 1) + f"-dp{item.dp}" * (item.dp > 1)
         while name in names:
             name += "x"
         names.add(name)
-        own = {} if item.budget in (0, engine.max_num_batched_tokens) else {"max_num_batched_tokens": item.budget}
-        pools.append(PoolPlan(item.role, item.gpu, name, item.tp, item.pp, 1, item.count, own, item.kv_tokens))
+        own = dict(problem.offer(item.gpu).engine)
+        if item.budget not in (0, problem.engine_for(model, problem.offer(item.gpu)).max_num_batched_tokens):
+            own["max_num_batched_tokens"] = item.budget
+        pools.append(PoolPlan(item.role, item.gpu, name, item.tp, item.pp, item.dp, item.count, own, item.kv_tokens))
     apart = any(i.role == "prefill" for i in instances)
     used = {i.gpu for i in instances}
     return Deployment(
@@ -135,6 +158,7 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
         routing=Routing("least_loaded", "least_loaded"),
         prices=[p for p in problem.prices if p.gpu in used],
         allow_mixed_price_bases=problem.allow_mixed_price_bases,
+        first_token_at=problem.first_token_at,
         catalogue=problem.catalogue,
         calibration=problem.calibration,
     )
@@ -171,7 +195,7 @@ def run(
 def _with_lines(pool: Pool, plan: PoolPlan, lines: dict[Any, dict[int, Any]] | None) -> Pool:
     if lines is None:
         return pool
-    key = (plan.gpu, plan.tp, plan.pp, pool.max_num_batched_tokens, pool.kv_blocks, pool.prefix_caching)
+    key = (plan.gpu, plan.tp, plan.pp, plan.dp, pool.max_num_batched_tokens, pool.kv_blocks, pool.prefix_caching)
     return replace(pool, _lines=lines.setdefault(key, {}))
 
 

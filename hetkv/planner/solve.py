@@ -58,6 +58,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     if best.meets and slack is None:
         least = min(reach.scale for reach in search.slack.values()) - 1
         notes.append(f"the slack was not measured to the end: at least {max(0.0, least):.0%} more traffic fits")
+    notes += _unstartable(search, best)
     notes += _fallbacks(search, best)
     options = [_alternative(name, *part, search, best, others[name]) for name, part in parts.items()]
     sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
@@ -153,6 +154,12 @@ def _predicted(found: Columns, search: Search, best: Candidate) -> dict[str, Cla
         counts = {k: n for k, n in best.counts.items() if k[0] == model}
         result.update(predict(demand, search.by_key, counts, best.scale * search.gauge.rate(model)))
     return result
+
+
+def _unstartable(search: Search, best: Candidate) -> list[str]:
+    """What the plan has that its engine cannot start."""
+    mine = [search.by_key[key] for key in best.counts]
+    return [f"{c} cannot be started: {c.unstartable}" for c in mine if c.unstartable]
 
 
 def _fallbacks(search: Search, best: Candidate) -> list[str]:
@@ -254,7 +261,9 @@ def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal
     verdicts = {}
     for model in problem.models:
         mine = {k: n for k, n in best.counts.items() if k[0] == model.name}
-        steps = {(c.gpu, c.tp, c.pp, c.budget): ScaledStepModel(c.steps, end) for c in (search.by_key[k] for k in mine)}
+        steps = {
+            (c.gpu, c.tp, c.pp, c.dp, c.budget): ScaledStepModel(c.steps, end) for c in (search.by_key[k] for k in mine)
+        }
         gauge = search.gauge.with_judge(model.name, SloChecker(problem, model, dict(steps)))
         verdicts[model.name] = gauge.verdict(model.name, mine, best.scale)
     columns = build_columns(problem, end)

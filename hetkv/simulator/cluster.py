@@ -54,18 +54,12 @@ class Cluster:
         self.central_length = entries[0].pool.waiting
         if self.entry.central:
             for instance in entries:
-                instance.queue = self.central
-                instance.queue_length = self.central_length
+                instance.share_queue(self.central, self.central_length)
         shared: deque[Request] = deque()
         self.tickets = {i.name: shared if self.decode.central else deque[Request]() for i in decoders}
         self.stranded: deque[Request] = deque()  # no instance is up to compute it
-        self._kv_bytes = {
-            p.name: min([p.model.kv_bytes_per_token, *(d.pool.model.kv_bytes_per_token for d in decoders)])
-            for p in pools
-            if p.role == PREFILL
-        }
         # Any instance may get a request, and after a failure the tokens generated so far are part of its prompt.
-        self._reach = min(p.kv_blocks * p.block_size for p in pools)
+        self._reach = min(p.longest for p in pools)
         self._arrivals: Iterator[Request] = iter(())
         self.arriving = False
 
@@ -87,7 +81,7 @@ class Cluster:
 
     def _arrive(self, request: Request) -> None:
         self.alive[request] = None
-        if request.prompt + request.output - 1 <= self._reach:
+        if request.prompt + request.output - 1 <= self._reach:  # the last token needs no KV
             self._dispatch(request)
         else:
             self._end(request, REJECTED)
@@ -178,8 +172,7 @@ class Cluster:
         if peer is None:
             return  # all are down: `recover` asks again
         request.seeking = True
-        request.peer = peer
-        peer.requests += 1
+        peer.expect(request)
         self.tickets[peer.name].append(request)
         self._grant(peer)
 
@@ -189,8 +182,7 @@ class Cluster:
             request = tickets.popleft()
             request.seeking = False
             if request.peer is None:
-                request.peer = instance
-                instance.requests += 1
+                instance.expect(request)
             home = request.home
             if home is not None and request in home.holding:
                 self._send(request, request.target)
@@ -202,7 +194,9 @@ class Cluster:
         assert peer is not None
         assert self.links is not None
         if reach > request.sent:
-            size = (reach - request.sent) * self._kv_bytes[home.pool.name]
+            size = kv_bytes(home.pool, peer.pool, reach - request.sent)
+            if reach == request.target:
+                size += peer.pool.model.state_bytes  # known once the last token is computed
             request.sent = reach
             layers = home.pool.layers if produced_over else 1
             flow = self.links.start(home.name, peer.name, size, self._arrived, request, produced_over, layers)
@@ -235,13 +229,10 @@ class Cluster:
         instance = self.instances[name]
         if not instance.up:
             return False
-        reserved = list(instance.reserved)
-        instance.reserved.clear()
+        reserved = instance.drop_reserved()
         lost = instance.fail()
         if not self.entry.central or instance.pool.role == DECODE:
-            lost += instance.queue
-            instance.queue_length.add(self.events.now, -len(instance.queue))
-            instance.queue.clear()
+            lost += instance.drop_queue()
         if instance.pool.role == DECODE and not self.decode.central:
             reserved += self.tickets[name]
             self.tickets[name].clear()
@@ -281,13 +272,13 @@ class Cluster:
         self._cancel_flows(request)
         peer = request.peer
         if request.granted and peer is not None:
-            peer.requests -= 1
+            peer.expect_no_more()
             peer.unreserve(request)
         elif request.seeking:
             tickets = self.tickets[peer.name] if peer is not None else next(iter(self.tickets.values()))
             tickets.remove(request)
             if peer is not None:
-                peer.requests -= 1
+                peer.expect_no_more()
         request.forget_peer()
 
     def _cancel_flows(self, request: Request) -> None:
@@ -295,3 +286,9 @@ class Cluster:
             for flow in request.flows:
                 self.links.cancel(flow)
         request.flows.clear()
+
+
+def kv_bytes(source: Pool, sink: Pool, tokens: int) -> float:
+    """Bytes on the wire for the KV of `tokens` tokens: every rank of the sink gets its own, in the narrower dtype."""
+    narrower = min(1.0, source.model.kv_element_bytes / sink.model.kv_element_bytes)
+    return tokens * sink.model.kv_bytes_per_token * narrower

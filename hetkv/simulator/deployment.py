@@ -10,8 +10,20 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-from hetkv.costmodel import Catalogue, Efficiencies, StepModel, load_catalogue, load_efficiencies, model_shape
-from hetkv.costmodel import step_model as catalogue_step_model
+from hetkv.costmodel import (
+    Catalogue,
+    Efficiencies,
+    Gpu,
+    ModelShape,
+    Placement,
+    RooflineStepModel,
+    StepModel,
+    load_catalogue,
+    load_efficiencies,
+    model_shape,
+    step_model,
+)
+from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
@@ -121,7 +133,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     failures: FailurePlan = FailurePlan()
     prices: list[Price] = []
     allow_mixed_price_bases: bool = False
-    first_token_at: Literal["prefill", "decode"] = "prefill"
+    first_token_at: Literal["prefill", "decode"] = "decode"
     catalogue: list[str] = []
     calibration: list[str] = []
 
@@ -197,7 +209,9 @@ def build_pools(
             if models is not None:
                 steps = models(pool, engine)
             else:
-                steps = _catalogue_model(plan, pool, engine, catalogue, efficiencies)
+                check_engine(engine.name, efficiencies)
+                place = Placement(pool.tp, pool.pp, pool.dp)
+                steps = step_model_of(engine, catalogue.gpu(pool.gpu), shape, place, catalogue, efficiencies)
         tokens = pool.kv_tokens or steps.kv_capacity_tokens
         if tokens < engine.block_size:
             raise InputError(f"{origin}: pool {pool.name}: room for {tokens} KV tokens, less than one block")
@@ -212,15 +226,22 @@ def build_pools(
                 layers=shape.layers,
                 kv_blocks=tokens // engine.block_size,
                 block_size=engine.block_size,
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
+                max_num_seqs=engine.max_num_seqs * pool.dp,
+                max_num_batched_tokens=engine.max_num_batched_tokens * pool.dp,
                 chunked_prefill=engine.chunked_prefill,
                 prefix_caching=engine.prefix_caching,
                 first_token_at=plan.first_token_at if pool.role != AGGREGATED else PREFILL,
+                most_tokens=most_tokens(shape, tokens, steps, pool.dp),
                 skip_ahead=skip_ahead,
             )
         )
     return pools
+
+
+def most_tokens(shape: ModelShape, room: int, steps: StepModel, dp: int) -> int:
+    """KV tokens of the longest request: what one replica holds, and what the model has positions for."""
+    fits = int(room // dp - steps.state_tokens)
+    return min(fits, shape.max_positions - 1) if shape.max_positions else fits
 
 
 @contextmanager
@@ -232,15 +253,23 @@ def _where(prefix: str) -> Iterator[None]:
         raise InputError(f"{prefix}: {error}") from None
 
 
-def _catalogue_model(
-    plan: Plan, pool: PoolPlan, engine: Engine, catalogue: Catalogue, efficiencies: Efficiencies
-) -> StepModel:
-    return catalogue_step_model(
-        pool.gpu,
-        plan.model,
-        pool.tp,
-        pool.pp,
-        pool.dp,
+def check_engine(name: str, efficiencies: Efficiencies) -> None:
+    """`InputError` for an engine that has neither launch lines nor a calibration entry."""
+    known = dict.fromkeys([*ENGINES, *sorted({key.engine for key in efficiencies.entries if key.engine})])
+    if name not in known:
+        raise InputError(f"unknown engine {name!r}; known are {', '.join(known)}")
+
+
+def step_model_of(
+    engine: Engine, gpu: Gpu, shape: ModelShape, place: Placement, catalogue: Catalogue, efficiencies: Efficiencies
+) -> RooflineStepModel:
+    """The cost model's step times of one instance under `engine`; `InputError` where the model does not fit."""
+    return step_model(
+        gpu,
+        shape,
+        place.tp,
+        place.pp,
+        place.dp,
         engine=engine.name,
         engine_version=engine.version,
         weight_dtype=engine.weight_dtype,
@@ -249,6 +278,22 @@ def _catalogue_model(
         memory_share=engine.memory_share,
         catalogue=catalogue,
         efficiencies=efficiencies,
+    )
+
+
+def use_of(engine: Engine, place: Placement, shape: ModelShape, disaggregated: bool) -> Use:
+    """How the table of engines sees an instance."""
+    return Use(
+        engine.name,
+        engine.version,
+        engine.weight_dtype,
+        engine.kv_dtype,
+        place.tp,
+        place.pp,
+        place.dp,
+        shape.latent,
+        bool(shape.experts),
+        disaggregated,
     )
 
 

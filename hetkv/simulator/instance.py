@@ -3,7 +3,8 @@
 The scheduler is vLLM's (version 1): in each step running sequences come first, then prompts fill what is left of
 `max_num_batched_tokens`; when blocks run out, the sequence admitted last is preempted and recomputed later. Steps
 without prompts are not simulated one by one: `StepLine` gives the time of all steps up to the next completion, and an
-arrival that could join cuts that run at the next step boundary.
+arrival that could join cuts that run at the next step boundary. With pipeline stages, steps of prompts alone follow
+each other by one stage, as many at once as there are stages; their prompts are computed once the last stage is through.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hetkv.simulator.kv import KVBlocks
 from hetkv.simulator.owner import Owner
 from hetkv.simulator.pool import PREFILL, Pool
 from hetkv.simulator.request import Request
+from hetkv.simulator.series import Series
 
 
 class Instance:
@@ -47,8 +49,13 @@ class Instance:
         self._growth = 0  # blocks its decode batch takes, accounted for at its end
         self._decodes = False  # the decode batch is part of it
         self._preempted = False  # while it was planned
-        self._chunks: list[tuple[Request, int]] = []
+        self._ends: list[tuple[Request, int]] = []  # prompts that the run in progress completes, with their `run`
         self._joined: list[Request] = []  # delivered ones that have not decoded here yet
+        self._fresh: deque[Request] = deque()  # prompts computed here that decode from the next step on
+        self._flights = 0  # steps of prompts that the last stage has yet to end
+        self._landed = 0.0  # when the latest of them ends
+        self._life = 0  # a flight that was begun in an older life is void
+        self._settling = False  # a flight's prompts are being handed on: nothing is started meanwhile
 
     # -- for the deployment around it
 
@@ -59,6 +66,8 @@ class Instance:
 
     def wake(self) -> None:
         """There may be something new to run: start now if idle, else at the next step boundary."""
+        if self._settling:
+            return
         if not self._busy:
             if self.up:
                 self._plan()
@@ -74,6 +83,32 @@ class Instance:
         self.queue_length.add(self.events.now, 1)
         if len(self.queue) == 1 or not self._busy:
             self.wake()
+
+    def share_queue(self, queue: deque[Request], length: Series) -> None:
+        """Take prompts from the head of `queue`, which other instances take from, too."""
+        self.queue, self.queue_length = queue, length
+
+    def expect(self, request: Request) -> None:
+        """The request's KV will come here; it counts among `requests`."""
+        request.peer = self
+        self.requests += 1
+
+    def expect_no_more(self) -> None:
+        """A request that was expected goes elsewhere."""
+        self.requests -= 1
+
+    def drop_queue(self) -> list[Request]:
+        """The prompts that wait here, which no longer do."""
+        dropped = list(self.queue)
+        self.queue_length.add(self.events.now, -len(dropped))
+        self.queue.clear()
+        return dropped
+
+    def drop_reserved(self) -> list[Request]:
+        """The requests that room is reserved for, which no longer is. Only before `fail`: no blocks are given back."""
+        dropped = list(self.reserved)
+        self.reserved.clear()
+        return dropped
 
     def reserve(self, request: Request) -> bool:
         """Take blocks for KV of the request that will come over a link; False where there is no room."""
@@ -123,7 +158,7 @@ class Instance:
     def fail(self) -> list[Request]:
         """All KV here is lost. Returns the requests that were here, progress kept as tokens, cache forgotten.
 
-        `queue` and `reserved`, whose KV is not here, are left to the owner, who routes them anew.
+        Those of `drop_queue` and `drop_reserved`, whose KV is not here, are for the owner to route anew.
         """
         now = self.events.now
         done = 0
@@ -131,7 +166,7 @@ class Instance:
             line = self.pool.line(len(self.batch))
             done = line.steps_until(self.batch.context, now - self._start, self._steps) - 1
         self.pool.decode_tokens += self.batch.advance(done)
-        lost = [*self.resumed, *self.ready, *self.prefilling, *self.batch.members, *self.holding]
+        lost = [*self.resumed, *self.ready, *self.prefilling, *self._fresh, *self.batch.members, *self.holding]
         for request in list(self.batch.members):
             self.batch.leave(request)
             if request.first_token > now:
@@ -140,12 +175,14 @@ class Instance:
         self.pool.waiting.add(now, -(len(self.resumed) + len(self.ready)))
         for request in lost:
             request.forget()
-        for group in (self.resumed, self.ready, self.prefilling, self.holding):
+        for group in (self.resumed, self.ready, self.prefilling, self._fresh, self.holding):
             group.clear()
         self.batch = DecodeBatch(self.pool.block_size)
         self.kv.reset()
-        self._chunks = []
+        self._ends = []
         self._joined = []
+        self._flights, self._landed = 0, 0.0
+        self._life += 1
         self._idle()
         self.requests = self.prompt_tokens = 0
         self.up = False
@@ -163,6 +200,8 @@ class Instance:
     def _plan(self) -> None:
         """Choose what runs next and start it."""
         pool, batch, now = self.pool, self.batch, self.events.now
+        while self._fresh:
+            batch.join(self._fresh.popleft())
         if self.ready:
             self._join_ready()
         self._preempted = False
@@ -172,7 +211,8 @@ class Instance:
                 self._join_ready()
         chunks: list[tuple[Request, int]] = []
         size = len(batch)
-        if self.prefilling or ((self.queue or self.resumed) and not self._preempted):
+        some = self.prefilling or ((self.queue or self.resumed) and not self._preempted)
+        if some and self._flights < pool.stages:
             claim = batch.growth(1)
             self.kv.take(claim)
             chunks = self._schedule()
@@ -181,20 +221,20 @@ class Instance:
             if not chunks and not size and self.ready:
                 self._plan()  # the prompt that had the last place was preempted: what is ready takes it
                 return
-        self._chunks = chunks
         self._decodes = size > 0 and (not chunks or pool.chunked_prefill)
         if chunks:
             tokens = sum(n for _, n in chunks)
             pairs = sum(n * r.computed + n * (n + 1) / 2 for r, n in chunks)
-            if self._decodes:
-                seconds = pool.model.step_seconds(size, batch.context, tokens, pairs)
-            else:
-                seconds = pool.model.step_seconds(0, 0.0, tokens, pairs)
+            decoding = size if self._decodes else 0
+            seconds = pool.model.step_seconds(decoding, batch.context if decoding else 0.0, tokens, pairs)
             first, self._steps, self._growth = seconds, 1, 0
             pool.prefill_tokens += tokens
             if pool.role == PREFILL:
                 for request, n in chunks:
                     self.owner.on_chunk(request, n, seconds)
+            self._ends = self._advance(chunks)
+            if pool.stages > 1:
+                seconds = self._fly(seconds, float(pool.model.step_share(decoding, tokens)))
         elif size:
             line = pool.line(size)
             # After a preemption the next step may admit what this one may not.
@@ -239,14 +279,51 @@ class Instance:
                 self._finish(request)
             if finished:
                 self.owner.on_room(self)
-        chunks, self._chunks = self._chunks, []
+        ends, self._ends = self._ends, []
+        self._decodes = False
+        self._computed(ends)
+        self._plan()
+
+    def _advance(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Count the tokens of a step that starts now as computed; returns the prompts that it completes."""
+        ends = []
         for request, tokens in chunks:
             request.computed += tokens
             self.prompt_tokens -= tokens
             if request.computed == request.target:
+                ends.append((request, request.run))
+        return ends
+
+    def _computed(self, ends: list[tuple[Request, int]]) -> None:
+        """Prompts are through, unless they were preempted meanwhile."""
+        for request, run in ends:
+            if request.run == run and request in self.prefilling:
                 self._prefilled(request)
-        self._decodes = False
-        self._plan()
+
+    def _fly(self, seconds: float, share: float) -> float:
+        """The step's tokens are out after `seconds`; returns when the next may start. Flights end in their order."""
+        if share == 1:
+            return seconds
+        apart = share * seconds
+        self._landed = max(self.events.now + seconds, self._landed + apart)
+        self._flights += 1
+        self.events.at(self._landed, self._land, (self._life, self._ends))
+        self._ends = []
+        return apart
+
+    def _land(self, flight: tuple[int, list[tuple[Request, int]]]) -> None:
+        """A step of prompts has left the last stage."""
+        life, ends = flight
+        if life != self._life:
+            return
+        self._flights -= 1
+        self._settling = True
+        self._computed(ends)
+        self._settling = False
+        if not self._busy:
+            self._plan()
+        elif self._fresh and not self._whole:
+            self._cut()
 
     def _cut(self) -> None:
         """End the run of decode steps in progress at its next step boundary."""
@@ -281,13 +358,17 @@ class Instance:
     def _schedule(self) -> list[tuple[Request, int]]:
         """Prompt tokens of the next step: those admitted before, then new ones while budget, places and blocks last."""
         pool = self.pool
-        budget = pool.max_num_batched_tokens - (len(self.batch) if pool.chunked_prefill else 0)
+        budget = pool.max_num_batched_tokens
+        if pool.chunked_prefill and self.batch:
+            budget = budget * pool.stages - len(self.batch)  # a round: one micro-batch for each stage
         chunks: list[tuple[Request, int]] = []
         taken = False
         for request in list(self.prefilling):
             if budget <= 0 or request not in self.prefilling:
                 break
             tokens = min(request.target - request.computed, budget)
+            if not tokens:
+                continue  # on its way through the stages
             while not self._grow(request, tokens):
                 victim = self._youngest()
                 self._preempt(victim)
@@ -362,7 +443,7 @@ class Instance:
             self.owner.on_prefilled(request)
         else:
             request.decode_from = now
-            self.batch.join(request)
+            self._fresh.append(request)
 
     def _finish(self, request: Request) -> None:
         now = self.events.now
@@ -395,11 +476,11 @@ class Instance:
     # -- places and blocks
 
     def _places(self) -> int:
-        return self.pool.max_num_seqs - len(self.prefilling) - len(self.batch)
+        return self.pool.max_num_seqs - len(self.prefilling) - len(self._fresh) - len(self.batch)
 
     def _blocks(self, tokens: int, held: tuple[int, ...]) -> int:
         size = self.kv.block_size
-        return -(-tokens // size) - len(held) * self.kv.hash_tokens // size
+        return self.pool.state_blocks - (-tokens // size) - len(held) * self.kv.hash_tokens // size
 
     def _grow(self, request: Request, tokens: int) -> bool:
         more = self._blocks(request.computed + tokens, request.held) - request.blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 from hetkv.costmodel.interface import StepModel
 from hetkv.simulator.series import Series
@@ -15,7 +16,8 @@ AGGREGATED, PREFILL, DECODE = "aggregated", "prefill", "decode"
 class Pool:
     """`count` equal instances of `gpus` GPUs each. Lengths are tokens.
 
-    `kv_blocks` of `block_size` tokens each fit beside the weights. `skip_ahead` False runs every decode step as an
+    `kv_blocks` of `block_size` tokens each fit beside the weights; a request has `most_tokens` of KV at the most (None:
+    what fits). `state_blocks` of them hold a sequence's state. `skip_ahead` False runs every decode step as an
     event of its own: the same results, slowly (the tests compare the two).
     """
 
@@ -33,6 +35,7 @@ class Pool:
     chunked_prefill: bool = True
     prefix_caching: bool = False
     first_token_at: str = PREFILL
+    most_tokens: int | None = None
     skip_ahead: bool = True
     waiting: Series = field(default_factory=Series)
     running: Series = field(default_factory=Series)
@@ -44,6 +47,10 @@ class Pool:
     _lines: dict[int, StepLine] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.stages = self.model.stages
+        self.state_blocks = ceil(self.model.state_tokens / self.block_size)
+        fits = (self.kv_blocks - self.state_blocks) * self.block_size
+        self.longest = fits if self.most_tokens is None else min(fits, self.most_tokens)
         tokens = min(self.max_num_batched_tokens, 2048)
         self.seconds_per_prompt_token = self.model.step_seconds(0, 0.0, tokens, tokens * (tokens + 1) / 2) / tokens
 

@@ -11,7 +11,7 @@ from hetkv.costmodel.interface import Estimate, StepModel
 LOW, HIGH = "low", "high"
 
 
-class ScaledStepModel:
+class ScaledStepModel(StepModel):
     """`model` with all step times multiplied, so that a typical step is at the `end` of its interval.
 
     Errors of a cost model are mostly common to all steps of a kind (an efficiency that is off), hence one factor for
@@ -23,14 +23,26 @@ class ScaledStepModel:
         decode, prompt = model.step_estimate(32, 32 * 1024.0), model.step_estimate(0, 0.0, 1024, 1024 * 1025 / 2)
         self.decode_factor: float = getattr(decode, end) / decode.value
         self.prompt_factor: float = getattr(prompt, end) / prompt.value
-        self.kv_capacity_tokens = model.kv_capacity_tokens
-        self.kv_bytes_per_token = model.kv_bytes_per_token
+        self.stages = model.stages
+        self.state_bytes, self.state_tokens = model.state_bytes, model.state_tokens
+        self.kv_element_bytes = model.kv_element_bytes
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> float:
         factor = self.prompt_factor if prefill_tokens else self.decode_factor
         return factor * self.model.step_seconds(decode_batch, decode_context, prefill_tokens, prefill_pairs)
+
+    def step_share(self, decode_batch: Any, prefill_tokens: Any) -> Any:
+        return self.model.step_share(decode_batch, prefill_tokens)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.model.kv_capacity_tokens
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.model.kv_bytes_per_token
 
     def step_seconds_of(self, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
         """`step_seconds` of arrays of one shape, where `model` has it."""

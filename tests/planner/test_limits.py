@@ -10,14 +10,15 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from hetkv.planner import InfeasibleError, search, solve
 from hetkv.planner import frontier as sweep
 from hetkv.planner import milp as programme
 from hetkv.planner import replay as trace
+from hetkv.planner import search
 from hetkv.planner.calibrator import Gauge
 from hetkv.planner.columns import build_columns
 from hetkv.planner.effort import Effort
 from hetkv.planner.frontier import Frontier, Point, point
+from hetkv.planner.infeasible import InfeasibleError
 from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.output.explain import reasons
 from hetkv.planner.output.html import html
@@ -25,6 +26,7 @@ from hetkv.planner.output.terminal import CUT, show_frontier, show_replan
 from hetkv.planner.replay import Replan, window
 from hetkv.planner.search import Search
 from hetkv.planner.slo_checker import SloChecker
+from hetkv.planner.solve import solve
 from tests.planner.cases import small
 from tests.planner.test_planner import problem
 

@@ -8,9 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from hetkv.planner import InfeasibleError, Plan, parse_problem, solve
+from hetkv.planner.infeasible import InfeasibleError
+from hetkv.planner.problem import parse_problem
+from hetkv.planner.result import Plan
 from hetkv.planner.search import Search
 from hetkv.planner.slo_checker import SloChecker
+from hetkv.planner.solve import solve
 from hetkv.simulator.deployment import dump_plan, load_plan
 from tests.planner.brute_force import compare
 from tests.planner.cases import small

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetkv.costmodel import step_model
+from hetkv.costmodel import StepModel, step_model
 from hetkv.simulator.stepline import StepLine
 
 
-class Kinked:
+class Kinked(StepModel):
     """Memory time or a floor, whichever is larger, and a second, steeper memory regime: two kinks."""
 
     kv_capacity_tokens = 1_000_000

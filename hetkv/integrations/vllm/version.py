@@ -5,10 +5,10 @@ from __future__ import annotations
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from hetkv.engines import VLLM_CONNECTOR
 from hetkv.errors import BuildError
 
-SUPPORTED = ">=0.32,<0.33"
-"""What the tests of `tests/vllm` ran with. A newer minor may work, but nobody has seen it do so."""
+SUPPORTED = VLLM_CONNECTOR.versions
 
 
 def check_version(version: str | None = None) -> None:

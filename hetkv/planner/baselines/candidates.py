@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from hetkv.costmodel import RooflineStepModel, load_catalogue, load_efficiencies, model_shape
 from hetkv.errors import InputError
-from hetkv.planner.columns import sizes, steps_of
 from hetkv.planner.problem import GpuOffer, ModelSpec, Problem
 from hetkv.planner.result import Instances
+from hetkv.planner.sizes import sizes
+from hetkv.simulator.deployment import step_model_of
 
 
 class Candidate(NamedTuple):
@@ -37,17 +38,20 @@ class Candidate(NamedTuple):
 def candidates(problem: Problem, model: ModelSpec) -> list[Candidate]:
     """Every TP and PP of `model` on every offered GPU that its weights leave room on."""
     catalogue, efficiencies = load_catalogue(problem.catalogue), load_efficiencies(problem.calibration)
-    shape, engine = model_shape(model.name), problem.engine_for(model)
+    shape = model_shape(model.name)
     found = []
     for offer in problem.gpus:
-        for tp, pp in sizes(model, offer, shape) if offer.cap != 0 else ():
+        engine = problem.engine_for(model, offer)
+        for place in sizes(model, offer, shape) if offer.cap != 0 else ():
+            if place.dp > 1:
+                continue  # none of the methods knows them
             try:
-                gpu = catalogue.gpu(offer.gpu)
-                steps = steps_of(gpu, shape, tp, pp, engine, catalogue, efficiencies)
+                steps = step_model_of(engine, catalogue.gpu(offer.gpu), shape, place, catalogue, efficiencies)
             except InputError:
                 continue  # it does not fit
-            price = 1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour
-            found.append(Candidate(model.name, offer, tp, pp, engine.max_num_batched_tokens, steps, price * tp * pp))
+            price = place.gpus * (1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour)
+            size = place.tp, place.pp, engine.max_num_batched_tokens
+            found.append(Candidate(model.name, offer, *size, steps, price))
     return found
 
 

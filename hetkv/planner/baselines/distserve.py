@@ -26,6 +26,7 @@ from hetkv.planner.traffic import Mix
 from hetkv.simulator.deployment import Plan as Deployment
 from hetkv.simulator.deployment import PoolPlan
 from hetkv.simulator.request import FINISHED
+from hetkv.simulator.scaled import ScaledStepModel
 
 Phase = Literal["prefill", "decode"]
 REQUESTS = 1000
@@ -35,18 +36,17 @@ RESOLUTION = 0.02
 """Bisection ends where the bracket is this much of the rate."""
 
 
-class OnlyDecode:
+class OnlyDecode(ScaledStepModel):
     """Step times of an instance that is given its KV: prompts take no time."""
 
     def __init__(self, steps: StepModel) -> None:
-        self.steps = steps
-        self.kv_capacity_tokens, self.kv_bytes_per_token = steps.kv_capacity_tokens, steps.kv_bytes_per_token
-        self.step_estimate = steps.step_estimate
+        super().__init__(steps, "value")
+        self.stages = 1  # no prompt passes through them
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
     ) -> float:
-        return self.steps.step_seconds(decode_batch, decode_context) if decode_batch else 1e-9
+        return self.model.step_seconds(decode_batch, decode_context) if decode_batch else 1e-9
 
 
 class DistServe:

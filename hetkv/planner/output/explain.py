@@ -29,6 +29,7 @@ class PhaseValue(msgspec.Struct, frozen=True):
     gpu: str
     tp: int
     pp: int
+    dp: int
     rate: float
     rate_per_usd: float
     chosen: bool
@@ -49,8 +50,9 @@ def split(instances: Sequence[Instances]) -> str:
     several = len({i.model for i in instances}) > 1
 
     def one(i: Instances) -> str:
-        shape = f" TP{i.tp}" * (i.tp > 1) + f" PP{i.pp}" * (i.pp > 1)
-        return f"{i.count} {i.role} on {i.gpu}{shape}" + f" for {i.model}" * several
+        shape = f" TP{i.tp}" * (i.tp > 1) + f" PP{i.pp}" * (i.pp > 1) + f" DP{i.dp}" * (i.dp > 1)
+        mark = " (cannot be started)" if i.unstartable else ""
+        return f"{i.count} {i.role} on {i.gpu}{shape}{mark}" + f" for {i.model}" * several
 
     return ", ".join(one(i) for i in instances) or "nothing"
 
@@ -176,7 +178,7 @@ def phase_values(problem: Problem, plan: Plan, columns: Columns | None = None) -
         if rate <= 0:
             continue
         chosen = any((i.model, i.role, i.gpu) == (c.model, c.role, c.gpu) and i.count for i in plan.instances)
-        value = PhaseValue(c.model, c.role, c.gpu, c.tp, c.pp, rate, rate / (c.price or c.gpus), chosen)
+        value = PhaseValue(c.model, c.role, c.gpu, c.tp, c.pp, c.dp, rate, rate / (c.price or c.gpus), chosen)
         key = (c.model, c.role, c.gpu)
         if key not in best or value.rate_per_usd > best[key].rate_per_usd:
             best[key] = value

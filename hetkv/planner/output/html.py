@@ -91,11 +91,20 @@ def _rows(head: Iterable[tuple[str, str]], rows: Iterable[str]) -> str:
 
 
 def _deployment(plan: Plan) -> str:
-    head = [("role", ""), ("GPU", ""), ("model", ""), ("TP", "n"), ("PP", "n"), ("instances", "n"), ("GPUs", "n")]
+    head = [
+        ("role", ""),
+        ("GPU", ""),
+        ("model", ""),
+        ("TP", "n"),
+        ("PP", "n"),
+        ("DP", "n"),
+        ("instances", "n"),
+        ("GPUs", "n"),
+    ]
     rows = []
     for one in plan.instances:
         cells = f"<td>{one.role}</td><td>{escape(one.gpu)}</td><td>{escape(one.model)}</td>"
-        numbers = [one.tp, one.pp, one.count, one.count * one.gpus]
+        numbers = [one.tp, one.pp, one.dp, one.count, one.count * one.gpus]
         cells += "".join(f'<td class="n">{n}</td>' for n in numbers)
         cells += f'<td class="n">{"" if one.usd_per_hour is None else f"{one.count * one.usd_per_hour:,.2f}"}</td>'
         rows.append(f"<tr>{cells}</tr>")
@@ -132,7 +141,7 @@ def _values(problem: Problem, plan: Plan) -> str:
     rows = []
     for value in values:
         top = max(v.rate_per_usd for v in values if (v.model, v.role) == (value.model, value.role))
-        shape = f"TP{value.tp}" + f" PP{value.pp}" * (value.pp > 1)
+        shape = f"TP{value.tp}" + f" PP{value.pp}" * (value.pp > 1) + f" DP{value.dp}" * (value.dp > 1)
         rows.append(
             f"<tr{' class=own' if value.chosen else ''}><td>{escape(value.model)}</td><td>{value.role}</td>"
             f'<td>{escape(value.gpu)}</td><td>{shape}</td><td class="n">{value.rate:.3g}</td>'

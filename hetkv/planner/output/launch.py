@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from hetkv.costmodel import Catalogue, load_catalogue
-from hetkv.simulator.deployment import Engine, Plan, PoolPlan, engine_of
+from hetkv.costmodel import Catalogue, Placement, load_catalogue, model_shape
+from hetkv.engines import obstacle
+from hetkv.simulator.deployment import Engine, Plan, PoolPlan, engine_of, use_of
 
 ROUTER_PORT = 8000
 FIRST_PORT = {"prefill": 8100, "decode": 8200, "aggregated": 8100}
@@ -59,12 +60,17 @@ def servers(plan: Plan, engine: str, gpus_per_node: Mapping[str, int] | None = N
     `gpus_per_node` by GPU name overrides the catalogue. `InputError` where the plan names an unknown GPU.
     """
     catalogue = load_catalogue(plan.catalogue)
+    own = engine == plan.engine.name
     make = _vllm if engine == "vllm" else _sglang
     ports = dict(FIRST_PORT)
     found = []
     for pool in plan.pools:
         settings = engine_of(plan, pool)
         arguments, notes = make(plan, pool, settings)
+        settings = msgspec.structs.replace(settings, name=engine, version=settings.version if own else None)
+        use = use_of(settings, Placement(pool.tp, pool.pp, pool.dp), model_shape(plan.model), pool.role in KV_ROLES)
+        if why := obstacle(use):
+            notes = [f"CANNOT BE STARTED: {why}", *notes]
         node = (gpus_per_node or {}).get(catalogue.gpu(pool.gpu).name) or _node(catalogue, pool.gpu)
         nodes = -(-pool.gpus // node)
         per_node = -(-pool.gpus // nodes)

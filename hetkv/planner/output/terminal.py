@@ -63,6 +63,7 @@ def _deployment(console: Console, plan: Plan) -> None:
         "GPU",
         "TP",
         "PP",
+        "DP",
         "instances",
         "GPUs",
         *(["USD/hour"] if priced else []),
@@ -70,7 +71,7 @@ def _deployment(console: Console, plan: Plan) -> None:
     ]
     table = _table(head, *columns, left=2)
     for one in plan.instances:
-        cells = [one.role, one.gpu, str(one.tp), str(one.pp), str(one.count), str(one.count * one.gpus)]
+        cells = [one.role, one.gpu, str(one.tp), str(one.pp), str(one.dp), str(one.count), str(one.count * one.gpus)]
         if priced:
             cells.append(f"{one.count * (one.usd_per_hour or 0.0):,.2f}")
         table.add_row(*cells, *([one.model] * several))
@@ -116,7 +117,7 @@ def _values(console: Console, problem: Problem, plan: Plan) -> None:
     columns = ["role", "GPU", "best size", "requests/s each", f"per {unit}", ""]
     table = _table(f"What each GPU is worth (large pools, requests/s per {unit})", *columns, left=2)
     for value in phase_values(problem, plan):
-        shape = f"TP{value.tp}" + f" PP{value.pp}" * (value.pp > 1)
+        shape = f"TP{value.tp}" + f" PP{value.pp}" * (value.pp > 1) + f" DP{value.dp}" * (value.dp > 1)
         cells = [f"{value.rate:.3g}", f"{value.rate_per_usd:.3g}", "[green]chosen[/]" if value.chosen else ""]
         table.add_row(f"{value.model} {value.role}" if several else value.role, value.gpu, shape, *cells)
     console.print(table)
