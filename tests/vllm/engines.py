@@ -6,6 +6,7 @@ import atexit
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.engine.arg_utils import EngineArgs
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 DTYPE = "float32" if torch.cpu._is_amx_tile_supported() else "bfloat16"
@@ -69,6 +70,8 @@ class Output(NamedTuple):
     """`kv_transfer_params` of a producer's answer."""
     computed: int
     """Tokens that the model ran for here: prompt and output."""
+    choices: list[list[int]]
+    """Tokens of each choice, where several were asked for."""
 
 
 class Core:
@@ -132,14 +135,25 @@ class Core:
             if output.finished:
                 first = output.outputs[0]
                 # vLLM's own request ids are ours with a suffix.
-                computed = sum(n for name, n in self.computed.items() if name.startswith(output.request_id + "-"))
+                own = re.compile(r"(\d+_)?" + re.escape(output.request_id) + "-")
+                computed = sum(n for name, n in self.computed.items() if own.match(name))
+                choices = [list(choice.token_ids) for choice in output.outputs]
                 self.outputs[output.request_id] = Output(
-                    list(first.token_ids), first.finish_reason, output.kv_transfer_params, computed
+                    list(first.token_ids), first.finish_reason, output.kv_transfer_params, computed, choices
                 )
 
-    def add(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> None:
-        extra = {"kv_transfer_params": params} if params is not None else None
-        options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+    def add(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None, n: int) -> None:
+        """`n` choices, each of the most probable tokens: vLLM wants sampling where they are several."""
+        options = SamplingParams(
+            n=n,
+            temperature=float(n > 1),
+            top_k=1,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": params} if params is not None else None,
+        )
         self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, options)
 
     def take(self, name: str) -> Output | None:
@@ -264,11 +278,13 @@ class Engine:
         self._pipe.send((method, arguments))
         return self._receive(method)
 
-    def add(self, prompt: list[int], tokens: int = 12, params: dict[str, Any] | None = None) -> str:
-        """Queue a request; returns its id."""
+    def add(
+        self, prompt: list[int], tokens: int = 12, params: dict[str, Any] | None = None, *, n: int = 1, name: str = ""
+    ) -> str:
+        """Queue a request; returns its id, which is `name` where one is given."""
         self._count += 1
-        name = f"{id(self)}-{self._count}"
-        self.call("add", name, prompt, tokens, params)
+        name = name or f"{id(self)}-{self._count}"
+        self.call("add", name, prompt, tokens, params, n)
         return name
 
     def wait(self, name: str) -> Output:

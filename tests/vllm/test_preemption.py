@@ -22,6 +22,7 @@ from hetkv.integrations.vllm.scheduler import SchedulerSide
 from hetkv.integrations.vllm.sending import Outgoing, Sending
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
+from hetkv.transport.content import content_digest
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 
@@ -30,6 +31,7 @@ SECRET = b"a secret of this test alone."
 BLOCK, TOKENS = 16, 128
 HALF, BLOCKS = TOKENS // 2, [list(range(TOKENS // BLOCK))]
 WAIT_S = 20.0
+CONTENT = content_digest(range(TOKENS))
 
 
 class Ranks:
@@ -93,7 +95,7 @@ def test_ranks_that_are_done_beside_one_that_is_not(handed: list[int], asked: li
         consumers = [Loading(node(Receiver, "d", caches), caches, HetKVStats(), lambda: None) for caches in theirs]
         for consumer in consumers:
             stack.callback(consumer.close)
-        loads = [Load("r", "t", "p", addresses, 0, stop, (BLOCKS[0][: stop // BLOCK],)) for stop in asked]
+        loads = [Load("r", "t", CONTENT, "p", addresses, 0, stop, (BLOCKS[0][: stop // BLOCK],)) for stop in asked]
         done: list[int] = []
         pending = list(range(len(asked)))
 
@@ -116,7 +118,9 @@ def test_ranks_that_are_done_beside_one_that_is_not(handed: list[int], asked: li
                 time.sleep(0.001)
 
         def compute(producer: Sending, stop: int) -> None:
-            producer.begin_step(Metadata(computing=[Send("r", "t", TOKENS, stop, (BLOCKS[0],))], computes=True))
+            producer.begin_step(
+                Metadata(computing=[Send("r", "t", CONTENT, TOKENS, stop, (BLOCKS[0],))], computes=True)
+            )
             producer.end_step()
 
         for caches, producer, stop in zip(ours, producers, handed, strict=True):
@@ -132,7 +136,7 @@ def test_ranks_that_are_done_beside_one_that_is_not(handed: list[int], asked: li
         for caches, producer in zip(ours, producers, strict=True):
             fill(caches, 2.0)
             compute(producer, TOKENS)
-            producer.begin_step(Metadata(held=[Send("r", "t", TOKENS, TOKENS, (BLOCKS[0],))]))
+            producer.begin_step(Metadata(held=[Send("r", "t", CONTENT, TOKENS, TOKENS, (BLOCKS[0],))]))
         free: set[int] = set()
 
         def let_go() -> bool:
@@ -155,10 +159,10 @@ def test_a_request_that_was_given_up_stays_ended_when_it_is_preempted() -> None:
     ):
         producer = Sending(sender, ours, HetKVStats(), lambda: None, lambda statements: statements)
         receiver.connect(sender.listen("127.0.0.1:0"))
-        first = Send("r", "t", TOKENS, HALF, (BLOCKS[0][: HALF // BLOCK],))
+        first = Send("r", "t", CONTENT, TOKENS, HALF, (BLOCKS[0][: HALF // BLOCK],))
         producer.begin_step(Metadata(computing=[first]))
         producer.end_step()
-        reception = receiver.receive("t", BLOCKS, TOKENS)
+        reception = receiver.receive("t", BLOCKS, TOKENS, content=CONTENT)
         deadline = time.monotonic() + WAIT_S
         while receiver.stats()["payload_bytes"] == 0:
             assert time.monotonic() < deadline
@@ -169,9 +173,9 @@ def test_a_request_that_was_given_up_stays_ended_when_it_is_preempted() -> None:
         assert given_up.future.exception(WAIT_S) is not None
         producer.preempt(Metadata(preempted={"r"}))
         shuffled = (BLOCKS[0][::-1],)
-        producer.begin_step(Metadata(computing=[Send("r", "t", TOKENS, TOKENS, shuffled)]))
+        producer.begin_step(Metadata(computing=[Send("r", "t", CONTENT, TOKENS, TOKENS, shuffled)]))
         producer.end_step()
-        producer.begin_step(Metadata(held=[Send("r", "t", TOKENS, TOKENS, shuffled)]))
+        producer.begin_step(Metadata(held=[Send("r", "t", CONTENT, TOKENS, TOKENS, shuffled)]))
         assert producer.poll(set()) == {"r"}
 
 
@@ -205,7 +209,7 @@ def test_a_rank_that_runs_out_of_time_raises_on_all(monkeypatch: pytest.MonkeyPa
 
 def test_repeated_loads_are_let_go_by_ranks_that_are_done() -> None:
     side = SchedulerSide("d", cast(Any, SimpleNamespace(transfer_groups=[])), producer=False, consumer=True)
-    load = Load("r", "t", "p", ("127.0.0.1:1",), 16, 64, ([1, 2], [3]))
+    load = Load("r", "t", CONTENT, "p", ("127.0.0.1:1",), 16, 64, ([1, 2], [3]))
     side._loading["r"] = load
     told = Repeated({"r"}).aggregate(Repeated({"ended"}))
     side.on_output(
@@ -224,7 +228,7 @@ def test_only_loads_that_fill_blocks_wait_for_the_device(monkeypatch: pytest.Mon
     receiver: Any = SimpleNamespace(device=SimpleNamespace(torch="cuda:0"), config=SimpleNamespace(lease_s=1.0))
     loading = Loading(receiver, cast(Any, None), HetKVStats(), lambda: None)
     monkeypatch.setattr(loading, "_link", lambda _: Future())
-    load = Load("r", "t", "p", (), 0, 16, ([1],))
+    load = Load("r", "t", CONTENT, "p", (), 0, 16, ([1],))
     loading.begin(Metadata(loads=[load.let_go]))
     assert not waits
     loading.begin(Metadata(loads=[load]))

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from hetkv.integrations.vllm.content import check_hashes
 from hetkv.integrations.vllm.metadata import Blocks, Metadata, WorkerAddress
 from hetkv.integrations.vllm.metrics import HetKVPromMetrics, HetKVStats
 from hetkv.integrations.vllm.scheduler import SchedulerSide
@@ -44,6 +45,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
         settings = Settings.parse(transfer.kv_connector_extra_config)
+        check_hashes(vllm_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -54,6 +56,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
                 transfer.is_kv_producer,
                 transfer.is_kv_consumer,
                 paced=vllm_config.parallel_config.data_parallel_size == 1,
+                prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             )
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, settings)

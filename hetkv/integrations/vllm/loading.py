@@ -154,23 +154,24 @@ class Loading:
         groups = len(load.blocks)
         cached = [load.stop if incoming.aborted else load.cached] * groups
         incoming.reception = self._receiver.receive(
-            load.transfer_id,
+            load.name,
             self._caches.blocks(load.blocks) if cached[0] < load.stop else [[] for _ in range(groups)],
             load.stop,
             num_cached_tokens=cached,
             src_instance=load.source,
             lease_s=max(0.001, incoming.deadline - time.monotonic()),
+            content=load.content,
         )
         incoming.reception.future.add_done_callback(lambda _: self._changed())
 
     def _fail(self, incoming: Incoming, error: HetkvError, results: Results) -> None:
         if not incoming.load.awaited:
-            _log.warning("transfer %s: the producer was not let go: %s", incoming.load.transfer_id, error)
+            _log.warning("transfer %s: the producer was not let go: %s", incoming.load.name, error)
             return
         if incoming.aborted:
             return
         load = incoming.load
-        _log.warning("request %s, transfer %s: %s: %s", load.request_id, load.transfer_id, type(error).__name__, error)
+        _log.warning("request %s, transfer %s: %s: %s", load.request_id, load.name, type(error).__name__, error)
         self._stats.add("failed_loads")
         results.failed.append(load)
 

@@ -19,7 +19,9 @@ class Send:
     """A producer's request: tokens `[0, stop)` of it are, or will be after this step, in `blocks`."""
 
     request_id: str
-    transfer_id: str
+    name: str
+    """Of the sequence on the wire: `Sequence.name`."""
+    content: bytes
     num_tokens: int
     """Tokens of the whole prompt."""
     stop: int
@@ -31,7 +33,9 @@ class Load:
     """A consumer's request: tokens `[cached, stop)` are asked for; none where the producer is only let go."""
 
     request_id: str
-    transfer_id: str
+    name: str
+    """Of the sequence on the wire: `Sequence.name`."""
+    content: bytes
     source: str
     """Engine id of the producer."""
     addresses: tuple[str, ...]
@@ -64,7 +68,7 @@ class Metadata(KVConnectorMetadata):
     dropped: set[str] = field(default_factory=set)
     """Requests that ended otherwise while their layers were leaving: blocks are held until nothing reads them."""
     rejected: list[str] = field(default_factory=list)
-    """Mode `concurrent`: transfer ids of requests that ended before anything of them was computed."""
+    """Mode `concurrent`: names of sequences that ended before anything of them was computed."""
     loads: list[Load] = field(default_factory=list)
     aborted_loads: set[str] = field(default_factory=set)
     computes: bool = False

@@ -6,9 +6,8 @@
 | `rendezvous` | producer | `prefill_first` (default) or `concurrent` |
 | `describe` | producer | only answer who this is; nothing is kept |
 | `do_remote_prefill` | consumer | load the prompt's KV |
-| `transfer_id` | both | the router's name of the request; the producer makes one where the router gave none |
+| `transfer_id` | both | the router's name of the request, with all its prompts; without one the producer makes it |
 | `remote_engine_id`, `remote_addresses` | consumer | who has the KV, and where its ranks listen |
-| `remote_num_tokens` | consumer | tokens that it has, where that is known already |
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class Consume(msgspec.Struct, frozen=True):
     transfer_id: str
     remote_engine_id: str
     remote_addresses: tuple[str, ...]
-    remote_num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("transfer_id", "remote_engine_id"):
@@ -51,8 +49,6 @@ class Consume(msgspec.Struct, frozen=True):
             raise InputError(f"remote_addresses must have 1 to {MAX_RANKS} entries")
         for address in self.remote_addresses:
             Address.parse(address)
-        if self.remote_num_tokens is not None and self.remote_num_tokens < 0:
-            raise InputError(f"remote_num_tokens is {self.remote_num_tokens}")
 
 
 def check_text(name: str, text: str) -> None:

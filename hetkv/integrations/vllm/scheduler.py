@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,9 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpec
 from vllm.v1.request import RequestStatus
 
 from hetkv.errors import InputError
+from hetkv.integrations.vllm.content import content_of
 from hetkv.integrations.vllm.metadata import Blocks, Load, Metadata, Repeated, Send, WorkerAddress
+from hetkv.integrations.vllm.naming import Claims, Sequence, TransferIds
 from hetkv.integrations.vllm.params import Consume, consume, produce
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ _log = logging.getLogger(__name__)
 IDLE_SHARE, MAX_IDLE_S = 1 / 16, 0.005
 """An engine that only waits sleeps this share of the time it has waited, so that it leaves the processor to others and
 is told of the end at most that much later; and never longer than the second, in which a new request may come."""
-LOCAL = "_hetkv_local_tokens"
-"""Where a request keeps how many tokens the consumer's own prefix cache had, between two calls of the scheduler."""
 
 
 @dataclass
@@ -37,7 +36,13 @@ class Producing:
 
     request: Request
     transfer_id: str
+    """What the router knows it by."""
+    name: str
+    """Of the sequence on the wire: `Sequence.name`."""
+    content: bytes
     concurrent: bool
+    kept: bool
+    """Its KV is sent. Not where another choice of the same prompt serves for all."""
     sent: int = 0
     """Mode `concurrent`: tokens whose layers the workers were told to send."""
 
@@ -46,7 +51,14 @@ class SchedulerSide:
     """All of it runs in the scheduler's thread. Nothing here talks to a peer, and nothing a client sends may raise."""
 
     def __init__(
-        self, engine_id: str, cache_config: KVCacheConfig, producer: bool, consumer: bool, *, paced: bool = True
+        self,
+        engine_id: str,
+        cache_config: KVCacheConfig,
+        producer: bool,
+        consumer: bool,
+        *,
+        paced: bool = True,
+        prefix_caching: bool = False,
     ) -> None:
         """`paced`: an engine that only waits may sleep. Not where others step with it, as in data parallelism."""
         self._engine_id, self._paced = engine_id, paced
@@ -54,9 +66,16 @@ class SchedulerSide:
         self._producer, self._consumer = producer, consumer
         self._addresses: tuple[str, ...] = ()
         self._next = Metadata()
+        self._transfer_ids = TransferIds()
+        self._sends, self._loads = Claims(), Claims()
         self._producing: dict[str, Producing] = {}
         self._held: set[str] = set()
         self._loading: dict[str, Load] = {}
+        self._prefix_caching = prefix_caching
+        self._cached: dict[str, int] = {}
+        """Consumer's requests: tokens that its own prefix cache had, between two calls of the scheduler."""
+        self._settled: set[str] = set()
+        """Consumer's requests whose `do_remote_prefill` has been seen to."""
         self._idle_since: float | None = None
         specs = [
             inner
@@ -72,6 +91,8 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         """Note a request that is computed for a consumer."""
+        if request.request_id in self._producing:
+            return
         try:
             wanted = produce(request.kv_transfer_params)
         except InputError as error:
@@ -82,21 +103,38 @@ class SchedulerSide:
         if not self._producer:
             _log.warning("request %s: do_remote_decode, but this instance is no producer", request.request_id)
             return
-        if self._windows:
-            drop_last_token(request)
-        transfer_id = wanted.transfer_id or uuid.uuid4().hex
-        self._producing[request.request_id] = Producing(request, transfer_id, wanted.rendezvous == "concurrent")
+        sequence = Sequence.of(request.request_id)
+        transfer_id = wanted.transfer_id or self._transfer_ids.of(sequence)
+        name = sequence.name(transfer_id)
+        kept = not self._sends.taken(name, sequence)
+        content, concurrent = content_of(request), wanted.rendezvous == "concurrent"
+        self._producing[request.request_id] = Producing(request, transfer_id, name, content, concurrent, kept)
+        if kept:
+            self._sends.take(name, sequence)
+            if self._windows:
+                drop_last_token(request)
 
-    def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens that the producer has and this consumer lacks: all but the prompt's last, which is always computed."""
+    def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that the producer has and this consumer lacks: all but the prompt's last, which is always computed.
+
+        `None` where that is not known yet: a further choice of a prompt waits for the first one's KV, to find it in the
+        prefix cache. Without such a cache it computes the prompt.
+        """
         remote = self._remote(request)
-        if remote is None or self._loads(remote):
-            return 0, False  # a second choice of the same prompt computes it, or finds it in the prefix cache
-        count = last_token(request, remote) - num_computed_tokens
+        if remote is None:
+            return 0, False
+        sequence = Sequence.of(request.request_id)
+        name = sequence.name(remote.transfer_id)
+        taken = self._loads.taken(name, sequence)
+        if self._is_loading(name):
+            waits = taken and self._prefix_caching and not request.skip_reading_prefix_cache
+            return (None if waits else 0), False
+        if taken:
+            return 0, False
+        count = last_token(request) - num_computed_tokens
         if count <= 0:
             return 0, False
-        assert request.kv_transfer_params is not None
-        request.kv_transfer_params[LOCAL] = num_computed_tokens
+        self._cached[request.request_id] = num_computed_tokens
         return count, True
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -104,14 +142,13 @@ class SchedulerSide:
         remote = self._remote(request)
         if remote is None:
             return
-        assert request.kv_transfer_params is not None
-        request.kv_transfer_params["do_remote_prefill"] = False
-        cached = request.kv_transfer_params.pop(LOCAL, None)
-        if self._loads(remote):
-            return
+        self._settled.add(request.request_id)
+        cached = self._cached.pop(request.request_id, None)
         if num_external_tokens == 0 or cached is None:
             self._let_go(request, remote)
             return
+        sequence = Sequence.of(request.request_id)
+        self._loads.take(sequence.name(remote.transfer_id), sequence)
         ids = self._cache_config.select_transfer_block_ids(blocks.get_block_ids())
         load = self._loading[request.request_id] = _load(request, remote, cached, cached + num_external_tokens, ids)
         self._next.loads.append(load)
@@ -129,7 +166,7 @@ class SchedulerSide:
                 meta.preempted.add(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             producing = self._producing.get(request_id)
-            if producing is None or not producing.concurrent:
+            if producing is None or not producing.concurrent or not producing.kept:
                 continue
             prompt = producing.request.num_prompt_tokens
             stop = min(producing.request.num_computed_tokens + count, prompt)
@@ -139,7 +176,7 @@ class SchedulerSide:
             blocks = output.kv_connector_block_state.get_block_ids(request_id)
             assert blocks is not None
             ids = self._cache_config.select_transfer_block_ids(blocks)
-            meta.computing.append(Send(request_id, producing.transfer_id, prompt, stop, _copy(ids)))
+            meta.computing.append(Send(request_id, producing.name, producing.content, prompt, stop, _copy(ids)))
             producing.sent = stop
         self._pace(meta)
         return meta
@@ -148,23 +185,26 @@ class SchedulerSide:
         """Whether the request's blocks must stay, and what the router is told."""
         self._forget_load(request)
         if self._asks_who(request):
-            return False, self._answer(None, 0)
+            return False, self._answer(None)
         producing = self._producing.pop(request.request_id, None)
         if producing is None:
             return False, None
         computed = min(request.num_computed_tokens, request.num_prompt_tokens)
         done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         if done and computed == request.num_prompt_tokens:
-            ids = _copy(self._cache_config.select_transfer_block_ids(block_ids))
-            self._next.held.append(Send(request.request_id, producing.transfer_id, computed, computed, ids))
-            self._held.add(request.request_id)
-            return True, self._answer(producing.transfer_id, computed)
+            answer = self._answer(producing.transfer_id)
+            if producing.kept:
+                ids = _copy(self._cache_config.select_transfer_block_ids(block_ids))
+                send = Send(request.request_id, producing.name, producing.content, computed, computed, ids)
+                self._next.held.append(send)
+                self._held.add(request.request_id)
+            return producing.kept, answer
         if producing.sent:
             self._next.dropped.add(request.request_id)
             self._held.add(request.request_id)
             return True, None
-        if producing.concurrent:
-            self._next.rejected.append(producing.transfer_id)
+        if producing.concurrent and producing.kept:
+            self._next.rejected.append(producing.name)
         return False, None
 
     def on_output(self, output: KVConnectorOutput) -> None:
@@ -194,6 +234,9 @@ class SchedulerSide:
         time.sleep(min(MAX_IDLE_S, IDLE_SHARE * (now - self._idle_since)))
 
     def _remote(self, request: Request) -> Consume | None:
+        """What the request asks for and has not got an answer to."""
+        if request.request_id in self._settled:
+            return None
         try:
             remote = consume(request.kv_transfer_params)
         except InputError as error:
@@ -202,17 +245,21 @@ class SchedulerSide:
         if remote is not None and not self._consumer:
             _log.warning("request %s: do_remote_prefill, but this instance is no consumer", request.request_id)
             remote = None
-        if remote is None and request.kv_transfer_params:
-            request.kv_transfer_params["do_remote_prefill"] = False
+        if remote is None:
+            self._settled.add(request.request_id)
         return remote
 
-    def _loads(self, remote: Consume) -> bool:
-        """Whether a request of this transfer is being loaded."""
-        return any(load.transfer_id == remote.transfer_id for load in self._loading.values())
+    def _is_loading(self, name: str) -> bool:
+        return any(load.name == name for load in self._loading.values())
 
     def _let_go(self, request: Request, remote: Consume) -> None:
-        """The producer may have its blocks back: this consumer needs nothing of them."""
-        stop = max(1, last_token(request, remote))
+        """The producer may have its blocks back: this consumer needs nothing of them. Said once for all choices."""
+        sequence = Sequence.of(request.request_id)
+        name = sequence.name(remote.transfer_id)
+        if self._loads.taken(name, sequence) or self._is_loading(name):
+            return
+        self._loads.take(name, sequence)
+        stop = max(1, last_token(request))
         empty: Blocks = tuple([] for _ in self._cache_config.transfer_groups)
         self._next.loads.append(_load(request, remote, stop, stop, empty))
 
@@ -222,10 +269,9 @@ class SchedulerSide:
             self._next.aborted_loads.add(request.request_id)
         remote = self._remote(request)
         if remote is not None:
-            assert request.kv_transfer_params is not None
-            request.kv_transfer_params["do_remote_prefill"] = False
-            if not self._loads(remote):
-                self._let_go(request, remote)
+            self._let_go(request, remote)
+        self._cached.pop(request.request_id, None)
+        self._settled.discard(request.request_id)
 
     def _asks_who(self, request: Request) -> bool:
         try:
@@ -234,7 +280,7 @@ class SchedulerSide:
             return False
         return wanted is not None and wanted.describe and self._producer
 
-    def _answer(self, transfer_id: str | None, num_tokens: int) -> dict[str, Any]:
+    def _answer(self, transfer_id: str | None) -> dict[str, Any]:
         """`kv_transfer_params` of a producer's response, as a consumer takes them."""
         return {
             "do_remote_prefill": True,
@@ -242,14 +288,12 @@ class SchedulerSide:
             "transfer_id": transfer_id,
             "remote_engine_id": self._engine_id,
             "remote_addresses": list(self._addresses),
-            "remote_num_tokens": num_tokens,
         }
 
 
-def last_token(request: Request, remote: Consume) -> int:
-    """Where the load stops: before the prompt's last token, or where the producer's KV ends."""
-    stop = int(request.num_prompt_tokens) - 1
-    return stop if remote.remote_num_tokens is None else min(stop, remote.remote_num_tokens)
+def last_token(request: Request) -> int:
+    """Where the load stops: before the prompt's last token."""
+    return int(request.num_prompt_tokens) - 1
 
 
 def drop_last_token(request: Request) -> None:
@@ -258,10 +302,8 @@ def drop_last_token(request: Request) -> None:
     vLLM frees the blocks of a sliding window that the *next* token does not see. The consumer computes the prompt's
     last token itself, and that one sees a token further back; so it must be the producer's next token.
     """
-    params = request.kv_transfer_params
-    if params is None or params.get("_hetkv_shortened") or request.num_prompt_tokens < 2:
+    if request.num_prompt_tokens < 2:
         return
-    params["_hetkv_shortened"] = True
     if request.prompt_token_ids is not None:
         del request.prompt_token_ids[-1:]
     elif request.prompt_embeds is not None:
@@ -274,7 +316,8 @@ def drop_last_token(request: Request) -> None:
 def _load(request: Request, remote: Consume, cached: int, stop: int, blocks: Blocks) -> Load:
     return Load(
         request.request_id,
-        remote.transfer_id,
+        Sequence.of(request.request_id).name(remote.transfer_id),
+        content_of(request),
         remote.remote_engine_id,
         remote.remote_addresses,
         cached,

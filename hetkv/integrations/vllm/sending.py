@@ -100,8 +100,8 @@ class Sending:
         for request_id in meta.dropped:
             self._out.setdefault(request_id, Outgoing(None)).held_since = time.monotonic()
             self._abort(self._out[request_id], "the request ended before its prefill was done")
-        for transfer_id in meta.rejected:
-            self._sender.reject(transfer_id, OVER)
+        for name in meta.rejected:
+            self._sender.reject(name, OVER)
 
     def send_layer(self, name: str) -> None:
         """A layer of this step is computed."""
@@ -143,7 +143,7 @@ class Sending:
     def _open(self, send: Send) -> Outgoing:
         blocks = self._caches.blocks(send.blocks)
         try:
-            tx = self._sender.send(send.transfer_id, blocks, send.num_tokens, hold_s=NO_LIMIT_S)
+            tx = self._sender.send(send.name, blocks, send.num_tokens, hold_s=NO_LIMIT_S, content=send.content)
         except HetkvError as error:
             _log.error("request %s: %s", send.request_id, error)
             self._stats.add("failed_sends")
