@@ -42,7 +42,7 @@ def token_bytes(layer: LayerSpec, conversions: Mapping[str, Conversion], num_hea
     total = 0
     for segment in layer.segments:
         how = conversions[segment.name]
-        for size in (segment.channels * how.wire.itemsize, how.groups * FLOAT32_BYTES):
+        for size in (segment.channels * how.wire.itemsize, how.scale_groups * FLOAT32_BYTES):
             total += -(-num_heads * size // PART_ALIGNMENT) * PART_ALIGNMENT
     return total
 
@@ -81,7 +81,7 @@ def check_minor(mine: Description, minor: int) -> None:
         return
     for group in mine.layers:
         for name, part in group.layout.segments.items():
-            if part.groups:
+            if part.scale_groups:
                 field = f"layers[{group.layers[0]}].{name}.scale"
                 raise IncompatibleError(field, scale_text(part), f"version 1.{minor}", "it carries static scales only")
 
@@ -124,7 +124,7 @@ def _check_layer(sender: Description, receiver: Description, layer: int, heads: 
         if spec.kind == "state" and not (src.dtype is dst.dtype is DType.UINT8):
             why = "state is opaque bytes, uint8"
             raise IncompatibleError(f"{name}.dtype", src.dtype.value, dst.dtype.value, why)
-        if minor < SCALES_SINCE and (src.groups or dst.groups):
+        if minor < SCALES_SINCE and (src.scale_groups or dst.scale_groups):
             why = f"version 1.{minor}, the lower of the two sides', carries static scales only"
             raise IncompatibleError(f"{name}.scale", scale_text(src), scale_text(dst), why)
     routed = [heads]
@@ -135,7 +135,7 @@ def _check_layer(sender: Description, receiver: Description, layer: int, heads: 
             _check_alike(sender, receiver, layer, sharing)
     for part in routed:
         found = layer_conversions(sender, receiver, layer, part)
-    count = len(found) + sum(how.groups > 0 for how in found.values())
+    count = len(found) + sum(how.scale_groups > 0 for how in found.values())
     if count > MAX_PARTS:
         mine, theirs = (", ".join(f"{name} {scale_text(part)}" for name, part in side.items()) for side in sides)
         raise IncompatibleError("scale", mine, theirs, f"a frame holds {MAX_PARTS} segments and scales, not {count}")

@@ -50,7 +50,7 @@ class Conversion(NamedTuple):
     """Wire value = pool value of the sender x this: its scale over the wire's scale."""
     unpack: tuple[float, ...] | None
     """Pool value of the receiver = wire value x this: the wire's scale over its scale."""
-    groups: int = 0
+    scale_groups: int = 0
     """Scales of each token and head that travel with the codes; 0: none."""
     pack_scales: ScaleStep = ""
     unpack_scales: ScaleStep = ""
@@ -92,7 +92,7 @@ def segment_conversion(
 
     Raises `IncompatibleError` where the dtypes do not convert or the receiver cannot hold the scales.
     """
-    if src.groups or dst.groups:
+    if src.scale_groups or dst.scale_groups:
         return _with_scales_in_memory(src, dst, heads, src_heads, dst_heads)
     wire = wire_dtype(src.dtype, dst.dtype)
     if wire is None:
@@ -127,22 +127,22 @@ def static_scales(part: SegmentLayout, heads: Interval, held: Interval) -> list[
 
 def scale_text(part: SegmentLayout) -> str:
     """A layout's scales in words, as errors name them."""
-    if not part.groups:
+    if not part.scale_groups:
         return f"static {list(part.scale.values)}" if part.scale is not None else "none"
     per = "token" if part.shares_scales else "token and head"
-    return f"in memory, per {per}" + (f", {part.groups} groups of channels" if part.groups > 1 else "")
+    return f"in memory, per {per}" + (f", {part.scale_groups} groups of channels" if part.scale_groups > 1 else "")
 
 
 def _with_scales_in_memory(
     src: SegmentLayout, dst: SegmentLayout, heads: Interval, src_heads: Interval, dst_heads: Interval
 ) -> Conversion:
-    exact = [DType.UINT8] + [DType.INT8] * (not all(p.groups for p in (src, dst) if p.dtype is DType.INT8))
+    exact = [DType.UINT8] + [DType.INT8] * (not all(p.scale_groups for p in (src, dst) if p.dtype is DType.INT8))
     wire = wire_dtype(src.dtype, dst.dtype, exact)
     if wire is None:
         raise _unlike_dtypes(src, dst)
     if src.dtype is dst.dtype:
         wire = src.dtype  # also an fnuz dtype: only its own kind reads it
-    if src.groups:
+    if src.scale_groups:
         return _from_scales(src, dst, wire, heads, src_heads, dst_heads)
     source = static_scales(src, heads, src_heads)
     whole = dst.heads == 1 or not dst.shares_scales or heads == dst_heads
@@ -153,7 +153,7 @@ def _with_scales_in_memory(
         assert factor is not None  # the wire has the receiver's dtype, or its OCP twin
         _check_normal(source, source, scale_text(dst), "a static scale is not a normal float32")
         return Conversion(
-            wire, _multipliers(source), _constant(1 / factor, heads), dst.groups, "quantise", "keep", factor,
+            wire, _multipliers(source), _constant(1 / factor, heads), dst.scale_groups, "quantise", "keep", factor,
             joint=dst.shares_scales,
         )  # fmt: skip
     on_wire = source if wire is src.dtype else [scale * _TWIN_SCALE[src.dtype] for scale in source]
@@ -169,7 +169,7 @@ def _from_scales(
     src: SegmentLayout, dst: SegmentLayout, wire: DType, heads: Interval, src_heads: Interval, dst_heads: Interval
 ) -> Conversion:
     """The sender's scales travel with its codes."""
-    if not dst.groups:
+    if not dst.scale_groups:
         if dst.dtype is DType.INT8:
             raise IncompatibleError(
                 "scale", scale_text(src), scale_text(dst), "int8 without scales in memory cannot hold the sender's"
@@ -177,16 +177,16 @@ def _from_scales(
         target = static_scales(dst, heads, dst_heads)
         unpack = _ratio([1.0] * heads.size, target)
         _check_normal(unpack or (), scale_text(src), target)
-        return Conversion(wire, None, unpack, src.groups, "keep", "apply")
+        return Conversion(wire, None, unpack, src.scale_groups, "keep", "apply")
     factor = _factor(wire, dst.dtype)
     shared_alike = src.shares_scales and src_heads.start <= dst_heads.start and dst_heads.stop <= src_heads.stop
-    if factor is not None and src.groups == dst.groups and (not dst.shares_scales or shared_alike):
-        return Conversion(wire, None, _constant(1 / factor, heads), src.groups, "keep", "keep", factor)
+    if factor is not None and src.scale_groups == dst.scale_groups and (not dst.shares_scales or shared_alike):
+        return Conversion(wire, None, _constant(1 / factor, heads), src.scale_groups, "keep", "keep", factor)
     if dst.shares_scales and heads != dst_heads:
         raise _shared(src, dst)
-    if src.groups % dst.groups and dst.groups % src.groups:
+    if src.scale_groups % dst.scale_groups and dst.scale_groups % src.scale_groups:
         raise IncompatibleError("scale", scale_text(src), scale_text(dst), "one side's groups divide the other's")
-    return Conversion(wire, None, None, src.groups, "keep", "quantise", joint=dst.shares_scales)
+    return Conversion(wire, None, None, src.scale_groups, "keep", "quantise", joint=dst.shares_scales)
 
 
 def _factor(src: DType, dst: DType) -> float | None:

@@ -23,5 +23,5 @@ class LayerMemory(NamedTuple):
         size = self.layout.block_size
         for name, part in self.layout.segments.items():
             yield name, part.extent(size, self.num_blocks)
-            if part.groups and part.scale is not None:
+            if part.scale_groups and part.scale is not None:
                 yield f"{name}.scale" if part.scale.apart else name, part.scales.extent(size, self.num_blocks)

@@ -50,15 +50,15 @@ class KVPool:
             raise InputError(f"a pool lies on one device, not on {', '.join(devices)}")
         self.device = devices[0] if devices else "cpu"
         """`cpu`, or `cuda` or `hip` with an index where it is known, such as `cuda:0`."""
-        self.groups: dict[int, Paging] = {}
+        self.cache_groups: dict[int, Paging] = {}
         """Of each cache group that has layers here."""
         for layer, at in self.layers.items():
             self._check(layer, at)
             group, paging = spec.group_of(layer), Paging(at.layout.block_size, at.num_blocks)
-            if self.groups.setdefault(group, paging) != paging:
+            if self.cache_groups.setdefault(group, paging) != paging:
                 raise InputError(
                     f"layer {layer} has {paging[1]} blocks of {paging[0]} tokens, its cache group {group} has "
-                    f"{self.groups[group][1]} of {self.groups[group][0]}"
+                    f"{self.cache_groups[group][1]} of {self.cache_groups[group][0]}"
                 )
 
     @classmethod
@@ -166,7 +166,7 @@ class KVPool:
             if memory.readonly:
                 raise InputError(f"layer {layer}, segment {name!r}: read-only memory cannot be received into")
         self._check_mapped(write=True)
-        for group in self.groups:
+        for group in self.cache_groups:
             both = overlapping(self._pieces(group))
             if both is not None and both[0] is both[1]:
                 raise InputError(f"{both[0].name}: its elements overlap each other, or have strides that do not nest")
@@ -178,9 +178,9 @@ class KVPool:
 
         Ids of blocks before `start` are not looked at: an engine may have freed them.
         """
-        if group not in self.groups or start >= stop:
+        if group not in self.cache_groups or start >= stop:
             return
-        block_size, num_blocks = self.groups[group]
+        block_size, num_blocks = self.cache_groups[group]
         first, need = start // block_size, -(-stop // block_size)
         if len(block_ids) < need:
             raise InputError(
@@ -198,7 +198,7 @@ class KVPool:
     def __repr__(self) -> str:
         start, stop = self.shard.layers
         kinds = {f"{at.layout.name} {at.layout.dtype.value}" for at in self.layers.values()}
-        paging = ", ".join(f"{blocks} blocks of {size}" for size, blocks in self.groups.values())
+        paging = ", ".join(f"{blocks} blocks of {size}" for size, blocks in self.cache_groups.values())
         return f"KVPool(layers [{start}, {stop}), {paging} tokens, {' and '.join(sorted(kinds))}, {self.device})"
 
     def _scale_memory(self, layer: int, segment: str) -> str:
@@ -227,7 +227,7 @@ class KVPool:
                 where = f"layer {layer}, segment {name!r}"
                 base = self.base(layer, name) + part.offset
                 yield Piece.of(where, base, part.axes(size, blocks), part.dtype.itemsize)
-                if part.groups:
+                if part.scale_groups:
                     scales = part.scales
                     axes = [axis for axis in scales.axes(size, blocks) if axis != (part.heads, 0)]  # heads share them
                     base = self.scale_base(layer, name) + scales.offset

@@ -34,7 +34,7 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale: ScaleLayout | None = None
 
     @property
-    def groups(self) -> int:
+    def scale_groups(self) -> int:
         """Scales in memory of one token and head; 0 where there are none."""
         if self.scale is None or not self.scale.in_memory:
             return 0
@@ -48,19 +48,19 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return SegmentLayout(
             DType.FLOAT32,
             self.heads,
-            self.groups,
+            self.scale_groups,
             scale.offset,
             scale.block_stride,
             scale.token_stride,
             scale.head_stride,
             inner_stride=scale.group_stride or FLOAT32_BYTES,
-            pack=self.groups,
+            pack=self.scale_groups,
         )
 
     @property
     def shares_scales(self) -> bool:
         """Several heads share the scales of a token."""
-        return self.groups > 0 and self.heads > 1 and self.scale is not None and self.scale.head_stride == 0
+        return self.scale_groups > 0 and self.heads > 1 and self.scale is not None and self.scale.head_stride == 0
 
     def block_span(self, block_size: int) -> int:
         """Bytes from `offset` of a block to behind its last element."""

@@ -24,8 +24,10 @@ class BlockAllocator:
 
     def __init__(self, pool: KVPool) -> None:
         groups = range(pool.spec.num_groups)
-        self._block_size = [pool.groups[group][0] if group in pool.groups else None for group in groups]
-        self._free = [list(range(pool.groups[group][1]))[::-1] if group in pool.groups else [] for group in groups]
+        self._block_size = [pool.cache_groups[group][0] if group in pool.cache_groups else None for group in groups]
+        self._free = [
+            list(range(pool.cache_groups[group][1]))[::-1] if group in pool.cache_groups else [] for group in groups
+        ]
         self._owned: list[set[int]] = [set() for _ in groups]
 
     def free_blocks(self, group: int = 0) -> int:
@@ -87,9 +89,9 @@ class Pages:
         self._tables = [torch.tensor(ids, dtype=torch.long, device=device) for ids in self.block_ids]
         self._views: dict[tuple[int, str], torch.Tensor] = {}
         self._last: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in pool.groups.items())
+        self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in pool.cache_groups.items())
         """Tokens that the blocks hold, in the cache group of this pool that holds fewest."""
-        for group, (size, _) in pool.groups.items():
+        for group, (size, _) in pool.cache_groups.items():
             pool.check_blocks(group, self.block_ids[group], 0, len(self.block_ids[group]) * size)
         for layer, memory in pool.layers.items():
             for name, part in memory.layout.segments.items():
@@ -132,7 +134,7 @@ class Pages:
         """Block id and place inside the block of each token; kept, because every layer of a pass asks for the same."""
         key = (group, start, count)
         if self._last is None or self._last[0] != key:
-            size, _ = self.pool.groups[group]
+            size, _ = self.pool.cache_groups[group]
             table = self._tables[group]
             tokens = torch.arange(start, start + count, device=table.device)
             self._last = (key, (table[tokens // size], tokens % size))

@@ -53,7 +53,7 @@ def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int
         part, base = layout.segments[name], pool.base(layer, name)
         step = how.pack_scales if sends else how.unpack_scales
         place = None
-        if part.groups:
+        if part.scale_groups:
             place = core.SegmentMap.of(part.scales, layout.block_size, pool.scale_base(layer, name))
         found_here = step in ("apply", "quantise")
         segments.append(
@@ -64,24 +64,24 @@ def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int
                 wire_dtype=how.wire.code,
                 multipliers=list((how.pack if sends else how.unpack) or ()),
                 pool_scales=place if step == "quantise" else None,
-                channels_per_scale=part.channels // max(part.groups, 1),
-                wire_scales=len(found) + len(scales) if found_here and how.groups else -1,
+                channels_per_scale=part.channels // max(part.scale_groups, 1),
+                wire_scales=len(found) + len(scales) if found_here and how.scale_groups else -1,
                 joint=how.joint,
             )
         )
         if step == "fill":
             assert place is not None
-            fills.append(core.ScaleFill(place, first_head, part.groups, list(how.fill)))
-        if not how.groups:
+            fills.append(core.ScaleFill(place, first_head, part.scale_groups, list(how.fill)))
+        if not how.scale_groups:
             continue
         encoding |= 1 << index
         factor = [how.factor] * heads.size if not sends and step == "keep" and how.factor != 1.0 else []
-        nowhere = core.SegmentMap.canonical(base, 1, how.groups, DType.FLOAT32.code)
+        nowhere = core.SegmentMap.canonical(base, 1, how.scale_groups, DType.FLOAT32.code)
         scales.append(
             core.SegmentPlan(
                 pool=place if place is not None and not found_here else nowhere,
                 first_head=first_head,
-                channels=how.groups,
+                channels=how.scale_groups,
                 wire_dtype=DType.FLOAT32.code,
                 multipliers=factor,
                 carried=found_here,

@@ -62,7 +62,7 @@ class SendHandle(Handle):
             raise InputError(
                 f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group].stop} tokens"
             )
-        if stop > len(self._blocks[group]) * self._pool.groups[group][0]:
+        if stop > len(self._blocks[group]) * self._pool.cache_groups[group][0]:
             raise InputError(
                 f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
             )
@@ -79,11 +79,11 @@ class SendHandle(Handle):
 
     def extend(self, block_ids: Sequence[int], group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
-        if group not in self._pool.groups:
+        if group not in self._pool.cache_groups:
             raise InputError(f"cache group {group} has no layers in this pool")
         more = block_array(plain(block_ids))
         blocks = self._blocks[group] + more
-        span, room = self._tokens[group], len(blocks) * self._pool.groups[group][0]
+        span, room = self._tokens[group], len(blocks) * self._pool.cache_groups[group][0]
         self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
         self._engine.extend(self.handle, group, more)
         self._blocks[group] = blocks  # only now may a thread send layers that lie in them
@@ -134,7 +134,7 @@ class Sender(Node[SendHandle]):
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         spans = wanted(self.description, tokens, [0] * len(tokens))
         for group, (start, _) in enumerate(spans):
-            room = len(blocks[group]) * self.pool.groups[group][0] if group in self.pool.groups else 0
+            room = len(blocks[group]) * self.pool.cache_groups[group][0] if group in self.pool.cache_groups else 0
             self.pool.check_blocks(group, blocks[group], start, min(tokens[group], room))
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 

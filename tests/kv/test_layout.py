@@ -67,7 +67,7 @@ ONE_TENSOR: dict[str, tuple[str, torch.Tensor, Pick]] = {
 def test_one_tensor(name: str) -> None:
     axes, tensor, pick = ONE_TENSOR[name]
     pool = KVPool.from_tensors(SPEC, {0: tensor, 1: tensor.clone(memory_format=torch.preserve_format)}, axes)
-    assert pool.groups == {0: (SIZE, BLOCKS)}
+    assert pool.cache_groups == {0: (SIZE, BLOCKS)}
     for part, segment in enumerate("kv"):
         view = pool.view(0, segment).reshape(BLOCKS, SIZE, HEADS, DIM)
         assert torch.equal(view, pick(tensor, part))

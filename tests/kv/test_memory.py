@@ -57,7 +57,7 @@ def same_places(pool: KVPool, made: list[np.ndarray]) -> None:
             want = array.__array_interface__["data"][0] + part * array.strides[0]
             assert pool.base(layer, name) + segment.offset == want
             assert (segment.block_stride, segment.token_stride, segment.head_stride) == array.strides[1:4]
-        assert pool.groups == {0: (SIZE, BLOCKS)}
+        assert pool.cache_groups == {0: (SIZE, BLOCKS)}
 
 
 READERS = {
@@ -186,7 +186,7 @@ def test_axes_of_unlike_layers() -> None:
     axes = {0: AXES, 1: "block token channels", 2: "block head channel"}
     with pytest.raises(InputError, match="layer 1: the channels axis holds 12 channels"):
         KVPool.from_tensors(KVSpec([spec.layers[0], LayerSpec.latent(DIM, 5, group=1)]), given[:2], axes)
-    assert KVPool.from_tensors(spec, given, axes).groups == {0: (SIZE, BLOCKS), 1: (SIZE, 9), 2: (1, 3)}
+    assert KVPool.from_tensors(spec, given, axes).cache_groups == {0: (SIZE, BLOCKS), 1: (SIZE, 9), 2: (1, 3)}
     with pytest.raises(InputError, match=r"axes are not given for layers \[2\]"):
         KVPool.from_tensors(spec, given, {0: AXES, 1: "block token channels"})
 
@@ -195,7 +195,7 @@ def test_blocks_are_counted_along_each_tensors_own_axis() -> None:
     spec = KVSpec.uniform(1, 2, DIM)
     k, v = np.zeros((50, SIZE, 2, DIM), np.float16), np.zeros((2, 50, SIZE, DIM), np.float16)
     axes = {"k": "block token head channel", "v": "head block token channel"}
-    assert KVPool.from_tensors(spec, {0: {"v": v, "k": k}}, axes).groups[0].num_blocks == 50
+    assert KVPool.from_tensors(spec, {0: {"v": v, "k": k}}, axes).cache_groups[0].num_blocks == 50
     with pytest.raises(InputError, match="unlike block counts"):
         KVPool.from_tensors(spec, {0: {"k": k[:40], "v": v}}, axes)
     with pytest.raises(InputError, match="not for segment 'v'"):
@@ -321,7 +321,7 @@ def test_numbers_and_sequences_of_any_kind() -> None:
     with pytest.raises(InputError, match="layers are a sequence of LayerSpec"):
         KVSpec([1, 2])
     pool = KVPool.allocate(SPEC, np.int64(3), block_size=np.array([4]))
-    assert pool.groups == {0: (4, 3)}
+    assert pool.cache_groups == {0: (4, 3)}
     for wrong in ("3", 1.5, [1, 2], 0, None):
         with pytest.raises(InputError, match="num_blocks"):
             KVPool.allocate(SPEC, wrong)

@@ -101,7 +101,7 @@ def test_tokens_through_a_transfer(
     pools = [KVPool.allocate(model.kv_spec, -(-200 // size), block_size=size, dtype="float32") for size in sizes]
     assert {memory.layout.name for memory in pools[0].layers.values()} == {"latent"}
     tables = [
-        [torch.randperm(pool.groups[0][1], generator=torch.Generator().manual_seed(1)).tolist()] for pool in pools
+        [torch.randperm(pool.cache_groups[0][1], generator=torch.Generator().manual_seed(1)).tolist()] for pool in pools
     ]
     with connected(pools[:1], pools[1:]) as ([sender], [receiver]):
         reception = receiver.receive("mla", tables[1], len(prompt))
@@ -125,7 +125,7 @@ def test_logits_and_ragged_batches(name: str, checkpoints: dict[str, tuple[Path,
     model = Decoder.load(directory)
     prompts = [prompt_of(count) for count in (1, 34, 150)]
     pools = [KVPool.allocate(model.kv_spec, 200, block_size=size, dtype="float32") for size in (1, 3, 16)]
-    pages = [Pages(pool, [list(range(pool.groups[0][1]))]) for pool in pools]
+    pages = [Pages(pool, [list(range(pool.cache_groups[0][1]))]) for pool in pools]
     got = model.forward([Span(place, 0, prompt) for place, prompt in zip(pages, prompts, strict=True)])
     with torch.no_grad():
         want = torch.stack([truth(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])

@@ -79,7 +79,7 @@ def moved_tokens(
     sender, receiver = nodes
     blocks = []
     for pool, tokens in ((src, len(prompt)), (dst, len(prompt) + count)):
-        size, num_blocks = pool.groups[0]
+        size, num_blocks = pool.cache_groups[0]
         blocks.append(rng.sample(range(num_blocks), -(-tokens // size)))
     name = f"request-{seed}"
     reception = receiver.receive(name, blocks[1], len(prompt))

@@ -198,8 +198,8 @@ def truth_of(case: Deployment) -> dict[tuple[int, str], Truth]:
             part = pool.layers[index].layout.segments[segment.name]
             codes = reference.encode(torch.randn(shape, generator=generator) * 4, part.dtype)[0]
             scales = None
-            if part.groups:
-                shape = (count, segment.heads, part.groups)
+            if part.scale_groups:
+                shape = (count, segment.heads, part.scale_groups)
                 scales = torch.exp2(torch.rand(shape, generator=generator) * 8 - 4)
                 if part.scale is not None and part.scale.head_stride == 0:
                     scales = scales[:, :1].expand(shape).contiguous()
@@ -281,21 +281,27 @@ def travel(
     """Codes and scales `[heads, tokens, ...]` of a source as the destination must hold them."""
     if how.pack_scales == "quantise":
         packed = reference.rescale(
-            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.groups, joint=how.joint
+            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.scale_groups, joint=how.joint
         )
         codes, scales = packed.codes, packed.scales
     else:
         codes = step(codes, here.dtype, how.wire, how.pack)
-    assert (scales is not None) == (how.groups > 0)
+    assert (scales is not None) == (how.scale_groups > 0)
     match how.unpack_scales:
         case "apply" | "quantise":
             joint = how.joint and how.unpack_scales == "quantise"
             made = reference.rescale(
-                codes, how.wire, there.dtype, scales=scales, multipliers=how.unpack, groups=there.groups, joint=joint
+                codes,
+                how.wire,
+                there.dtype,
+                scales=scales,
+                multipliers=how.unpack,
+                groups=there.scale_groups,
+                joint=joint,
             )
             return made.codes, made.scales
         case "fill":
-            shape = (*codes.shape[:2], there.groups)
+            shape = (*codes.shape[:2], there.scale_groups)
             scales = torch.tensor(how.fill)[:, None, None].expand(shape).contiguous()
         case "keep":
             assert scales is not None

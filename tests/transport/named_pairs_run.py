@@ -228,8 +228,8 @@ def tell(ours: str, step: Conversion, theirs: str) -> str:
 
 def two_tables(pool: KVPool, counts: list[int], generator: torch.Generator) -> tuple[Blocks, Blocks]:
     """Shuffled blocks of two requests, none in both."""
-    need = [-(-count // pool.groups[group][0]) for group, count in enumerate(counts)]
-    ids = [torch.randperm(pool.groups[group][1], generator=generator).tolist() for group in range(len(counts))]
+    need = [-(-count // pool.cache_groups[group][0]) for group, count in enumerate(counts)]
+    ids = [torch.randperm(pool.cache_groups[group][1], generator=generator).tolist() for group in range(len(counts))]
     first = [blocks[:count] for blocks, count in zip(ids, need, strict=True)]
     return first, [blocks[count : 2 * count] for blocks, count in zip(ids, need, strict=True)]
 

@@ -97,7 +97,7 @@ def pick_blocks(pool: KVPool, tokens: Sequence[int], generator: torch.Generator)
     """Shuffled distinct block ids that hold `tokens` of each cache group."""
     out = []
     for group, count in enumerate(tokens):
-        size, blocks = pool.groups.get(group, (1, count))
+        size, blocks = pool.cache_groups.get(group, (1, count))
         out.append(torch.randperm(blocks, generator=generator)[: -(-count // size)].tolist())
     return out
 

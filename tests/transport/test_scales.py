@@ -50,13 +50,13 @@ class Cache(NamedTuple):
         """Elements as float64: code times scale."""
         part = self.pool.layers[0].layout.segments[segment]
         codes = self.codes(segment).double()
-        if part.groups:
-            return codes * self.scales(segment).double().repeat_interleave(part.channels // part.groups, dim=2)
+        if part.scale_groups:
+            return codes * self.scales(segment).double().repeat_interleave(part.channels // part.scale_groups, dim=2)
         return codes * (part.scale.values[0] if part.scale is not None else 1.0)
 
 
 def cache(pool: KVPool, seed: int) -> Cache:
-    size, count = pool.groups[0]
+    size, count = pool.cache_groups[0]
     return Cache(pool, random.Random(seed).sample(range(count), -(-TOKENS // size)))
 
 
@@ -85,9 +85,14 @@ def fill(mine: Cache, seed: int = 1) -> None:
         bits = reference.bits(values)
         joint = part.shares_scales
         made = reference.rescale(
-            bits, DType.FLOAT32, part.dtype, multipliers=[1 / static] * part.heads, groups=part.groups, joint=joint
+            bits,
+            DType.FLOAT32,
+            part.dtype,
+            multipliers=[1 / static] * part.heads,
+            groups=part.scale_groups,
+            joint=joint,
         )
-        size = mine.pool.groups[0][0]
+        size = mine.pool.cache_groups[0][0]
         at = torch.arange(TOKENS)
         index = torch.tensor(mine.blocks)[at // size], at % size
         view = reference.bits(mine.pool.view(0, name))
@@ -124,7 +129,7 @@ def test_a_record_of_fp8_ds_mla_is_656_bytes() -> None:
     latent, rope = layout.segments["latent"], layout.segments["rope"]
     assert (latent.token_stride, rope.token_stride, latent.block_stride) == (656, 656, 64 * 656)
     assert (latent.offset, latent.scales.offset, rope.offset) == (0, 512, 528)
-    assert (latent.groups, latent.scales.inner_stride, rope.dtype) == (4, 4, BF16)
+    assert (latent.scale_groups, latent.scales.inner_stride, rope.dtype) == (4, 4, BF16)
     assert layout.shared
 
 
@@ -292,7 +297,7 @@ def all_codes(source: Cache) -> None:
     view = source.pool.view(0, "k")
     codes = torch.arange(256, dtype=torch.uint8).view(4, DIM).view(view.dtype)
     view[source.blocks[0], :4, 0] = codes
-    if source.pool.layers[0].layout.segments["k"].groups:
+    if source.pool.layers[0].layout.segments["k"].scale_groups:
         source.pool.scale_view(0, "k")[source.blocks[0], :4, 0] = 1.5
 
 
@@ -346,7 +351,7 @@ def test_nothing_but_the_request_changes() -> None:
     fill(source)
     for tensor in destination.pool.layers[0].tensors.values():
         tensor.fill_(0x5A)
-    free = sorted(set(range(destination.pool.groups[0][1])) - set(destination.blocks))
+    free = sorted(set(range(destination.pool.cache_groups[0][1])) - set(destination.blocks))
     before = destination.pool.layers[0].tensors["k"][free].clone()
     transfer(source, destination)
     assert torch.equal(destination.pool.layers[0].tensors["k"][free], before)
@@ -363,7 +368,7 @@ def test_layouts_of_scales_that_cannot_be() -> None:
         return msgspec.structs.replace(layout, segments={"k": changed})
 
     good = {"block_stride": 64 * HEADS, "token_stride": 4 * HEADS, "head_stride": 4}
-    assert with_scale(**good).segments["k"].groups == 1
+    assert with_scale(**good).segments["k"].scale_groups == 1
     with pytest.raises(InputError, match="uint8 has no scales in memory"):
         with_scale(DType.UINT8, **good)
     with pytest.raises(InputError, match="64 channels with a scale for each 48"):
