@@ -8,7 +8,6 @@ take turns. All times are of one clock; that of the last byte is the progress th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -162,14 +161,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the JSON."""
-    from rich.console import Console
     from rich.table import Table
 
+    from hetkv import terminal
     from hetkv.bench.environment import environment
 
     if args.reps < 1 or args.prompt < 1:
         raise InputError("--reps and --prompt are at least 1")
-    console, results = Console(), []
+    console, results = terminal.console(args.json), []
     for batch in args.batch or [1, 4]:
         for way in args.way or ["copy"]:
             with console.status(f"batch {batch}, {way}"):
@@ -200,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
             **environment(), "shape": args.shape, "prompt": args.prompt, "device": list(args.device),
             "reps": args.reps, "targets": TARGETS, "results": results,
         }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        terminal.write_json(args.json, report)
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.errors import HetkvError, InputError
+from hetkv.interrupt import ignored_by_children
 from hetkv.transport.config import TransferConfig
 
 if TYPE_CHECKING:
@@ -108,14 +109,24 @@ def make_pool(
     return pool, torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def check_device(name: str) -> int:
+    """The index of a device. Raises `InputError` where it is not there."""
+    import torch
+
+    if name == "cpu":
+        return 0
+    index = torch.device(name).index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise InputError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+    return index
+
+
 def use_device(name: str) -> str:
     """Make a device PyTorch's current one. Raises `InputError` where it is not there."""
     import torch
 
+    index = check_device(name)
     if name != "cpu":
-        index = torch.device(name).index or 0
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise InputError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(index)
     return name
 
@@ -291,7 +302,8 @@ class _Child:
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments, environment or {}), daemon=True)
-        self.process.start()
+        with ignored_by_children():
+            self.process.start()
         theirs.close()
 
     def answer(self) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hetkv.bench import ucx
 from hetkv.bench.pair import Pair, Shape, make_pool
-from hetkv.errors import HetkvError
+from hetkv.errors import HetkvError, InputError
 from hetkv.transport.backends import folder
 from hetkv.transport.config import TransferConfig
 
@@ -153,12 +153,24 @@ def attempt(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def _end(role: str, mib: float) -> str:
+    """Name of one end of a probe between two hosts: it says what the end will move."""
+    return f"probe-{role}:{mib:g}"
+
+
+def _check_size(instance: str, mib: float) -> None:
+    """Raise `InputError` where the other end moves another size."""
+    _, _, theirs = instance.partition(":")
+    if theirs != f"{mib:g}":
+        raise InputError(f"--mib is {mib:g} here and {theirs or 'unknown'} at the other end: give both the same")
+
+
 def listen(address: str, secret: bytes, mib: float, timeout: float, tell: Callable[[str], None]) -> dict[str, Any]:
     """The receiving end: waits for one `connect` and takes what it sends. `tell` hears the address once it listens."""
     from hetkv.transport.receiver import Receiver
 
     pool, blocks = make_pool(shape(mib), shape(mib).destination, 2)
-    with Receiver(pool, secret=secret, instance="probe-receiver") as receiver:
+    with Receiver(pool, secret=secret, instance=_end("receiver", mib)) as receiver:
         tell(receiver.listen(address))
         deadline = time.monotonic() + timeout
         while not receiver.peers:
@@ -166,6 +178,7 @@ def listen(address: str, secret: bytes, mib: float, timeout: float, tell: Callab
                 raise HetkvError(f"no one connected to {address} within {timeout:g} s")
             time.sleep(0.05)
         peer, seconds = receiver.peers[0], []
+        _check_size(peer.description.instance, mib)
         for turn in range(REPEATS + 1):
             began = time.perf_counter()
             receiver.receive(f"probe-{turn}", blocks, shape(mib).tokens).wait(timeout)
@@ -181,8 +194,9 @@ def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str
     from hetkv.transport.sender import Sender
 
     pool, blocks = make_pool(shape(mib), shape(mib).source, 1)
-    with Sender(pool, secret=secret, instance="probe-sender") as sender:
+    with Sender(pool, secret=secret, instance=_end("sender", mib)) as sender:
         peer = sender.connect(address)
+        _check_size(peer.description.instance, mib)
         seconds = []
         for turn in range(REPEATS + 1):
             began = time.perf_counter()

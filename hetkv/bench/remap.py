@@ -9,7 +9,6 @@ in the second-level cache. `gb_s` and `copy_gb_s` both count bytes read plus byt
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -269,9 +268,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the JSON."""
-    from rich.console import Console
     from rich.table import Table
 
+    from hetkv import terminal
     from hetkv.bench.environment import environment
     from hetkv.core import core as _core
 
@@ -286,7 +285,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [case for case in cases() if not args.only or args.only in case.name]
     if not chosen:
         raise InputError(f"--only {args.only!r}: no case has that in its name")
-    console = Console()
+    console = terminal.console(args.json)
     results = []
     with console.status("measuring") as status:
         for case in chosen:
@@ -314,5 +313,5 @@ def run(args: argparse.Namespace) -> int:
             "note": "gb_s and copy_gb_s count bytes read plus written; ratio = gb_s / copy_gb_s; medians of one run",
             "results": results,
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        terminal.write_json(args.json, report)
     return 0

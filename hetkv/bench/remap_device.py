@@ -8,7 +8,6 @@ same pass as copies of the source's bytes. Times are medians of one launch; byte
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -91,9 +90,9 @@ def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the JSON."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from hetkv import terminal
     from hetkv.bench.environment import environment
     from hetkv.core import core as _core
     from hetkv.transport.backends import backends
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--only {args.only!r}: no case has that in its name")
     torch.cuda.set_device(device)
     facts = _core.device_info("cuda", device.index)
-    console = Console()
+    console = terminal.console(args.json)
     results = []
     for mib in args.mib:
         for case in chosen:
@@ -140,5 +139,5 @@ def run(args: argparse.Namespace) -> int:
             "note": "gb_s and copy_gb_s count bytes read plus written; ratio = gb_s / copy_gb_s; medians of one run",
             "results": results,
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        terminal.write_json(args.json, report)
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 from pathlib import Path
@@ -171,8 +170,7 @@ def check(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print tables, write the JSON."""
-    from rich.console import Console
-
+    from hetkv import terminal
     from hetkv.bench.environment import environment
 
     tokens = check(args)
@@ -189,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         for path in (("auto", "rma") if args.path == "both" else (args.path,))
     }
     block_size = args.block_kib * KIB // TOKEN_BYTES
-    console, load = Console(), os.getloadavg()[0]
+    console, load = terminal.console(args.json), os.getloadavg()[0]
     with contextlib.ExitStack() as stack, console.status("starting") as status:
         subjects: dict[Case, Subject] = {}
         for to in targets:
@@ -260,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
             "note": "GB/s: 10^9 payload bytes a second, each counted once; medians over rounds; ratio = hetkv / other",
             "results": results,
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        terminal.write_json(args.json, report)
     return 0
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from hetkv.bench import peers as others
 from hetkv.bench import ucx
-from hetkv.bench.pair import Pair, Shape
+from hetkv.bench.pair import Pair, Shape, check_device
 from hetkv.errors import HetkvError, InputError
 from hetkv.transport.config import TransferConfig
 
@@ -49,12 +48,13 @@ def devices(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace, tokens: int, block_size: int) -> int:
     """Measure, print, write the JSON."""
-    from rich.console import Console
-
+    from hetkv import terminal
     from hetkv.bench.environment import environment
 
-    console = Console()
+    console = terminal.console(args.json)
     shape = Shape(args.layers, tokens, ("nhd", block_size), ("hnd", 64), devices=devices(args.device))
+    for name in shape.devices:
+        check_device(name)
     settings = {name: getattr(args, name) for name in ("slot_bytes", "window_bytes", "max_blocks", "staging_slots")}
     settings = {name: value for name, value in settings.items() if value is not None}
     layer_bytes = shape.payload_bytes // shape.layers
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, tokens: int, block_size: int) -> int:
     }  # fmt: skip
     show(console, report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        terminal.write_json(args.json, report)
     return 0
 
 

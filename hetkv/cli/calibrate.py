@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hetkv import terminal
 from hetkv.errors import InputError
 
 SECTIONS = (
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("fit", "report"):
         if getattr(args, option) and args.data is None:
             raise InputError(f"--{option} needs --data DIR, the folder of measurements (docs/cost-model.md, Data)")
+    terminal.check_outputs({"out": args.out})
     found: dict[str, Any] = {}
     if args.fit or args.csv or args.bench:
         found = _calibrate(args)
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         _report(args)
         found["report"] = str(args.report)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        terminal.write_json(args.json, found)
     return 0
 
 
@@ -98,15 +100,14 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         document["links"] = dump_links(links)
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    _print(entries, links)
+    _print(entries, links, args.json)
     return {"efficiencies": document["efficiencies"], "links": document.get("links", [])}
 
 
-def _print(entries: list[Any], links: list[Any]) -> None:
-    from rich.console import Console
+def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None:
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console(json_file)
     if entries:
         table = Table()
         table.add_column("GPU/engine/version/dtype", no_wrap=True)
@@ -138,7 +139,7 @@ def _report(args: argparse.Namespace) -> None:
             import_module(name)
     present = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
     args.report.write_text(render(data, _say, args.only, present), encoding="utf-8")
-    print(f"wrote {args.report}")
+    terminal.console(args.json).print(f"wrote {args.report}")
 
 
 def _say(name: str) -> None:

@@ -11,32 +11,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-from rich.console import Console
-from rich.table import Table
-
-from hetkv.cli import check_outputs
+from hetkv import terminal
 from hetkv.errors import InputError
-from hetkv.kv.spec import Interval
-from hetkv.models import ModelConfig
-from hetkv.runtime.checkpoint import read_checkpoint
-from hetkv.runtime.demo import DECODE_POOL, PREFILL_POOL, DemoOptions, DemoResult, run_demo
-from hetkv.runtime.plan import GRAMMAR, LAYOUTS, InstancePlan, SideOptions, parse_side, read_plan
-from hetkv.runtime.synthetic import SHAPES
-from hetkv.runtime.timeline import Span, draw, write_perfetto
-from hetkv.runtime.timing import TimingOptions, TimingResult, run_timing
+
+if TYPE_CHECKING:
+    from hetkv.runtime.demo import DemoResult
+    from hetkv.runtime.plan import InstancePlan
+    from hetkv.runtime.timeline import Span
+    from hetkv.runtime.timing import TimingResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv demo`."""
-    defaults = DemoOptions()
+    from hetkv.runtime.plan import DECODE_POOL, GRAMMAR, LAYOUTS, PREFILL_POOL
+
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face Llama-family directory (default: hetkv's own)")
     parser.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default 96; 16 of a shape)")
     timed = parser.add_argument_group("random weights of a named shape, for timing alone")
-    timed.add_argument("--shape", metavar="NAME", help=", ".join(SHAPES))
+    timed.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-70b or qwen3-32b")
     timed.add_argument("--layers", type=int, metavar="N", help="its first N layers alone (default: all)")
     timed.add_argument("--prompt-tokens", type=int, metavar="N", help="random tokens of the prompt (default 1024)")
     which = parser.add_argument_group("which instances (default: one of one rank on either side)")
@@ -52,16 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pools = parser.add_argument_group("their pools (a plan's own choices win)")
     for name, side in (("prefill", PREFILL_POOL), ("decode", DECODE_POOL)):
-        pools.add_argument(f"--{name}-block", type=int, default=side.block_size, metavar="N", help="tokens a block")
-        pools.add_argument(f"--{name}-layout", choices=LAYOUTS, default=side.layout)
-        pools.add_argument(f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help="of the KV pool")
+        pools.add_argument(
+            f"--{name}-block",
+            type=int,
+            default=side.block_size,
+            metavar="N",
+            help=f"tokens a block (default {side.block_size})",
+        )
+        pools.add_argument(f"--{name}-layout", choices=LAYOUTS, default=side.layout, help=f"default {side.layout}")
+        pools.add_argument(
+            f"--{name}-dtype", default=side.dtype, metavar="DTYPE", help=f"of the KV pool (default {side.dtype})"
+        )
         pools.add_argument(
             f"--{name}-device", default="cpu", metavar="DEVICE", help="cpu, or cuda:N of its first rank (default cpu)"
         )
     parser.add_argument("--compute-dtype", metavar="DTYPE", help="default float32; bfloat16 of a shape")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
-    parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"], default=defaults.rendezvous)
-    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="compute threads of a rank")
+    parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"])
+    parser.add_argument("--threads", type=int, metavar="N", help="compute threads of a rank (default 1)")
     parser.add_argument("--json", metavar="FILE", help="write the facts for machines")
     parser.add_argument("--plot", metavar="FILE", help="draw the first request's timeline (.svg, .png, .pdf)")
     parser.add_argument("--trace", metavar="FILE", help="write all timelines as a trace for Perfetto")
@@ -69,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 where all texts are identical to a single process's, 1 where not."""
-    check_outputs({"trace": args.trace})
+    from hetkv.cli import demo_output
+    from hetkv.runtime.checkpoint import read_checkpoint
+    from hetkv.runtime.demo import DemoOptions, run_demo
+
+    terminal.check_outputs({"trace": args.trace})
     instances = _instances(args)
     if args.shape is not None:
         return _run_timing(args, instances)
@@ -80,20 +87,26 @@ def run(args: argparse.Namespace) -> int:
         instances=tuple(instances),
         requests=args.requests,
         chunk=args.chunk,
-        rendezvous=args.rendezvous,
-        threads=args.threads,
-        **_given(args, model="model", prompt="prompt", max_new_tokens="tokens", compute_dtype="compute_dtype"),
+        **_given(
+            args,
+            rendezvous="rendezvous",
+            threads="threads",
+            model="model",
+            prompt="prompt",
+            max_new_tokens="tokens",
+            compute_dtype="compute_dtype",
+        ),
     )
-    console = Console(highlight=False)
+    console = terminal.console(args.json)
     ranks = sum(instance.ranks for instance in instances)
     what = "a prefill and a decode process" if ranks == 2 else f"{len(instances)} instances, {ranks} processes"
-    with Console(stderr=True).status(f"starting {what}"), _ended_in_order():
+    with terminal.progress(f"starting {what}"), _ended_in_order():
         result, timelines = run_demo(options)
     if ranks == 2 and len(result.requests) == 1:
-        _show_pair(console, options, result)
+        demo_output.show_pair(console, options, result)
     else:
-        _show_deployment(console, result, read_checkpoint(options.model))
-    _show_figures(console, result)
+        demo_output.show_deployment(console, result, read_checkpoint(options.model))
+    demo_output.show_figures(console, result)
     _write(args, result, timelines, result.requests[0].prompt_tokens)
     if not result.identical:
         print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
@@ -101,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
+    from hetkv.cli import demo_output
+    from hetkv.runtime.timing import TimingOptions, run_timing
+
     for name in ("model", "prompt", "prefill", "decode", "plan"):
         if getattr(args, name) is not None:
             raise InputError(
@@ -113,19 +129,19 @@ def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
         prefill=prefill,
         decode=decode,
         chunk=args.chunk,
-        rendezvous=args.rendezvous,
-        threads=args.threads,
         **_given(
             args,
+            rendezvous="rendezvous",
+            threads="threads",
             prompt_tokens="prompt_tokens",
             new_tokens="tokens",
             requests="requests",
             compute_dtype="compute_dtype",
         ),
     )
-    with Console(stderr=True).status(f"timing {args.shape}"), _ended_in_order():
+    with terminal.progress(f"timing {args.shape}"), _ended_in_order():
         result, timelines = run_timing(options)
-    console, table = Console(highlight=False), _figures()
+    console, table = terminal.console(args.json), demo_output.figures()
     table.add_row(
         "model",
         f"{result.layers} layers of {result.shape}, random {result.compute_dtype} weights, "
@@ -135,7 +151,7 @@ def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
         table.add_row(role, f"{device}, pool {getattr(result, role)}")
     count = f"{len(result.requests)} of {result.prompt_tokens} tokens and {result.generated_tokens} new ones"
     table.add_row("requests", f"{count}; times are medians")
-    _add_times(table, result)
+    demo_output.add_times(table, result)
     console.print(table)
     _write(args, result, timelines, result.prompt_tokens)
     return 0
@@ -154,8 +170,12 @@ def _write(
     args: argparse.Namespace, result: DemoResult | TimingResult, timelines: list[list[Span]], prompt_tokens: int
 ) -> None:
     """The files that were asked for."""
+    import msgspec
+
+    from hetkv.runtime.timeline import draw, write_perfetto
+
     if args.json:
-        Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        terminal.write_text(args.json, msgspec.json.format(msgspec.json.encode(result)).decode() + "\n")
     if args.trace:
         write_perfetto(args.trace, [span for timeline in timelines for span in timeline])
     if args.plot:
@@ -179,6 +199,10 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def _instances(args: argparse.Namespace) -> list[InstancePlan]:
+    import msgspec
+
+    from hetkv.runtime.plan import SideOptions, parse_side, read_plan
+
     pools = {
         role: SideOptions(
             block_size=getattr(args, f"{role}_block"),
@@ -196,87 +220,3 @@ def _instances(args: argparse.Namespace) -> list[InstancePlan]:
         for role, pool in pools.items()
         for instance in parse_side(getattr(args, role) or "TP1", role, pool)
     ]
-
-
-def _show_pair(console: Console, options: DemoOptions, result: DemoResult) -> None:
-    console.print(f"[bold]prompt[/]          {options.prompt}")
-    console.print(f"[bold]two processes[/]   {result.text.strip()}")
-    console.print(f"[bold]one process[/]     {result.single_process_text.strip()}")
-    console.print(f"[bold]{result.generated_tokens} tokens[/]       {_verdict(result.identical)}\n")
-
-
-def _show_deployment(console: Console, result: DemoResult, config: ModelConfig) -> None:
-    instances = _table("instance", "", "rank", "layers", "KV heads", "pool")
-    for instance in result.instances:
-        for rank, shard in enumerate(instance.shards(config)):
-            first = (instance.name, str(instance)) if rank == 0 else ("", "")
-            instances.add_row(
-                *first, str(rank), _span(shard.layers), _span(shard.heads[shard.layers.start]),
-                str(instance.pool) if rank == 0 else "",
-            )  # fmt: skip
-    console.print(instances, "")
-    requests = _table("request", "prefill", "decode", "prompt", "new", "as one process")
-    for index, request in enumerate(result.requests):
-        requests.add_row(
-            str(index),
-            request.prefill,
-            request.decode,
-            str(request.prompt_tokens),
-            str(request.generated_tokens),
-            _verdict(request.identical),
-        )
-    console.print(requests, "")
-    routes = _table("from rank", "to rank", "layers", "KV heads", "bytes")
-    routes.columns[-1].justify = "right"
-    for route in result.routes:
-        routes.add_row(route.source, route.destination, _span(route.layers), _span(route.heads), f"{route.bytes:,}")
-    routes.add_section()
-    routes.add_row("all", "", "", "", f"{sum(route.bytes for route in result.routes):,}")
-    routes.add_row("counted", "", "", "", f"{result.payload_bytes:,}")
-    console.print(routes, "")
-
-
-def _show_figures(console: Console, result: DemoResult) -> None:
-    table = _figures()
-    if len(result.instances) == 2:
-        table.add_row("prefill pool", str(result.prefill))
-        table.add_row("decode pool", str(result.decode))
-    _add_times(table, result, "" if len(result.requests) == 1 else f" (means of {len(result.requests)} requests)")
-    console.print(table)
-
-
-def _figures() -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    return table
-
-
-def _add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> None:
-    table.add_row(
-        "moved",
-        f"{result.payload_bytes / 1024:.0f} KiB of {result.layers} layers in {result.frames} frames, "
-        f"{result.direct_frames} straight into the window",
-    )
-    table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{of}")
-    table.add_row(
-        "transfer",
-        f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms",
-    )
-    table.add_row("TPOT", f"{result.tpot_ms:.2f} ms")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _span(interval: Interval) -> str:
-    """The last one included, as people count."""
-    return str(interval.start) if interval.size == 1 else f"{interval.start}-{interval.stop - 1}"
-
-
-def _verdict(identical: bool) -> str:
-    return "[green]identical[/]" if identical else "[red]different[/]"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hetkv.cli import check_outputs
+from hetkv import terminal
 from hetkv.errors import InputError
 
 LAUNCHERS = ("vllm", "sglang", "kubernetes")
@@ -156,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     from hetkv.planner.solve import solve
     from hetkv.simulator.output.plot import check_format
 
-    check_outputs({"out": args.out, "trace-plot": args.trace_plot})
+    terminal.check_outputs({"out": args.out, "trace-plot": args.trace_plot})
     for name in ("plot", "trace_plot"):
         if getattr(args, name):
             check_format(getattr(args, name))
@@ -175,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         split_fleet(problem, *pair)  # what is wrong with it is said before the search begins
     if args.trace:
         rows_of(problem, args.trace, args.window)
-    console = Console() if Console().is_terminal else Console(width=140)
+    console = terminal.console(args.json)
     errors = Console(stderr=True)
     with errors.status("planning") if errors.is_terminal else _nothing():
         plan = solve(problem)
@@ -194,9 +193,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         _write_plans(plan, args.out)
     if args.json:
-        Path(args.json).write_text(
-            json.dumps(_facts(problem, plan, found, replanned), indent=1) + "\n", encoding="utf-8"
-        )
+        terminal.write_json(args.json, _facts(problem, plan, found, replanned))
     _draw(args, problem, found, replanned)
     if args.report:
         Path(args.report).write_text(html(problem, plan, found, replanned, nodes), encoding="utf-8")

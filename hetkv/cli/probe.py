@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import socket
@@ -41,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
     """Probe, print, write the JSON. Warnings do not change the exit status."""
     from rich.console import Console
 
+    from hetkv import terminal
     from hetkv.bench import probe
 
-    if not 0 < args.mib <= 4096:
+    if not 0 < args.mib <= 4096:  # also `nan`
         raise InputError(f"--mib {args.mib:g}: more than 0, at most 4096")
-    if args.timeout <= 0:
+    if not args.timeout > 0:
         raise InputError(f"--timeout {args.timeout:g}: more than 0")
-    console = Console(soft_wrap=True)
+    console = terminal.console(args.json)
     if args.listen:
         given = os.environ.get(SECRET)
         secret = given or secrets.token_hex(16)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in found.get("warnings", []):
         console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        terminal.write_json(args.json, found)
     return 0
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-from hetkv.cli import check_outputs
+from hetkv import terminal
 from hetkv.errors import InputError
 
 
@@ -27,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument(
         "--cv", type=float, default=2.0, help="gamma: coefficient of variation of the gaps (default 2)"
     )
-    traffic.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=GRAMMAR)
-    traffic.add_argument("--output-tokens", default="256", metavar="DIST", help="the same")
+    traffic.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=f"{GRAMMAR} (default 1024)")
+    traffic.add_argument("--output-tokens", default="256", metavar="DIST", help="the same (default 256)")
     traffic.add_argument("--requests", type=int, metavar="N", help="stop after N arrivals (default 10000 with --rate)")
     traffic.add_argument("--duration", type=float, metavar="S", help="stop arrivals after S simulated seconds")
     parser.add_argument("--slo-ttft-ms", type=float, default=math.inf, metavar="MS")
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("slo_ttft_ms", "slo_tpot_ms"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
-    check_outputs({"csv": args.csv})
+    terminal.check_outputs({"csv": args.csv})
     if args.jobs == 0:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
     if args.seed < 0:
@@ -103,14 +101,14 @@ def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
             result.summary["interval"] = interval(plan, workload, args.seed, slo, args.plan)
     title = f"{plan.model}, {workload.about}"
     if args.json:
-        _write(args.json, json.dumps(result.summary, indent=1, allow_nan=False) + "\n")
+        terminal.write_json(args.json, result.summary)
     if args.csv:
         _write_rows(args.csv, result.columns)
     if args.plot:
         save(result, slo, args.plot, title)
     if args.report:
-        _write(args.report, html(result, plan, slo, title))
-    _print(result.summary, slo)
+        terminal.write_text(args.report, html(result, plan, slo, title))
+    _print(result.summary, slo, args.json)
     return 0
 
 
@@ -146,27 +144,20 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
         )
     rows = [{"point": p, **s} for p, s in zip(points, summaries, strict=True)]
     if args.json:
-        _write(args.json, json.dumps({"sweep": rows}, indent=1, allow_nan=False) + "\n")
+        terminal.write_json(args.json, {"sweep": rows})
     if args.plot:
         save_sweep(rows, axes, slo, args.plot)
-    _print_sweep(rows)
+    _print_sweep(rows, args.json)
     return 0
 
 
-def _console() -> Any:
-    """Standard output, wide enough for the tables where it is not a terminal."""
-    from rich.console import Console
-
-    return Console() if Console().is_terminal else Console(width=140)
-
-
-def _print(summary: dict[str, Any], slo: Any) -> None:
+def _print(summary: dict[str, Any], slo: Any, json_file: str | None) -> None:
     from rich.table import Table
 
     from hetkv.simulator.metrics import METRICS
     from hetkv.simulator.output.html import milliseconds
 
-    console = _console()
+    console = terminal.console(json_file)
     table = Table(title=summary["workload"], title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("", "p50", "p90", "p99", "mean"):
         table.add_column(column, justify="left" if not column else "right")
@@ -205,7 +196,7 @@ def _print(summary: dict[str, Any], slo: Any) -> None:
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
 
 
-def _print_sweep(rows: list[dict[str, Any]]) -> None:
+def _print_sweep(rows: list[dict[str, Any]], json_file: str | None) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -222,7 +213,7 @@ def _print_sweep(rows: list[dict[str, Any]]) -> None:
             cost = row["usd_per_million_output_tokens"]
             cells.append("none" if cost is None else f"{cost:.2f}")
         table.add_row(*cells)
-    console = _console()
+    console = terminal.console(json_file)
     console.print(table)
     for note in dict.fromkeys(note for row in rows for note in row["notes"] if note.startswith("pool ")):
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
@@ -230,10 +221,6 @@ def _print_sweep(rows: list[dict[str, Any]]) -> None:
 
 def _cell(value: float | None) -> str:
     return "none" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def _write_rows(path: str, columns: Any) -> None:

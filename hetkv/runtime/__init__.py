@@ -1,18 +1,31 @@
 """A small reference decoder over paged KV, which shows the transport and is compared with `transformers`.
 
 `Decoder.load` reads a Hugging Face directory; `Pages` is one sequence's place in a `KVPool`; `generate` runs both.
-May import `hetkv.kv`, `hetkv.models`, `hetkv.transport` and torch.
+May import `hetkv.kv`, `hetkv.models`, `hetkv.transport` and torch. Names are imported when they are first used.
 """
 
-from hetkv.models import ModelConfig
-from hetkv.runtime.attention import Span
-from hetkv.runtime.checkpoint import read_checkpoint
-from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
-from hetkv.runtime.model import Decoder
-from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
-from hetkv.runtime.parallel_group import ParallelGroup
-from hetkv.runtime.part import Part
-from hetkv.runtime.tokenizer import TextTokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_MODULES = {
+    "BlockAllocator": "hetkv.runtime.paged",
+    "Decoder": "hetkv.runtime.model",
+    "ModelConfig": "hetkv.models",
+    "Pages": "hetkv.runtime.paged",
+    "ParallelGroup": "hetkv.runtime.parallel_group",
+    "Part": "hetkv.runtime.part",
+    "PoolFull": "hetkv.runtime.paged",
+    "Span": "hetkv.runtime.attention",
+    "TextTokenizer": "hetkv.runtime.tokenizer",
+    "choose": "hetkv.runtime.generate",
+    "decode": "hetkv.runtime.generate",
+    "generate": "hetkv.runtime.generate",
+    "greedy": "hetkv.runtime.generate",
+    "prefill": "hetkv.runtime.generate",
+    "read_checkpoint": "hetkv.runtime.checkpoint",
+}
 
 __all__ = [
     "BlockAllocator",
@@ -31,3 +44,20 @@ __all__ = [
     "prefill",
     "read_checkpoint",
 ]
+
+if TYPE_CHECKING:
+    from hetkv.models import ModelConfig
+    from hetkv.runtime.attention import Span
+    from hetkv.runtime.checkpoint import read_checkpoint
+    from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
+    from hetkv.runtime.model import Decoder
+    from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
+    from hetkv.runtime.parallel_group import ParallelGroup
+    from hetkv.runtime.part import Part
+    from hetkv.runtime.tokenizer import TextTokenizer
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hetkv.runtime' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -17,7 +17,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.runtime.checkpoint import read_checkpoint
 from hetkv.runtime.generate import generate
 from hetkv.runtime.model import Decoder
-from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
+from hetkv.runtime.plan import DECODE_POOL, PREFILL_POOL, InstancePlan, SideOptions, check_instances
 from hetkv.runtime.processes import link, running
 from hetkv.runtime.request_flow import Rendezvous, Request, Run, Times, counted, route, times
 from hetkv.runtime.route_bytes import RouteBytes
@@ -33,8 +33,6 @@ And forty days were fulfilled for him; for so are fulfilled the days of those wh
 mourned for him threescore and ten days.
 And when the days of his"""
 """From a chapter that the demo checkpoint has not seen (Genesis 50); it ends inside a block of either pool."""
-PREFILL_POOL = SideOptions(block_size=16, layout="nhd")
-DECODE_POOL = SideOptions(block_size=64, layout="rocm")
 PAIR = (
     InstancePlan(name="prefill-0", role="prefill", pool=PREFILL_POOL),
     InstancePlan(name="decode-0", role="decode", pool=DECODE_POOL),

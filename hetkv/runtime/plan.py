@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
@@ -15,6 +15,9 @@ from hetkv.kv.presets import PRESETS
 from hetkv.kv.spec import Shard
 from hetkv.models import ModelConfig
 from hetkv.runtime.part import Part
+
+if TYPE_CHECKING:
+    import torch
 
 GRAMMAR = "[Nx]TPa[PPb[:l+l+...]]"
 MAX_RANKS = 64
@@ -34,6 +37,11 @@ class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.dtype} block {self.block_size} {self.layout}"
 
 
+PREFILL_POOL = SideOptions(block_size=16, layout="nhd")
+DECODE_POOL = SideOptions(block_size=64, layout="rocm")
+"""Unlike in block size and layout: what the demo converts by default."""
+
+
 class InstancePlan(msgspec.Struct, frozen=True, kw_only=True):
     """One instance: `tp * pp` ranks with a pool each."""
 
@@ -50,6 +58,8 @@ class InstancePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def rank_device(self, rank: int) -> torch.device:
         """Where a rank computes and keeps its pool. `InputError` for a device that is not there."""
+        import torch
+
         try:
             first = torch.device(self.device)
         except RuntimeError:
