@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.errors import HetkvError, InputError
-from hetkv.interrupt import ignored_by_children
+from hetkv.interrupt import kept_from_children
 from hetkv.transport.config import TransferConfig
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class _Child:
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments, environment or {}), daemon=True)
-        with ignored_by_children():
+        with kept_from_children():
             self.process.start()
         theirs.close()
 

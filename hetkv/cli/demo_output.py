@@ -52,7 +52,8 @@ def show_deployment(console: Console, result: DemoResult, config: ModelConfig) -
     console.print(routes, "")
 
 
-def showfigures(console: Console, result: DemoResult) -> None:
+def show_figures(console: Console, result: DemoResult) -> None:
+    """Pools and times."""
     table = figures()
     if len(result.instances) == 2:
         table.add_row("prefill pool", str(result.prefill))
