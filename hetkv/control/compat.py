@@ -57,6 +57,9 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
         raise IncompatibleError("role", mine.role, theirs.role)
     for path, ours, other in differences(mine.spec, theirs.spec, "spec"):
         raise IncompatibleError(path, ours, other)
+    for name in sorted(mine.fingerprint.keys() & theirs.fingerprint.keys()):
+        if mine.fingerprint[name] != theirs.fingerprint[name]:
+            raise IncompatibleError(f"fingerprint.{name}", mine.fingerprint[name], theirs.fingerprint[name])
     _check_heartbeat(mine, theirs)
     sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
     shared = list(overlap(mine.spec, mine.shard, theirs.shard))

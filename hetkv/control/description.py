@@ -17,6 +17,7 @@ from hetkv.kv.reshard import check_shard
 from hetkv.kv.spec import KVSpec, Shard
 
 MAX_TEXT = 512
+MAX_NAME, MAX_FINGERPRINTS = 64, 32
 MAX_WORKER_ADDRESS_BYTES = 64 * 1024
 
 
@@ -79,6 +80,9 @@ class Description(
     """Shards of all ranks of the instance, so that one peer can compute all routes; empty: this rank is alone."""
     device: str = "cpu"
     """Where the pool lies: `cpu`, or the backend of its GPU. From minor 1 on."""
+    fingerprint: dict[str, str] = {}
+    """What made the KV, as values that must be equal where both sides name them: weights, vocabulary, rope, ... From
+    minor 2 on."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:
@@ -87,6 +91,13 @@ class Description(
             raise InputError(f"worker_address has {len(self.worker_address)} bytes, over {MAX_WORKER_ADDRESS_BYTES}")
         if not 0 < len(self.device) <= MAX_TEXT:
             raise InputError(f"device is a name of 1 to {MAX_TEXT} characters")
+        if len(self.fingerprint) > MAX_FINGERPRINTS:
+            raise InputError(f"fingerprint has {len(self.fingerprint)} entries, over {MAX_FINGERPRINTS}")
+        for name, value in self.fingerprint.items():
+            if not 0 < len(name) <= MAX_NAME or not 0 < len(value) <= MAX_TEXT:
+                raise InputError(
+                    f"fingerprint[{name[:MAX_NAME]!r}]: names have 1 to {MAX_NAME} characters, values 1 to {MAX_TEXT}"
+                )
         for field in ("heartbeat_interval_ms", "heartbeat_timeout_ms", "lease_ms"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, must be at least 1")
@@ -162,6 +173,8 @@ _encoder = msgspec.msgpack.Encoder()
 
 def for_minor(description: Description, minor: int) -> Description:
     """The description without what a reader of an older minor version would reject."""
+    if minor < 2:
+        description = msgspec.structs.replace(description, fingerprint={})
     return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,12 +44,14 @@ class Exchange:
         instance_shards: Sequence[Shard] = (),
         config: TransferConfig | None = None,
         tls: ssl.SSLContext | None = None,
+        fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         """Arguments and errors are those of `Sender` and `Receiver`."""
         self.pool = pool
         with ExitStack() as stack:
             common: dict[str, Any] = {"secret": secret, "instance": instance, "rank": rank}
             common |= {"instance_shards": instance_shards, "config": config, "tls": tls}
+            common["fingerprint"] = fingerprint
             self.sender = stack.enter_context(Sender(pool, **common))
             self.receiver = stack.enter_context(Receiver(pool, **common))
             self._nodes = stack.pop_all()

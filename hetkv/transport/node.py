@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hetkv.control.connection import ControlConnection, connect
@@ -82,10 +82,13 @@ class Node(ABC, Generic[P]):
         instance_shards: Sequence[Shard] = (),
         config: TransferConfig | None = None,
         tls: ssl.SSLContext | None = None,
+        fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         """`instance_shards`: the shards of all ranks of this instance where it has several; `rank` is this one's index.
 
-        `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel. Raises
+        `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel.
+        `fingerprint`: what made the KV, such as `{"weights": digest, "vocabulary": digest}`; a peer with another value
+        of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values. Raises
         `InputError`, `TransportError` where UCX does not start or the process was forked beside an open node, and for a
         pool on a device what `device_of` raises and `DeviceError` where the device has no memory left for windows.
         """
@@ -135,6 +138,7 @@ class Node(ABC, Generic[P]):
                 rank=rank,
                 instance_shards=tuple(instance_shards),
                 device=self.device.backend if self.device else "cpu",
+                fingerprint=dict(fingerprint or {}),
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()

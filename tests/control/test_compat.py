@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hetkv.control import compat
 from hetkv.control.conversion import Conversion, segment_conversion, wire_dtype
-from hetkv.control.description import Description, decode, encode
+from hetkv.control.description import Description, decode, encode, for_minor
 from hetkv.errors import IncompatibleError, InputError, MessageError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.layout import KVLayout
@@ -84,6 +84,30 @@ def test_the_first_difference_of_the_specs_is_named(other, field, mine, theirs):
 def test_state_of_different_size_is_rejected():
     sides = [describe(r, KVSpec((LayerSpec.state(2, n),))) for r, n in (("sender", 4096), ("receiver", 8192))]
     assert rejected(*sides).field == "spec.layers[0].segments[0].channels"
+
+
+def test_fingerprints_that_both_sides_have_are_compared():
+    """Weights of the same geometry are still other weights. What one side does not say cannot differ."""
+
+    def side(role: str, **fingerprint: str) -> Description:
+        return msgspec.structs.replace(describe(role, SPEC), fingerprint=fingerprint)
+
+    compat.check(side("sender", weights="a", rope="10000"), side("receiver", weights="a", vocabulary="v"))
+    compat.check(side("sender", weights="a"), side("receiver"))
+    error = rejected(side("sender", rope="10000", weights="a"), side("receiver", rope="10000", weights="b"))
+    assert (error.field, error.mine, error.theirs) == ("fingerprint.weights", "a", "b")
+
+
+def test_fingerprints_are_short_text():
+    for wrong in ({"": "x"}, {"x": ""}, {"x" * 65: "x"}, {"x": "y" * 513}, {str(i): "x" for i in range(33)}):
+        with pytest.raises(InputError, match="fingerprint"):
+            msgspec.structs.replace(describe("sender", SPEC), fingerprint=wrong)
+
+
+def test_fingerprints_travel_from_minor_2_on():
+    mine = msgspec.structs.replace(describe("sender", SPEC), fingerprint={"weights": "a"})
+    assert decode(encode(for_minor(mine, 2)), "peer") == mine
+    assert decode(encode(for_minor(mine, 1)), "peer").fingerprint == {}
 
 
 def test_same_role_is_rejected():
