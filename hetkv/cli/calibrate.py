@@ -29,6 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fit", action="store_true", help="fit the shipped constants again; needs --data")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="fit your own serving runs, see docs/cost-model.md")
     parser.add_argument(
+        "--log",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="fit a request log, /metrics scrapes (repeat, by time), an engine's log, or results of "
+        "`vllm bench serve`; needs --gpu and --model",
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="--log: the GPU that the engine ran on")
+    parser.add_argument("--model", metavar="NAME", help="--log: the model, by name or as config.json")
+    parser.add_argument("--engine", default="vllm", metavar="NAME", help="--log: the engine (default vllm)")
+    parser.add_argument("--engine-version", default="", metavar="VERSION", help="--log: the engine's version")
+    parser.add_argument("--dtype", default="bf16", metavar="DTYPE", help="--log: dtype of the weights (default bf16)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="--log: tensor parallel size (default 1)")
+    parser.add_argument("--dp", type=int, default=1, metavar="N", help="--log: attention replicas (default 1)")
+    parser.add_argument(
+        "--chunk", type=int, default=8192, metavar="N", help="--log: max_num_batched_tokens (default 8192)"
+    )
+    parser.add_argument(
+        "--until", type=float, metavar="SECONDS", help="--log: use only what a request log knew after SECONDS"
+    )
+    parser.add_argument(
         "--bench",
         type=Path,
         action="append",
@@ -51,16 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the parts that were asked for; with none, say which there are."""
-    if not (args.fit or args.csv or args.bench or args.report):
-        raise InputError("nothing to do: give --fit, --csv FILE, --bench FILE or --report FILE")
-    if args.out and not (args.fit or args.csv or args.bench):
-        raise InputError("--out needs --fit, --csv FILE or --bench FILE")
+    fits = args.fit or args.csv or args.log or args.bench
+    if not (fits or args.report):
+        raise InputError("nothing to do: give --fit, --csv FILE, --log FILE, --bench FILE or --report FILE")
+    if args.out and not fits:
+        raise InputError("--out needs --fit, --csv FILE, --log FILE or --bench FILE")
+    for option in ("gpu", "model"):
+        if args.log and not getattr(args, option):
+            raise InputError(f"--log needs --{option} NAME: the file does not say it")
     for option in ("fit", "report"):
         if getattr(args, option) and args.data is None:
             raise InputError(f"--{option} needs --data DIR, the folder of measurements (docs/cost-model.md, Data)")
     terminal.check_outputs({"out": args.out})
     found: dict[str, Any] = {}
-    if args.fit or args.csv or args.bench:
+    if fits:
         found = _calibrate(args)
     if args.report:
         _report(args)
@@ -93,6 +119,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         entries += ship(_data(args), catalogue, _say)
     if args.csv:
         entries += from_rows(read_csv(args.csv), load_efficiencies(), catalogue, args.csv.name)
+    if args.log:
+        entries += _from_log(args, catalogue)
     if args.bench:
         links = from_bench_json(args.bench)
     document = json.loads(dump_efficiencies(entries, "made by hetkv calibrate"))
@@ -102,6 +130,29 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     _print(entries, links, args.json)
     return {"efficiencies": document["efficiencies"], "links": document.get("links", [])}
+
+
+def _from_log(args: argparse.Namespace, catalogue: Any) -> list[Any]:
+    from hetkv.costmodel.calibration.logs import Setup, read
+    from hetkv.costmodel.calibration.own_runs import from_log, from_rows
+    from hetkv.costmodel.calibration_file import load_efficiencies
+    from hetkv.costmodel.catalogue import DTYPE_BYTES
+
+    for name in ("tp", "dp", "chunk"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.dtype not in DTYPE_BYTES:
+        raise InputError(f"--dtype: unknown dtype {args.dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    gpu = catalogue.gpu(args.gpu).name
+    setup = Setup(gpu, args.model, args.engine, args.engine_version, args.dtype, args.tp, args.dp, args.chunk)
+    rows, seen = read(args.log, setup, args.until)
+    origin = ", ".join(path.name for path in args.log)
+    if rows and seen:
+        raise InputError(
+            "--log: results of `vllm bench serve` and logs are fitted in different ways: one kind at a time"
+        )
+    known = load_efficiencies()
+    return from_rows(rows, known, catalogue, origin) if rows else [from_log(seen, setup, known, catalogue, origin)]
 
 
 def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None:

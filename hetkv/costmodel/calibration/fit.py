@@ -40,7 +40,7 @@ PRIORS: dict[str, Prior] = {
     "expert_flops": Prior(0.35, 0.02, 1.0, 0.5),
     "few_rows_flops": Prior(1.0, 0.005, 1.0, 1.5),
     "kv_bytes": Prior(0.60, 0.02, 1.0, 0.3),
-    "kv_group": Prior(0.0, 0.0, 1.0, 1.0),
+    "kv_group": Prior(0.0, 0.0, 1.2, 1.0),
     "kv_unsplit": Prior(1.0, 1.0, 10.0, 0.7),
     "attention_flops": Prior(0.40, 0.02, 1.0, 0.5),
     "layer_s": Prior(40e-6, 1e-6, 500e-6, 0.5),
@@ -126,7 +126,8 @@ class Fitted:
         found = []
         for name in self.layout.names:
             value, prior = self.value(name, row), self.layout.priors[name]
-            if name in STEP_NAMES and (value <= prior.low * 1.001 or value >= prior.high / 1.001):
+            inside = prior.low * 1.001 < prior.start < prior.high / 1.001
+            if name in STEP_NAMES and inside and not prior.low * 1.001 < value < prior.high / 1.001:
                 found.append(name)
         return tuple(found)
 

@@ -233,6 +233,12 @@ class ServingLoops:
         """Of TPOT alone: a TTFT also holds the load generator's own queueing, which would bend the step constants."""
         return np.asarray(np.log(self.predict(values).tpot_s / self.tpot_s))
 
+    def errors(self, values: Values) -> Array:
+        """log(measured / predicted) of TTFT and TPOT, NaN where a TTFT was not measured; shape (2, rows)."""
+        loop = self.predict(values)
+        first = np.where(self.has_ttft, np.log(self.ttft_s / loop.ttft_s), np.nan)
+        return np.stack([first, np.log(self.tpot_s / loop.tpot_s)])
+
     @staticmethod
     def layout(experts: bool = False) -> Layout:
         """Constants by engine; what depends on kernels also by dtype, and by (engine, version, GPU, dtype)."""

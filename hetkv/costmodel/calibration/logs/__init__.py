@@ -1,0 +1,9 @@
+"""What an operator's engine leaves behind, as observations to calibrate with: one module for each kind of file.
+
+`read` finds the kind from the content. Imports the datasets' rows and nothing of the fit.
+"""
+
+from hetkv.costmodel.calibration.logs.observations import Prompt, Setup, Window
+from hetkv.costmodel.calibration.logs.read import read
+
+__all__ = ["Prompt", "Setup", "Window", "read"]
