@@ -10,6 +10,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from hetkv.integrations.vllm.fingerprint import fingerprint_of
 from hetkv.integrations.vllm.layouts import Caches, caches
 from hetkv.integrations.vllm.loading import Loading
 from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated
@@ -59,6 +60,7 @@ class WorkerSide:
             "rank": self._caches.rank,
             "instance_shards": shards if len(shards) > 1 else (),
             "config": self._settings.transfer,
+            "fingerprint": fingerprint_of(self._config),
         }
         if self._role.is_kv_producer:
             self._sender = Sender(self._caches.pool, **options)

@@ -1,0 +1,136 @@
+"""Fingerprints of a model, alike in every engine that reads the same checkpoint: what `Sender(fingerprint=...)` takes.
+
+| name | value |
+|---|---|
+| `weights` | digest of samples of every tensor of the checkpoint's safetensors files |
+| `vocabulary` | digest of the tokens and their ids |
+| `config` | the sizes and constants that every config.json names |
+| `rope` | rotary embedding: its kind and parameters |
+
+An engine leaves out what it cannot know. How it loads a model must not matter: its dtype, shards, parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hetkv.errors import InputError
+from hetkv.models.fields import load_object
+
+SAMPLE_BYTES = 2048
+"""Read at the start and in the middle of each tensor: training changes all of them, and nobody waits for gigabytes."""
+MAX_HEADER_BYTES = 100 << 20
+CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "rms_norm_eps",
+)
+DEFAULT_THETA = 10000.0
+
+
+def checkpoint_fingerprint(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """`weights`, `config` and `rope` of a Hugging Face directory, `config` as the engine has changed it."""
+    if config is None:
+        config = load_object(folder / "config.json")
+    found = config_fingerprint(config)
+    weights = weights_digest(folder)
+    return {"weights": weights, **found} if weights is not None else found
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """`config` and `rope` of a config.json or what an engine made of it; of a multimodal model the text's."""
+    text = config.get("text_config")
+    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    named = ", ".join(f"{key} {_plain(inner[key])}" for key in CONFIG_KEYS if inner.get(key) is not None)
+    rope = rope_text(inner)
+    return {name: value for name, value in (("config", named), ("rope", rope)) if value}
+
+
+def rope_text(config: Mapping[str, Any]) -> str:
+    """The rotary embedding in one line: `default, rope_theta 10000`. Empty where the config does not speak of one."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not parameters and config.get("rope_theta") is None:
+        return ""
+    if any(isinstance(value, Mapping) for value in parameters.values()):  # one set for each kind of layer
+        return "; ".join(
+            f"{kind}: {rope_text({**config, 'rope_parameters': value})}" for kind, value in sorted(parameters.items())
+        )
+    known = dict(parameters)
+    kind = known.pop("rope_type", None) or known.pop("type", None) or "default"
+    known.pop("type", None)
+    known.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
+    factor = known.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1
+    if factor != 1:
+        known["partial_rotary_factor"] = factor
+    parts = [f"{name} {_plain(value)}" for name, value in sorted(known.items()) if value is not None]
+    return ", ".join([str(kind), *parts])[:512]
+
+
+def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
+    """Of a tokenizer's tokens by text, added ones too."""
+    digest = blake2b(digest_size=16)
+    for text, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        data = text.encode(errors="surrogatepass")
+        digest.update(number.to_bytes(8, "little", signed=True) + len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Of every tensor its name, dtype, shape and samples of its bytes; `None` without safetensors files.
+
+    The files that a checkpoint is split into do not matter. Raises `InputError` for files that are none.
+    """
+    files = _files(folder)
+    if not files:
+        return None
+    tensors = sorted(entry for path in files for entry in _tensors(path))
+    digest = blake2b(digest_size=16)
+    for name, kind, sample in tensors:
+        digest.update(f"{name}\0{kind}\0{len(sample)}\0".encode(errors="surrogatepass") + sample)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """What `transformers` would load: the index's files, the one file, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(load_object(index).get("weight_map", {}).values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Name, dtype with shape, and samples of each tensor of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: a header of {size} bytes")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                yield name, f"{entry['dtype']}{entry['shape']}", _sample(file, 8 + size + start, stop - start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _sample(file: BinaryIO, at: int, size: int) -> bytes:
+    out = b""
+    for start in (0, max(SAMPLE_BYTES, size // 2)):
+        file.seek(at + start)
+        out += file.read(max(0, min(SAMPLE_BYTES, size - start)))
+    return out
+
+
+def _plain(value: Any) -> str:
+    """Numbers alike in all engines: 10000 for 10000.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
