@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import logging
 import multiprocessing
 import os
 import re
@@ -40,13 +41,15 @@ DTYPE = "float32" if torch.cpu._is_amx_tile_supported() else "bfloat16"
 TIMEOUT_S = float(os.environ.get("HETKV_VLLM_TEST_TIMEOUT_S", "120"))
 
 
-def checkpoint(folder: Path, *, layers: int = 2, kv_heads: int = 3, head_dim: int = 64, queries: int = 1) -> str:
+def checkpoint(
+    folder: Path, *, layers: int = 2, kv_heads: int = 3, head_dim: int = 64, queries: int = 1, seed: int = 0
+) -> str:
     """A random-weight Llama: its output depends on every KV entry."""
-    path = folder / f"llama_{layers}_{kv_heads}_{head_dim}"
+    path = folder / f"llama_{layers}_{kv_heads}_{head_dim}_{seed}"
     if not (path / "config.json").exists():
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = LlamaConfig(
             hidden_size=kv_heads * queries * 32,
             intermediate_size=256,
@@ -72,6 +75,17 @@ class Output(NamedTuple):
     """Tokens that the model ran for here: prompt and output."""
     choices: list[list[int]]
     """Tokens of each choice, where several were asked for."""
+
+
+class Warnings(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 class Core:
@@ -103,6 +117,8 @@ class Core:
             "disable_log_stats": True,
         }
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**settings, **options}))
+        self.warnings = Warnings()
+        logging.getLogger("hetkv").addHandler(self.warnings)
         self.outputs: dict[str, Output] = {}
         self.computed: Counter[str] = Counter()
         self.preempted = 0
@@ -214,6 +230,10 @@ class Core:
     def resources(self) -> list[int]:
         """Threads and open descriptors of this process."""
         return [len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]
+
+    def warned(self) -> list[str]:
+        """What the connector and its transport warned of."""
+        return self.warnings.texts
 
     def stats(self) -> dict[str, int]:
         """The transport's counters since the start."""
