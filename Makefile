@@ -3,19 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find csrc bindings -type f 2>/dev/null) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find csrc bindings cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml constraints.txt
+PIP := -m pip install --disable-pip-version-check
+
+# The demo's environment: what `hetkv demo` needs, without the developers' tools.
+DEMO_VENV ?= .venv-demo
+DEMO_PY := $(DEMO_VENV)/bin/python
+DEMO_STAMP := $(DEMO_VENV)/.installed
 
 # The tests of the vLLM connector need an environment of their own: vLLM pins what it imports.
 VLLM_VENV ?= .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-vllm test-all lint format types build dev clean
-demo: $(STAMP)
-	$(PY) -m hetkv demo
+# Processes of `make test`; the timing tests of the transport want a core each.
+JOBS ?= 2
+
+.PHONY: demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
+demo: $(DEMO_STAMP)
+	$(DEMO_PY) -m hetkv demo
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 # Meant to take ten minutes at most, with the installation; what is never imported is not compiled.
 test-vllm: $(VLLM_STAMP)
@@ -37,11 +46,31 @@ format: $(STAMP)
 types: $(STAMP)
 	$(PY) -m mypy
 
+imports: $(STAMP)
+	$(VENV)/bin/lint-imports
+
+# The stub of the extension says what the extension has.
+stubs: $(STAMP)
+	PATH=$(VENV)/bin:$$PATH $(PY) .ci/stubtest.py --allowlist .ci/stubtest-allowlist
+
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict --site-dir build/site
+
 build: $(STAMP)
+
+wheels: $(STAMP)
+	.ci/wheels
 
 $(STAMP): $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(PIP_ARGS)
+	PIP_CONSTRAINT=constraints.txt $(PY) $(PIP) --quiet -e ".[dev,docs]" $(PIP_ARGS)
+	touch $@
+
+$(DEMO_STAMP): $(SOURCES)
+	@echo "Installing the demo into $(DEMO_VENV): 0.3 GB to download (torch for CPU, UCX), 1.2 GB installed, and a build of minutes."
+	test -x $(DEMO_PY) || $(PYTHON) -m venv $(DEMO_VENV)
+	PIP_CONSTRAINT=constraints.txt $(DEMO_PY) $(PIP) -e ".[runtime]" -Ccmake.define.HETKV_HIP=OFF \
+		-Ccmake.define.HETKV_CUDA=OFF -Cbuild.verbose=true -v 2>&1 | $(PYTHON) cmake/progress.py
 	touch $@
 
 $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
@@ -58,4 +87,4 @@ dev:
 	cmake --install build/dev --prefix .
 
 clean:
-	rm -rf build $(VENV) $(VLLM_VENV) hetkv/*.so
+	rm -rf build dist $(VENV) $(DEMO_VENV) $(VLLM_VENV) hetkv/*.so

@@ -89,7 +89,8 @@ def _unstack(tensor: Any, axes: str, count: int) -> tuple[list[Any], str]:
     if isinstance(memory, Memory):
         return [memory.select(at, place) for place in range(count)], left
     before = (slice(None),) * at
-    return [memory[(*before, place)] for place in range(count)], left
+    indices = ((*before, place) for place in range(count))
+    return [memory[index] for index in indices], left
 
 
 def _layer(
