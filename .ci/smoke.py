@@ -62,7 +62,9 @@ def main() -> None:
             assert np.array_equal(found, values(layer, segment)), f"layer {layer}, {segment}"
     assert "torch" not in sys.modules
     version = ".".join(map(str, ucx.version))
-    print(f"python {platform.python_version()}: hetkv {hetkv.__version__}, UCX {version} of {ucx.origin}: transfer equal")
+    print(
+        f"python {platform.python_version()}: hetkv {hetkv.__version__}, UCX {version} of {ucx.origin}: transfer equal"
+    )
 
 
 if __name__ == "__main__":

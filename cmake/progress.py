@@ -1,6 +1,6 @@
-"""Reads pip's verbose output and prints what a person waits for: packages, and the share of the compilation that is done.
+"""Reads pip's verbose output and prints what a person waits for: packages, and how much is compiled.
 
-The last lines of the whole output follow where it ends without an installation.
+Where nothing was installed, the last lines of the output follow.
 """
 
 from __future__ import annotations
