@@ -1,4 +1,4 @@
-"""A transfer between two processes by an installed hetkv, without torch: NumPy pools of unlike layout and block size."""
+"""A transfer between two processes by an installed hetkv without torch: NumPy pools of unlike layouts."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import hetkv.core  # noqa: F401
 from mypy.stubtest import main
+
+import hetkv.core  # noqa: F401  loads UCX
 
 if __name__ == "__main__":
     sys.argv = ["stubtest", "hetkv._core", *sys.argv[1:]]
