@@ -26,8 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv demo`."""
     from hetkv.runtime.plan import DECODE_POOL, GRAMMAR, LAYOUTS, PREFILL_POOL
 
-    parser.add_argument("--model", metavar="DIR", help="a Hugging Face Llama-family directory (default: hetkv's own)")
-    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a Hugging Face directory (docs/models.md; default: hetkv's own)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="repeat it for several requests")
+    parser.add_argument("--prompts", metavar="FILE", help="one a line: text, or JSON where FILE ends in .jsonl")
+    parser.add_argument("--chat", action="store_true", help="a prompt is a user's message in the model's chat template")
+    parser.add_argument(
+        "--reference",
+        choices=["transformers", "self", "none"],
+        help="what the tokens are compared with: transformers in fp32, or one process of hetkv (default: the first "
+        "that is there)",
+    )
+    parser.add_argument(
+        "--plain-greedy", action="store_true", help="leave out penalties and the like of generation_config.json"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to generate (default 96; 16 of a shape)")
     timed = parser.add_argument_group("random weights of a named shape, for timing alone")
     timed.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-70b or qwen3-32b")
@@ -70,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 where all texts are identical to a single process's, 1 where not."""
+    """Run the demo; 0 where all tokens are the reference's, or differ by the pools' rounding alone, 1 where not."""
     from hetkv.cli import demo_output
     from hetkv.runtime.checkpoint import read_checkpoint
     from hetkv.runtime.demo import DemoOptions, run_demo
@@ -86,12 +99,14 @@ def run(args: argparse.Namespace) -> int:
         instances=tuple(instances),
         requests=args.requests,
         chunk=args.chunk,
+        plain_greedy=args.plain_greedy,
+        **_prompts(args),
         **_given(
             args,
             rendezvous="rendezvous",
             threads="threads",
             model="model",
-            prompt="prompt",
+            reference="reference",
             max_new_tokens="tokens",
             compute_dtype="compute_dtype",
         ),
@@ -102,22 +117,40 @@ def run(args: argparse.Namespace) -> int:
     with terminal.progress(f"starting {what}"), _ended_in_order():
         result, timelines = run_demo(options)
     if ranks == 2 and len(result.requests) == 1:
-        demo_output.show_pair(console, options, result)
+        demo_output.show_pair(console, result)
     else:
         demo_output.show_deployment(console, result, read_checkpoint(options.model))
     demo_output.show_figures(console, result)
     _write(args, result, timelines, result.requests[0].prompt_tokens)
-    if not result.identical:
-        print("hetkv demo: the texts differ from a single process's", file=sys.stderr)
-    return 0 if result.identical else 1
+    if result.same_prompt_ids is False:
+        print("hetkv demo: transformers' own tokenizer makes other tokens of the prompts", file=sys.stderr)
+    if result.outcome == "different":
+        name = demo_output.REFERENCES[result.reference]
+        print(f"hetkv demo: the tokens differ from those of {name}", file=sys.stderr)
+    return 1 if result.outcome == "different" else 0
+
+
+def _prompts(args: argparse.Namespace) -> dict[str, Any]:
+    """The prompts that were given, if any."""
+    from hetkv.runtime.prompts import Prompt, read_prompts, user
+
+    if args.prompt is not None and args.prompts is not None:
+        raise InputError("--prompt and --prompts: give one of them")
+    if args.prompts is not None:
+        return {"prompts": tuple(read_prompts(args.prompts, args.chat))}
+    if args.prompt is None:
+        if args.chat:
+            raise InputError("--chat goes with --prompt or --prompts")
+        return {}
+    return {"prompts": tuple(map(user if args.chat else Prompt, args.prompt))}
 
 
 def _run_timing(args: argparse.Namespace, instances: list[InstancePlan]) -> int:
     from hetkv.cli import demo_output
     from hetkv.runtime.timing import TimingOptions, run_timing
 
-    for name in ("model", "prompt", "prefill", "decode", "plan"):
-        if getattr(args, name) is not None:
+    for name in ("model", "prompt", "prompts", "chat", "reference", "prefill", "decode", "plan"):
+        if getattr(args, name) not in (None, False):
             raise InputError(
                 f"{_option(name)} does not go with --shape: random weights, one prefill and one decode rank"
             )

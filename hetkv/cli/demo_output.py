@@ -1,27 +1,52 @@
-"""The tables of `hetkv demo`."""
+"""What `hetkv demo` prints. Prompts and texts are shown as they are: nothing in them is markup."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hetkv.kv.spec import Interval
 from hetkv.models import ModelConfig
-from hetkv.runtime.demo import DemoOptions, DemoResult
+from hetkv.runtime.demo import DemoResult, Outcome, RequestResult
 from hetkv.runtime.timing import TimingResult
 
+COLOURS: dict[Outcome, str] = {"identical": "green", "rounding": "yellow", "different": "red", "not compared": "dim"}
+REFERENCES = {"transformers": "transformers", "self": "one process", "none": "nothing"}
 
-def show_pair(console: Console, options: DemoOptions, result: DemoResult) -> None:
-    """Both texts of one request, and whether they are the same."""
-    console.print(f"[bold]prompt[/]          {escape(options.prompt)}")
-    console.print(f"[bold]two processes[/]   {escape(result.text.strip())}")
-    console.print(f"[bold]one process[/]     {escape(result.single_process_text.strip())}")
-    console.print(f"[bold]{result.generated_tokens} tokens[/]       {_verdict(result.identical)}\n")
+
+def show_pair(console: Console, result: DemoResult) -> None:
+    """One request of one pair: its texts, and how they compare."""
+    request = result.requests[0]
+    _show_text(console, "prompt", request.prompt)
+    _show_text(console, "two processes", request.text.strip())
+    if request.reference_text is not None:
+        _show_text(console, REFERENCES[result.reference], request.reference_text.strip())
+    console.print(
+        Text.assemble((f"{result.generated_tokens} tokens".ljust(15), "bold"), " ", _verdict(result, request)), ""
+    )
+
+
+def _show_text(console: Console, name: str, text: str) -> None:
+    console.print(Text.assemble((name.ljust(15), "bold"), " ", _printable(text)))
+
+
+def _printable(text: str) -> str:
+    """Control characters but line ends would act on the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _verdict(result: DemoResult, request: RequestResult) -> Text:
+    text = Text(request.outcome, style=COLOURS[request.outcome])
+    if request.outcome != "not compared":
+        text.append(f" (compared with {REFERENCES[result.reference]})", style="dim")
+    if request.outcome == "rounding":
+        text.append(f": from token {request.first_difference} on, as one process that rounds KV to the pools' dtypes")
+    return text
 
 
 def show_deployment(console: Console, result: DemoResult, config: ModelConfig) -> None:
-    """Instances, requests and routes of a whole deployment."""
+    """Instances and what they hold, requests and how they compare, and what every rank sent to every other."""
     instances = _table("instance", "", "rank", "layers", "KV heads", "pool")
     for instance in result.instances:
         for rank, shard in enumerate(instance.shards(config)):
@@ -31,7 +56,7 @@ def show_deployment(console: Console, result: DemoResult, config: ModelConfig) -
                 str(instance.pool) if rank == 0 else "",
             )  # fmt: skip
     console.print(instances, "")
-    requests = _table("request", "prefill", "decode", "prompt", "new", "as one process")
+    requests = _table("request", "prefill", "decode", "prompt", "new", f"as {REFERENCES[result.reference]}")
     for index, request in enumerate(result.requests):
         requests.add_row(
             str(index),
@@ -39,7 +64,7 @@ def show_deployment(console: Console, result: DemoResult, config: ModelConfig) -
             request.decode,
             str(request.prompt_tokens),
             str(request.generated_tokens),
-            _verdict(request.identical),
+            Text(request.outcome, style=COLOURS[request.outcome]),
         )
     console.print(requests, "")
     routes = _table("from rank", "to rank", "layers", "KV heads", "bytes")
@@ -53,7 +78,7 @@ def show_deployment(console: Console, result: DemoResult, config: ModelConfig) -
 
 
 def show_figures(console: Console, result: DemoResult) -> None:
-    """Pools and times."""
+    """Pools, bytes and times."""
     table = figures()
     if len(result.instances) == 2:
         table.add_row("prefill pool", str(result.prefill))
@@ -63,7 +88,7 @@ def show_figures(console: Console, result: DemoResult) -> None:
 
 
 def figures() -> Table:
-    """A table of names and what was found."""
+    """A table of names and values."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
@@ -71,7 +96,7 @@ def figures() -> Table:
 
 
 def add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> None:
-    """Rows of what was moved, and how long it took."""
+    """Bytes and times, which are `of` something."""
     table.add_row(
         "moved",
         f"{result.payload_bytes / 1024:.0f} KiB of {result.layers} layers in {result.frames} frames, "
@@ -95,7 +120,3 @@ def _table(*columns: str) -> Table:
 def _span(interval: Interval) -> str:
     """The last one included, as people count."""
     return str(interval.start) if interval.size == 1 else f"{interval.start}-{interval.stop - 1}"
-
-
-def _verdict(identical: bool) -> str:
-    return "[green]identical[/]" if identical else "[red]different[/]"

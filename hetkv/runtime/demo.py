@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import zip_longest
 from math import gcd, lcm
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
 
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
-from hetkv.kv.pool import KVPool
-from hetkv.runtime.checkpoint import read_checkpoint
-from hetkv.runtime.generate import generate
-from hetkv.runtime.model import Decoder
+from hetkv.models import ModelConfig
+from hetkv.runtime.checkpoint import greedy_settings, read_checkpoint
 from hetkv.runtime.plan import DECODE_POOL, PREFILL_POOL, InstancePlan, SideOptions, check_instances
-from hetkv.runtime.processes import link, running
+from hetkv.runtime.processes import PATIENCE_S, link, running
+from hetkv.runtime.prompts import Prompt, encode, spread
+from hetkv.runtime.reference import (
+    Pair,
+    Reference,
+    SelfReference,
+    TransformersReference,
+    default_reference,
+    rounds,
+)
 from hetkv.runtime.request_flow import Rendezvous, Request, Run, Times, counted, route, times
 from hetkv.runtime.route_bytes import RouteBytes
 from hetkv.runtime.timeline import Span
@@ -43,15 +51,24 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What `hetkv demo` takes."""
 
     model: str = str(MODEL)
-    prompt: str = PROMPT
+    prompts: tuple[Prompt, ...] = (Prompt(PROMPT),)
     max_new_tokens: int = 96
     instances: tuple[InstancePlan, ...] = PAIR
     requests: int | None = None
-    """Default: one for each pair of a prefill and a decode instance."""
+    """Default: one for each pair of a prefill and a decode instance, and for each prompt."""
+    reference: Reference | None = None
+    """Default: `transformers` where it is installed, else `self`."""
+    plain_greedy: bool = False
+    """Leave out what `generation_config.json` says of penalties and the like; otherwise a file that has them is
+    rejected."""
     compute_dtype: str = "float32"
     chunk: int | None = None
     rendezvous: Rendezvous = "concurrent"
     threads: int = 1
+
+
+Outcome = Literal["identical", "rounding", "different", "not compared"]
+"""`rounding`: other tokens than `transformers`, which keeps KV in fp32, but of one process that rounds it alike."""
 
 
 class RequestResult(msgspec.Struct, kw_only=True):
@@ -60,12 +77,18 @@ class RequestResult(msgspec.Struct, kw_only=True):
     prefill: str
     """Instances that it was routed to."""
     decode: str
-    identical: bool
-    """The tokens equal those of a single process with the prefill instance's kind of pool."""
+    outcome: Outcome
+    prompt: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    reference_ids: list[int] | None
+    """What the reference generates; null: there is none."""
+    first_difference: int | None
+    """Number of the first generated token that differs from the reference's."""
     prompt_tokens: int
     generated_tokens: int
     text: str
-    single_process_text: str
+    reference_text: str | None
     ttft_ms: float
     """From the start of the prefill until there is the first token and all KV is in the decode pools."""
     prefill_ms: float
@@ -79,11 +102,16 @@ class RequestResult(msgspec.Struct, kw_only=True):
 class DemoResult(msgspec.Struct, kw_only=True):
     """What `hetkv demo --json` writes. Texts are those of the first request, times the means of all."""
 
-    identical: bool
-    """Every request's tokens equal those of a single process."""
+    identical: bool | None
+    """Every request's tokens equal the reference's; null: nothing was compared."""
+    outcome: Outcome
+    """The worst of all requests."""
+    reference: Reference
+    same_prompt_ids: bool | None
+    """The reference's own tokenizer makes the same tokens of the prompts; null: it has none. It is given hetkv's."""
     generated_tokens: int
     text: str
-    single_process_text: str
+    reference_text: str | None
     prompt_tokens: int
     layers: int
     frames: int
@@ -113,18 +141,20 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
     The second result is each request's timeline.
     """
     config = read_checkpoint(options.model)
-    _check(options)
+    _check(options, config)
     check_instances(options.instances, config)
     sources = [instance for instance in options.instances if instance.role == "prefill"]
     destinations = [instance for instance in options.instances if instance.role == "decode"]
     tokenizer = TextTokenizer.load(options.model)
-    pairs = list(_round_robin(len(sources), len(destinations), options.requests))
-    prompts = [tokenizer.encode(text) for text in _texts(options.prompt, len(pairs))]
+    count = options.requests or max(len(sources) * len(destinations), len(options.prompts))
+    pairs = list(_round_robin(len(sources), len(destinations), count))
+    texts = list(spread(options.prompts, len(pairs)))
+    prompts = encode(texts, tokenizer, options.model)
     longest = max(map(len, prompts))
     if longest + options.max_new_tokens > config.max_context:
         raise InputError(
             f"{longest} tokens of prompt and {options.max_new_tokens} new tokens: the model's context has "
-            f"{config.max_context}"
+            f"{config.max_context} (`max_position_embeddings`)"
         )
     with running(
         options.instances,
@@ -134,9 +164,10 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
         chunk=options.chunk,
         compute_dtype=options.compute_dtype,
         threads=options.threads,
-        transfer=TransferConfig(trace=True),
+        transfer=TransferConfig(trace=True, lease_s=PATIENCE_S, hold_s=PATIENCE_S),
     ) as instances:
-        expected = _single_process(options, prompts, [sources[prefill].pool for prefill, _ in pairs])
+        torch.set_num_threads(options.threads)
+        compare = Comparison(options, config, texts, prompts)
         link(instances)
         prefillers = [instance for instance in instances if instance.plan.role == "prefill"]
         decoders = [instance for instance in instances if instance.plan.role == "decode"]
@@ -151,21 +182,68 @@ def run_demo(options: DemoOptions) -> tuple[DemoResult, list[list[Span]]]:
         counters = {name: count - before[name] for name, count in counted(prefillers).items()}
         routes = _routes(requests)
     results = [
-        _result(request, run, tokens, tokenizer) for request, run, tokens in zip(requests, runs, expected, strict=True)
+        _result(request, text, run, compare, tokenizer)
+        for request, text, run in zip(requests, texts, runs, strict=True)
     ]
-    return _summary(options, results, routes, counters, config.num_layers), [run.spans for run in runs]
+    return _summary(options, compare, results, routes, counters, config.num_layers), [run.spans for run in runs]
 
 
-def _check(options: DemoOptions) -> None:
+class Comparison:
+    """The tokens that a demo's requests should have, computed before the requests are timed."""
+
+    def __init__(
+        self, options: DemoOptions, config: ModelConfig, texts: Sequence[Prompt], prompts: Sequence[list[int]]
+    ) -> None:
+        self.reference = options.reference or default_reference()
+        self._options = options
+        self._own: SelfReference | None = None
+        self.same_prompt_ids: bool | None = None
+        self._expected: dict[tuple[int, ...], list[int]] = {}
+        if self.reference == "transformers":
+            reference = TransformersReference(options.model, config.eos_ids)
+            self.same_prompt_ids = reference.same_ids(texts, prompts)
+            for prompt in prompts:
+                self._expected[tuple(prompt)] = reference.tokens(prompt, options.max_new_tokens)
+
+    def expected(self, prompt: list[int], pair: Pair) -> list[int] | None:
+        """The reference's tokens."""
+        if self.reference == "self":
+            return self._self(prompt, pair)
+        return self._expected.get(tuple(prompt))
+
+    def outcome(self, tokens: list[int], prompt: list[int], pair: Pair) -> Outcome:
+        """How a request's tokens compare."""
+        expected = self.expected(prompt, pair)
+        if expected is None:
+            return "not compared"
+        if tokens == expected:
+            return "identical"
+        rounded = self.reference == "transformers" and rounds(pair, self._options.compute_dtype)
+        return "rounding" if rounded and tokens == self._self(prompt, pair) else "different"
+
+    def _self(self, prompt: list[int], pair: Pair) -> list[int]:
+        if self._own is None:
+            self._own = SelfReference(self._options.model, self._options.compute_dtype, self._options.chunk)
+        return self._own.tokens(prompt, self._options.max_new_tokens, pair)
+
+
+def _check(options: DemoOptions, config: ModelConfig) -> None:
     if DType.parse(options.compute_dtype) not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
         raise InputError(f"compute dtype {options.compute_dtype}: must be float32, float16 or bfloat16")
     for name, value in (("threads", options.threads), ("requests", options.requests), ("chunk", options.chunk)):
         if value is not None and value < 1:
             raise InputError(f"{value} {name}: must be at least 1")
-    if options.max_new_tokens < 1 or not options.prompt.strip():
+    if options.max_new_tokens < 1:
+        raise InputError(f"{options.max_new_tokens} new tokens: must be at least 1")
+    if not options.prompts or any(not prompt.text for prompt in options.prompts):
+        raise InputError("a prompt is empty")
+    if options.reference == "transformers" and default_reference() != "transformers":
+        raise InputError("--reference transformers: it is not installed")
+    changes = greedy_settings(options.model, config).changes
+    if changes and not options.plain_greedy:
         raise InputError(
-            f"a prompt of {len(options.prompt.split())} words, {options.max_new_tokens} new tokens: both must be at "
-            "least 1"
+            f"{options.model}/generation_config.json: {', '.join(changes)} changes greedy decoding; "
+            "--plain-greedy leaves it out"
         )
 
 
@@ -174,13 +252,6 @@ def _round_robin(prefills: int, decodes: int, requests: int | None) -> Iterator[
     for index in range(requests or prefills * decodes):
         shift = index // lcm(prefills, decodes) % gcd(prefills, decodes)
         yield index % prefills, (index + shift) % decodes
-
-
-def _texts(prompt: str, count: int) -> Iterator[str]:
-    """Each request leaves out one more word at the beginning, so that no two are alike and a mix-up is seen."""
-    words = [match.start() for match in re.finditer(r"\S+", prompt)]
-    for index in range(count):
-        yield prompt[words[index % len(words)] :] if index else prompt
 
 
 def _route_all(requests: Sequence[Request], options: DemoOptions) -> list[Run]:
@@ -213,29 +284,47 @@ def _route_order(item: tuple[RouteBytes, int]) -> tuple[object, ...]:
     return route.source.split("/")[0], route.destination.split("/")[0], *route.layers, *route.heads
 
 
-def _result(request: Request, run: Run, expected: list[int], tokenizer: TextTokenizer) -> RequestResult:
-    tokens = run.decoded[0].tokens
+def _result(request: Request, text: Prompt, run: Run, compare: Comparison, tokenizer: TextTokenizer) -> RequestResult:
+    tokens, pair = run.decoded[0].tokens, (request.prefiller.plan, request.decoder.plan)
+    expected = compare.expected(request.prompt, pair)
+    agreed = all(rank.tokens == tokens for rank in run.decoded)
+    differences = [i for i, (a, b) in enumerate(zip_longest(tokens, expected or [])) if a != b]
     return RequestResult(
         prefill=request.prefiller.plan.name,
         decode=request.decoder.plan.name,
-        identical=all(rank.tokens == expected for rank in run.decoded),
+        outcome=compare.outcome(tokens, request.prompt, pair) if agreed else "different",
+        prompt=text.text,
+        prompt_ids=request.prompt,
+        token_ids=tokens,
+        reference_ids=expected,
+        first_difference=differences[0] if differences and expected is not None else None,
         prompt_tokens=len(request.prompt),
         generated_tokens=len(tokens),
         text=tokenizer.decode(tokens),
-        single_process_text=tokenizer.decode(expected),
+        reference_text=None if expected is None else tokenizer.decode(expected),
         **times(run)._asdict(),
     )
 
 
 def _summary(
-    options: DemoOptions, requests: list[RequestResult], routes: list[RouteBytes], counters: dict[str, int], layers: int
+    options: DemoOptions,
+    compare: Comparison,
+    requests: list[RequestResult],
+    routes: list[RouteBytes],
+    counters: dict[str, int],
+    layers: int,
 ) -> DemoResult:
+    order: list[Outcome] = ["different", "rounding", "not compared", "identical"]
+    outcome = min((request.outcome for request in requests), key=order.index)
     sides = {instance.role: instance.pool for instance in reversed(options.instances)}
     return DemoResult(
-        identical=all(request.identical for request in requests),
+        identical=None if outcome == "not compared" else outcome == "identical",
+        outcome=outcome,
+        reference=compare.reference,
+        same_prompt_ids=compare.same_prompt_ids,
         generated_tokens=sum(request.generated_tokens for request in requests),
         text=requests[0].text,
-        single_process_text=requests[0].single_process_text,
+        reference_text=requests[0].reference_text,
         prompt_tokens=sum(request.prompt_tokens for request in requests),
         layers=layers,
         **counters,
@@ -248,17 +337,3 @@ def _summary(
         requests=requests,
         routes=routes,
     )
-
-
-def _single_process(
-    options: DemoOptions, prompts: Sequence[list[int]], pools: Sequence[SideOptions]
-) -> list[list[int]]:
-    """What one process generates from each prompt with a pool of the given kind."""
-    torch.set_num_threads(options.threads)
-    model = Decoder.load(options.model, DType.parse(options.compute_dtype).torch)
-    expected = []
-    for prompt, side in zip(prompts, pools, strict=True):
-        blocks = -(-(len(prompt) + options.max_new_tokens) // side.block_size)
-        pool = KVPool.allocate(model.kv_spec, blocks, layout=side.layout, block_size=side.block_size, dtype=side.dtype)
-        expected.append(generate(model, prompt, options.max_new_tokens, pool, chunk=options.chunk))
-    return expected

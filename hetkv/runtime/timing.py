@@ -17,7 +17,7 @@ from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
 from hetkv.models import ModelConfig
 from hetkv.runtime.plan import InstancePlan, SideOptions, check_instances
-from hetkv.runtime.processes import link, running
+from hetkv.runtime.processes import PATIENCE_S, link, running
 from hetkv.runtime.request_flow import Rendezvous, Request, Times, counted, route, times
 from hetkv.runtime.synthetic import shape, weight_bytes
 from hetkv.runtime.timeline import Span
@@ -88,7 +88,7 @@ def run_timing(options: TimingOptions) -> tuple[TimingResult, list[list[Span]]]:
         chunk=options.chunk,
         compute_dtype=options.compute_dtype,
         threads=options.threads,
-        transfer=TransferConfig(trace=True),
+        transfer=TransferConfig(trace=True, lease_s=PATIENCE_S, hold_s=PATIENCE_S),
     ) as instances:
         link(instances)
         route(Request("warm-up", prompt, *instances), 2, options.rendezvous)

@@ -15,6 +15,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.runtime.generate import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
+from hetkv.runtime.processes import PATIENCE_S
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.exchange import Exchange
 from hetkv.transport.handle import Handle
@@ -46,6 +47,7 @@ class Station:
     ) -> None:
         self.model, self.pool = model, pool
         self.allocator = BlockAllocator(pool)
+        config = config or TransferConfig(lease_s=PATIENCE_S, hold_s=PATIENCE_S)
         self.exchange = Exchange(pool, secret=secret, instance=instance, config=config)
         self.blocks: list[list[int]] = [[] for _ in range(pool.spec.num_groups)]
         self.cached = 0

@@ -30,7 +30,7 @@ def test_default_demo_is_identical_and_draws(tmp_path: Path) -> None:
     assert result["identical"] is True
     assert set(result) >= FIELDS
     assert result["generated_tokens"] >= 64
-    assert result["text"] == result["single_process_text"]
+    assert result["text"] == result["reference_text"]
     assert result["prefill"] == {"block_size": 16, "layout": "nhd", "dtype": "bfloat16"}
     assert result["decode"] == {"block_size": 64, "layout": "rocm", "dtype": "bfloat16"}
     # Every byte of every layer travels once: K and V, all heads, 2 bytes an element.

@@ -24,7 +24,7 @@ def test_two_prefill_instances_of_tp2_and_a_pipeline_of_two(tmp_path: Path) -> N
         ("prefill-0", "decode-0"),
         ("prefill-1", "decode-0"),
     ]
-    assert all(r["text"] == r["single_process_text"] for r in result["requests"])
+    assert all(r["text"] == r["reference_text"] for r in result["requests"])
     expected = {
         (f"prefill-{request}/{rank}", f"decode-0/{stage}", (3 * stage, 3 * stage + 3), heads):
             result["requests"][request]["prompt_tokens"] * 3 * (heads[1] - heads[0]) * WIDTH
