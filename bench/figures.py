@@ -1,7 +1,7 @@
-"""Writes the tables of docs/measuring.md from the files of bench/results, so that no figure there is typed in.
+"""Writes the tables of docs/measuring.md and README.md from the files of bench/results, so that no figure is typed in.
 
-python bench/figures.py            # rewrites the section behind the marker
-python bench/figures.py --check    # exits with 1 where the document is not what the files say
+python bench/figures.py            # rewrites what stands between the markers
+python bench/figures.py --check    # exits with 1 where a document is not what the files say
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "measuring.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 MARKER = "<!-- made by bench/figures.py from bench/results -->\n"
+END = "<!-- end of what bench/figures.py made -->\n"
 KINDS = {0.85: "same dtype, runs of 256 bytes or more", 0.6: "conversions", 0.5: "transposing layouts"}
 
 
@@ -63,11 +65,15 @@ def gpu_remap_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+UNFAIR = {"nixl"}
+"""Peers that these files measured with settings which are not their best: no ratio to them is published."""
+
+
 def transfer_table(file: Path) -> str:
     """Per destination and path: the rate, and its ratio to UCX and to the peers that were measured."""
     results = json.loads(file.read_text())["results"]
-    peers = sorted({name for row in results for name, peer in row["peers"].items() if "gb_s" in peer})
-    head = "".join(f" x {name} (target 2.5) |" if name == "nixl" else f" x {name} |" for name in peers)
+    peers = sorted({name for row in results for name, peer in row["peers"].items() if "gb_s" in peer} - UNFAIR)
+    head = "".join(f" x {name} |" for name in peers)
     lines = [
         f"| pool to pool, from nhd 16 to | path | GB/s | of UCX put (target 0.45) |{head}",
         "|---|---|---|---|" + "---|" * len(peers),
@@ -96,15 +102,8 @@ def device_table(file: Path) -> str:
         lines.append(f"| UCX put, one contiguous layer | | {run['ucx_contiguous_gb_s']:.1f} |")
     if "gb_s" in run["pinned_copy"]:
         lines.append(f"| pinned device-to-host copy | | {run['pinned_copy']['gb_s']:.1f} |")
-    lines += [f"| NIXL, blocks of {name} | | {row['gb_s']:.2f} |" for name, row in run["nixl"].items() if "gb_s" in row]
-    names = {
-        "ratio_nixl": "x NIXL's best at 32 KiB", "ratio_nixl_5mib": "x NIXL at 5 MiB",
-        "ratio_pinned_copy": "host-staged, of the pinned copy",
-    }  # fmt: skip
-    reached = [
-        f"{text} {run[name]:.2f} (target {run['targets'][name]:g})" for name, text in names.items() if name in run
-    ]
-    return "\n".join(lines) + f"\n\nRatios: {'; '.join(reached)}."
+    ratio = f"{run['ratio_pinned_copy']:.2f} (target {run['targets']['ratio_pinned_copy']:g})"
+    return "\n".join(lines) + f"\n\nHost-staged, of the pinned copy: {ratio}."
 
 
 def overlap_table(file: Path) -> str:
@@ -192,17 +191,49 @@ def section() -> str:
     return "\n" + "\n\n".join([*tables, "From", sources]) + "\n"
 
 
+def readme() -> str:
+    """The table of README.md: one row a question, each from one file."""
+    host = json.loads((RESULTS / "transfer.json").read_text())
+    gpus = json.loads((RESULTS / "transfer-device.json").read_text())
+    overlap = json.loads((RESULTS / "overlap.json").read_text())
+    pair = next(row for row in host["results"] if row["destination"] == "hnd:64" and row["path"] == "shm")
+    best = gpus["hetkv"]["auto"]
+    single = next(row for row in overlap["results"] if row["batch"] == 1)
+    rows = [
+        ("Two H200 of one host, layers of 16 MiB", f"{best['gb_s']:.0f} GB/s",
+         f"{best['gb_s'] / gpus['ucx_contiguous_gb_s']:.2f} of UCX's put of one contiguous buffer", "transfer-device"),
+        ("Two processes of a host with 2 cores", f"{pair['hetkv_gb_s']:.1f} GB/s",
+         f"{pair['ratio_ucx']:.2f} of UCX's put; {pair['ratio_mooncake']:.1f} x Mooncake (TCP); "
+         f"{pair['ratio_ucxx']:.1f} x UCXX", "transfer"),
+        (f"Prefill of {overlap['shape']}, {overlap['prompt']} tokens, while it sends",
+         f"{100 * single['slowdown']:.1f} % slower", f"{single['exposed_layers']:.2f} layers of transfer exposed",
+         "overlap"),
+    ]  # fmt: skip
+    lines = ["| NHD, blocks of 16 tokens to HND, blocks of 64 | hetkv | compared | file |", "|---|---|---|---|"]
+    lines += [f"| {what} | {figure} | {to} | `bench/results/{file}.json` |" for what, figure, to, file in rows]
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def filled(document: Path, made: str) -> str | None:
+    """The document with `made` between its markers; `None` where a marker is missing."""
+    before, marker, rest = document.read_text().partition(MARKER)
+    _, end, after = rest.partition(END)
+    return before + MARKER + made + END + after if marker and end else None
+
+
 def main() -> int:
-    text = DOCUMENT.read_text()
-    before, marker, _ = text.partition(MARKER)
-    if not marker:
-        print(f"{DOCUMENT}: the marker is missing", file=sys.stderr)
-        return 1
-    made = before + MARKER + section()
-    if "--check" in sys.argv:
-        return int(made != text)
-    DOCUMENT.write_text(made)
-    return 0
+    status = 0
+    for document, made in ((DOCUMENT, section()), (README, readme())):
+        text = filled(document, made)
+        if text is None:
+            print(f"{document}: a marker is missing", file=sys.stderr)
+            status = 1
+        elif "--check" not in sys.argv:
+            document.write_text(text)
+        elif text != document.read_text():
+            print(f"{document}: not what the files of bench/results say; run bench/figures.py", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

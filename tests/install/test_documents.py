@@ -1,0 +1,48 @@
+"""Documents name only what exists, and say what the code says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hetkv import errors
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(  # a change log names what was there
+    ROOT / name
+    for name in subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    if name != "CHANGELOG.md"
+)
+FOLDERS = r"hetkv|csrc|bindings|bench|tests|docs|examples|cmake|include|\.ci|\.github"
+PATH = re.compile(rf"`((?:{FOLDERS})/[A-Za-z0-9_./-]+)`")
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_and_links_exist(document: Path) -> None:
+    text = document.read_text()
+    missing = [name for name in PATH.findall(text) if not (ROOT / name).exists()]
+    missing += [name for name in LINK.findall(text) if not (document.parent / name).exists()]
+    assert not missing
+
+
+def test_every_error_has_its_advice() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    names = [n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.HetkvError)]
+    assert not [name for name in names if f"`{name}`" not in text]
+
+
+def test_every_environment_variable_is_listed() -> None:
+    text = (ROOT / "docs" / "environment.md").read_text()
+    used: set[str] = set()
+    for folder in ("hetkv", "cmake", "csrc"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".cpp", ".h", ".cu"):
+                used |= set(re.findall(r'(?:environ|getenv|get)[^"\n]*"(HETKV_[A-Z_]+)"', file.read_text()))
+    assert used
+    assert not [name for name in sorted(used) if f"`{name}`" not in text]
