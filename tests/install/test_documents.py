@@ -46,3 +46,19 @@ def test_every_environment_variable_is_listed() -> None:
                 used |= set(re.findall(r'(?:environ|getenv|get)[^"\n]*"(HETKV_[A-Z_]+)"', file.read_text()))
     assert used
     assert not [name for name in sorted(used) if f"`{name}`" not in text]
+
+
+def test_the_data_path_is_seven_files_with_the_functions_it_names() -> None:
+    text = (ROOT / "docs" / "data-path.md").read_text()
+    tour = text[text.index("## Seven files") : text.index("## What must be there first")]
+    steps = re.findall(r"^\d+\. `([^`]+)`:(.*?)(?=^\d+\. |\Z|^$)", tour, re.S | re.M)
+    assert len(steps) == 7
+    assert len({file for file, _ in steps}) == 7
+    sources = {file: (ROOT / file).read_text() for file, _ in steps}
+    sources["hetkv/transport/receiver.py"] = (ROOT / "hetkv/transport/receiver.py").read_text()  # where it ends
+    for file, body in steps:
+        for name in re.findall(r"`(?:\w+\.)?(\w+)\(\)`", body):
+            assert any(f"{name}(" in source for source in sources.values()), (file, name)
+        first = re.search(r"`(\w+)\(\)`", body)
+        assert first is not None
+        assert f"{first[1]}(" in sources[file]
