@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from hetkv.errors import InputError
 from hetkv.runtime.demo import PAIR, DemoOptions, DemoResult, run_demo
 from hetkv.runtime.plan import InstancePlan, SideOptions
 from hetkv.runtime.prompts import Prompt
+from hetkv.runtime.reference import Reference
 from tests.models import zoo, zoo_edits
 
 ALL = [*zoo.specimens(), *zoo_edits.specimens()]
@@ -26,30 +28,35 @@ def fp32(instance: InstancePlan, tp: int, pp: int) -> InstancePlan:
     return InstancePlan(name=instance.name, role=instance.role, tp=tp, pp=pp, pool=pool)
 
 
-def run(directory: Path, tp: int = 1, pp: int = 1, words: tuple[int, ...] = (40, 1)) -> DemoResult:
+def run(directory: Path, tp: int = 1, pp: int = 1, reference: Reference = "transformers") -> DemoResult:
     """What `hetkv demo --model DIR` does, with pools that keep every bit."""
     options = DemoOptions(
         model=str(directory),
-        prompts=tuple(Prompt(zoo.prompt(count, count)) for count in words),
+        prompts=tuple(Prompt(zoo.prompt(count, count)) for count in (40, 1)),
         max_new_tokens=24,
         instances=(fp32(PAIR[0], tp, 1), fp32(PAIR[1], 1, pp)),
-        reference="transformers",
+        reference=reference,
     )
     return run_demo(options)[0]
 
 
 def check(specimen: zoo.Specimen, directory: Path) -> None:
-    specimen.make(directory)
+    model = specimen.make(directory)
     if specimen.rejected is not None:
         with pytest.raises(InputError) as caught:
             run(directory)
         assert re.search(specimen.rejected, str(caught.value)), caught.value
         assert "\n" not in str(caught.value)
         return
-    result = run(directory)
-    assert result.reference == "transformers"
-    assert [request.token_ids for request in result.requests] == [r.reference_ids for r in result.requests]
+    result = run(directory, reference="self" if specimen.unedited else "transformers")
     assert result.identical
+    for request in result.requests:
+        expected = request.reference_ids
+        if specimen.unedited:
+            ids = torch.tensor([request.prompt_ids])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+            expected = out[0, ids.shape[1] :].tolist()
+        assert request.token_ids == expected
 
 
 def test_there_are_enough() -> None:

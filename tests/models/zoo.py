@@ -56,6 +56,8 @@ class Specimen:
     edit: Edit | None = None
     rejected: str | None = None
     """What the one line says that rejects it; None: it gives the tokens of `transformers`."""
+    unedited: bool = False
+    """Some versions of `transformers` reject the edit, which means nothing: the unedited model gives the tokens."""
 
     def make(self, directory: Path) -> PreTrainedModel:
         """Write the checkpoint; the model as `transformers` made it, before the edit."""
@@ -152,7 +154,8 @@ def _options() -> Iterator[Specimen]:
     for family in ("llama", "granite"):
         yield Specimen(f"{family}-mlp-bias", family, {"mlp_bias": True})
     for family in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "granite", "olmo2", "qwen3_moe"):
-        yield Specimen(f"{family}-yarn", family, {"rope_parameters": YARN})
+        # Mixtral's class leaves `head_dim` at None, which its own YaRN cannot work with.
+        yield Specimen(f"{family}-yarn", family, {"rope_parameters": YARN, "head_dim": 12})
         yield Specimen(f"{family}-linear", family, {"rope_parameters": LINEAR})
     for family in ("llama", "qwen2", "granite"):
         yield Specimen(f"{family}-llama3", family, {"rope_parameters": LLAMA3})

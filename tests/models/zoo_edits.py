@@ -177,8 +177,8 @@ def _identity() -> Iterator[Specimen]:
         edited(drop=("vocab_size",), model_type="llava", text_config={}),
         "family 'llava' is not supported",
     )
-    yield Specimen("llama+floats", "llama", {}, edited(hidden_size=48.0, max_position_embeddings=512.0))
-    yield Specimen("llama+empty-quantisation", "llama", {}, edited(quantization_config={}))
+    yield Specimen("llama+floats", "llama", {}, edited(hidden_size=48.0, max_position_embeddings=512.0), unedited=True)
+    yield Specimen("llama+empty-quantisation", "llama", {}, edited(quantization_config={}), unedited=True)
     yield Specimen("llama+quantised", "llama", {}, edited(quantization_config={"quant_method": "gptq"}), "'gptq'")
     yield Specimen("llama+more-kv-heads", "llama", {}, edited(num_key_value_heads=8), "4 is no multiple of")
     yield Specimen(
@@ -247,10 +247,6 @@ def _generation() -> Iterator[Specimen]:
     }.items():
         yield Specimen(f"llama+{key}", "llama", {}, generation(**{key: value}), f"{key} .* changes greedy decoding")
     yield Specimen("llama+unknown-generation-key", "llama", {}, generation(frobnicate=1), "`frobnicate` is 1")
-    yield Specimen(
-        "llama+eos-list-in-config",
-        "llama",
-        {},
-        _both(edited(eos_token_id=[1, None]), lambda d: (d / "generation_config.json").unlink()),
-    )
+    in_config = _both(edited(eos_token_id=[7, None]), lambda d: (d / "generation_config.json").unlink())
+    yield Specimen("llama+eos-list-in-config", "llama", stops, in_config, unedited=True)
     yield Specimen("qwen2+yarn-card", "qwen2", {"rope_parameters": YARN}, edited(use_mrope=False))
