@@ -18,6 +18,7 @@ _MODULES = {
     "DType": "kv.dtypes",
     "Exchange": "transport.exchange",
     "HetkvError": "errors",
+    "Instance": "transport.instance",
     "Interval": "kv.spec",
     "KVLayout": "kv.layout",
     "KVPool": "kv.pool",
@@ -25,6 +26,7 @@ _MODULES = {
     "LayerMemory": "kv.layer",
     "LayerSpec": "kv.spec",
     "Memory": "kv.memory",
+    "NodeCollector": "transport.telemetry",
     "Receiver": "transport.receiver",
     "RecvHandle": "transport.receiver",
     "ScaleLayout": "kv.scale",
@@ -40,6 +42,7 @@ __all__ = [
     "DType",
     "Exchange",
     "HetkvError",
+    "Instance",
     "Interval",
     "KVLayout",
     "KVPool",
@@ -47,6 +50,7 @@ __all__ = [
     "LayerMemory",
     "LayerSpec",
     "Memory",
+    "NodeCollector",
     "Receiver",
     "RecvHandle",
     "ScaleLayout",
@@ -71,8 +75,10 @@ if TYPE_CHECKING:
     from hetkv.transport.config import TransferConfig
     from hetkv.transport.content import content_digest
     from hetkv.transport.exchange import Exchange
+    from hetkv.transport.instance import Instance
     from hetkv.transport.receiver import Receiver, RecvHandle
     from hetkv.transport.sender import Sender, SendHandle
+    from hetkv.transport.telemetry import NodeCollector
 
 
 def __getattr__(name: str) -> object:

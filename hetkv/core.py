@@ -10,7 +10,7 @@ ucx = _library.load()
 
 with _library.defaults():
     try:
-        from hetkv import _core as core
+        import hetkv._core as core
     except ImportError as error:
         raise BuildError(f"the extension cannot be loaded ({error}): build it with `make build`") from None
 

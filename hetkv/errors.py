@@ -61,8 +61,12 @@ class MalformedError(WireError):
     """Bytes that no version of the format allows; the text names the field and its value."""
 
 
-class UnsupportedError(WireError):
-    """A version, or a code of a later minor version, that this build does not know."""
+class UnsupportedError(HetkvError):
+    """What this build, device or peer cannot do: a version or code that it does not know, a missing capability."""
+
+
+_GAVE_UP = " gave the request up: "
+"""Before the reason that a peer gave, in the texts of `csrc/engine`."""
 
 
 class TransferError(HetkvError):
@@ -86,7 +90,11 @@ class LeaseExpiredError(TransferError):
 
 
 class AbortedError(TransferError):
-    """One side gave the request up."""
+    """One side gave the request up. `reason` is what it said, without what hetkv adds to the text."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text)
+        self.reason = text.partition(_GAVE_UP)[2] or text
 
 
 class TransportError(TransferError):

@@ -228,12 +228,8 @@ class _ReceiverSide(_Side):
 
     def connect(self, addresses: list[str]) -> None:
         """To every rank of the sender that holds heads of a rank here."""
-        from hetkv.kv.reshard import overlap
-
         for node in self.nodes:
-            for address, shard in zip(addresses, self.shape.shards(0), strict=True):
-                if any(overlap(self.shape.spec, shard, node.pool.shard)):
-                    node.connect(address)
+            node.connect(addresses)
 
     def receive(self, request: str) -> None:
         self.receptions = [node.receive(request, self.blocks, self.shape.tokens) for node in self.nodes]

@@ -23,7 +23,7 @@ from hetkv.kv.spec import LayerSpec
 if TYPE_CHECKING:
     import torch
 
-    from hetkv import _core
+    import hetkv._core as _core
 
 TOKEN_CHANNELS = 1024  # heads x channels of one token
 NARROW_BYTES = 16 << 20  # of the narrower side

@@ -64,7 +64,7 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
     sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
     shared = list(overlap(mine.spec, mine.shard, theirs.shard))
     if not shared:
-        raise IncompatibleError("shard", _shard_text(mine), _shard_text(theirs), "no layer and head is on both sides")
+        raise IncompatibleError("shard", shard_text(mine), shard_text(theirs), "no layer and head is on both sides")
     need = 0
     for layer, heads in shared:
         try:
@@ -166,7 +166,7 @@ def _routed(sender: Description, receiver: Description, layer: int) -> list[Inte
     return [r.heads for r in between if (r.source, r.destination) == pair and layer in range(*r.layers)]
 
 
-def _shard_text(side: Description) -> str:
+def shard_text(side: Description) -> str:
     start, stop = side.shard.layers
     heads = {side.shard.heads[layer] for layer in range(start, stop)}
     return f"layers [{start}, {stop}), heads " + " and ".join(f"[{a}, {b})" for a, b in sorted(heads))

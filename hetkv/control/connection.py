@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from hetkv.control import compat
+from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
+from hetkv.control.compat import check_minor
 from hetkv.control.description import Accept, Bye, Description, Message, Ready, Rejection, decode, encode, for_minor
 from hetkv.control.handshake import Keys, Role, authenticate, check_secret, other_role
 from hetkv.errors import (
@@ -74,8 +75,10 @@ class ControlConnection:
     Any thread may call any method. Call `close` when done, also after a loss.
     """
 
-    def __init__(self, channel: Channel, records: Records, keys: Keys, peer: Description, timeout: float) -> None:
-        self.peer = peer
+    def __init__(self, channel: Channel, records: Records, keys: Keys, agreement: Agreement, timeout: float) -> None:
+        self.agreement = agreement
+        """What both sides are and how they exchange KV."""
+        self.peer = agreement.theirs
         """The peer's description."""
         self.peer_address = channel.peer
         self.data_keys = DataKeys(keys.data_send, keys.data_receive)
@@ -262,19 +265,19 @@ def establish(
             mine = describe()
             if mine.role != role:
                 raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
-            peer = _agree(records, channel.peer, mine, connecting, timeout, keys.minor)
+            agreement = _agree(records, channel.peer, mine, connecting, timeout, keys.minor)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:
             channel.linger(min(LINGER_S, timeout))
             raise
-        return ControlConnection(channel, records, keys, peer, timeout)
+        return ControlConnection(channel, records, keys, agreement, timeout)
     except BaseException:
         channel.close()
         raise
 
 
-def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Description:
+def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Agreement:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
     def write(message: Message) -> None:
@@ -290,7 +293,7 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
 
     def describe() -> None:
         try:
-            compat.check_minor(mine, minor)
+            check_minor(mine, minor)
         except IncompatibleError as error:
             write(Rejection(error.field, error.mine, error.theirs, error.why))
             raise
@@ -308,13 +311,13 @@ def _agree(records: Records, peer: str, mine: Description, connecting: bool, tim
     if not connecting:
         describe()
     try:
-        compat.check(mine, theirs, minor)
+        agreement = Agreement.of(mine, theirs, minor)
     except IncompatibleError as error:
         write(Rejection(error.field, error.mine, error.theirs, error.why))
         raise
     write(Accept())
     read(Accept, "verdict")
-    return theirs
+    return agreement
 
 
 def _owned(sock: socket.socket, peer: str) -> Channel:

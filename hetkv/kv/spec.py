@@ -177,6 +177,13 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tuple(head_interval(layer.segments[0].heads, tp, tp_rank) for layer in spec.layers),
         )
 
+    @classmethod
+    def ranks(cls, spec: KVSpec, tp: int = 1, pp: int = 1, stages: Sequence[int] | None = None) -> tuple[Shard, ...]:
+        """Shards of all ranks of an instance, rank `pp_rank * tp + tp_rank`, as engines number them."""
+        if not isinstance(tp, SupportsIndex) or not isinstance(pp, SupportsIndex) or tp < 1 or pp < 1:
+            raise InputError(f"tp and pp are integers from 1, not {tp!r} and {pp!r}")
+        return tuple(cls.of(spec, tp, t, pp, p, stages) for p in range(pp) for t in range(tp))
+
 
 def _freeze(struct: msgspec.Struct, field: str, what: str, kind: type) -> None:
     """A list in place of a tuple is taken; what is no sequence of `kind` is refused."""

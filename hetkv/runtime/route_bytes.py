@@ -8,7 +8,7 @@ import msgspec
 
 from hetkv.kv.reshard import Route
 from hetkv.kv.spec import Interval
-from hetkv.transport.link_plan import link_plans, link_routes, wanted
+from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver
 
 
@@ -33,15 +33,11 @@ def route_bytes(receiver: Receiver, source: str, num_tokens: int) -> list[RouteB
     spans = wanted(mine, [num_tokens] * groups, [0] * groups)
     found = []
     for peer in sorted(receiver.peers, key=lambda peer: peer.description.rank):
-        theirs = peer.description
-        if theirs.instance != source:
+        if peer.instance != source:
             continue
-        # Both lists are in rising layer order, and within a layer in the order of the routes.
-        held = [(layer, route) for route in link_routes(mine, theirs) for layer in range(*route.layers)]
-        held.sort(key=lambda item: item[0])
         totals: dict[Route, int] = defaultdict(int)
-        for (layer, route), plan in zip(held, link_plans(receiver.pool, mine, theirs), strict=True):
-            totals[route] += plan.payload_bytes(spans[mine.spec.group_of(layer)].size)
+        for at, plan in zip(peer.agreement.layers, peer.plans, strict=True):
+            totals[at.route] += plan.payload_bytes(spans[mine.spec.group_of(at.layer)].size)
         me = f"{mine.instance}/{mine.rank}"
         found += [RouteBytes(peer.name, me, route.layers, route.heads, size) for route, size in totals.items()]
     return found

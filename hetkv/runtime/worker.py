@@ -21,7 +21,6 @@ import torch
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
-from hetkv.kv.reshard import overlap
 from hetkv.models import ModelConfig
 from hetkv.runtime.clock import WorkClock
 from hetkv.runtime.generate import choose, decode, prefill
@@ -33,6 +32,7 @@ from hetkv.runtime.route_bytes import RouteBytes, route_bytes
 from hetkv.runtime.synthetic import random_decoder
 from hetkv.runtime.timeline import Span, engine_spans
 from hetkv.transport.config import TransferConfig
+from hetkv.transport.instance import Instance
 from hetkv.transport.receiver import Receiver, RecvHandle
 from hetkv.transport.sender import Sender, SendHandle
 
@@ -142,9 +142,7 @@ class Worker:
 
     def connect(self, source: InstancePlan, addresses: list[str]) -> None:
         """Link to those ranks of a listening instance that hold something this rank holds too."""
-        for shard, address in zip(source.shards(self.model.config), addresses, strict=True):
-            if any(overlap(self.pool.spec, self.pool.shard, shard)):
-                self.node.connect(address)
+        self.node.connect(Instance(source.name, tuple(addresses)))
 
     def prefill(self, request_id: str, prompt: list[int]) -> PrefillResult:
         """Compute a prompt; its KV leaves layer by layer. Returns when the compute is done: see `finish`."""

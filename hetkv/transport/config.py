@@ -10,7 +10,7 @@ import msgspec
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
-    from hetkv import _core
+    import hetkv._core as _core
 
 MIB = 1 << 20
 DEVICE_SLOT, DEVICE_SLOTS = 16 * MIB, 16

@@ -10,7 +10,7 @@ from hetkv.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from hetkv import _core
+    import hetkv._core as _core
     from hetkv.kv.pool import KVPool
 
 _NOT_DEVICE = {"host": "pageable host memory", "pinned": "pinned host memory", "managed": "managed memory"}

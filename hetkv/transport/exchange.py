@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hetkv.control.connection import Address
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import Shard
 from hetkv.transport.config import TransferConfig
-from hetkv.transport.node import Peer
+from hetkv.transport.peer import Peer
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 
@@ -38,10 +39,12 @@ class Exchange:
         self,
         pool: KVPool,
         *,
-        secret: bytes,
         instance: str,
         rank: int = 0,
+        tp: int = 1,
+        pp: int = 1,
         instance_shards: Sequence[Shard] = (),
+        secret: bytes | None = None,
         config: TransferConfig | None = None,
         tls: ssl.SSLContext | None = None,
         fingerprint: Mapping[str, str] | None = None,
@@ -49,7 +52,7 @@ class Exchange:
         """Arguments and errors are those of `Sender` and `Receiver`."""
         self.pool = pool
         with ExitStack() as stack:
-            common: dict[str, Any] = {"secret": secret, "instance": instance, "rank": rank}
+            common: dict[str, Any] = {"secret": secret, "instance": instance, "rank": rank, "tp": tp, "pp": pp}
             common |= {"instance_shards": instance_shards, "config": config, "tls": tls}
             common["fingerprint"] = fingerprint
             self.sender = stack.enter_context(Sender(pool, **common))
@@ -58,8 +61,8 @@ class Exchange:
 
     def listen(self, address: str = "127.0.0.1:0") -> Addresses:
         """Accept peers for both roles. With a port that is not 0 the sender takes it, and the receiver the next."""
-        host, _, port = address.rpartition(":")
-        following = f"{host}:{int(port) + 1}" if port.isdigit() and int(port) else address
+        host, port = Address.parse(address)
+        following = str(Address(host, port + 1)) if port else address
         return Addresses(self.sender.listen(address), self.receiver.listen(following))
 
     def connect(self, peer: Addresses) -> tuple[Peer, Peer]:
@@ -73,6 +76,9 @@ class Exchange:
         except BaseException:
             self.receiver.disconnect(source, "the other direction could not be linked")
             raise
+
+    def __repr__(self) -> str:
+        return f"Exchange({self.sender!r}, {self.receiver!r})"
 
     def close(self) -> None:
         """End all requests and links of both roles. May be called again."""

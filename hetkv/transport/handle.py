@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 from hetkv.errors import HetkvError, InputError, WaitTimeoutError
+from hetkv.transport.telemetry import begin
 
 RequestId = uuid.UUID | bytes | str
 COMPLETE, FAILED = 2, 4
@@ -17,11 +18,12 @@ COMPLETE, FAILED = 2, 4
 
 def request_key(request_id: RequestId) -> bytes:
     """The 16 bytes that name a request on the wire: of a UUID, as given, or the hash of a router's transfer id."""
+    key = b""
     if isinstance(request_id, uuid.UUID):
         key = request_id.bytes
     elif isinstance(request_id, str):
-        key = blake2b(request_id.encode(), digest_size=16).digest()
-    else:
+        key = blake2b(request_id.encode(errors="surrogatepass"), digest_size=16).digest()
+    elif isinstance(request_id, (bytes, bytearray, memoryview)):
         key = bytes(request_id)
     if len(key) != 16 or not any(key):
         raise InputError(f"request id {request_id!r} must be text, a UUID, or 16 bytes that are not all zero")
@@ -42,6 +44,15 @@ class Handle:
         self.future = running()
         """Done when the request is complete on all its routes. It cannot be cancelled: see `abort`."""
         self._engine = engine
+        self._finish = begin(type(self).__name__, {"hetkv.request": str(request_id)})
+
+    def __repr__(self) -> str:
+        if not self.done():
+            state = "under way"
+        else:
+            error = self.future.exception()
+            state = "complete" if error is None else f"{type(error).__name__}: {error}"
+        return f"{type(self).__name__}({self.request_id!r}, {state})"
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the request is complete. Raises its `HetkvError`; `WaitTimeoutError` after `timeout` seconds."""
@@ -60,10 +71,11 @@ class Handle:
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
         """Take an event of the engine; called in the dispatching thread."""
-        if kind == COMPLETE:
-            settle(self.future)
-        elif kind == FAILED:
-            settle(self.future, error)
+        if kind not in (COMPLETE, FAILED):
+            return
+        if self._finish is not None:
+            self._finish(error)
+        settle(self.future, error)
 
 
 def running() -> Future[None]:

@@ -1,48 +1,30 @@
-"""From two descriptions to the plan of a link: which layers and heads travel, and where they lie in this pool."""
+"""From what two ranks agreed on to the plans of their link: where what travels lies in this pool."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hetkv.control.compat import layer_conversions
+from hetkv.control.agreement import Agreement, LayerRoute
 from hetkv.control.description import Description
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
-from hetkv.kv.reshard import Route, overlap, routes
 from hetkv.kv.spec import Interval
 
 if TYPE_CHECKING:
-    from hetkv import _core
+    import hetkv._core as _core
 
 
-def link_routes(mine: Description, theirs: Description) -> list[Route]:
-    """Routes between exactly these two ranks, computed from all ranks of both instances."""
-    sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
-    between = routes(mine.spec, sender.shards, receiver.shards)
-    return [route for route in between if (route.source, route.destination) == (sender.rank, receiver.rank)]
+def link_plans(pool: KVPool, agreement: Agreement) -> list[_core.LayerPlan]:
+    """Plans of this rank's side of a link, one for each of the agreement's layers."""
+    return [_layer_plan(pool, agreement, at) for at in agreement.layers]
 
 
-def linked_ranks(mine: Description, theirs: Description) -> list[int]:
-    """Ranks of the peer's instance that hold something this rank holds too: a request involves a link to each."""
-    return [rank for rank, shard in enumerate(theirs.shards) if any(overlap(mine.spec, mine.shard, shard))]
-
-
-def link_plans(pool: KVPool, mine: Description, theirs: Description) -> list[_core.LayerPlan]:
-    """Plans of this rank's side of a link, in rising layer order."""
-    plans = [
-        (layer, _layer_plan(pool, mine, theirs, layer, route.heads))
-        for route in link_routes(mine, theirs)
-        for layer in range(*route.layers)
-    ]
-    return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
-
-
-def _layer_plan(pool: KVPool, mine: Description, theirs: Description, layer: int, heads: Interval) -> _core.LayerPlan:
+def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.LayerPlan:
     """The spec's segments, then the scales of those whose scales travel, in the same order."""
     from hetkv.core import core
 
-    sends = mine.role == "sender"
-    found = layer_conversions(mine if sends else theirs, theirs if sends else mine, layer, heads)
+    mine, sends, found = agreement.mine, agreement.sends, at.conversions
+    layer, heads = at.layer, at.route.heads
     layout = mine.layout(layer)
     first_head = heads.start - mine.shard.heads[layer].start
     segments: list[_core.SegmentPlan] = []

@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
-import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from operator import index
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
 
-from hetkv.control.connection import ControlConnection, connect
+from hetkv.control.connection import Address, ControlConnection, connect
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.handshake import Role, check_secret
 from hetkv.control.listener import Listener
-from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, TransportError, from_code, to_code
+from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
+from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import Shard
+from hetkv.transport import lifetime
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
-from hetkv.transport.handle import Handle
-from hetkv.transport.link_plan import link_plans, linked_ranks
+from hetkv.transport.handle import Handle, RequestId
+from hetkv.transport.instance import Instance, connect_instance
+from hetkv.transport.link_plan import link_plans
+from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
     import ssl
 
     from typing_extensions import Self
 
-    from hetkv import _core
+    import hetkv._core as _core
 
 LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
 """Kinds of events of the engine (`csrc/engine/events.h`)."""
 
 P = TypeVar("P", bound=Handle)
-
-
-class Peer:
-    """One connected rank of the other side. `lost` tells why it is gone, or is `None`."""
-
-    def __init__(self, connection: ControlConnection, link: int) -> None:
-        self.connection = connection
-        self.link = link
-        self.description: Description = connection.peer
-        self.minor = connection.minor
-        """Version of the link: the lower one of the two sides."""
-        self.ready = False
-        """Both sides have added the link: requests may use it."""
-        self.lost: HetkvError | None = None
-
-    @property
-    def name(self) -> str:
-        """`instance/rank`."""
-        return f"{self.description.instance}/{self.description.rank}"
-
-    @property
-    def same_host(self) -> bool:
-        return self.description.host == host_id()
-
-    def __repr__(self) -> str:
-        return f"Peer({self.name!r}, {self.connection.peer_address}" + (f", lost: {self.lost})" if self.lost else ")")
+MOST_FINISHED = 1 << 12
+"""Handles that are kept for the next `Node.poll`."""
 
 
 class Node(ABC, Generic[P]):
@@ -76,28 +56,36 @@ class Node(ABC, Generic[P]):
         self,
         pool: KVPool,
         *,
-        secret: bytes,
         instance: str,
         rank: int = 0,
+        tp: int = 1,
+        pp: int = 1,
         instance_shards: Sequence[Shard] = (),
+        secret: bytes | None = None,
         config: TransferConfig | None = None,
         tls: ssl.SSLContext | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
-        """`instance_shards`: the shards of all ranks of this instance where it has several; `rank` is this one's index.
+        """One rank of an instance of `tp x pp` ranks, split as `Shard.of` says, rank `pp_rank * tp + tp_rank`.
 
-        `secret` (16 bytes or more) is shared by all instances. `tls`: a context for the control channel.
+        `instance_shards`: the shards of all ranks where they are split otherwise, in order of rank. `secret` (16 bytes
+        or more) is shared by all instances; on one host hetkv makes one for this user (see `shared_secret`), across
+        hosts it must be given, or named by `$HETKV_SECRET_FILE`. `tls`: a context for the control channel.
         `fingerprint`: what made the KV, such as `{"weights": digest, "vocabulary": digest}`; a peer with another value
-        of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values. Raises
-        `InputError`, `TransportError` where UCX does not start or the process was forked beside an open node, and for a
-        pool on a device what `device_of` raises and `DeviceError` where the device has no memory left for windows.
+        of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values.
+
+        Raises `InputError` for what does not fit together, also where a receiver's pool is not writable or overlaps
+        itself; `TransportError` where UCX does not start or the process was forked beside an open node; and for a pool
+        on a device what `device_of` raises and `DeviceError` where the device has no memory left for windows.
         """
+        if not isinstance(instance, str) or not isinstance(rank, SupportsIndex):
+            raise InputError(f"instance is a name and rank an integer, not {instance!r} and {rank!r}")
+        self._own_secret = secret is None and not is_named()
+        secret = shared_secret() if secret is None else secret
         check_secret(secret)
-        if _forked_beside_nodes:
-            raise TransportError(
-                "this process was forked from one with an open Sender or Receiver, whose UCX threads it lacks: "
-                "start it with the spawn method"
-            )
+        lifetime.check_process()
+        self.instance, self.rank = instance, index(rank)
+        shards = _shards(pool, self.rank, tp, pp, instance_shards)
         self.pool = pool
         self.device = device_of(pool)
         """The device that the pool lies on; `None` in host memory."""
@@ -114,12 +102,13 @@ class Node(ABC, Generic[P]):
         self._pending: dict[int, P] = {}
         self._keys: set[bytes] = set()
         self._listeners: list[Listener] = []
+        self._finished: deque[P] = deque(maxlen=MOST_FINISHED)
         self._closed = False
         on_device = self.device is not None
         self.engine: Any = self._make_engine(
             self.config.engine(on_device, self.role), self.device.core if self.device is not None else None
         )
-        _starting.add(self)
+        lifetime.starting.add(self)
         try:
             self.engine.start()
             self.description = Description(
@@ -135,26 +124,30 @@ class Node(ABC, Generic[P]):
                 heartbeat_interval_ms=max(1, round(self.config.heartbeat_s * 1000)),
                 heartbeat_timeout_ms=max(1, round(self.config.peer_timeout_s * 1000)),
                 lease_ms=round((self.config.lease_s if self.role == "receiver" else self.config.hold_s) * 1000),
-                rank=rank,
-                instance_shards=tuple(instance_shards),
+                rank=self.rank,
+                instance_shards=shards,
                 device=self.device.backend if self.device else "cpu",
                 fingerprint=dict(fingerprint or {}),
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()
-            _open_nodes.add(self)
+            lifetime.opened.add(self)
         except BaseException:
             self.engine.stop()
             raise
         finally:
-            _starting.discard(self)
+            lifetime.starting.discard(self)
 
     @abstractmethod
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         """The engine of this role."""
 
-    def listen(self, address: str = "127.0.0.1:0") -> str:
-        """Accept peers at `host:port` (port 0: any free one); returns the address to connect to."""
+    def listen(self, address: str = "127.0.0.1:0", *, book: str | os.PathLike[str] | None = None) -> str:
+        """Accept peers at `host:port` (port 0: any free one); returns the address to connect to.
+
+        `book`: a file that this rank adds its address to, for `Instance.read`.
+        """
+        self._check_reachable(address, "listen at")
         listener = Listener(
             address,
             role=self.role,
@@ -171,13 +164,26 @@ class Node(ABC, Generic[P]):
         if closed:
             listener.close()
             raise ClosedError(f"the {self.role} is closed")
+        if book is not None:
+            Instance.join(book, self.instance, self.rank, len(self.description.shards), listener.address)
         return listener.address
 
-    def connect(self, address: str) -> Peer:
-        """Connect to a listening peer, check that the two sides fit, and link them.
+    @overload
+    def connect(self, address: str) -> Peer: ...
+    @overload
+    def connect(self, address: Instance | list[str] | tuple[str, ...]) -> list[Peer]: ...
+    def connect(self, address: str | Instance | list[str] | tuple[str, ...]) -> Peer | list[Peer]:
+        """Connect to a listening rank, check that the two sides fit, and link them.
 
-        Raises `IncompatibleError` with the field and both values, `AuthenticationError`, `PeerLostError`, `InputError`.
+        With an instance's address book, or a list of the addresses of all its ranks in order: to those ranks that hold
+        something of this pool; ranks of an `Instance` that are linked already stay so.
+
+        Raises `IncompatibleError` with the field and both values, `AuthenticationError`, `PeerLostError`, `InputError`;
+        nothing of an instance is linked then that was not before.
         """
+        if not isinstance(address, str):
+            return connect_instance(self, address)
+        self._check_reachable(address, "connect to")
         connection = connect(
             address,
             role=self.role,
@@ -197,6 +203,18 @@ class Node(ABC, Generic[P]):
     def disconnect(self, peer: Peer, reason: str = "disconnected") -> None:
         """End one link; requests that need it fail with `ClosedError`."""
         self.engine.drop_link(peer.link, to_code(ClosedError()), reason)
+
+    def poll(self) -> list[P]:
+        """Requests that have ended, well or not, since the last call: what an engine asks at each step. Never waits.
+
+        Each handle is `done`; its `wait` returns or raises at once. The last 4,096 are kept for the next call.
+        """
+        found: list[P] = []
+        try:
+            while True:
+                found.append(self._finished.popleft())
+        except IndexError:
+            return found
 
     def stats(self) -> dict[str, int]:
         """Counters since the start: frames, payload bytes, saturated elements, stale frames, failed requests, ..."""
@@ -221,7 +239,15 @@ class Node(ABC, Generic[P]):
             listener.close()
         with self._lock:
             self._peers.clear()
-        _open_nodes.discard(self)
+        lifetime.opened.discard(self)
+
+    def disown(self) -> None:
+        """Called in a forked child: the node is its parent's."""
+        self._lock, self._closed = threading.Lock(), True
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.peers)} peers, {len(self._pending)} requests under way"
+        return f"{type(self).__name__}({self.instance}/{self.rank} of {len(self.description.shards)}, {state})"
 
     def __enter__(self) -> Self:
         return self
@@ -239,8 +265,9 @@ class Node(ABC, Generic[P]):
     def _link(self, connection: ControlConnection) -> Peer:
         from hetkv.core import core
 
-        theirs = connection.peer
+        theirs, agreement = connection.peer, connection.agreement
         try:
+            plans = link_plans(self.pool, agreement)
             link = self.engine.add_link(
                 core.LinkConfig(
                     address=theirs.worker_address,
@@ -250,13 +277,13 @@ class Node(ABC, Generic[P]):
                     receive_key=connection.data_keys.receive,
                     name=f"{theirs.instance}/{theirs.rank}",
                     instance=theirs.instance,
-                    instance_links=len(linked_ranks(self.description, theirs)),
-                    plans=link_plans(self.pool, self.description, theirs),
+                    instance_links=len(agreement.ranks),
+                    plans=plans,
                     device_windows=self._device_windows(theirs),
                     rdma_windows=self._device_windows(theirs) and theirs.host != self.description.host,
                 )
             )
-            peer = Peer(connection, link)
+            peer = Peer(connection, link, plans)
             with self._lock:
                 if self._closed:
                     raise ClosedError("this side was closed")
@@ -298,13 +325,21 @@ class Node(ABC, Generic[P]):
     def _retire(self, peer: Peer) -> None:
         """The peer is gone for good."""
 
-    def _submit(self, key: bytes, make: Callable[[], P]) -> P:
+    def _check_reachable(self, address: str, verb: str) -> None:
+        """Raise `InputError` for another host where the secret is this host's own."""
+        if self._own_secret and not is_loopback(Address.parse(address).host):
+            raise InputError(
+                f"cannot {verb} {address!r} with the secret of this host alone: give `secret`, the same on all hosts, "
+                f"or name its file in {SECRET_ENV}"
+            )
+
+    def _submit(self, request_id: RequestId, key: bytes, make: Callable[[], P]) -> P:
         """Register a request while no event of it can be dispatched."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
             if key in self._keys:
-                raise InputError(f"request {key.hex()} is under way already")
+                raise InputError(f"request {request_id!r} is under way already")
             self.pool.check_alive()
             pending = make()
             if not pending.handle:
@@ -328,6 +363,8 @@ class Node(ABC, Generic[P]):
                         self._keys.discard(pending.key)
                 if pending is not None:
                     pending.on_event(kind, layer, error)
+                    if ended:
+                        self._finished.append(pending)
 
     def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
         with self._lock:
@@ -341,27 +378,23 @@ class Node(ABC, Generic[P]):
             self._forget(peer)
 
 
-_open_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
-_starting: set[Node[Any]] = set()
-_forked_beside_nodes = False
-
-
-def _disown_in_child() -> None:
-    """A forked child has neither the threads nor the right to say goodbye on its parent's sockets."""
-    global _forked_beside_nodes
-    nodes = [*_open_nodes, *_starting]
-    _forked_beside_nodes = _forked_beside_nodes or bool(nodes)
-    for node in nodes:
-        node._lock, node._closed = threading.Lock(), True
-    _open_nodes.clear()
-    _starting.clear()
-
-
-os.register_at_fork(after_in_child=_disown_in_child)
-
-
-@atexit.register
-def _close_all() -> None:
-    """Threads that outlive the interpreter would crash in it."""
-    for node in list(_open_nodes):
-        node.close()
+def _shards(pool: KVPool, rank: int, tp: int, pp: int, given: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Shards of all ranks of the instance; none where this rank is alone. Raises `InputError`."""
+    if given:
+        if (tp, pp) != (1, 1):
+            raise InputError("give tp and pp, or instance_shards, not both")
+        shards = tuple(given)
+    elif (tp, pp) == (1, 1):
+        if rank:
+            raise InputError(f"rank {rank} of an instance of one rank: give tp and pp, or instance_shards")
+        return ()
+    else:
+        shards = Shard.ranks(pool.spec, tp, pp)
+    if not 0 <= rank < len(shards):
+        raise InputError(f"rank {rank} of an instance of {len(shards)} ranks")
+    if shards[rank] != pool.shard:
+        raise InputError(
+            f"the pool is not that of rank {rank} of {len(shards)}: its shard is {pool.shard}, that of the rank "
+            f"{shards[rank]}; make it with shard=Shard.ranks(spec, tp, pp)[rank], or give instance_shards"
+        )
+    return shards

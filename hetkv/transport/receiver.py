@@ -1,6 +1,6 @@
 """The decode side of one rank: `Receiver`, and `RecvHandle` for each request.
 
-receiver = Receiver(decode_pool, secret=secret, instance="decode-0")
+receiver = Receiver(decode_pool, instance="decode-0")
 receiver.connect(address)
 receiver.receive("request-1", block_ids, num_tokens).wait()
 """
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from hetkv.errors import HetkvError, InputError, PeerLostError, UnsupportedError
-from hetkv.transport.blocks import BlockIds, milliseconds, per_group, state_groups
+from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group, state_groups
 from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
-from hetkv.transport.link_plan import linked_ranks, wanted
-from hetkv.transport.node import LAYER, Node, Peer
+from hetkv.transport.link_plan import wanted
+from hetkv.transport.node import LAYER, Node
+from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
-    from hetkv import _core
+    import hetkv._core as _core
 
 
 CONTENT_SINCE = 2
@@ -108,11 +108,9 @@ class Receiver(Node[RecvHandle]):
         """
         key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
+        kept = integers("num_cached_tokens", num_cached_tokens, len(tokens))
         if isinstance(num_cached_tokens, SupportsIndex):
-            states = state_groups(self.pool.spec)
-            kept = [0 if group in states else index(num_cached_tokens) for group in range(len(tokens))]
-        else:
-            kept = [index(count) for count in num_cached_tokens]
+            kept = [0 if group in state_groups(self.pool.spec) else count for group, count in enumerate(kept)]
         if len(kept) != len(tokens) or any(not 0 <= a <= b for a, b in zip(kept, tokens, strict=True)):
             raise InputError(f"num_cached_tokens is {num_cached_tokens} of {num_tokens} tokens")
         want = wanted(self.description, tokens, kept)
@@ -129,25 +127,25 @@ class Receiver(Node[RecvHandle]):
             handle = self.engine.receive(key, want, blocks, links, lease_ms, digest)
             return RecvHandle(request_id, self, handle, list(self.pool.layers))
 
-        return self._submit(key, make)
+        return self._submit(request_id, key, make)
 
     def _sources(self, src_instance: str | None) -> list[Peer]:
         """Every rank of the source instance that holds something this rank holds too."""
         peers = self.peers
-        names = sorted({peer.description.instance for peer in peers})
-        if src_instance is None and len(names) != 1:
+        names = sorted({peer.instance for peer in peers})
+        if not names:
             raise PeerLostError(
-                f"connected instances are {names}: " + ("name src_instance" if names else "connect one first")
+                "no sender is connected: call connect with its addresses first, or listen and let it connect"
             )
-        chosen = {
-            peer.description.rank: peer for peer in peers if peer.description.instance == (src_instance or names[0])
-        }
+        if src_instance is None and len(names) != 1:
+            raise PeerLostError(f"connected instances are {names}: name src_instance")
+        chosen = {peer.rank: peer for peer in peers if peer.instance == (src_instance or names[0])}
         if not chosen:
             raise PeerLostError(f"instance {src_instance!r} is not connected; connected are {names}")
-        theirs = next(iter(chosen.values())).description
-        missing = [rank for rank in linked_ranks(self.description, theirs) if rank not in chosen]
+        some = next(iter(chosen.values()))
+        missing = [rank for rank in some.agreement.ranks if rank not in chosen]
         if missing:
-            raise PeerLostError(f"ranks {missing} of instance {theirs.instance!r} are not connected")
+            raise PeerLostError(f"ranks {missing} of instance {some.instance!r} are not connected")
         return list(chosen.values())
 
     def _retire(self, peer: Peer) -> None:

@@ -1,6 +1,6 @@
 """The prefill side of one rank: `Sender`, and `SendHandle` for each request.
 
-sender = Sender(prefill_pool, secret=secret, instance="prefill-0")
+sender = Sender(prefill_pool, instance="prefill-0")
 address = sender.listen("0.0.0.0:7000")
 tx = sender.send("request-1", block_ids, num_tokens)       # before or after the ticket
 for layer in range(num_layers):
@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.spec import Interval
-from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group, plain
+from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group
 from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
 from hetkv.transport.link_plan import wanted
-from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node, Peer
+from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node
+from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
-    from hetkv import _core
+    import hetkv._core as _core
 
 Path = Literal["rma", "shm", "device"]
 """`device`: packed straight into memory of the peer's device. `shm`: packed straight into host memory that both sides
@@ -48,7 +50,8 @@ class SendHandle(Handle):
         """The KV of a global layer is in the pool, for `tokens` `[start, stop)` or the whole request; returns at once.
 
         Legal before any ticket. Those tokens of the layer must not change until `packed`. Tokens of one layer are sent
-        once; chunks may come in any order. A `state` layer is one record: leave `tokens` out.
+        once; chunks may come in any order. A `state` layer is one record: leave `tokens` out. Nothing happens where the
+        request has failed, as a prefill learns that late; one that is complete takes no more layers: `InputError`.
 
         Where the pool lies on a device, the layer will be in it once the work that `stream` holds now has run: an
         integer (`cudaStream_t`, `hipStream_t`), a `torch.cuda.Stream`, or PyTorch's current stream by default. Raises
@@ -57,7 +60,12 @@ class SendHandle(Handle):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        start, stop = tokens or (0, self._tokens[group].stop)
+        if self.done() and self.future.exception() is None:
+            raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
+        try:
+            start, stop = (0, self._tokens[group].stop) if tokens is None else (index(at) for at in tokens)
+        except (TypeError, ValueError):
+            raise InputError(f"layer {layer}: tokens are (start, stop), not {tokens!r}") from None
         if not 0 <= start <= stop <= self._tokens[group].stop:
             raise InputError(
                 f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group].stop} tokens"
@@ -77,11 +85,11 @@ class SendHandle(Handle):
         for layer in self._group_of:
             self.send_layer(layer, stream=stream)
 
-    def extend(self, block_ids: Sequence[int], group: int = 0) -> None:
+    def extend(self, block_ids: Any, group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
         if group not in self._pool.cache_groups:
             raise InputError(f"cache group {group} has no layers in this pool")
-        more = block_array(plain(block_ids))
+        more = block_array(block_ids)
         blocks = self._blocks[group] + more
         span, room = self._tokens[group], len(blocks) * self._pool.cache_groups[group][0]
         self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
@@ -142,7 +150,7 @@ class Sender(Node[SendHandle]):
             handle = self.engine.submit(key, spans, blocks, hold_ms, digest)
             return SendHandle(request_id, self, handle, spans, blocks)
 
-        return self._submit(key, make)
+        return self._submit(request_id, key, make)
 
     def reject(self, request_id: RequestId, reason: str) -> None:
         """The request has ended and will not be sent again: who asks for it is rejected at once with `AbortedError`.

@@ -72,7 +72,7 @@ def test_resharded_beside_unsharded(tmp_path: Path) -> None:
     assert [len(row["idle_cpu_percent"]) for row in rows] == [2, 5, 2], "a process for each rank, or for each side"
     lines = figures_module().resharded_table(out).splitlines()
     assert len(lines) == 2 + len(rows)
-    assert f"| hnd:32 | 2 to 3 | one a side | shared | {rows[2]['hetkv_gb_s']:.2f} |" in lines[4]
+    assert f"| hnd:32 | 2 to 3 | one a side | shm | {rows[2]['hetkv_gb_s']:.2f} |" in lines[4]
 
 
 def figures_module() -> Any:

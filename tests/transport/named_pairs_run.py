@@ -27,7 +27,7 @@ from hetkv.kv.spec import KVSpec, Shard
 from hetkv.reference.remap import bits
 from hetkv.transport.blocks import state_groups
 from hetkv.transport.config import TransferConfig
-from hetkv.transport.link_plan import linked_ranks, wanted
+from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender, SendHandle
 from tests.transport.named_pairs import MATRICES, TABLES, Pair, Side
@@ -110,10 +110,12 @@ class Flow:
     def connect(self) -> None:
         addresses = [sender.listen() for sender in self.senders]
         for receiver in self.receivers:
-            for rank in linked_ranks(receiver.description, self.senders[0].description):
-                receiver.connect(addresses[rank])
+            receiver.connect(addresses)
         for sender in self.senders:
-            links = len(linked_ranks(sender.description, self.receivers[0].description))
+            links = sum(
+                any(peer.rank == sender.rank and peer.instance == sender.instance for peer in receiver.peers)
+                for receiver in self.receivers
+            )
             until(lambda sender=sender, links=links: len(sender.peers) == links)
 
     def start(self, from_blocks: Blocks, to_blocks: Blocks) -> None:

@@ -139,7 +139,7 @@ class Loading:
                 self._stats.add("loaded_tokens", incoming.load.stop - incoming.load.cached)
                 self._stats.observe("load_seconds", time.monotonic() - incoming.started)
             return True
-        again = isinstance(error, AbortedError) and PREEMPTED in str(error) and not incoming.aborted
+        again = isinstance(error, AbortedError) and error.reason == PREEMPTED and not incoming.aborted
         if not again or time.monotonic() >= incoming.deadline:
             raise error
         # The producer computes the request once more, and takes a new ticket for it.

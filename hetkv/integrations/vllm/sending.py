@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hetkv.errors import HetkvError, WaitTimeoutError
+from hetkv.errors import AbortedError, HetkvError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Metadata, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -196,7 +196,7 @@ class Sending:
         """Whether an ended transmission failed by something else than `preempt`."""
         tx = self._out[request_id].tx
         error = tx.future.exception() if tx is not None else None
-        return error is not None and PREEMPTED not in str(error)
+        return error is not None and not (isinstance(error, AbortedError) and error.reason == PREEMPTED)
 
     def _everywhere(self, names: list[str], ask: Callable[[str], bool]) -> list[bool]:
         """What is true of these requests on all ranks. Where one rank runs out of time all raise `WaitTimeoutError`.

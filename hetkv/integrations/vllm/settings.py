@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import stat
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hetkv.control.handshake import MIN_SECRET_BYTES
+from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
 from hetkv.errors import InputError
 from hetkv.transport.config import TransferConfig
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SECRET_ENV = "HETKV_SECRET_FILE"
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,39 +48,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
         Raises `InputError` where the file cannot be read, others can read it, or several hosts take part without one.
         """
-        named = self.secret_file or os.environ.get(SECRET_ENV)
-        if named is None and self.host not in LOOPBACK:
+        if self.secret_file is None and not is_named() and not is_loopback(self.host):
             raise InputError(f"host {self.host}: set secret_file (or {SECRET_ENV}) to a file that all hosts have")
-        path = Path(named) if named is not None else _own_secret()
-        try:
-            info = path.stat()
-            data = path.read_bytes().strip()
-        except OSError as error:
-            raise InputError(f"secret file {path}: {error.strerror}") from None
-        if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise InputError(f"secret file {path} can be used by others: chmod 600 it")
-        if len(data) < MIN_SECRET_BYTES:
-            raise InputError(f"secret file {path} has {len(data)} bytes, {MIN_SECRET_BYTES} or more are needed")
-        return data
-
-
-def _own_secret() -> Path:
-    """`~/.cache/hetkv/secret`, made at the first use; of several processes that make it at once one wins."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hetkv"
-    path = folder / "secret"
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-        try:
-            os.link(name, path)
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(name)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; set secret_file (or {SECRET_ENV})") from None
-    return path
+        return shared_secret(self.secret_file)
