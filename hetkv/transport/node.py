@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 
     import hetkv._core as _core
 
+log = logging.getLogger("hetkv.transport")
+
 LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
 """Kinds of events of the engine (`csrc/engine/events.h`)."""
+
+_GOODBYE = "the peer ended the link"
+"""The engine's text for a link whose peer said `bye` (`csrc/engine/engine.cpp`)."""
 
 P = TypeVar("P", bound=Handle)
 MOST_FINISHED = 1 << 12
@@ -217,7 +223,7 @@ class Node(ABC, Generic[P]):
             return found
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start: frames, payload bytes, saturated elements, stale frames, failed requests, ..."""
+        """Counters since the start, and what is there now, by name: see `hetkv.metrics`."""
         counters: dict[str, int] = self.engine.stats()
         return counters
 
@@ -299,6 +305,7 @@ class Node(ABC, Generic[P]):
             raise
         self.engine.activate_link(link)
         peer.ready = True  # what is posted from now on comes after the activation
+        log.info("%s: linked to %s at %s", self.role, peer.name, connection.peer_address)
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
         return peer
 
@@ -311,10 +318,17 @@ class Node(ABC, Generic[P]):
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
         """The peer's process ended or closed, so nothing of it touches this side's memory any more."""
-        peer.lost = peer.lost or error
+        self._set_lost(peer, error)
         self.engine.drop_link(peer.link, to_code(PeerLostError("")), f"{peer.name}: {error}")
         self._retire(peer)
         self._forget(peer)
+
+    def _set_lost(self, peer: Peer, error: HetkvError | None) -> None:
+        """Note and log the first reason why a peer is gone; a warning where it did not say goodbye."""
+        if peer.lost is None and error is not None:
+            peer.lost = error
+            orderly = str(error) == _GOODBYE or (isinstance(error, PeerLostError) and error.orderly)
+            log.log(logging.INFO if orderly else logging.WARNING, "%s: lost %s: %s", self.role, peer.name, error)
 
     def _forget(self, peer: Peer) -> None:
         peer.connection.close(str(peer.lost or ""))
@@ -353,6 +367,8 @@ class Node(ABC, Generic[P]):
         while events := self.engine.wait_events():
             for kind, handle, link, layer, code, detail in events:
                 error = from_code(code, detail) if code else None
+                if error is not None and kind == FAILED:
+                    log.info("%s: a request failed: %s", self.role, error)
                 if kind in (LINK_LOST, LINK_DRAINED):
                     self._on_link_event(kind, link, error)
                     continue
@@ -372,7 +388,7 @@ class Node(ABC, Generic[P]):
         if peer is None:
             return
         if kind == LINK_LOST:
-            peer.lost = peer.lost or error
+            self._set_lost(peer, error)
         elif self.role == "sender":
             # The end of the connection tells the receiver that no store of this side is under way any more.
             self._forget(peer)
