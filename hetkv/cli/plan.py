@@ -11,6 +11,12 @@ from typing import Any
 from hetkv import terminal
 from hetkv.errors import InputError
 
+FLAGS = {
+    "model": None, "gpu": [], "price_basis": "on_demand", "prices_as_of": None, "rate": None, "prompt_tokens": "1024",
+    "output_tokens": "256", "ttft": None, "tpot": None, "percentile": 99.0, "budget": None, "spare": 0,
+}  # fmt: skip
+"""Options of a problem without a file, with their defaults. They do not go with --problem."""
+
 LAUNCHERS = ("vllm", "sglang", "kubernetes")
 
 
@@ -33,18 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:PRICE[:CAP]",
         help="a GPU type with its USD per GPU and hour, and how many there are; repeat for more",
     )
-    flags.add_argument("--price-basis", choices=("on_demand", "reserved", "rental_model"), default="on_demand")
-    flags.add_argument("--prices-as-of", default="", metavar="DATE", help="when the prices held; required with --gpu")
+    flags.add_argument("--price-basis", choices=("on_demand", "reserved", "rental_model"), help="default on_demand")
+    flags.add_argument("--prices-as-of", metavar="DATE", help="when the prices held; required with --gpu")
     flags.add_argument("--rate", type=float, metavar="R", help="requests per second")
-    flags.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=GRAMMAR)
-    flags.add_argument("--output-tokens", default="256", metavar="DIST", help="the same")
+    flags.add_argument("--prompt-tokens", metavar="DIST", help=f"{GRAMMAR} (default 1024)")
+    flags.add_argument("--output-tokens", metavar="DIST", help="the same (default 256)")
     flags.add_argument("--ttft", type=float, metavar="MS", help="time to first token, ms")
     flags.add_argument("--tpot", type=float, metavar="MS", help="time per output token, ms")
-    flags.add_argument("--percentile", type=float, default=99.0, metavar="P", help="of both targets (default 99)")
+    flags.add_argument("--percentile", type=float, metavar="P", help="of both targets (default 99)")
     flags.add_argument(
         "--budget", type=float, metavar="USD", help="per hour: most goodput for it, --rate is then the mix"
     )
-    flags.add_argument("--spare", type=int, choices=(0, 1), default=0, help="1: N+1, one instance of each may be down")
+    flags.add_argument("--spare", type=int, choices=(0, 1), help="1: N+1, one instance of each may be down")
     parser.add_argument(
         "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
     )
@@ -93,11 +99,18 @@ def problem_of(args: argparse.Namespace) -> Any:
 
     from hetkv.planner.problem import check_date, check_problem, load_problem, parse_problem
 
-    if (args.problem is None) == (args.model is None):
+    if args.problem is None and args.model is None:
         raise InputError("give either --problem FILE or --model with --gpu, --rate, --ttft and --tpot")
+    given = [name for name in FLAGS if getattr(args, name) not in (None, [])]
     if args.problem is not None:
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{options}: not with --problem {args.problem}, which says that itself")
         problem = load_problem(args.problem)
     else:
+        for name, default in FLAGS.items():
+            if name not in given:
+                setattr(args, name, default)
         for option in ("gpu", "rate", "ttft", "tpot", "prices_as_of"):
             if getattr(args, option) in (None, [], ""):
                 raise InputError(f"missing --{option.replace('_', '-')}")

@@ -30,6 +30,10 @@ def hetkv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("demo --json .", "--json .: a folder, where a file is written"),
     ("simulate --plan x --rate 1 --plot y.foo", "--plot y.foo: the file name must end in .png, .svg, .pdf"),
     ("plan --problem x --trace y --trace-plot z.foo", "--trace-plot z.foo: the file name must end in .png, .svg, .pdf"),
+    ("plan --problem x.yaml --rate 96 --budget -4", "--rate, --budget: not with --problem x.yaml"),
+    ("plan --problem x.yaml --gpu H100:2", "--gpu: not with --problem x.yaml"),
+    ("plan --problem x.yaml --spare 0", "--spare: not with --problem x.yaml"),
+    ("plan --problem x.yaml --model llama-3-70b", "--model: not with --problem x.yaml"),
     ("probe --mib nan", "--mib nan: more than 0, at most 4096"),
     ("bench transfer --device cuda:0,cuda:99", "device cuda:"),
 ])  # fmt: skip
