@@ -72,6 +72,10 @@ def test_prometheus_collects_both_nodes(pair: Pair) -> None:
     registry = prometheus.CollectorRegistry()
     registry.register(NodeCollector(*pair))
     move(*pair)
+    deadline = time.monotonic() + 10
+    while any(node.stats()["open_requests"] for node in pair):  # the engine lets go after the handles are done
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     for role, instance in (("sender", "prefill-3"), ("receiver", "decode-5")):
         labels = {"role": role, "instance": instance, "rank": "0"}
         assert registry.get_sample_value("hetkv_frames_total", labels) == 2
