@@ -212,7 +212,7 @@ void bind_engine(py::module_& m) {
       .def(py::init([](const py::bytes& address, std::uint64_t number, std::uint8_t minor, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
-                       bool rdma_windows) {
+                       bool rdma_windows, std::uint32_t frame_ms) {
              return LinkConfig{to_vector(address),
                                number,
                                minor,
@@ -223,11 +223,12 @@ void bind_engine(py::module_& m) {
                                instance_links,
                                device_windows,
                                rdma_windows,
-                               std::move(plans)};
+                               std::move(plans),
+                               frame_ms};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
-           py::arg("device_windows") = false, py::arg("rdma_windows") = false);
+           py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("frame_ms") = 0);
 
   EngineClass<Sender> sender(m, "Sender");
   sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr);

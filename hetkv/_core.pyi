@@ -183,6 +183,7 @@ class LinkConfig:
         plans: Sequence[LayerPlan],
         device_windows: bool = False,
         rdma_windows: bool = False,
+        frame_ms: int = 0,
     ) -> None: ...
 
 class Device:

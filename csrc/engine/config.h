@@ -99,6 +99,7 @@ struct LinkConfig {
   bool device_windows = false;       // receiver: lend this peer slots in the pool's device's memory,
   bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
+  std::uint32_t frame_ms = 0;  // what moving a frame of the largest slot may take, in which no heartbeat is sent
 };
 
 }  // namespace hetkv::engine

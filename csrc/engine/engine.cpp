@@ -205,7 +205,8 @@ bool Engine::check_links(std::uint64_t now) {
       lose(at, Status::error(Code::kPeerLost, std::string("UCX: ") + ucs_status_string(at.endpoint->failure())));
       moved = true;
     } else if (at.up()) {
-      if (now - at.heard_ns > config_.peer_timeout_ms * kMs && now > at.heard_ns) {
+      const std::uint64_t patience = (std::uint64_t{config_.peer_timeout_ms} + at.config.frame_ms) * kMs;
+      if (now > at.heard_ns && now - at.heard_ns > patience) {
         lose(at, Status::error(Code::kPeerLost, silence(now - at.heard_ns)));
         moved = true;
       } else if (now - at.sent_ns >= config_.heartbeat_ms * kMs && now > at.sent_ns) {
@@ -339,6 +340,10 @@ void Engine::activate_link(std::uint32_t id) {
 
 void Engine::drop_link(std::uint32_t id, Status status) {
   post([this, id, status = std::move(status)] {
+    // What the peer said before it ended counts: that a request is verified, above all.
+    for (int i = 0; i < kProgressBurst && worker_->progress(); ++i) {
+    }
+    drain_messages();
     if (const auto at = link(id)) lose(*at, status);
   });
 }

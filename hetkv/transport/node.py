@@ -43,6 +43,8 @@ _GOODBYE = "the peer ended the link"
 """The engine's text for a link whose peer said `bye` (`csrc/engine/engine.cpp`)."""
 
 P = TypeVar("P", bound=Handle)
+SLOWEST_BYTES_PER_MS = 32 << 10
+"""Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
 MOST_FINISHED = 1 << 12
 """Handles that are kept for the next `Node.poll`."""
 
@@ -287,6 +289,7 @@ class Node(ABC, Generic[P]):
                     plans=plans,
                     device_windows=self._device_windows(theirs),
                     rdma_windows=self._device_windows(theirs) and theirs.host != self.description.host,
+                    frame_ms=max(self.config.slot(self.device is not None), theirs.slot_bytes) // SLOWEST_BYTES_PER_MS,
                 )
             )
             peer = Peer(connection, link, plans)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from hetkv.kv.allocate import allocate
 from hetkv.kv.dtypes import DType
 from hetkv.kv.layer import LayerMemory
 from hetkv.kv.layout import KVLayout
+from hetkv.kv.memory import Memory
 from hetkv.kv.pool import KVPool
 from hetkv.kv.reshard import routes
 from hetkv.kv.scale import SCALED, ScaleLayout
@@ -39,6 +43,8 @@ class Side(NamedTuple):
     pools: list[KVPool]
     blocks: list[list[int]]
     """Block ids per cache group; the same for all ranks, as in an engine."""
+    given: list[KVPool]
+    """The same memory as engines have it, of one of `KINDS`: what the nodes get."""
 
 
 class Deployment(NamedTuple):
@@ -125,12 +131,56 @@ def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, values: Values, tps: list[
     state = [any(at.kind == "state" for at in spec.layers if at.group == g) for g in range(spec.num_groups)]
     need = [1 if state[g] else -(-tokens // sizes[g]) for g in range(spec.num_groups)]
     layout = draw(st.sampled_from(LAYOUTS))
-    pools = [make_pool(spec, shard, layout, sizes, [n + 3 for n in need], values) for shard in shards]
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    pools = [make_pool(spec, shard, layout, sizes, [n + 3 for n in need], values, kind) for shard in shards]
     rng = random.Random(draw(st.integers(0, 2**16)))
-    return Side(shards, pools, [rng.sample(range(n + 3), n) for n in need])
+    return Side(shards, pools, [rng.sample(range(n + 3), n) for n in need], [given(pool, kind) for pool in pools])
 
 
-def make_pool(spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: list[int], values: Values) -> KVPool:
+class Exported:
+    """What speaks DLPack and nothing else."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._tensor.__dlpack_device__()
+
+    def __dlpack__(self, **options: object) -> object:
+        return self._tensor.__dlpack__(**options)
+
+
+def mapped(size: int) -> torch.Tensor:
+    """Bytes of a file."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=size))
+
+
+KINDS: dict[str, Callable[[torch.Tensor], object]] = {
+    "torch": lambda tensor: tensor,
+    "numpy": lambda tensor: tensor.numpy(),
+    "memory-mapped": lambda tensor: tensor.numpy(),
+    "dlpack": Exported,
+    "raw": lambda tensor: Memory(tensor.data_ptr(), tuple(tensor.shape), DType.UINT8, owner=tensor),
+}
+"""How an engine may hold its memory."""
+
+
+def given(pool: KVPool, kind: str) -> KVPool:
+    """The pool over the same memory, held otherwise."""
+    every = {id(tensor): tensor for at in pool.layers.values() for tensor in at.tensors.values()}
+    held = {number: KINDS[kind](tensor) for number, tensor in every.items()}
+    layers = {
+        layer: at._replace(tensors={name: held[id(tensor)] for name, tensor in at.tensors.items()})
+        for layer, at in pool.layers.items()
+    }
+    return KVPool(pool.spec, pool.shard, layers)
+
+
+def make_pool(
+    spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: list[int], values: Values, kind: str
+) -> KVPool:
     """One rank's pool, every byte of it `FILL`."""
     layers = {}
     for index in range(*shard.layers):
@@ -142,7 +192,10 @@ def make_pool(spec: KVSpec, shard: Shard, name: str, sizes: list[int], blocks: l
         else:
             kind = name if layer.kind == "kv" else layer.kind
             layout = values.layout(kind, layer, shard.heads[index], sizes[layer.group])
-        tensors = allocate(layout, blocks[layer.group], "cpu")
+        tensors = allocate(layout, blocks[layer.group], "cpu", "torch")
+        if kind == "memory-mapped":
+            files = {id(tensor): mapped(tensor.numel()) for tensor in tensors.values()}
+            tensors = {part: files[id(tensor)] for part, tensor in tensors.items()}
         for tensor in tensors.values():
             tensor.fill_(FILL)
         layers[index] = LayerMemory(layout, blocks[layer.group], tensors)

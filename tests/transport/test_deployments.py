@@ -31,7 +31,7 @@ def test_random_deployments(case: Deployment) -> None:
             stack.enter_context(
                 Sender(pool, secret=SECRET, instance="p", rank=rank, instance_shards=case.source.shards, config=config)
             )
-            for rank, pool in enumerate(case.source.pools)
+            for rank, pool in enumerate(case.source.given)
         ]
         receivers = [
             stack.enter_context(
@@ -39,7 +39,7 @@ def test_random_deployments(case: Deployment) -> None:
                     pool, secret=SECRET, instance="d", rank=rank, instance_shards=case.destination.shards, config=config
                 )
             )
-            for rank, pool in enumerate(case.destination.pools)
+            for rank, pool in enumerate(case.destination.given)
         ]
         addresses = [sender.listen() for sender in senders]
         for receiver in receivers:

@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import hetkv
-from hetkv import Exchange, Instance, KVPool, KVSpec, NodeCollector, Receiver, Sender, Shard
+from hetkv import Exchange, Instance, KVPool, KVSpec, NodeCollector, Receiver, Sender, Shard, TransferConfig
 from hetkv.control.secret import SECRET_ENV, shared_secret
 from hetkv.errors import (
     AbortedError,
@@ -378,3 +378,32 @@ def test_a_forked_child_is_told(home: Path) -> None:
                 os._exit(0 if "spawn" in str(error) else 2)
             os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_receiver_that_closes_when_it_is_done_does_not_fail_the_sender() -> None:
+    """The acknowledgement travels otherwise than the end of the connection, and must count before it."""
+    pool, other = pools()[0], pools()[0]
+    with Sender(pool, instance="p") as sender:
+        address = sender.listen()
+        for number in range(40):
+            with Receiver(other, instance="d") as receiver:
+                receiver.connect(address)
+                get = receiver.receive(f"r{number}", [1, 2], 32)
+                put = sender.send(f"r{number}", [1, 2], 32)
+                put.send_layers()
+                get.wait(WAIT_S)
+            put.wait(WAIT_S)
+
+
+def test_a_frame_that_outlasts_the_heartbeat_keeps_its_peer() -> None:
+    """A pack of 64 MiB with conversion takes longer than the peer's patience without it."""
+    spec = KVSpec.uniform(1, 64, 128)
+    ours = KVPool.allocate(spec, 256, dtype="float32")
+    theirs = KVPool.allocate(spec, 256, dtype="float8_e4m3fn")
+    config = TransferConfig(slot_bytes=64 << 20, window_bytes=64 << 20, heartbeat_s=0.01, peer_timeout_s=0.03)
+    with Sender(ours, instance="p", config=config) as sender, Receiver(theirs, instance="d", config=config) as receiver:
+        receiver.connect(sender.listen())
+        get = receiver.receive("r", range(256), 4096)
+        sender.send("r", range(256), 4096).send_layers()
+        get.wait(WAIT_S)
+        assert len(receiver.peers) == 1
