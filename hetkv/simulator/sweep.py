@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.interrupt import kept_from_children
 from hetkv.simulator.deployment import Plan, build_pools, parse_plan
 from hetkv.simulator.metrics import Slo
 from hetkv.simulator.run import simulate
@@ -132,11 +133,17 @@ def run_all(
     from joblib import Parallel, delayed
 
     class Watched(Parallel):  # type: ignore[misc]
-        def print_progress(self) -> None:
-            on_done(self.n_completed_tasks)
+        watched = False
 
-    with _backend(backend, jobs):
-        found: list[Found] = Watched(n_jobs=jobs)(delayed(function)(*task) for task in tasks)
+        def print_progress(self) -> None:
+            if self.watched:
+                on_done(self.n_completed_tasks)
+
+    with _backend(backend, jobs), Watched(n_jobs=jobs) as pool:
+        with kept_from_children():
+            pool([delayed(int)()])  # starts the processes, which leave Ctrl-C to this one
+        pool.watched = True
+        found: list[Found] = pool(delayed(function)(*task) for task in tasks)
     return found
 
 

@@ -57,7 +57,13 @@ def test_json_to_standard_output(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", ["probe --mib 64", "bench transfer --peers none --rounds 99"])
+PLAN = (
+    "plan --model llama-3-70b --gpu H100-SXM:2 --rate 20 --ttft 2000 --tpot 50 --prices-as-of 2026-01-01 --jobs 2 "
+    "--rates 0.25,0.5,1,2,3,4,5,6,7,8 --plot plan.svg"
+)
+
+
+@pytest.mark.parametrize("words", ["probe --mib 64", "bench transfer --peers none --rounds 99", PLAN])
 def test_ctrl_c_prints_no_traceback(words: str, tmp_path: Path) -> None:
     """As a terminal sends it: to the command and all processes that it started."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -70,6 +76,7 @@ def test_ctrl_c_prints_no_traceback(words: str, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert command.poll() is None, command.communicate()
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=60)
     assert command.returncode == 130, err
