@@ -1,4 +1,4 @@
-"""Writes the tables of docs/measuring.md and README.md from the files of bench/results, so that no figure is typed in.
+"""Writes the tables of docs/figures.md and README.md from the files of bench/results, so that no figure is typed in.
 
 python bench/figures.py            # rewrites what stands between the markers
 python bench/figures.py --check    # exits with 1 where a document is not what the files say
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "measuring.md"
+DOCUMENT = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 MARKER = "<!-- made by bench/figures.py from bench/results -->\n"
