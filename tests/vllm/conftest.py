@@ -23,3 +23,11 @@ def prompts() -> list[list[int]]:
     lengths = [5, 31, 32, 33, 64, 127, 128, 129, 256, 257, 1000, 1500]
     lengths += [draw.randint(5, 1500) if i % 4 == 0 else draw.randint(5, 300) for i in range(50 - len(lengths))]
     return [[draw.randrange(5, 1000) for _ in range(length)] for length in lengths]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Limits are for what hangs: engines start within a minute, and within several beside other work."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1800))

@@ -38,7 +38,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 DTYPE = "float32" if torch.cpu._is_amx_tile_supported() else "bfloat16"
 """What vLLM computes in: its AMX kernels keep bfloat16 in tiles, which the connector rejects."""
-TIMEOUT_S = float(os.environ.get("HETKV_VLLM_TEST_TIMEOUT_S", "120"))
+TIMEOUT_S = float(os.environ.get("HETKV_VLLM_TEST_TIMEOUT_S", "600"))
 
 
 def checkpoint(

@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engines import DTYPE
-
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The servers are on this host, whatever the environment says of proxies."""
-START_S = float(os.environ.get("HETKV_VLLM_SERVER_START_S", "300"))
+START_S = float(os.environ.get("HETKV_VLLM_SERVER_START_S", "900"))
 TOKENS = 8
 MODES = ("prefill_first", "concurrent")
 CONNECTOR = {"kv_connector": "HetKVConnector", "kv_connector_module_path": "hetkv.integrations.vllm"}
@@ -72,11 +70,15 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One whole answer."""
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    def post(self, body: dict[str, Any], **more: str) -> dict[str, Any]:
+        """One whole answer. `more`: headers, with `_` for `-`."""
+        data = json.dumps(body).encode()
+        headers = {
+            "Content-Type": "application/json",
+            **{name.replace("_", "-"): value for name, value in more.items()},
+        }
         request = urllib.request.Request(self.url + "/v1/completions", data, headers)
-        with HTTP.open(request, timeout=120) as response:
+        with HTTP.open(request, timeout=600) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 
@@ -92,9 +94,12 @@ class Process:
 
 
 def server(log: Path, model: str, role: str, block_size: int, policy: str = "recompute") -> Process:
-    """`vllm serve` of one role."""
+    """`vllm serve` of one role.
+
+    In float32: logits of bfloat16 have ties, between which a batch of another size, or sampling, decides.
+    """
     transfer = {**CONNECTOR, "kv_role": role, "kv_load_failure_policy": policy}
-    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", DTYPE,
+    options = ["--host", "127.0.0.1", "--model", model, "--skip-tokenizer-init", "--dtype", "float32",
                "--max-model-len", "2048", "--enforce-eager", "--block-size", str(block_size),
                "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]  # fmt: skip
     return Process(log, ["vllm.entrypoints.openai.api_server", *options])

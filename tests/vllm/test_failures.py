@@ -104,6 +104,20 @@ def check_policy(policy: str, output: Any, prompt: list[int], expected: list[int
         assert (output.tokens, output.computed) == (expected, len(prompt) + TOKENS - 1)
 
 
+def test_inside_a_multi_connector(model: str) -> None:
+    """Not shown to work, so the start says no, by name."""
+    ours = {
+        "kv_connector": "HetKVConnector",
+        "kv_connector_module_path": "hetkv.integrations.vllm",
+        "kv_role": "kv_producer",
+    }
+    extra = {"connectors": [ours]}
+    engine = Engine(model, "kv_producer", 32, connector="MultiConnector", module=None, extra=extra)
+    assert engine.error is not None
+    assert "HetKVConnector inside MultiConnector" in engine.error
+    engine.kill()
+
+
 def test_a_failed_load_keeps_what_was_held(model: str) -> None:
     """With one cache group failures are told by block, so the consumer's own prefix stays."""
     short = {**OPTIONS, "extra": {"transfer": {"lease_s": 2.0}}}

@@ -18,7 +18,7 @@ from tests.vllm.engines import DTYPE, Engine, Pair, checkpoint, until
 TOKENS = 8
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 CHUNK = 256
-LEASES = {"transfer": {"lease_s": 6.0, "hold_s": 3.0, "handshake_timeout_s": 60.0}}
+LEASES = {"transfer": {"lease_s": 20.0, "hold_s": 15.0, "handshake_timeout_s": 60.0}}
 
 
 def prompt_of(length: int, seed: int) -> list[int]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +20,10 @@ import pytest
 from hetkv.integrations.vllm.proxy import MODES, Passed, Router, drop
 
 PATH, WAIT_S = "/v1/completions", 10.0
+
+
+class Http(ThreadingHTTPServer):
+    request_queue_size = 128  # all clients of a test may come at once
 
 
 @contextmanager
@@ -34,7 +43,7 @@ def server(answer: bytes, seen: list[dict[str, Any]] | None = None) -> Iterator[
         def log_message(self, *_: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = Http(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
     try:
@@ -103,3 +112,85 @@ def test_stream_that_nobody_reads_lets_its_server_go() -> None:
 
         asyncio.run(leave())
     assert router.decode[0].under_way == 0
+
+
+def ask(router: Router, count: int) -> list[Any]:
+    """Answers to `count` requests at once."""
+
+    async def all_of_them() -> list[Any]:
+        answers = await asyncio.gather(*(router.serve(PATH, {"prompt": str(i)}, {}) for i in range(count)))
+        await router.client.aclose()
+        return list(answers)
+
+    return asyncio.run(all_of_them())
+
+
+PREFILLED = json.dumps(
+    {"kv_transfer_params": {"do_remote_prefill": True, "remote_engine_id": "p", "remote_addresses": ["127.0.0.1:1"]}}
+).encode()
+
+
+@contextmanager
+def dead() -> Iterator[str]:
+    """A server that closes every connection without an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        stop = threading.Event()
+
+        def refuse() -> None:
+            while not stop.is_set():
+                connection, _ = listening.accept()
+                connection.close()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            stop.set()
+            socket.create_connection(listening.getsockname()).close()
+            thread.join()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("listens", [True, False])
+def test_one_of_two_decode_servers_is_dead(mode: str, listens: bool) -> None:
+    """All requests are answered by the other one; the dead one is asked by those alone that were on their way."""
+    with dead() as gone, server(PREFILLED) as prefill, server(b'{"fine": 1}') as decode:
+        url = gone if listens else "http://127.0.0.1:9"
+        router = Router([prefill], [url, decode], mode, WAIT_S)
+        assert [answer.body for answer in ask(router, 40)] == [b'{"fine": 1}'] * 40
+        assert [server.rests for server in router.decode] == [True, False]
+        assert {router.choose()[1].url for _ in range(4)} == {decode}
+    assert all(server.under_way == 0 for server in (*router.prefill, *router.decode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_decode_servers_are_dead(mode: str) -> None:
+    """Each is tried once; the client hears which."""
+    with dead() as gone, server(PREFILLED) as prefill:
+        router = Router([prefill], [gone, gone], mode, WAIT_S)
+        [answer] = ask(router, 1)
+    assert answer.status_code == 502
+    assert gone in answer.body.decode()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dead_prefill_server_rests(mode: str) -> None:
+    with dead() as gone, server(PREFILLED) as prefill, server(b'{"fine": 1}') as decode:
+        router = Router([gone, prefill], [decode], mode, WAIT_S)
+        assert [answer.status_code for answer in ask(router, 8)] == [200] * 8
+        assert [server.rests for server in router.prefill] == [True, False]
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "httpx.py").write_text("raise ModuleNotFoundError('no', name='httpx')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, "-m", "hetkv.integrations.vllm.proxy"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert found.stderr.strip() == "the proxy needs httpx: pip install 'hetkv[proxy]'"

@@ -14,7 +14,7 @@ import pytest
 
 from tests.vllm.engines import checkpoint
 from tests.vllm.lists import batches, check_counts, counted, wrong_choices
-from tests.vllm.servers import HTTP, MODES, Process, body_of, cluster, tokens_of
+from tests.vllm.servers import HTTP, MODES, Process, body_of, choices_of, cluster, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,22 @@ def test_lists_and_choices(servers: dict[str, Process], model: str, mode: str) -
     before = counted(servers)
     assert [wrong_choices(servers, model, mode, batch) for batch in some] == [0] * len(some)
     check_counts(servers, before, sum(len(batch.prompts) for batch in some))
+
+
+def test_vllms_own_convention(servers: dict[str, Process], model: str) -> None:
+    """What vLLM's `toy_proxy_server.py` does: it gives no transfer id, leaves `n` in the prefill's request, and hands
+    the first prompt's parameters on for all. One request id for all requests, as clients may choose it."""
+    order = {"do_remote_decode": True, "do_remote_prefill": False}
+    order |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    prefill, decode, before, moved = servers["prefill"], servers["decode"], counted(servers), 0
+    for batch in batches(16, seed=5, longest=80):
+        body = body_of(model, batch.prompts, n=batch.n, temperature=1.0, top_k=1)
+        alone = choices_of(decode.post(body))
+        first = prefill.post({**body, "max_tokens": 1, "kv_transfer_params": order}, X_Request_Id="mine-7")
+        params = first["kv_transfer_params"]
+        assert choices_of(decode.post({**body, "kv_transfer_params": params}, X_Request_Id="mine-7")) == alone
+        moved += len(batch.prompts)
+    check_counts(servers, before, moved)
 
 
 def test_wrong_requests_are_the_servers_to_reject(servers: dict[str, Process], model: str) -> None:

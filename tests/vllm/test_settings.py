@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,10 @@ from hetkv.errors import BuildError, InputError
 from hetkv.integrations.vllm import HetKVConnector
 from hetkv.integrations.vllm.metrics import COUNTED, OBSERVED, HetKVPromMetrics, HetKVStats
 from hetkv.integrations.vllm.params import consume, produce
+from hetkv.integrations.vllm.preflight import check_command_line
 from hetkv.integrations.vllm.settings import Settings
 from hetkv.integrations.vllm.version import SUPPORTED, check_version
+from tests.vllm.engines import checkpoint
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1rc2"])
@@ -118,3 +125,62 @@ def test_statistics_add_up_and_reach_prometheus() -> None:
     assert registry.get_sample_value("vllm:hetkv_load_seconds_sum", labels) == 1.5
     for name in OBSERVED:
         assert registry.get_sample_value(f"vllm:hetkv_{name}_count", labels) is not None
+
+
+def line(extra: Any = None, role: str = "kv_producer", connector: str = "HetKVConnector") -> list[str]:
+    """A server's command line."""
+    config = {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": extra or {}}
+    if connector == "HetKVConnector":
+        config["kv_connector_module_path"] = "hetkv.integrations.vllm"
+    return ["vllm", "serve", "m", "--kv-transfer-config", json.dumps(config), "--port", "1"]
+
+
+def test_command_line_is_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong secret, a taken port, a foreign host, a host without a secret, an unknown key: each by its name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("HETKV_SECRET_FILE", raising=False)
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of sixteen bytes or more")
+    secret.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for extra, text in (
+            ({"secret_file": str(tmp_path / "none")}, "No such file"),
+            ({"host": "10.0.0.1"}, "set secret_file"),
+            ({"port": port}, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+            ({"host": "192.0.2.1", "secret_file": str(secret)}, "cannot listen on 192.0.2.1:0"),
+            ({"prot": 7000}, "prot"),
+        ):
+            with pytest.raises(InputError, match=re.escape(text)):
+                check_command_line(line(extra))
+        check_command_line(line({"port": port}, role="kv_consumer"))  # a consumer does not listen
+    check_command_line(line({"port": port, "secret_file": str(secret)}))
+    joined = line({"prot": 7000})
+    with pytest.raises(InputError, match="prot"):
+        check_command_line([f"{joined[3]}={joined[4]}"])
+
+
+def test_command_lines_of_others_are_left_alone() -> None:
+    for arguments in ([], ["--kv-transfer-config"], ["--kv-transfer-config", "{"], ["--kv-transfer-config", "7"],
+                      line({"prot": 1}, connector="NixlConnector")):  # fmt: skip
+        check_command_line(arguments)
+
+
+def test_multi_connector_is_rejected_by_name() -> None:
+    children = [json.loads(line()[4]), {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}]
+    with pytest.raises(InputError, match="HetKVConnector inside MultiConnector"):
+        check_command_line(line({"connectors": children}, connector="MultiConnector"))
+    check_command_line(line({"connectors": children[1:]}, connector="MultiConnector"))
+
+
+def test_server_with_a_wrong_secret_ends_at_once(models: Path, tmp_path: Path) -> None:
+    """Before any worker is started: the process that says so has loaded no model."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint(models)]
+    extra = {"secret_file": str(tmp_path / "none")}
+    command += ["--skip-tokenizer-init", "--enforce-eager", *line(extra)[3:5]]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert found.returncode != 0
+    output = found.stdout + found.stderr
+    assert f"secret file {tmp_path / 'none'}: No such file or directory" in output
+    assert "Loading safetensors" not in output
+    assert "EngineCore" not in output

@@ -6,6 +6,8 @@ that the proxy (`python -m hetkv.integrations.vllm.proxy`) runs without it.
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from typing import TYPE_CHECKING
 
 __all__ = ["HetKVConnector"]
@@ -20,6 +22,10 @@ def __getattr__(name: str) -> object:
     from hetkv.integrations.vllm.version import check_version
 
     check_version()
+    from hetkv.integrations.vllm.preflight import check_command_line
+
+    if multiprocessing.parent_process() is None:
+        check_command_line(sys.argv)
     from hetkv.integrations.vllm.connector import HetKVConnector
 
     return HetKVConnector

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -16,9 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from hetkv.errors import InputError
 from hetkv.integrations.vllm.content import check_hashes
 from hetkv.integrations.vllm.metadata import Blocks, Metadata, WorkerAddress
 from hetkv.integrations.vllm.metrics import HetKVPromMetrics, HetKVStats
+from hetkv.integrations.vllm.preflight import MULTI, NOT_IN_MULTI
 from hetkv.integrations.vllm.scheduler import SchedulerSide
 from hetkv.integrations.vllm.settings import Settings
 from hetkv.integrations.vllm.worker import WorkerSide
@@ -46,6 +49,10 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         settings = Settings.parse(transfer.kv_connector_extra_config)
         check_hashes(vllm_config)
+        running = get_current_vllm_config_or_none()
+        outer = running.kv_transfer_config if running is not None else None
+        if outer is not None and outer.kv_connector == MULTI:
+            raise InputError(NOT_IN_MULTI)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -75,7 +82,9 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return Settings.parse(extra_config).layerwise
+        settings = Settings.parse(extra_config)
+        settings.secret()  # vLLM asks this before it loads a model: where that is read is no matter
+        return settings.layerwise
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> HetKVStats:

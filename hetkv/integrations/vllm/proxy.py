@@ -5,7 +5,8 @@ Takes OpenAI-compatible requests and sends each to one prefill and one decode se
 * `prefill_first`: prefill, then decode with the `kv_transfer_params` of its answer (vLLM's own convention);
 * `concurrent`: both at once under one transfer id, so that layers travel while later ones compute.
 
-A request whose prefill fails is given to the decode server alone, which computes the prompt itself.
+A request whose prefill fails is given to the decode server alone, which computes the prompt itself. One whose decode
+server is gone before it has said anything is given to another one, and the server rests for a while.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+try:
+    import httpx
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"the proxy needs {missing.name}: pip install 'hetkv[proxy]'") from None
 
 _log = logging.getLogger("hetkv.proxy")
 MODES = ("prefill_first", "concurrent")
@@ -31,13 +36,23 @@ PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
                "accept-encoding"}  # fmt: skip
 TEXT_LIMIT = 300
+REST_S = 10.0
+"""How long a server that could not be reached gets no requests, as long as there is another one."""
 
 
 class Rejected(Exception):
     """A server answered with an error, or not at all."""
 
 
-@dataclass
+class Gone(Exception):
+    """A decode server could not be reached, or was lost before it had said anything."""
+
+    def __init__(self, server: Server, text: str) -> None:
+        super().__init__(f"decode {server.url}: {text}")
+        self.server = server
+
+
+@dataclass(eq=False)
 class Server:
     """One vLLM server."""
 
@@ -46,6 +61,16 @@ class Server:
     identity: dict[str, Any] | None = None
     """Prefill: engine id and addresses of its workers, as it said them; `None` where they must be asked again."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    rests_until: float = 0.0
+
+    @property
+    def rests(self) -> bool:
+        """Whether it was lost a moment ago."""
+        return time.monotonic() < self.rests_until
+
+    def rest(self) -> None:
+        """It was lost: others are asked from now on."""
+        self.rests_until = time.monotonic() + REST_S
 
     @contextlib.contextmanager
     def busy(self) -> Any:
@@ -68,22 +93,38 @@ class Router:
         timeout = httpx.Timeout(timeout_s, connect=5.0)
         self.client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
-    def choose(self) -> tuple[Server, Server]:
-        """Of each kind the one with the fewest requests under way; in turn where several have."""
+    def choose(self, tried: Collection[Server] = ()) -> tuple[Server, Server]:
+        """Of each kind the one with the fewest requests under way; in turn where several have.
+
+        One that rests or was `tried` only where there is no other.
+        """
         turn = next(self._turn)
 
         def least(servers: list[Server]) -> Server:
             first = turn % len(servers)
-            return min(servers[first:] + servers[:first], key=lambda server: server.under_way)
+
+            def cost(server: Server) -> tuple[bool, bool, int]:
+                return server in tried, server.rests, server.under_way
+
+            return min(servers[first:] + servers[:first], key=cost)
 
         return least(self.prefill), least(self.decode)
 
     async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
-        """Answer one client's request."""
+        """Answer one client's request. Where its decode server is lost all of it begins again with another one."""
         body.pop("kv_transfer_params", None)
-        prefill, decode = self.choose()
         half = self._after if self.mode == "prefill_first" else self._beside
-        return await half(prefill, decode, path, body, headers)
+        tried: list[Server] = []
+        while True:
+            prefill, decode = self.choose(tried)
+            try:
+                return await half(prefill, decode, path, body, headers)
+            except Gone as error:
+                error.server.rest()
+                tried.append(decode)
+                _log.warning("%s", error)
+                if len(tried) == len(self.decode):
+                    return JSONResponse({"error": str(error)}, 502)
 
     async def _after(
         self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
@@ -169,6 +210,7 @@ class Router:
         try:
             response = await self.client.post(server.url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
+            server.rest()
             raise Rejected(f"{type(error).__name__}: {error}") from None
         if response.status_code >= 400:
             raise Rejected(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
@@ -183,7 +225,7 @@ class Router:
     async def _decode(
         self, server: Server, path: str, body: dict[str, Any], params: dict[str, Any] | None, headers: dict[str, str]
     ) -> Response:
-        """The decode server's answer, passed on as it comes."""
+        """The decode server's answer, passed on as it comes. Raises `Gone`."""
         if params is not None:
             body = dict(body, kv_transfer_params=params)
         stack = contextlib.AsyncExitStack()
@@ -202,7 +244,7 @@ class Router:
             first = await anext(pieces, b"")
         except httpx.HTTPError as error:
             await stack.aclose()
-            return JSONResponse({"error": f"decode {server.url}: {type(error).__name__}: {error}"}, 502)
+            raise Gone(server, f"{type(error).__name__}: {error}") from None
         except BaseException:
             await stack.aclose()
             raise
