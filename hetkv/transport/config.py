@@ -60,6 +60,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Record the time of every pack, put and unpack."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("slot_bytes", "staging_slots", "max_slots_per_link", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -100,6 +101,16 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.direct = self.direct
         engine.trace = self.trace
         return engine
+
+
+def _check_types(config: TransferConfig) -> None:
+    """Raise `InputError` for a value that is not of its field's type."""
+    for field in msgspec.structs.fields(TransferConfig):
+        value = getattr(config, field.name)
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{field.name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
 
 
 def default_window() -> int:

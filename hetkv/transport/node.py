@@ -18,7 +18,6 @@ from hetkv.control.listener import Listener
 from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
-from hetkv.kv.spec import Shard
 from hetkv.transport import lifetime
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
@@ -26,6 +25,7 @@ from hetkv.transport.handle import Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
 from hetkv.transport.peer import Peer
+from hetkv.transport.ranks import instance_shards_of
 
 if TYPE_CHECKING:
     import ssl
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     import hetkv._core as _core
+    from hetkv.kv.spec import Shard
 
 log = logging.getLogger("hetkv.transport")
 
@@ -42,6 +43,7 @@ LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
 _GOODBYE = "the peer ended the link"
 """The engine's text for a link whose peer said `bye` (`csrc/engine/engine.cpp`)."""
 
+_log = logging.getLogger(__name__)
 P = TypeVar("P", bound=Handle)
 SLOWEST_BYTES_PER_MS = 32 << 10
 """Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
@@ -93,7 +95,7 @@ class Node(ABC, Generic[P]):
         check_secret(secret)
         lifetime.check_process()
         self.instance, self.rank = instance, index(rank)
-        shards = _shards(pool, self.rank, tp, pp, instance_shards)
+        shards = instance_shards_of(pool, self.rank, tp, pp, instance_shards)
         self.pool = pool
         self.device = device_of(pool)
         """The device that the pool lies on; `None` in host memory."""
@@ -310,6 +312,7 @@ class Node(ABC, Generic[P]):
         peer.ready = True  # what is posted from now on comes after the activation
         log.info("%s: linked to %s at %s", self.role, peer.name, connection.peer_address)
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
+        _log.info("%s %s/%d is linked to %s, %d layers", self.role, self.instance, self.rank, peer, len(plans))
         return peer
 
     def _device_windows(self, theirs: Description) -> bool:
@@ -395,25 +398,3 @@ class Node(ABC, Generic[P]):
         elif self.role == "sender":
             # The end of the connection tells the receiver that no store of this side is under way any more.
             self._forget(peer)
-
-
-def _shards(pool: KVPool, rank: int, tp: int, pp: int, given: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Shards of all ranks of the instance; none where this rank is alone. Raises `InputError`."""
-    if given:
-        if (tp, pp) != (1, 1):
-            raise InputError("give tp and pp, or instance_shards, not both")
-        shards = tuple(given)
-    elif (tp, pp) == (1, 1):
-        if rank:
-            raise InputError(f"rank {rank} of an instance of one rank: give tp and pp, or instance_shards")
-        return ()
-    else:
-        shards = Shard.ranks(pool.spec, tp, pp)
-    if not 0 <= rank < len(shards):
-        raise InputError(f"rank {rank} of an instance of {len(shards)} ranks")
-    if shards[rank] != pool.shard:
-        raise InputError(
-            f"the pool is not that of rank {rank} of {len(shards)}: its shard is {pool.shard}, that of the rank "
-            f"{shards[rank]}; make it with shard=Shard.ranks(spec, tp, pp)[rank], or give instance_shards"
-        )
-    return shards

@@ -298,6 +298,13 @@ def test_errors_of_the_first_minutes() -> None:
         sender.send("r", [1], 16)
 
 
+def test_settings_are_of_their_types() -> None:
+    for wrong in ({"slot_bytes": "1"}, {"lease_s": "x"}, {"direct": 3}, {"threads": 1.5}, {"window": "there"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            TransferConfig(**wrong)
+    TransferConfig(lease_s=3, slot_bytes=1 << 20)
+
+
 def test_blocks_of_any_kind() -> None:
     want = [3, 1, 7]
     kinds = [want, tuple(want), iter(want), (b for b in want), np.array(want), np.array(want, np.uint64)]

@@ -16,8 +16,7 @@ from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.sending import PREEMPTED
-from hetkv.kv.reshard import overlap
-from hetkv.kv.spec import Shard
+from hetkv.transport.instance import Instance
 from hetkv.transport.receiver import Receiver, RecvHandle
 
 _log = logging.getLogger(__name__)
@@ -177,8 +176,7 @@ class Loading:
 
     def _link(self, load: Load) -> Future[None]:
         """Done once every rank of the producer that holds something of this rank is linked."""
-        missing = self._missing(load)
-        if not missing:
+        if self._is_linked(load):
             linked: Future[None] = Future()
             linked.set_result(None)
             return linked
@@ -186,39 +184,21 @@ class Loading:
         if under_way is not None and not under_way.done():
             return under_way
         self._links = {source: link for source, link in self._links.items() if not link.done()}
-        future = self._links[load.source] = self._pool.submit(self._connect, load, missing)
+        future = self._links[load.source] = self._pool.submit(self._connect, load)
         future.add_done_callback(lambda _: self._changed())
         return future
 
-    def _missing(self, load: Load) -> list[int]:
-        """Ranks of the producer that are not linked and should be."""
-        pool = self._caches.pool
-        ranks = len(load.addresses)
-        linked = {p.description.rank for p in self._receiver.peers if p.description.instance == load.source}
-        shards = (Shard.of(pool.spec, tp=ranks, tp_rank=rank) for rank in range(ranks))
-        return [
-            rank
-            for rank, shard in enumerate(shards)
-            if rank not in linked and any(overlap(pool.spec, pool.shard, shard))
-        ]
+    def _is_linked(self, load: Load) -> bool:
+        """Whether every rank of the producer that holds something of this rank is linked."""
+        peers = {peer.rank: peer for peer in self._receiver.peers if peer.instance == load.source}
+        return bool(peers) and set(next(iter(peers.values())).agreement.ranks) <= set(peers)
 
-    def _connect(self, load: Load, ranks: list[int]) -> None:
+    def _connect(self, load: Load) -> None:
         """Body of a connecting thread. Whatever goes wrong in it fails the loads that wait for it, not the engine."""
         try:
-            self._connect_ranks(load, ranks)
+            self._receiver.connect(Instance(load.source, tuple(load.addresses)))
         except HetkvError:
             raise
         except Exception as error:
             _log.exception("connecting %s", load.source)
             raise PeerLostError(f"connecting {load.source}: {type(error).__name__}: {error}") from error
-
-    def _connect_ranks(self, load: Load, ranks: list[int]) -> None:
-        for rank in ranks:
-            peer = self._receiver.connect(load.addresses[rank])
-            theirs = peer.description
-            if (theirs.instance, theirs.rank) != (load.source, rank):
-                self._receiver.disconnect(peer, "not the producer that was named")
-                raise PeerLostError(
-                    f"{load.addresses[rank]} is rank {theirs.rank} of {theirs.instance}, not rank {rank} of "
-                    f"{load.source}: was the producer started again?"
-                )
