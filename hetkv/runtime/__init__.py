@@ -19,11 +19,11 @@ _MODULES = {
     "PoolFull": "hetkv.runtime.paged",
     "Span": "hetkv.runtime.attention",
     "TextTokenizer": "hetkv.runtime.tokenizer",
-    "choose": "hetkv.runtime.generate",
-    "decode": "hetkv.runtime.generate",
-    "generate": "hetkv.runtime.generate",
-    "greedy": "hetkv.runtime.generate",
-    "prefill": "hetkv.runtime.generate",
+    "choose": "hetkv.runtime.generation",
+    "decode": "hetkv.runtime.generation",
+    "generate": "hetkv.runtime.generation",
+    "greedy": "hetkv.runtime.generation",
+    "prefill": "hetkv.runtime.generation",
     "read_checkpoint": "hetkv.runtime.checkpoint",
 }
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from hetkv.models import ModelConfig
     from hetkv.runtime.attention import Span
     from hetkv.runtime.checkpoint import read_checkpoint
-    from hetkv.runtime.generate import choose, decode, generate, greedy, prefill
+    from hetkv.runtime.generation import choose, decode, generate, greedy, prefill
     from hetkv.runtime.model import Decoder
     from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
     from hetkv.runtime.parallel_group import ParallelGroup

@@ -13,7 +13,7 @@ import torch
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
-from hetkv.runtime.generate import choose, decode, prefill
+from hetkv.runtime.generation import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 from hetkv.runtime.plan import InstancePlan, SideOptions

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from hetkv.kv.pool import KVPool
-from hetkv.runtime.generate import choose, decode, prefill
+from hetkv.runtime.generation import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 from hetkv.runtime.processes import PATIENCE_S

@@ -23,7 +23,7 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
 from hetkv.models import ModelConfig
 from hetkv.runtime.clock import WorkClock
-from hetkv.runtime.generate import choose, decode, prefill
+from hetkv.runtime.generation import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 from hetkv.runtime.parallel_group import ParallelGroup

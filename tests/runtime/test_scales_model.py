@@ -17,7 +17,7 @@ from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import Shard
 from hetkv.runtime import Decoder, TextTokenizer
 from hetkv.runtime.demo import MODEL, PROMPT
-from hetkv.runtime.generate import prefill
+from hetkv.runtime.generation import prefill
 from hetkv.runtime.paged import Pages
 from tests.transport.peers import WAIT_S, connected
 

@@ -14,7 +14,7 @@ from hetkv.errors import PeerLostError, WaitTimeoutError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.runtime import Decoder
-from hetkv.runtime.generate import generate
+from hetkv.runtime.generation import generate
 from hetkv.runtime.turns import Conversation, Station
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.sender import SendHandle
