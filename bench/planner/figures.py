@@ -19,7 +19,7 @@ MARKER = "<!-- made by bench/planner/figures.py from bench/results -->\n"
 METHODS = {
     "distserve": "DistServe's enumeration",
     "distserve-mixed": "the same, a GPU type for each phase",
-    "melange": "Mélange's programme",
+    "melange": "Mélange's program",
     "aiconfigurator": "AIConfigurator's rate matching",
     "aiconfigurator-mixed": "the same, a GPU type for each phase",
     "aiconfigurator-tool": "AIConfigurator itself",
@@ -43,9 +43,9 @@ def baselines_section() -> str:
         if rows:
             lines.append(_method(name, rows))
     tool = [f["methods"].get("aiconfigurator-tool", {}) for f in run["fleets"]]
-    refused = sorted({answer["not_covered"].split(". ")[0] for answer in tool if "not_covered" in answer})
+    rejected = sorted({answer["not_covered"].split(". ")[0] for answer in tool if "not_covered" in answer})
     text = "\n".join(lines)
-    for reason in refused:
+    for reason in rejected:
         text += f"\n\nThe tool was not asked on some fleets: {reason}."
     none = len(run["fleets"]) - len(fleets)
     if none:
@@ -124,7 +124,7 @@ From `bench/results/planner_optimality.json`: {_origin(run)}.
 | rounds | {_both((r["iterations"] for r in rows), "g")} | |
 | GPUs of the plan | {_both((r["gpus"] for r in rows), "g")} | |
 
-Largest gap of the integer programme: {largest:.2g}. Plans that meet their targets in the simulator:
+Largest gap of the integer program: {largest:.2g}. Plans that meet their targets in the simulator:
 {sum(r["meets"] for r in rows)} of {len(rows)}.
 
 From `bench/results/planner_speed.json`: {run["cpus"]} CPUs, commit {run["commit"]}, {run["time"][:10]}.

@@ -50,7 +50,7 @@ class Reach:
 
 
 @dataclass
-class Gauge:
+class Calibrator:
     """Simulates the pools of a plan, large ones by a cell of them, and remembers what they carried.
 
     A cell has the pool's instances over a whole number, rounded down, and its share of the traffic. docs/planner.md
@@ -59,22 +59,22 @@ class Gauge:
 
     problem: Problem
     columns: Sequence[Column]
-    judges: Mapping[str, SloChecker]
+    checkers: Mapping[str, SloChecker]
     effort: Effort | None = None  # no further measurement is begun once it is spent
     _factors: dict[Key, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._by_key = {c.key: c for c in self.columns}
 
-    def learn(self, other: Gauge) -> None:
-        """Take over what another gauge measured."""
+    def learn(self, other: Calibrator) -> None:
+        """Take over what another calibrator measured."""
         for key, known in other._factors.items():
             if key in self._by_key:
                 self._factors.setdefault(key, {}).update(known)
 
-    def with_judge(self, model: str, judge: SloChecker) -> Gauge:
-        """The same with another judge for one model, and nothing measured."""
-        return Gauge(self.problem, self.columns, {**self.judges, model: judge})
+    def with_checker(self, model: str, checker: SloChecker) -> Calibrator:
+        """The same with another checker for one model, and nothing measured."""
+        return Calibrator(self.problem, self.columns, {**self.checkers, model: checker})
 
     def instances(self, counts: Counts) -> list[Instances]:
         """`counts` as the result lists them. In mixed decode pools KV room is cut in proportion to the batches."""
@@ -95,6 +95,7 @@ class Gauge:
                     usd_per_hour=None if price is None else column.price,
                     dp=column.dp,
                     unstartable=column.unstartable,
+                    weight=self._share(column, counts),
                 )
             )
         order = {"prefill": 0, "decode": 1, "aggregated": 2}
@@ -102,32 +103,44 @@ class Gauge:
             found, key=lambda i: (i.model, order[i.role], -i.count * i.gpus, i.gpu, i.tp, i.pp, i.dp, i.budget)
         )
 
+    def _share(self, column: Column, counts: Counts) -> float:
+        """The requests that one instance gets, relative to the one that gets most, among unlike aggregated ones."""
+        beside = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
+        if column.role != "aggregated" or len(beside) == 1:
+            return 1.0
+        own = part_of(column, counts[column.key]) / counts[column.key]
+        return round(own / max(part_of(c, counts[c.key]) / counts[c.key] for c in beside), 3) or 0.001
+
     def _room(self, column: Column, counts: Counts) -> int | None:
         """KV tokens to offer: routing by requests over room then gives each instance the batch that it can carry."""
         beside = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
         if column.role != "decode" or len(beside) == 1 or min(c.batch for c in beside) <= 0:
             return None
         per_sequence = min(c.kv_tokens / c.batch for c in beside)
-        longest = max(float((s.prompts + s.outputs).max()) for s in self.judges[column.model].samples)
+        longest = max(float((s.prompts + s.outputs).max()) for s in self.checkers[column.model].samples)
         return int(min(max(per_sequence * column.batch, 4 * longest), column.kv_tokens))
 
-    def verdict(self, model: str, counts: Counts, scale: float) -> Verdict:
-        """All of the plan for one model, at `scale`."""
+    def verdict(self, model: str, counts: Counts, scale: float, seed: int | None = None) -> Verdict:
+        """All of the plan for one model, at `scale`, with `seed` (None: the problem's)."""
         counts = {k: n for k, n in counts.items() if k[0] == model}
         roles = {k[1] for k in counts}
         if roles not in ({"aggregated"}, {"prefill", "decode"}):  # nothing is left to serve a request
-            return Verdict({c.name: latency_of(c, inf, inf) for c in self.judges[model].classes})
+            return Verdict({c.name: latency_of(c, inf, inf) for c in self.checkers[model].classes})
         if all(self._cells(model, counts, role, scale) == 1 for role in roles):
-            return self.judges[model](self.instances(counts), scale)
+            return self.checkers[model](self.instances(counts), scale, seed=seed)
         if "aggregated" in roles:
-            return self.role(model, counts, "aggregated", scale)
-        first, later = (self.role(model, counts, role, scale, quick=False) for role in ("prefill", "decode"))
+            return self.role(model, counts, "aggregated", scale, seed=seed)
+        first, later = (self.role(model, counts, role, scale, False, seed) for role in ("prefill", "decode"))
         latency = {
             name: msgspec.structs.replace(x, tpot_ms=later.latency[name].tpot_ms) for name, x in first.latency.items()
         }
-        return Verdict(latency)  # the wait for the first step is in `first`
+        within = {k: v for k, v in first.within.items() if k[1] == "ttft"}
+        within |= {k: v for k, v in later.within.items() if k[1] == "tpot"}
+        return Verdict(latency, within)  # the wait for the first step is in `first`
 
-    def role(self, model: str, counts: Counts, role: str, scale: float, quick: bool = True) -> Verdict:
+    def role(
+        self, model: str, counts: Counts, role: str, scale: float, quick: bool = True, seed: int | None = None
+    ) -> Verdict:
         """One pool, by a cell of it: prefill by its prompts alone, decode with enough prefill before it.
 
         `quick` simulates links without sharing.
@@ -137,9 +150,8 @@ class Gauge:
         whole = {k: n for k, n in counts.items() if k[:2] == (model, role)}
         share = self._weight(cell) / self._weight(whole) if cells > 1 else 1.0
         if role == "prefill":
-            return self.judges[model](
-                self.instances(cell), scale * share, True, after=self._after(model, counts, scale)
-            )
+            after = self._after(model, counts, scale)
+            return self.checkers[model](self.instances(cell), scale * share, True, after=after, seed=seed)
         if role == "decode":
             before = {k: ceil(n * share) for k, n in counts.items() if k[:2] == (model, "prefill")}
             largest = max(before, key=lambda k: self._by_key[k].relaxed * before[k])
@@ -148,7 +160,7 @@ class Gauge:
                 while self._weight(before) < 1.2 * scale * share * self.rate(model):
                     before[largest] += 1
             cell = {**before, **cell}
-        return self.judges[model](self.instances(cell), scale * share, quick=quick and role == "decode")
+        return self.checkers[model](self.instances(cell), scale * share, quick=quick and role == "decode", seed=seed)
 
     def _after(self, model: str, counts: Counts, scale: float) -> Handover | None:
         """What follows a prefill until the first token: with the plan's decode pool, else the least of any column."""
@@ -159,7 +171,7 @@ class Gauge:
         column = max(found, key=lambda c: part_of(c, counts[c.key]), default=None)
         if column is None or column.handover is None:
             return None
-        demand = self.judges[model].demand
+        demand = self.checkers[model].demand
         share = part_of(column, counts[column.key]) / sum(part_of(c, counts[c.key]) for c in mine)
         batch = batch_at(column.steps, demand, scale * self.rate(model) * share / counts[column.key])
         step = float(step_times(column.steps, batch, batch * demand.context)[0])
@@ -176,7 +188,7 @@ class Gauge:
         total = sum(n for k, n in counts.items() if k[:2] == (model, role))
         cells = total / CELL
         if role != "prefill":
-            cells = max(cells, min(scale * self.judges[model].flight / CELL_FLIGHT, total / 4))
+            cells = max(cells, min(scale * self.checkers[model].flight / CELL_FLIGHT, total / 4))
         return max(1, ceil(cells - 0.2))
 
     def _slice(self, counts: Counts, model: str, role: str, cells: int) -> dict[Key, int]:

@@ -1,4 +1,4 @@
-"""Columns of the integer programme: what one instance can be (role, GPU, TP, PP, DP, budget) and what it carries."""
+"""Columns of the integer program: what one instance can be (role, GPU, TP, PP, DP, budget) and what it carries."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def shape_text(place: Placement) -> str:
 
 @dataclass
 class Columns:
-    """All columns of a problem, and why sizes and GPUs that were tried are not among them: `refused[what] = why`."""
+    """All columns of a problem, and why sizes and GPUs that were tried are not among them: `rejected[what] = why`."""
 
     columns: list[Column] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
     demands: dict[str, Demand] = field(default_factory=dict)
 
 
@@ -189,7 +189,7 @@ class _Builder:
         found = []
         for place, why in considered(self.model, offer, self.shape):
             if why:
-                self.found.refused[f"{self.shape.name} on {offer.gpu} {shape_text(place)}"] = why
+                self.found.rejected[f"{self.shape.name} on {offer.gpu} {shape_text(place)}"] = why
             else:
                 found.append(place)
         return found
@@ -200,7 +200,7 @@ class _Builder:
         if why:
             role = "disaggregated" if disaggregated else "aggregated"
             where = f"{self.shape.name} on {one.offer.gpu} {shape_text(one.place)}, {role}"
-            self.found.refused[where] = f"cannot be started: {why}"
+            self.found.rejected[where] = f"cannot be started: {why}"
         return not why or self.problem.allow_unstartable
 
     def _obstacle(self, one: _Instance, disaggregated: bool) -> str:
@@ -214,13 +214,13 @@ class _Builder:
         try:
             steps: StepModel = step_model_of(engine, gpu, self.shape, place, self.catalogue, self.efficiencies)
         except InputError as error:
-            self.found.refused[where] = f"memory: {error}"
+            self.found.rejected[where] = f"memory: {error}"
             return None
         room = steps.kv_capacity_tokens // place.dp - steps.state_tokens  # one replica holds a whole sequence
         for sample in self.demand.samples:
             for percentile in (sample.spec.ttft_percentile, sample.spec.tpot_percentile):
                 if (sample.prompts + sample.others > room).mean() > 1 - percentile / 100:
-                    self.found.refused[where] = (
+                    self.found.rejected[where] = (
                         f"memory: room for {max(room, 0):.0f} KV tokens, too few for requests of class "
                         f"{sample.spec.name}"
                     )
@@ -264,7 +264,7 @@ class _Builder:
     def _add(self, role: Role, one: _Instance, capacity: Capacity) -> bool:
         offer, place, engine, steps = one
         if not capacity.rates.max() > 0:
-            self.found.refused[f"{role} of {self.model.name} on {offer.gpu} {shape_text(place)}"] = (
+            self.found.rejected[f"{role} of {self.model.name} on {offer.gpu} {shape_text(place)}"] = (
                 "TTFT" if role == "prefill" else "TPOT" if role == "decode" else "TTFT or TPOT"
             )
             if not self.every:
@@ -297,3 +297,12 @@ class _Builder:
             )
         )
         return bool(capacity.rates.max() > 0)
+
+
+def kv_bytes(found: Columns, problem: Problem) -> dict[str, float]:
+    """KV bytes that one request sends, by model: the narrowest column's."""
+    result: dict[str, float] = {}
+    for model in problem.models:
+        prompt, mine = found.demands[model.name].prompt, [c.steps for c in found.columns if c.model == model.name]
+        result[model.name] = max(min((s.kv_bytes_per_token * prompt + s.state_bytes for s in mine), default=0.0), 1.0)
+    return result

@@ -31,7 +31,7 @@ class Effort:
     from being begun.
     """
 
-    judges: Mapping[str, SloChecker]
+    checkers: Mapping[str, SloChecker]
     events: int
     deadline: float = inf
     short: str = field(default="", init=False)
@@ -40,7 +40,7 @@ class Effort:
         self._end = self._simulated() + self.events
 
     def _simulated(self) -> int:
-        return sum(judge.events for judge in self.judges.values())
+        return sum(checker.events for checker in self.checkers.values())
 
     @property
     def spent(self) -> bool:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hetkv.errors import InputError
 from hetkv.planner.capacity import prompt_times
-from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.columns import Column, Columns, build_columns, kv_bytes
 from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import Tightest
@@ -26,7 +26,7 @@ class InfeasibleError(InputError):
 
 
 def explain(problem: Problem, found: Columns) -> InfeasibleError:
-    """The error to raise for a problem whose programme has no solution."""
+    """The error to raise for a problem whose program has no solution."""
     for model in problem.models:
         mine = [c for c in found.columns if c.model == model.name and c.rates.max() > 0]
         roles = {c.role for c in mine}
@@ -71,7 +71,7 @@ def _no_columns(problem: Problem, model: str) -> InfeasibleError:
 
 def _nothing_tried(loose: Columns, model: str) -> InfeasibleError:
     """No size was left to try: the reason of the one that came furthest."""
-    reasons = [why for where, why in loose.refused.items() if where.startswith(f"{model} on ")]
+    reasons = [why for where, why in loose.rejected.items() if where.startswith(f"{model} on ")]
     for constraint, what in (
         ("memory: ", f"{model} fits on none of the offered GPUs"),
         ("cannot be started: ", f"{model} can be started on none of the offered GPUs"),
@@ -91,8 +91,6 @@ def _service(column: Column, found: Columns, index: int) -> NDArray[np.float64]:
 
 def _shared(problem: Problem, found: Columns) -> InfeasibleError:
     """Every model could be served alone: caps, the fabric, pair limits or the budget are in the way. Lift each."""
-    from hetkv.planner.search import kv_bytes
-
     rates = {m.name: sum(c.rate for c in problem.classes_of(m.name)) for m in problem.models}
     sent = kv_bytes(found, problem)
     lifted = {

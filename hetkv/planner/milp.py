@@ -1,4 +1,4 @@
-"""The integer programme: how many instances of each column, with capacities that grow with the pool.
+"""The integer program: how many instances of each column, with capacities that grow with the pool.
 
 For column j and pool-size range k, `x[j,k]` instances (whole) and `y[j,k]` (binary: the pool is in this range) with
 `first[k] y <= x <= last[k] y`; each of them carries `rate[j,k]`. HiGHS solves it, through `scipy.optimize.milp`.
@@ -35,7 +35,7 @@ SAFETY_SECONDS = 600.0
 
 
 class UndecidedError(HetkvError):
-    """A limit ended the integer programme before it had counts, or a proof that there are none."""
+    """A limit ended the integer program before it had counts, or a proof that there are none."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def optimise(
     With the goals `goodput` and `split`, `value` is the largest multiple of `rates`. `UndecidedError` where `NODES`
     or `SAFETY_SECONDS` end before either is known.
     """
-    return _Programme(problem, columns, rates, kv_bytes, relaxed, cuts).solve()
+    return _Milp(problem, columns, rates, kv_bytes, relaxed, cuts).solve()
 
 
 INFEASIBLE = 2
 """The status of `scipy.optimize.milp` where there is no solution. 1: time ran out; 4: nodes did, or it has no name."""
 
 
-class _Programme:
+class _Milp:
     def __init__(
         self,
         problem: Problem,
@@ -200,7 +200,7 @@ class _Programme:
         return terms
 
     def _model(self, model: str, kv_bytes: float) -> None:
-        """Every request is served: by prefill and decode instances, or by aggregated ones of one column."""
+        """Every request is served: by prefill and decode instances, or by aggregated ones."""
         rate = self.rates[model]
         apart, both = (
             [c for c in self.columns if c.model == model and (c.role == "aggregated") is x] for x in (False, True)
@@ -222,7 +222,10 @@ class _Programme:
             else:
                 self.rows.add({**terms, self.scale: -rate, split: most}, 0.0, inf)
             chosen = [y for c in both for y in self.y[c.key]]
-            self.rows.add({**dict.fromkeys(chosen, 1.0), split: 1.0}, -inf, 1.0)
+            self.rows.add({**dict.fromkeys(chosen, 1.0), split: len(chosen)}, -inf, len(chosen))
+            for size in {c.key[:-1] for c in both}:  # instances of one size are set up alike
+                alike = [y for c in both if c.key[:-1] == size for y in self.y[c.key]]
+                self.rows.add(dict.fromkeys(alike, 1.0), -inf, 1.0)
         fabric = self.problem.link.fabric_gb_s
         if fabric is not None and apart:
             carried = PORT_LOAD * fabric * 1e9 / kv_bytes
@@ -308,7 +311,7 @@ class _Programme:
             if result.status == INFEASIBLE:
                 return None
             raise UndecidedError(
-                f"the integer programme: HiGHS found no counts within {NODES:,} nodes and {SAFETY_SECONDS:g} s, "
+                f"the integer program: HiGHS found no counts within {NODES:,} nodes and {SAFETY_SECONDS:g} s, "
                 "nor that there are none"
             )
         # Instances of the way that was not chosen are free in a node that is paid for: leave them out.

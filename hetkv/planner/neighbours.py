@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from hetkv.planner.calibrator import Counts, Key, rate_of
 from hetkv.planner.columns import Column
-
-if TYPE_CHECKING:
-    from hetkv.planner.search import Candidate, Search
+from hetkv.planner.trials import NEAR, Candidate, Trials
 
 LARGEST = 8
-"""Instances of a role, at most: beyond that the programme's plan stands."""
+"""Instances of a role, at most: beyond that the program's plan stands."""
 
-NEAR = 1.05
+BURSTS = 1.05
 """Share of a TPOT that a decode pool may use behind the strongest prefill pool and still be tried behind the plan's
 own: KV arrives in other bursts there."""
 
@@ -26,7 +23,7 @@ VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
 
-def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
+def cheaper(trials: Trials, model: str, best: Candidate) -> Candidate:
     """The cheapest plan found that meets the targets, `best` if there is none.
 
     The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
@@ -34,10 +31,10 @@ def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
     fewer instances serve less.
     """
     rest = {k: n for k, n in best.counts.items() if k[0] != model}
-    fixed = search.price(rest)
+    fixed = trials.price(rest)
     failed: dict[str, list[dict[Key, int]]] = {"prefill": [], "decode": [], "aggregated": []}
     passed: dict[str, set[tuple[tuple[Key, int], ...]]] = {"prefill": set(), "decode": set(), "aggregated": set()}
-    strongest = _strongest(search, model)
+    strongest = _strongest(trials, model)
 
     def holds(role: str, counts: dict[Key, int]) -> bool:
         name = tuple(sorted(counts.items()))
@@ -46,46 +43,49 @@ def cheaper(search: Search, model: str, best: Candidate) -> Candidate:
         if any(all(n <= bad.get(k, 0) for k, n in counts.items()) for bad in failed[role]):
             return False
         plan = {**strongest, **counts} if role == "decode" else counts
-        good = search.gauge.role(model, plan, role, 1.0).used(role) <= (NEAR if role == "decode" else 1)
+        good = trials.calibrator.role(model, plan, role, 1.0).used(role) <= (BURSTS if role == "decode" else NEAR)
         if good:
             passed[role].add(name)
         else:
             failed[role].append(counts)
         return good
 
-    for cost, parts in _by_cost(search, model, best.cost - fixed):
+    for cost, parts in _by_cost(trials, model, best.cost - fixed):
         if fixed + cost >= best.cost - 1e-9:
             break
-        if search.effort.spent:
+        if trials.effort.spent:
             break
         whole = {k: n for part in parts.values() for k, n in part.items()}
-        if not search.allowed({**rest, **whole}) or not all(holds(role, part) for role, part in parts.items()):
+        plan = {**rest, **whole}
+        if not trials.allowed(plan) or trials.is_barred(plan, 1.0):
             continue
-        candidate = search._simulate({**rest, **whole}, 1.0)
+        if not all(holds(role, part) for role, part in parts.items()):
+            continue
+        candidate = trials.simulate(plan, 1.0)
         if candidate.meets:
             return candidate
     return best
 
 
-def _strongest(search: Search, model: str) -> dict[Key, int]:
+def _strongest(trials: Trials, model: str) -> dict[Key, int]:
     """A prefill pool that is never the bottleneck: twice the rate, of the column that carries most."""
-    mine = [c for c in search.found.columns if (c.model, c.role) == (model, "prefill")]
+    mine = [c for c in trials.found.columns if (c.model, c.role) == (model, "prefill")]
     if not mine:
         return {}
     column = max(mine, key=lambda c: float(c.rates[0]))
     count = 1
-    while rate_of(column, count) < 2 * search.gauge.rate(model) and count < 2 * LARGEST:
+    while rate_of(column, count) < 2 * trials.calibrator.rate(model) and count < 2 * LARGEST:
         count += 1
     return {column.key: count}
 
 
-def _by_cost(search: Search, model: str, most: float) -> Iterator[tuple[float, dict[str, dict[Key, int]]]]:
+def _by_cost(trials: Trials, model: str, most: float) -> Iterator[tuple[float, dict[str, dict[Key, int]]]]:
     """(USD/hour, role to counts) of the plans for a model that cost less than `most`, cheapest first."""
     lists = {}
     for role in ("prefill", "decode", "aggregated"):
-        columns = [c for c in search.found.columns if (c.model, c.role) == (model, role)]
-        lists[role] = vectors(columns, search, search.gauge.rate(model), most)
-    both = [(cost, {"aggregated": counts}) for cost, counts in lists["aggregated"] if len(counts) == 1]
+        columns = [c for c in trials.found.columns if (c.model, c.role) == (model, role)]
+        lists[role] = vectors(columns, trials, trials.calibrator.rate(model), most)
+    both = [(cost, {"aggregated": counts}) for cost, counts in lists["aggregated"] if one_budget(counts)]
     first, later = lists["prefill"], lists["decode"]
     heap = [(first[i][0] + later[0][0], i, 0) for i in range(len(first))] if later else []
     heapq.heapify(heap)
@@ -101,10 +101,10 @@ def _by_cost(search: Search, model: str, most: float) -> Iterator[tuple[float, d
         yield cost, {"prefill": first[i][1], "decode": later[j][1]}
 
 
-def vectors(columns: Sequence[Column], search: Search, rate: float, most: float) -> list[tuple[float, dict[Key, int]]]:
+def vectors(columns: Sequence[Column], trials: Trials, rate: float, most: float) -> list[tuple[float, dict[Key, int]]]:
     """Counts of up to `LARGEST` instances that carry `rate` with queueing relaxed and cost less than `most`, sorted."""
     columns = sorted(columns, key=lambda c: c.price)
-    corrected = {c.key: c for c in search.gauge.corrected()}
+    corrected = {c.key: c for c in trials.calibrator.corrected()}
     if LARGEST * max((corrected[c.key].relaxed for c in columns), default=0.0) < rate:
         return []  # a large deployment: none of the thousands of vectors would do
     found: list[tuple[float, dict[Key, int]]] = []
@@ -116,7 +116,7 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
         for i in chosen:
             counts[columns[i].key] = counts.get(columns[i].key, 0) + 1
         if chosen and _enough(counts, corrected, rate):
-            found.append((search.price(counts), counts))
+            found.append((trials.price(counts), counts))
         if len(chosen) == LARGEST:
             continue
         for i in range(chosen[-1] if chosen else 0, len(columns)):
@@ -124,6 +124,11 @@ def vectors(columns: Sequence[Column], search: Search, rate: float, most: float)
             if cost + columns[i].price < most:
                 heapq.heappush(todo, (cost + columns[i].price, serial, (*chosen, i)))
     return sorted(found, key=lambda f: f[0])
+
+
+def one_budget(counts: Counts) -> bool:
+    """Whether no two columns differ in their prompt budget alone: instances of one size are set up alike."""
+    return len({k[:-1] for k in counts}) == len(counts)
 
 
 def _enough(counts: Counts, corrected: dict[Key, Column], rate: float) -> bool:

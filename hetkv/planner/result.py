@@ -15,6 +15,7 @@ class Instances(msgspec.Struct, frozen=True):
 
     `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one, None where the
     problem has no prices. `unstartable` says why the engine cannot start it; empty where it can.
+    `weight`: its share of the requests beside unlike aggregated instances.
     """
 
     role: Literal["prefill", "decode", "aggregated"]
@@ -28,6 +29,7 @@ class Instances(msgspec.Struct, frozen=True):
     usd_per_hour: float | None = None
     dp: int = 1
     unstartable: str = ""
+    weight: float = 1.0
 
     @property
     def gpus(self) -> int:
@@ -49,6 +51,24 @@ class ClassLatency(msgspec.Struct, frozen=True):
     def used(self) -> float:
         """The largest share of a target that is used up; above 1 a target is missed."""
         return max((self.ttft_ms or 0.0) / self.ttft_limit_ms, (self.tpot_ms or 0.0) / self.tpot_limit_ms)
+
+
+class Attainment(msgspec.Struct, frozen=True):
+    """The share of a class's requests within a limit: its mean over the held-out seeds, and the ends of the two-sided
+    interval of `confidence` for that mean. `asked` is the target's percentile over 100, `worst` the least of a seed.
+    """
+
+    share: float
+    low: float
+    high: float
+    worst: float
+    asked: float
+    confidence: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the target is kept on average, and the interval says so or every seed does."""
+        return self.share >= self.asked and (self.low >= self.asked or self.worst >= self.asked)
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -96,6 +116,10 @@ class Plan(msgspec.Struct, frozen=True):
     the rates could still grow in the simulator before a target is missed (0.1: ten per cent), None where not measured.
 
     `rate` is the requests/s of all classes together and `scale` its multiple of the problem's rates.
+    It was chosen with `seed` and some beside it; `simulated` is the mean over `held_out_seeds`, which chose nothing,
+    and `attained` the share of each class's requests within its limits there, by class and target. `meets`: all hold.
+    Plans that failed there are counted in `judged_before`.
+
     `events` of the simulator were handled to find it. `cut` are those `notes` that say which limits ended a search
     early, so that a better plan may exist. `deployments` holds a plan for the simulator for each model.
     """
@@ -120,6 +144,9 @@ class Plan(msgspec.Struct, frozen=True):
     verify_seconds: float
     iterations: int
     deployments: dict[str, Deployment]
+    held_out_seeds: list[int] = []
+    attained: dict[str, dict[str, Attainment]] = {}
+    judged_before: int = 0
     events: int = 0
     notes: list[str] = []
     cut: list[str] = []

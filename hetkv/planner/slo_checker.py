@@ -17,7 +17,7 @@ from hetkv.planner.handover import Handover
 from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import ClassLatency, Instances
 from hetkv.planner.traffic import Mix, Sample, samples
-from hetkv.planner.unshared_links import Wires
+from hetkv.planner.unshared_links import UnsharedLinks
 from hetkv.simulator.cluster import Cluster
 from hetkv.simulator.deployment import Engine, LinkPlan, PoolPlan, Routing, build_pools, port_bytes_per_second
 from hetkv.simulator.deployment import Plan as Deployment
@@ -36,9 +36,10 @@ MAX_REQUESTS = 20_000
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the simulator measured, by class name."""
+    """What the simulator measured, by class name; `within`: the share of its requests within "ttft" and "tpot"."""
 
     latency: dict[str, ClassLatency]
+    within: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def used(self, role: str = "aggregated") -> float:
         """The largest share of a target that is used up: of TTFT for `prefill`, of TPOT for `decode`, else of both."""
@@ -79,32 +80,42 @@ class SloChecker:
         prompts_only: bool = False,
         quick: bool = False,
         after: Handover | None = None,
+        seed: int | None = None,
     ) -> Verdict:
-        """Simulate `instances` at `scale` times the classes' rates.
+        """Simulate `instances` at `scale` times the classes' rates, with `seed` (None: the problem's).
 
         `prompts_only` leaves decoding and links out; `after` then stands for what comes between the prefill and the
-        first token. `quick` leaves out the sharing of links (`Wires`).
+        first token. `quick` leaves out the sharing of links (`UnsharedLinks`).
         """
-        pools = tuple(sorted((i.role, i.gpu, i.tp, i.pp, i.dp, i.budget, i.kv_tokens, i.count) for i in instances))
-        key = (pools, scale, prompts_only, quick, after)
+        pools = tuple(
+            sorted((i.role, i.gpu, i.tp, i.pp, i.dp, i.budget, i.kv_tokens or 0, i.weight, i.count) for i in instances)
+        )
+        seed = self.problem.seed if seed is None else seed
+        key = (pools, scale, prompts_only, quick, after, seed)
         if key not in self._known:
-            self._known[key] = self._judge(instances, scale, prompts_only, quick, after)
+            self._known[key] = self._simulate(instances, scale, prompts_only, quick, after, seed)
             self.simulations += 1
         return self._known[key]
 
-    def _judge(
-        self, instances: Sequence[Instances], scale: float, prompts_only: bool, quick: bool, after: Handover | None
+    def _simulate(
+        self,
+        instances: Sequence[Instances],
+        scale: float,
+        prompts_only: bool,
+        quick: bool,
+        after: Handover | None,
+        seed: int,
     ) -> Verdict:
         plan = deployment(self.problem, self.model, instances)
         if prompts_only:
             plan = msgspec.structs.replace(plan, first_token_at="prefill")
         mix = Mix(self.classes, scale, self.requests(scale), prompts_only)
         models = self._step_model if self.models else None
-        columns, events = run(plan, mix, self.problem.seed, models, self._lines, quick)
+        columns, events = run(plan, mix, seed, models, self._lines, quick)
         self.events += events
         if after is not None:
             columns = {**columns, "first_token": columns["first_token"] + after.seconds(columns["prompt"])}
-        return verdict(columns, self.classes, mix.kinds(self.problem.seed))
+        return verdict(columns, self.classes, mix.kinds(seed))
 
     def _step_model(self, pool: PoolPlan, engine: Engine) -> StepModel:
         return self.models[pool.gpu, pool.tp, pool.pp, pool.dp, engine.max_num_batched_tokens]
@@ -147,7 +158,21 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
         own = dict(problem.offer(item.gpu).engine)
         if item.budget not in (0, problem.engine_for(model, problem.offer(item.gpu)).max_num_batched_tokens):
             own["max_num_batched_tokens"] = item.budget
-        pools.append(PoolPlan(item.role, item.gpu, name, item.tp, item.pp, item.dp, item.count, own, item.kv_tokens))
+        pools.append(
+            PoolPlan(
+                item.role,
+                item.gpu,
+                name,
+                item.tp,
+                item.pp,
+                item.dp,
+                item.count,
+                own,
+                item.kv_tokens,
+                weight=item.weight,
+            )
+        )
+    unlike = sum(i.role == "aggregated" for i in instances) > 1
     apart = any(i.role == "prefill" for i in instances)
     used = {i.gpu for i in instances}
     return Deployment(
@@ -155,7 +180,7 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
         pools=pools,
         engine=engine,
         link=problem.link if apart else None,
-        routing=Routing("least_loaded", "least_loaded"),
+        routing=Routing("weighted" if unlike else "least_loaded", "least_loaded"),
         prices=[p for p in problem.prices if p.gpu in used],
         allow_mixed_price_bases=problem.allow_mixed_price_bases,
         first_token_at=problem.first_token_at,
@@ -183,7 +208,7 @@ def run(
         assert isinstance(plan.link, LinkPlan)
         fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
         port, latency = port_bytes_per_second(plan), plan.link.latency_us / 1e6
-        links = Wires(events, port, latency) if quick else Links(events, port, fabric, latency)
+        links = UnsharedLinks(events, port, latency) if quick else Links(events, port, fabric, latency)
     overlap = plan.link is not None and plan.link.overlap == "layerwise"
     cluster = Cluster(pools, events, records, links, plan.routing.prefill, plan.routing.decode, overlap)
     cluster.start(mix.requests(seed))
@@ -208,12 +233,17 @@ def verdict(columns: Columns, classes: Sequence[WorkloadClass], kinds: Any) -> V
     ttft = np.where(done, 1e3 * (columns["first_token"] - columns["arrival"]), inf)
     tokens = columns["output"] - 1
     tpot = np.where(done, 1e3 * (columns["last_token"] - columns["first_token"]) / np.maximum(tokens, 1), inf)
-    found = {}
+    found, within = {}, {}
     for i, spec in enumerate(classes):
         here = judged & (kinds == i)
-        first = _percentile(ttft[here], spec.ttft_percentile)
-        found[spec.name] = latency_of(spec, first, _percentile(tpot[here & (tokens > 0)], spec.tpot_percentile))
-    return Verdict(found)
+        first, later = ttft[here], tpot[here & (tokens > 0)]
+        found[spec.name] = latency_of(
+            spec, _percentile(first, spec.ttft_percentile), _percentile(later, spec.tpot_percentile)
+        )
+        for target, values, limit in (("ttft", first, spec.ttft_ms), ("tpot", later, spec.tpot_ms)):
+            if values.size:
+                within[spec.name, target] = float((values <= limit).mean())
+    return Verdict(found, within)
 
 
 def latency_of(spec: WorkloadClass, ttft_ms: float | None, tpot_ms: float | None) -> ClassLatency:

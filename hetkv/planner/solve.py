@@ -11,15 +11,16 @@ import msgspec
 
 from hetkv.costmodel import load_catalogue
 from hetkv.planner.calibrator import part_of
-from hetkv.planner.columns import Columns, build_columns
+from hetkv.planner.columns import Columns, build_columns, kv_bytes
 from hetkv.planner.effort import BESIDE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
-from hetkv.planner.result import ClassLatency, Option, Plan, Sensitivity, Tightest
-from hetkv.planner.search import Candidate, Search, kv_bytes, runners_up
+from hetkv.planner.result import Attainment, ClassLatency, Option, Plan, Sensitivity, Tightest
+from hetkv.planner.search import Search
 from hetkv.planner.slo_checker import SloChecker, deployment
+from hetkv.planner.trials import Candidate, Judgement, runners_up
 from hetkv.simulator.scaled import ScaledStepModel
 
 
@@ -32,23 +33,24 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     targets; what is planned beside it and the slack have limits of their own. So one problem and seed give one plan
     (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met.
 
-    `InfeasibleError` where there is no plan, `UndecidedError` where the integer programme's limit left that open;
+    `InfeasibleError` where there is no plan, `UndecidedError` where the integer program's limit left that open;
     `meets` is false where none was found whose targets hold in the simulator.
     """
     problem = check_problem(problem)
     begin = time.perf_counter()
     found = build_columns(problem, every=True)
     columns_seconds = time.perf_counter() - begin
-    judges = {m.name: SloChecker(problem, m) for m in problem.models}
-    search = Search(problem, found, judges, events, begin + seconds).run()
+    checkers = {m.name: SloChecker(problem, m) for m in problem.models}
+    search = Search(problem, found, checkers, events, begin + seconds).run()
     if not search.seen:
         raise search.undecided or explain(problem, found)
     parts = _parts(problem, found) if beside else {}
     others = {name: _search_part(search, *part) for name, part in parts.items()}
-    best = search.best or _closest(search.seen)
+    best, judged, before = _judge(search)
     bound = search.bound()
     slack = _slack(search, best)
-    notes = [] if best.meets else ["no plan was found whose targets hold in the simulator: this one comes closest"]
+    meets = best.meets and judged.holds
+    notes = [] if meets else [_closest_note(best, judged)]
     cut = _limits(search, seconds)
     for name, other in others.items():
         cut += [f"{name}: {text}" for text in _limits(other, seconds)]
@@ -63,10 +65,10 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     options = [_alternative(name, *part, search, best, others[name]) for name, part in parts.items()]
     sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
     total = sum(c.rate for c in problem.classes)
-    simulated = _latency(best)
+    simulated = judged.latency
     return Plan(
         goal=problem.objective.goal,
-        instances=search.gauge.instances(best.counts),
+        instances=search.calibrator.instances(best.counts),
         cost_per_hour=_cost(problem, best),
         rate=total * best.scale,
         scale=best.scale,
@@ -75,7 +77,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
         simulated_slack=slack,
         predicted=_predicted(found, search, best),
         simulated=simulated,
-        meets=best.meets,
+        meets=meets,
         tightest=_tightest(problem, search, best, simulated),
         baselines=options,
         runners_up=[_option(search, c, f"runner-up {i + 1}") for i, c in enumerate(runners_up(search.seen, best))],
@@ -84,14 +86,57 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
         solve_seconds=search.solve_seconds,
         verify_seconds=search.verify_seconds,
         iterations=search.iterations,
-        events=sum(judge.events for judge in judges.values()),
+        held_out_seeds=judged.seeds,
+        attained=_attained(judged),
+        judged_before=before,
+        events=sum(checker.events for checker in checkers.values()),
         deployments={
-            m.name: deployment(problem, m, [i for i in search.gauge.instances(best.counts) if i.model == m.name])
+            m.name: deployment(problem, m, [i for i in search.calibrator.instances(best.counts) if i.model == m.name])
             for m in problem.models
         },
         notes=notes,
         cut=cut,
     )
+
+
+ATTEMPTS = 3
+"""Plans that are judged on held-out seeds, each on its own, before one that fails is taken as the closest."""
+
+
+def _judge(search: Search) -> tuple[Candidate, Judgement, int]:
+    """The plan, what held-out seeds say of it, and how many plans failed there before it."""
+    failed: list[tuple[Candidate, Judgement]] = []
+    while search.best is not None and len(failed) < ATTEMPTS:
+        best = search.best
+        judged = search.trials.judge(best, len(failed))
+        if judged.holds:
+            return best, judged, len(failed)
+        failed.append((best, judged))
+        search.again(best)
+    if failed:
+        best, judged = max(failed, key=lambda f: min(a.share - a.asked for a in f[1].attained.values()))
+        return best, judged, len(failed) - 1
+    best = _closest(search.seen)
+    return best, search.trials.judge(best, 0), 0
+
+
+def _closest_note(best: Candidate, judged: Judgement) -> str:
+    """Why the plan is not one that holds."""
+    missed = [
+        f"{target.upper()} of class {name}: {a.share:.2%} of the requests in time (interval {a.low:.2%} to "
+        f"{a.high:.2%}), {a.asked:.1%} asked"
+        for (name, target), a in judged.attained.items()
+        if not a.holds
+    ]
+    text = "no plan was found whose targets hold in the simulator: this one comes closest"
+    return f"{text} ({'; '.join(missed)} on held-out seeds)" if missed and best.meets else text
+
+
+def _attained(judged: Judgement) -> dict[str, dict[str, Attainment]]:
+    found: dict[str, dict[str, Attainment]] = {}
+    for (name, target), a in judged.attained.items():
+        found.setdefault(name, {})[target] = a
+    return found
 
 
 def _limits(search: Search, seconds: float) -> list[str]:
@@ -106,7 +151,7 @@ def _limits(search: Search, seconds: float) -> list[str]:
     if search.undecided is not None:
         found.append(f"{search.undecided}: the search ended there")
     if search.solution is not None and search.solution.gap > 1e-9:
-        found.append(f"the integer programme ended {search.solution.gap:.2%} from its bound: cheaper counts may exist")
+        found.append(f"the integer program ended {search.solution.gap:.2%} from its bound: cheaper counts may exist")
     return found
 
 
@@ -152,7 +197,7 @@ def _predicted(found: Columns, search: Search, best: Candidate) -> dict[str, Cla
     result: dict[str, ClassLatency] = {}
     for model, demand in found.demands.items():
         counts = {k: n for k, n in best.counts.items() if k[0] == model}
-        result.update(predict(demand, search.by_key, counts, best.scale * search.gauge.rate(model)))
+        result.update(predict(demand, search.by_key, counts, best.scale * search.calibrator.rate(model)))
     return result
 
 
@@ -188,7 +233,7 @@ def _tightest(problem: Problem, search: Search, best: Candidate, simulated: Mapp
             mine = [k for k in best.counts if k[:2] == key[:2]]
             share = part_of(column, best.counts[key])
             share /= sum(part_of(search.by_key[k], best.counts[k]) for k in mine)
-            load = best.scale * search.gauge.rate(column.model) * share / n / column.port_rate
+            load = best.scale * search.calibrator.rate(column.model) * share / n / column.port_rate
             found.append(Tightest("KV port", str(column), load))
     found += [Tightest("GPU cap", g, n / cap) for g, n in gpus.items() if (cap := problem.offer(g).cap)]
     budget = problem.objective.budget_usd_per_hour
@@ -204,7 +249,7 @@ def _option(search: Search, candidate: Candidate, name: str, seconds: float = 0.
         feasible=candidate.meets,
         cost_per_hour=_cost(search.problem, candidate),
         rate=candidate.scale * sum(c.rate for c in search.problem.classes),
-        instances=search.gauge.instances(candidate.counts),
+        instances=search.calibrator.instances(candidate.counts),
         simulated=_latency(candidate),
         why="" if candidate.meets else f"misses a target of {', '.join(missed)} in the simulator",
         seconds=seconds,
@@ -232,14 +277,14 @@ def _columns_of(part: Problem, found: Columns) -> Columns:
         for c in found.columns
         if c.gpu in gpus and (part.roles == "any" or (c.role == "aggregated") is (part.roles == "aggregated"))
     ]
-    return Columns(left, found.refused, found.demands)
+    return Columns(left, found.rejected, found.demands)
 
 
 def _search_part(search: Search, problem: Problem, part: Columns) -> Search:
     """Search some of the columns alone and let `search` adopt what is found."""
-    other = Search(problem, part, search.judges, BESIDE_EVENTS, search.deadline)
+    other = Search(problem, part, search.checkers, BESIDE_EVENTS, search.deadline)
     if search.best is None or not set(search.best.counts) <= {c.key for c in part.columns}:
-        other.gauge.learn(search.gauge)
+        other.calibrator.learn(search.calibrator)
         search.adopt(other.run())
     return other  # not run where the best of all is the best of these
 
@@ -257,17 +302,17 @@ def _alternative(name: str, problem: Problem, part: Columns, search: Search, bes
 
 
 def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal["low", "high"]) -> Sensitivity:
-    """The plan with step times at one end of the interval, and what the programme would then buy."""
+    """The plan with step times at one end of the interval, and what the program would then buy."""
     verdicts = {}
     for model in problem.models:
         mine = {k: n for k, n in best.counts.items() if k[0] == model.name}
         steps = {
             (c.gpu, c.tp, c.pp, c.dp, c.budget): ScaledStepModel(c.steps, end) for c in (search.by_key[k] for k in mine)
         }
-        gauge = search.gauge.with_judge(model.name, SloChecker(problem, model, dict(steps)))
-        verdicts[model.name] = gauge.verdict(model.name, mine, best.scale)
+        calibrator = search.calibrator.with_checker(model.name, SloChecker(problem, model, dict(steps)))
+        verdicts[model.name] = calibrator.verdict(model.name, mine, best.scale)
     columns = build_columns(problem, end)
-    rates = {m.name: search.gauge.rate(m.name) for m in problem.models}
+    rates = {m.name: search.calibrator.rate(m.name) for m in problem.models}
     solution, why = None, ""
     try:
         solution = optimise(problem, columns.columns, rates, kv_bytes(columns, problem))
@@ -278,7 +323,7 @@ def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal
     meets = all(v.meets for v in verdicts.values())
     if solution is None:
         return Sensitivity(end, found, meets, None, None, why)
-    cost = search.price(solution.counts) if problem.prices else None
+    cost = search.trials.price(solution.counts) if problem.prices else None
     return Sensitivity(end, found, meets, cost, total * solution.scale)
 
 

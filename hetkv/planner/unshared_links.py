@@ -11,7 +11,7 @@ from hetkv.simulator.events import Events
 from hetkv.simulator.kv_links import Flow, Links
 
 
-class Wires(Links):
+class UnsharedLinks(Links):
     """`Links` whose ports serve transfers in the order in which they start. The fabric is not a bound."""
 
     def __init__(self, events: Events, port: float, latency: float) -> None:

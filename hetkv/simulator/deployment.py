@@ -28,7 +28,7 @@ from hetkv.errors import InputError
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
 Role = Literal["aggregated", "prefill", "decode"]
-Discipline = Literal["central_queue", "join_shortest_queue", "least_loaded", "prefix_aware", "round_robin"]
+Discipline = Literal["central_queue", "join_shortest_queue", "least_loaded", "prefix_aware", "round_robin", "weighted"]
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -49,6 +49,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """`count` equal instances. `engine` overrides fields of the plan's; `kv_tokens` overrides the KV capacity.
 
+    `weight` is the share of requests that one of them gets under the routing discipline `weighted`.
+
     `stages` (layers of each pipeline stage) and `layout` (of the KV blocks) are read by `hetkv demo` alone.
     """
 
@@ -63,6 +65,7 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     kv_tokens: int | None = None
     stages: list[int] | None = None
     layout: str | None = None
+    weight: float = 1.0
 
     @property
     def gpus(self) -> int:
@@ -231,6 +234,7 @@ def build_pools(
                 chunked_prefill=engine.chunked_prefill,
                 prefix_caching=engine.prefix_caching,
                 first_token_at=plan.first_token_at if pool.role != AGGREGATED else PREFILL,
+                weight=pool.weight,
                 most_tokens=most_tokens(shape, tokens, steps, pool.dp),
                 skip_ahead=skip_ahead,
             )
@@ -314,7 +318,7 @@ def _check(plan: Plan, origin: str) -> None:
         where = f"{origin}: pools[{index}] ({pool.name})"
         if names.count(pool.name) > 1:
             raise InputError(f"{where}: two pools have this name; give each its own `name`")
-        for field in ("tp", "pp", "dp", "count"):
+        for field in ("tp", "pp", "dp", "count", "weight"):
             _positive(getattr(pool, field), f"{where}: `{field}`")
         if pool.kv_tokens is not None:
             _positive(pool.kv_tokens, f"{where}: `kv_tokens`")

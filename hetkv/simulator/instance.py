@@ -41,6 +41,7 @@ class Instance:
         self.holding: dict[Request, None] = {}  # prefilled here, KV not yet delivered
         self.requests = 0  # those here or bound for here: what the router balances
         self.prompt_tokens = 0  # still to be computed here
+        self._changed: dict[Instance, None] = {}
         self._epoch = 0  # an end of run scheduled in an older epoch is void
         self._busy = False
         self._whole = False  # the run in progress may no longer be cut
@@ -56,6 +57,15 @@ class Instance:
         self._landed = 0.0  # when the latest of them ends
         self._life = 0  # a flight that was begun in an older life is void
         self._settling = False  # a flight's prompts are being handed on: nothing is started meanwhile
+
+    def report_to(self, changed: dict[Instance, None]) -> None:
+        """From now on be entered in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
+        self._changed = changed
+
+    def _count(self, requests: int, prompt_tokens: int) -> None:
+        self.requests += requests
+        self.prompt_tokens += prompt_tokens
+        self._changed[self] = None
 
     # -- for the deployment around it
 
@@ -76,8 +86,7 @@ class Instance:
 
     def enqueue(self, request: Request) -> None:
         """Compute this request's prompt here, after those that wait already."""
-        self.requests += 1
-        self.prompt_tokens += request.target
+        self._count(1, request.target)
         request.home = self
         self.queue.append(request)
         self.queue_length.add(self.events.now, 1)
@@ -91,11 +100,11 @@ class Instance:
     def expect(self, request: Request) -> None:
         """The request's KV will come here; it counts among `requests`."""
         request.peer = self
-        self.requests += 1
+        self._count(1, 0)
 
     def expect_no_more(self) -> None:
         """A request that was expected goes elsewhere."""
-        self.requests -= 1
+        self._count(-1, 0)
 
     def drop_queue(self) -> list[Request]:
         """The prompts that wait here, which no longer do."""
@@ -150,7 +159,7 @@ class Instance:
     def release(self, request: Request, blocks: int, held: tuple[int, ...]) -> None:
         """The KV of a request that was prefilled here, `blocks` and the prefix `held`, has been delivered."""
         del self.holding[request]
-        self.requests -= 1
+        self._count(-1, 0)
         self.kv.give(blocks)
         self.kv.drop(held)
         self._room()
@@ -184,7 +193,7 @@ class Instance:
         self._flights, self._landed = 0, 0.0
         self._life += 1
         self._idle()
-        self.requests = self.prompt_tokens = 0
+        self._count(-self.requests, -self.prompt_tokens)
         self.up = False
         self.pool.down.add(now, 1)
         return lost
@@ -192,6 +201,7 @@ class Instance:
     def recover(self) -> None:
         """Back, with an empty cache."""
         self.up = True
+        self._count(0, 0)
         self.pool.down.add(self.events.now, -1)
         self._room()
 
@@ -289,7 +299,7 @@ class Instance:
         ends = []
         for request, tokens in chunks:
             request.computed += tokens
-            self.prompt_tokens -= tokens
+            self._count(0, -tokens)
             if request.computed == request.target:
                 ends.append((request, request.run))
         return ends
@@ -412,10 +422,9 @@ class Instance:
             return 0
         if request.home is not self:  # out of a central queue
             request.home = self
-            self.requests += 1
-            self.prompt_tokens += request.target
+            self._count(1, request.target)
         request.computed, request.held, request.blocks = cached, held, blocks
-        self.prompt_tokens -= cached
+        self._count(0, -cached)
         if isnan(request.scheduled):
             request.scheduled = self.events.now
             request.cached = cached
@@ -449,7 +458,7 @@ class Instance:
         now = self.events.now
         request.last_token = now
         self._free(request)
-        self.requests -= 1
+        self._count(-1, 0)
         self.pool.running.add(now, -1)
         self.owner.on_finished(request)
 
@@ -457,11 +466,11 @@ class Instance:
         self._preempted = True
         if request in self.prefilling:
             del self.prefilling[request]
-            self.prompt_tokens += request.computed
+            self._count(0, request.computed)
         else:
             self.batch.leave(request)
             self._sync_blocks(request)
-            self.prompt_tokens += request.prompt + request.generated
+            self._count(0, request.prompt + request.generated)
         self._free(request)
         request.forget()
         request.preemptions += 1

@@ -16,9 +16,10 @@ AGGREGATED, PREFILL, DECODE = "aggregated", "prefill", "decode"
 class Pool:
     """`count` equal instances of `gpus` GPUs each. Lengths are tokens.
 
-    `kv_blocks` of `block_size` tokens each fit beside the weights; a request has `most_tokens` of KV at the most (None:
-    what fits). `state_blocks` of them hold a sequence's state. `skip_ahead` False runs every decode step as an
-    event of its own: the same results, slowly (the tests compare the two).
+    `kv_blocks` of `block_size` tokens each fit beside the weights, `state_blocks` of them hold a sequence's state; a
+    request has `most_tokens` of KV at the most (None: what fits). `weight` is an instance's share of the requests under
+    the discipline `weighted`. `skip_ahead` False runs every decode step as an event of its own: the same results,
+    slowly (the tests compare the two).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Pool:
     prefix_caching: bool = False
     first_token_at: str = PREFILL
     most_tokens: int | None = None
+    weight: float = 1.0
     skip_ahead: bool = True
     waiting: Series = field(default_factory=Series)
     running: Series = field(default_factory=Series)

@@ -1,8 +1,14 @@
-"""Which instance gets a request."""
+"""Which instance gets a request.
+
+Instances of one pool differ in their load alone, so each pool keeps a heap of loads and only its head is looked at. An
+instance whose load has changed is entered anew when the next request comes; entries that no longer say its load are
+passed over. With a prefix to match, all instances are looked at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 
 from hetkv.simulator.instance import Instance
 from hetkv.simulator.request import Request
@@ -12,6 +18,7 @@ JOIN_SHORTEST_QUEUE = "join_shortest_queue"
 LEAST_LOADED = "least_loaded"
 PREFIX_AWARE = "prefix_aware"
 ROUND_ROBIN = "round_robin"
+WEIGHTED = "weighted"
 
 DISCIPLINES = {
     CENTRAL_QUEUE: "one queue for all; an instance takes from its head when it can run it",
@@ -19,7 +26,11 @@ DISCIPLINES = {
     LEAST_LOADED: "the least time for the prompts in line; for decode, the fewest requests per KV block",
     PREFIX_AWARE: "the instance that has the least to compute: prompts in line, and this one less its cached prefix",
     ROUND_ROBIN: "each in turn",
+    WEIGHTED: "the instance with the fewest requests for the weight of its pool",
 }
+
+Load = tuple[float, ...]
+Entry = tuple[Load, int, Instance]
 
 
 class Router:
@@ -34,29 +45,65 @@ class Router:
             JOIN_SHORTEST_QUEUE: lambda instance, _: instance.requests,
             LEAST_LOADED: _requests_per_block if for_decode else _prompt_seconds,
             PREFIX_AWARE: _bytes_to_move if for_decode else _prompt_seconds_beside_prefix,
+            WEIGHTED: lambda instance, _: (instance.requests + 1) / instance.pool.weight,
         }
         self._cost = costs.get(discipline)
+        by_prompts = not for_decode and discipline in (LEAST_LOADED, PREFIX_AWARE)
+        self._load: Callable[[Instance], Load] = _prompts_in_line if by_prompts else _requests
+        self._by_prefix = discipline == PREFIX_AWARE
+        self._order = {instance: i for i, instance in enumerate(self.instances)}
+        self._changed: dict[Instance, None] = dict.fromkeys(self.instances)
+        self._heaps: dict[str, list[Entry]] = {i.pool.name: [] for i in self.instances}
+        for instance in self.instances:
+            instance.report_to(self._changed)
 
     def choose(self, request: Request) -> Instance | None:
         """The instance for a request, the first of equals; None where all are down."""
         if self._cost is None:
-            for _ in self.instances:
-                instance = self.instances[self._next]
-                self._next = (self._next + 1) % len(self.instances)
-                if instance.up:
-                    return instance
-            return None
-        best, least = None, 0.0
-        for instance in self.instances:
-            if instance.up:
-                cost = self._cost(instance, request)
-                if best is None or cost < least:
-                    best, least = instance, cost
-        return best
+            return self._in_turn()
+        cost, every = self._cost, self._by_prefix and request.hashes
+        candidates = [i for i in self.instances if i.up] if every else self._heads()
+        return min(candidates, key=lambda i: (cost(i, request), self._order[i]), default=None)
 
     def by_load(self) -> list[Instance]:
         """The instances that are up, fewest requests first."""
         return sorted((i for i in self.instances if i.up), key=lambda i: i.requests)
+
+    def _in_turn(self) -> Instance | None:
+        for _ in self.instances:
+            instance = self.instances[self._next]
+            self._next = (self._next + 1) % len(self.instances)
+            if instance.up:
+                return instance
+        return None
+
+    def _heads(self) -> list[Instance]:
+        """The least loaded instance of each pool."""
+        for instance in self._changed:
+            if instance.up:
+                heappush(self._heaps[instance.pool.name], self._entry(instance))
+        self._changed.clear()
+        found = []
+        for name, heap in self._heaps.items():
+            while heap and not (heap[0][2].up and heap[0][0] == self._load(heap[0][2])):
+                heappop(heap)
+            if len(heap) > 64 + 8 * len(self.instances):  # mostly entries that say too much
+                heap = self._heaps[name] = [self._entry(i) for i in self.instances if i.up and i.pool.name == name]
+                heapify(heap)
+            if heap:
+                found.append(heap[0][2])
+        return found
+
+    def _entry(self, instance: Instance) -> Entry:
+        return self._load(instance), self._order[instance], instance
+
+
+def _requests(instance: Instance) -> Load:
+    return (instance.requests,)
+
+
+def _prompts_in_line(instance: Instance) -> Load:
+    return instance.prompt_tokens, instance.requests
 
 
 def _prompt_seconds(instance: Instance, request: Request) -> float:

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from hetkv.costmodel import step_model
-from hetkv.planner.calibrator import Gauge, Key
+from hetkv.planner.calibrator import Calibrator, Key
 from hetkv.planner.columns import Column, Columns, build_columns
+from hetkv.planner.effort import Effort
+from hetkv.planner.neighbours import one_budget
 from hetkv.planner.problem import Problem, parse_problem
 from hetkv.planner.slo_checker import SloChecker
 from hetkv.planner.solve import solve
+from hetkv.planner.trials import NEAR, Trials
 
 MOST = 6
 SAFETY = 0.8
@@ -85,30 +88,33 @@ def best_by_force(problem: Problem, below: float) -> tuple[float | None, int]:
     the best batch.
     """
     found = build_columns(problem, every=True)
-    judge = SloChecker(problem, problem.models[0])
-    gauge = Gauge(problem, found.columns, {problem.models[0].name: judge})
+    checker = SloChecker(problem, problem.models[0])
+    calibrator = Calibrator(problem, found.columns, {problem.models[0].name: checker})
+    trials = Trials(problem, found, calibrator.checkers, calibrator, Effort(calibrator.checkers, 10**9))
     late: dict[tuple[tuple[Key, int], ...], bool] = {}
     for _, counts in plans(found, problem, below):
         first = {k: n for k, n in counts.items() if k[1] == "prefill"}
         name = tuple(sorted(first.items()))
         if first and name not in late:
-            late[name] = judge(gauge.instances(first), 1.0, prompts_only=True).used("prefill") > 1
+            late[name] = checker(calibrator.instances(first), 1.0, prompts_only=True).used("prefill") > NEAR
         if first and late[name]:
             continue
-        if judge(gauge.instances(counts), 1.0).meets:
-            return sum(
-                n * next(c.price for c in found.columns if c.key == k) for k, n in counts.items()
-            ), judge.simulations
-    return None, judge.simulations
+        candidate = trials.simulate(counts, 1.0)
+        if candidate.meets and trials.judge(candidate, 0).holds:
+            return candidate.cost, checker.simulations
+    return None, checker.simulations
 
 
 def plans(found: Columns, problem: Problem, below: float) -> Iterator[tuple[float, dict[Key, int]]]:
-    """All plans of at most `MOST` instances by cost: prefill and decode columns mixed at will, or one aggregated."""
+    """All plans of at most `MOST` instances by cost: prefill and decode columns mixed at will, or aggregated ones."""
     rate = sum(c.rate for c in problem.classes)
     by_role = {r: [c for c in found.columns if c.role == r] for r in ("prefill", "decode", "aggregated")}
-    every = [
-        (n * c.price, {c.key: n}) for c in by_role["aggregated"] for n in range(1, MOST + 1) if enough({c: n}, rate)
-    ]
+    every = []
+    for pool in multisets([c for c in by_role["aggregated"] if c.price < below], MOST):
+        price = sum(n * c.price for c, n in pool.items())
+        counts = {c.key: n for c, n in pool.items()}
+        if price < below and one_budget(counts) and enough(pool, rate):
+            every.append((price, counts))
     pools = {r: [p for p in multisets(by_role[r], MOST - 1) if enough(p, rate)] for r in ("prefill", "decode")}
     for first in pools["prefill"]:
         cost = sum(n * c.price for c, n in first.items())

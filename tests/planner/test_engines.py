@@ -62,7 +62,7 @@ def test_a_column_that_cannot_be_started_is_not_offered() -> None:
     assert found.columns
     assert all(c.pp == 1 for c in found.columns if c.role != "aggregated")
     assert any(c.pp == 2 for c in found.columns if c.role == "aggregated")  # vLLM alone runs pipelines
-    assert any("cannot be started: HetKVConnector takes pp 1" in why for why in found.refused.values())
+    assert any("cannot be started: HetKVConnector takes pp 1" in why for why in found.rejected.values())
 
 
 def test_it_is_offered_and_marked_where_that_is_asked_for() -> None:

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from hetkv.planner import frontier as sweep
-from hetkv.planner import milp as programme
+from hetkv.planner import milp as program
 from hetkv.planner import replay as trace
 from hetkv.planner import search
-from hetkv.planner.calibrator import Gauge
+from hetkv.planner.calibrator import Calibrator
 from hetkv.planner.columns import build_columns
 from hetkv.planner.effort import Effort
 from hetkv.planner.frontier import Frontier, Point, point
@@ -60,7 +60,7 @@ def shown(show: Any, found: Any) -> str:
 
 def test_nodes_that_run_out_prove_nothing(monkeypatch: Any) -> None:
     columns = build_columns(problem()).columns
-    monkeypatch.setattr(programme, "NODES", 0)
+    monkeypatch.setattr(program, "NODES", 0)
     with pytest.raises(UndecidedError, match="found no counts within 0 nodes"):
         optimise(problem(), columns, {"Llama-3.1-8B": 61.0}, SENT)
     (chat,) = small().classes
@@ -139,27 +139,27 @@ def test_a_slack_that_was_not_measured_to_the_end_is_none() -> None:
     assert plan.meets
     assert plan.simulated_slack is None
     assert any("slack was not measured to the end: at least 0%" in note for note in plan.notes)
-    judges = {m.name: SloChecker(small(), m) for m in small().models}
+    checkers = {m.name: SloChecker(small(), m) for m in small().models}
     columns = build_columns(small()).columns
     column = next(c for c in columns if c.role == "aggregated")
     counts = {column.key: 1}
-    gauge = Gauge(small(), columns, judges, Effort(judges, 0))
-    (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
+    calibrator = Calibrator(small(), columns, checkers, Effort(checkers, 0))
+    (reach,) = calibrator.measure(column.model, counts, 3.0, ["aggregated"]).values()
     assert (reach.scale, reach.cut) == (3.0, True)
-    assert gauge.corrected() == gauge.columns  # a pool that holds may carry any amount more
-    gauge.effort = None
-    (reach,) = gauge.measure(column.model, counts, 3.0, ["aggregated"]).values()
+    assert calibrator.corrected() == calibrator.columns  # a pool that holds may carry any amount more
+    calibrator.effort = None
+    (reach,) = calibrator.measure(column.model, counts, 3.0, ["aggregated"]).values()
     assert not reach.cut
     assert reach.scale > 3.0
 
 
 def test_a_search_that_ended_by_itself_met_no_limit() -> None:
-    judges = {m.name: SloChecker(small(), m) for m in small().models}
+    checkers = {m.name: SloChecker(small(), m) for m in small().models}
     columns = build_columns(small(), every=True)
-    whole = Search(small(), columns, judges).run()
-    events = sum(j.events for j in judges.values())
-    judges = {m.name: SloChecker(small(), m) for m in small().models}
-    again = Search(small(), columns, judges, events).run()
+    whole = Search(small(), columns, checkers).run()
+    events = sum(j.events for j in checkers.values())
+    checkers = {m.name: SloChecker(small(), m) for m in small().models}
+    again = Search(small(), columns, checkers, events).run()
     assert again.best == whole.best
     assert again.effort.short == ""
     assert again.effort.spent  # all of it was used

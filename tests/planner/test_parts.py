@@ -1,4 +1,4 @@
-"""Parts of the planner: problem files, queueing, columns, pruning, the programme, errors on the command line."""
+"""Parts of the planner: problem files, queueing, columns, pruning, the program, errors on the command line."""
 
 from __future__ import annotations
 
@@ -188,21 +188,21 @@ def test_larger_pools_may_be_used_more_and_looser_targets_too() -> None:
 def test_prefill_capacities_are_near_the_simulators() -> None:
     asked = problem()
     found = build_columns(asked)
-    judge = SloChecker(asked, asked.models[0])
+    checker = SloChecker(asked, asked.models[0])
     column = next(c for c in found.columns if str(c) == "prefill H100-SXM tp 2")
     for count in (2, 4):
         scale = rate_of(column, count) / 12.0
         pool = [Instances("prefill", column.gpu, column.tp, column.pp, count, column.model, column.budget)]
-        assert judge(pool, 0.75 * scale, prompts_only=True).used("prefill") <= 1
-        assert judge(pool, 1.4 * scale, prompts_only=True).used("prefill") > 1
+        assert checker(pool, 0.75 * scale, prompts_only=True).used("prefill") <= 1
+        assert checker(pool, 1.4 * scale, prompts_only=True).used("prefill") > 1
 
 
 def test_a_larger_pool_is_late_no_more_often_in_the_simulator() -> None:
     asked = problem()
-    judge = SloChecker(asked, asked.models[0])
+    checker = SloChecker(asked, asked.models[0])
     for role, tp in (("prefill", 1), ("aggregated", 1)):
         used = [
-            judge([Instances(role, "H100-SXM", tp, 1, n, "Llama-3.1-8B", 2048)], 2.0, role == "prefill").used(role)  # type: ignore[arg-type]
+            checker([Instances(role, "H100-SXM", tp, 1, n, "Llama-3.1-8B", 2048)], 2.0, role == "prefill").used(role)  # type: ignore[arg-type]
             for n in (2, 3, 4)
         ]
         assert used == sorted(used, reverse=True)

@@ -96,10 +96,10 @@ def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) ->
     def hasty(search: Search) -> Search:
         if dear:
             return run(search)
-        found = Search(search.problem, search.found, search.judges, 200_000, neighbours=False)
+        found = Search(search.problem, search.found, search.checkers, 200_000, neighbours=False)
         some = run(found).best
         assert some is not None
-        search.best = search._simulate({k: 4 * n for k, n in some.counts.items()}, 1.0)
+        search.best = search.trials.simulate({k: 4 * n for k, n in some.counts.items()}, 1.0)
         dear.append(search.best.cost)
         return search
 
@@ -193,10 +193,10 @@ def test_one_spare_instance_keeps_the_targets_when_any_is_down(base: Plan) -> No
     plan = solve(asked, beside=False)
     check(plan)
     assert cost(plan) > cost(base)
-    judge = SloChecker(asked, asked.models[0])
+    checker = SloChecker(asked, asked.models[0])
     for down in range(len(plan.instances)):
         left = [msgspec.structs.replace(i, count=i.count - (n == down)) for n, i in enumerate(plan.instances)]
-        assert judge([i for i in left if i.count], 1.0).meets
+        assert checker([i for i in left if i.count], 1.0).meets
 
 
 def test_caps_and_nodes_are_kept() -> None:

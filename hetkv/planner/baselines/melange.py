@@ -1,9 +1,9 @@
-"""Mélange's integer programme: every slice of the traffic goes to one GPU type, each type serves whole requests.
+"""Mélange's integer program: every slice of the traffic goes to one GPU type, each type serves whole requests.
 
 Griggs et al., "Mélange: Cost Efficient Large Language Model Serving by Exploiting GPU Heterogeneity" (arXiv
 2404.14527): requests fall into buckets by prompt and output length, each bucket is cut into slices, and a slice of
 rate r on a GPU type takes r / MaxTput of one GPU's capacity, where MaxTput is the highest throughput with requests of
-that size whose mean TPOT is within its limit. The programme buys the cheapest GPUs whose capacities hold the slices:
+that size whose mean TPOT is within its limit. The program buys the cheapest GPUs whose capacities hold the slices:
 
     min sum_j c_j B_j   with   sum_j A_ij = 1,   sum_i A_ij r_i / MaxTput_ij <= B_j,   A binary, B whole.
 
@@ -44,7 +44,7 @@ class Bucket(NamedTuple):
 
 
 class Melange:
-    """The profile of a problem; calling it solves the programme for a multiple of the problem's rates."""
+    """The profile of a problem; calling it solves the program for a multiple of the problem's rates."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
