@@ -10,20 +10,25 @@ import msgspec
 import numpy as np
 
 from hetkv.errors import InputError
+from hetkv.planner.baselines.candidates import hourly
 from hetkv.planner.effort import BESIDE_EVENTS
 from hetkv.planner.milp import UndecidedError
 from hetkv.planner.output.explain import split
 from hetkv.planner.output.plot import canvas
 from hetkv.planner.problem import Problem, WorkloadClass
-from hetkv.planner.slo_checker import verdict
+from hetkv.planner.result import Instances
+from hetkv.planner.slo_checker import Verdict, deployment, verdict
 from hetkv.planner.solve import solve
 from hetkv.simulator.output.plot import COLOURS, STYLE
 from hetkv.simulator.request import Request
 from hetkv.simulator.run import simulate
 from hetkv.simulator.sweep import run_all
-from hetkv.simulator.traffic.trace import Row, read_rows
+from hetkv.simulator.traffic.trace import MOONCAKE_HASH_TOKENS, Row, read_rows
 
 WINDOWS = 12
+GROWTH, MOST = 1.25, 32
+"""A pool whose target is missed grows by this factor, to `MOST` times its instances at the most."""
+
 FEWEST = 50
 """Requests that a window needs for its lengths to be told."""
 
@@ -32,7 +37,9 @@ class Window(msgspec.Struct, frozen=True):
     """One window and its plan. GPUs by role; `ratio` is prefill over decode GPUs, None where nothing is split.
 
     `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the window's own
-    requests at their own times, which may come in bursts; the plan was made for Poisson arrivals at their mean rate.
+    requests: at their own times, which may come in bursts, and with their own prefixes. A plan is first made for
+    Poisson arrivals at the mean rate and costs `poisson_cost_per_hour`. Where the window's own requests miss a target
+    with it, instances are added to the pools that are late, and those that can be spared are taken away again.
     `why` says why there is no plan; `cut` which limits ended the search for it early: a better one may exist.
     """
 
@@ -54,6 +61,7 @@ class Window(msgspec.Struct, frozen=True):
     replayed_ttft_ms: float | None = None
     replayed_tpot_ms: float | None = None
     replay_meets: bool | None = None
+    poisson_cost_per_hour: float | None = None
     why: str = ""
     cut: str = ""
 
@@ -75,15 +83,14 @@ class Replan(msgspec.Struct, frozen=True):
 class _Slice:
     """Some rows of a trace as a workload, from time 0."""
 
-    hash_tokens = 0
-
     def __init__(self, rows: Sequence[Row], start: float) -> None:
         self.rows, self.start = rows, start
+        self.hash_tokens = MOONCAKE_HASH_TOKENS if any(row[3] is not None for row in rows) else 0
         self.about = f"{len(rows):,} requests of a trace"
 
     def requests(self, seed: int) -> Iterator[Request]:
-        for number, (arrival, prompt, output, _) in enumerate(self.rows):
-            yield Request(number, arrival - self.start, prompt, output)
+        for number, (arrival, prompt, output, hashes) in enumerate(self.rows):
+            yield Request(number, arrival - self.start, prompt, output, hashes)
 
 
 def rows_of(problem: Problem, path: str, window_s: float | None = None) -> list[Row]:
@@ -149,12 +156,10 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
         return msgspec.structs.replace(found, why=str(error))
     except UndecidedError as error:
         return msgspec.structs.replace(found, why=str(error), cut=str(error))
+    said, instances = _Own(problem, spec, _Slice(rows, begin + start)).plan(plan.instances)
     gpus = dict.fromkeys(("prefill", "decode", "aggregated"), 0)
-    for one in plan.instances:
+    for one in instances:
         gpus[one.role] += one.count * one.gpus
-    (deployment,) = plan.deployments.values()
-    columns = simulate(deployment, _Slice(rows, begin + start), problem.seed).columns
-    said = verdict(columns, [spec], np.zeros(len(rows), dtype=int))
     latency = said.latency[spec.name]
     return msgspec.structs.replace(
         found,
@@ -162,14 +167,48 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
         decode_gpus=gpus["decode"],
         aggregated_gpus=gpus["aggregated"],
         ratio=gpus["prefill"] / gpus["decode"] if gpus["decode"] else None,
-        cost_per_hour=plan.cost_per_hour,
+        cost_per_hour=hourly(problem, instances) if problem.prices else None,
         served_rate=plan.rate,
-        split=split(plan.instances),
+        split=split(instances),
         replayed_ttft_ms=_finite(latency.ttft_ms),
         replayed_tpot_ms=_finite(latency.tpot_ms),
         replay_meets=said.meets,
+        poisson_cost_per_hour=plan.cost_per_hour,
         cut="; ".join(plan.cut),
     )
+
+
+class _Own:
+    """A window's own requests on instances of the problem's one model."""
+
+    def __init__(self, problem: Problem, spec: WorkloadClass, workload: _Slice) -> None:
+        self.problem, self.spec, self.workload = problem, spec, workload
+
+    def __call__(self, instances: Sequence[Instances]) -> Verdict:
+        plan = deployment(self.problem, self.problem.models[0], instances)
+        columns = simulate(plan, self.workload, self.problem.seed).columns
+        return verdict(columns, [self.spec], np.zeros(len(self.workload.rows), dtype=int))
+
+    def plan(self, instances: list[Instances]) -> tuple[Verdict, list[Instances]]:
+        """The instances if they hold; else with more of those that are late, less what can be spared."""
+        said, grown = self(instances), instances
+        while not said.meets and sum(i.count for i in grown) < MOST * sum(i.count for i in instances):
+            late = {role for role in ("prefill", "decode", "aggregated") if said.used(role) > 1}
+            grown = [msgspec.structs.replace(i, count=ceil(GROWTH * i.count)) if i.role in late else i for i in grown]
+            said = self(grown)
+        return self._spare(said, grown) if said.meets and grown is not instances else (said, grown)
+
+    def _spare(self, said: Verdict, instances: list[Instances]) -> tuple[Verdict, list[Instances]]:
+        """Take instances away, the dearest first, while the targets hold without them."""
+        for at in sorted(range(len(instances)), key=lambda i: -(instances[i].usd_per_hour or instances[i].gpus)):
+            while instances[at].count > 1:
+                fewer = list(instances)
+                fewer[at] = msgspec.structs.replace(fewer[at], count=fewer[at].count - 1)
+                other = self(fewer)
+                if not other.meets:
+                    break
+                said, instances = other, fewer
+        return said, instances
 
 
 def _finite(value: float | None) -> float | None:

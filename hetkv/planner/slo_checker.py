@@ -18,8 +18,7 @@ from hetkv.planner.problem import ModelSpec, Problem, WorkloadClass
 from hetkv.planner.result import ClassLatency, Instances
 from hetkv.planner.traffic import Mix, Sample, samples
 from hetkv.planner.unshared_links import UnsharedLinks
-from hetkv.simulator.cluster import Cluster
-from hetkv.simulator.deployment import Engine, LinkPlan, PoolPlan, Routing, build_pools, port_bytes_per_second
+from hetkv.simulator.deployment import Engine, PoolPlan, Routing, build_pools
 from hetkv.simulator.deployment import Plan as Deployment
 from hetkv.simulator.events import Events
 from hetkv.simulator.kv_links import Links
@@ -27,6 +26,7 @@ from hetkv.simulator.metrics import Columns
 from hetkv.simulator.pool import Pool
 from hetkv.simulator.records import Records
 from hetkv.simulator.request import FINISHED
+from hetkv.simulator.run import assemble
 
 WARM_UP, COOL_DOWN = 0.4, 0.1
 """Shares of the requests, first and last, that are served but not judged: the deployment fills and empties."""
@@ -203,14 +203,7 @@ def run(
     """
     events, records = Events(), Records()
     pools = [_with_lines(p, item, lines) for p, item in zip(build_pools(plan, models=models), plan.pools, strict=True)]
-    links = None
-    if plan.disaggregated:
-        assert isinstance(plan.link, LinkPlan)
-        fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
-        port, latency = port_bytes_per_second(plan), plan.link.latency_us / 1e6
-        links = UnsharedLinks(events, port, latency) if quick else Links(events, port, fabric, latency)
-    overlap = plan.link is not None and plan.link.overlap == "layerwise"
-    cluster = Cluster(pools, events, records, links, plan.routing.prefill, plan.routing.decode, overlap)
+    cluster = assemble(plan, pools, events, records, mix.hash_tokens, UnsharedLinks if quick else Links)
     cluster.start(mix.requests(seed))
     events.run()
     cluster.finish()

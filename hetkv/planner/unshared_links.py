@@ -7,6 +7,8 @@ it there.
 
 from __future__ import annotations
 
+from math import inf
+
 from hetkv.simulator.events import Events
 from hetkv.simulator.kv_links import Flow, Links
 
@@ -14,7 +16,7 @@ from hetkv.simulator.kv_links import Flow, Links
 class UnsharedLinks(Links):
     """`Links` whose ports serve transfers in the order in which they start. The fabric is not a bound."""
 
-    def __init__(self, events: Events, port: float, latency: float) -> None:
+    def __init__(self, events: Events, port: float, fabric: float = inf, latency: float = 0.0) -> None:
         super().__init__(events, port, latency=latency)
         self._free: dict[tuple[str, str], float] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -43,6 +44,34 @@ class Result:
         return found
 
 
+def assemble(
+    plan: Plan,
+    pools: list[Pool],
+    events: Events,
+    records: Records,
+    hash_tokens: int = 0,
+    make_links: Callable[[Events, float, float, float], Links] = Links,
+) -> Cluster:
+    """The pools of `plan` joined as it says. `make_links` takes the clock, a port's and the fabric's bytes per second,
+    and the latency in seconds. `hash_tokens` is the workload's.
+    """
+    links = None
+    if plan.link is not None and plan.disaggregated:
+        fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
+        links = make_links(events, port_bytes_per_second(plan), fabric, plan.link.latency_us / 1e6)
+    return Cluster(
+        pools,
+        events,
+        records,
+        links,
+        plan.routing.prefill,
+        plan.routing.decode,
+        overlap=plan.link is not None and plan.link.overlap == "layerwise",
+        restart=plan.failures.requests == "restart",
+        hash_tokens=hash_tokens,
+    )
+
+
 def simulate(
     plan: Plan,
     workload: Workload,
@@ -61,21 +90,8 @@ def simulate(
     prices = _hourly(plan, pools, origin)
     begin = time.perf_counter()
     events, records = Events(), Records()
-    links = None
-    if plan.link is not None and plan.disaggregated:
-        fabric = inf if plan.link.fabric_gb_s is None else plan.link.fabric_gb_s * 1e9
-        links = Links(events, port_bytes_per_second(plan), fabric, plan.link.latency_us / 1e6)
-    cluster = Cluster(
-        pools,
-        events,
-        records,
-        links,
-        plan.routing.prefill,
-        plan.routing.decode,
-        overlap=plan.link is not None and plan.link.overlap == "layerwise",
-        restart=plan.failures.requests == "restart",
-        hash_tokens=workload.hash_tokens,
-    )
+    cluster = assemble(plan, pools, events, records, workload.hash_tokens)
+    links = cluster.links
     outages = [Outage(o.instance, o.at_s, inf if o.down_s is None else o.down_s) for o in plan.failures.outages]
     hazards = [Hazard(h.pool, h.mtbf_s, h.mttr_s) for h in plan.failures.random]
     try:

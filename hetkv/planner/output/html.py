@@ -219,10 +219,11 @@ def _windows(found: Replan) -> str:
             f'<tr><td class="s">{w.start_s / 60:.0f} to {w.end_s / 60:.0f} min</td><td class="n">{w.rate:.3g}</td>'
             f'<td class="n">{w.prompt_mean:,.0f}</td><td class="n">{w.output_mean:,.0f}</td><td class="n">{ratio}</td>'
             f"<td>{escape(w.split or w.why)}</td><td class=n>{_number(w.cost_per_hour)}{show.mark(w)}</td>"
-            f'<td class="{"bad" if w.replay_meets is False else ""}">{show.replayed(w.replay_meets)}</td></tr>'
+            f'<td class="{"bad" if w.replay_meets is False else ""}">{show.replayed(w)}</td></tr>'
         )
     head = [("window", ""), ("requests/s", "n"), ("prompt", "n"), ("output", "n"), ("P:D GPUs", "n"), ("plan", "")]
-    text = "Each plan is made for Poisson arrivals at the window's rate; the last column replays its own requests."
+    text = "The last column replays the window's own requests, bursts and prefixes included. Where a plan for Poisson "
+    text += "arrivals at their mean rate misses a target, the plan shown is the cheapest one found that holds."
     if found.cost is not None and found.peak_cost is not None:
         text += (
             f" {found.cost:,.2f} USD with a plan for each window, {found.peak_cost:,.2f} USD with the dearest one held."

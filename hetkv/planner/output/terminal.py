@@ -224,7 +224,7 @@ def show_replan(console: Console, found: Replan) -> None:
             ratio,
             str(w.gpus or ""),
             cost,
-            replayed(w.replay_meets) or w.why,
+            replayed(w) or w.why,
         )
     console.print(table)
     _say_cut(console, found.windows)
@@ -236,6 +236,10 @@ def show_replan(console: Console, found: Replan) -> None:
     console.print()
 
 
-def replayed(meets: bool | None) -> str:
-    """What the replay of a window's own requests said."""
-    return {None: "", True: "meet", False: "miss"}[meets]
+def replayed(window: Window) -> str:
+    """What the replay of a window's own requests said, and what their bursts cost."""
+    text = {None: "", True: "meet", False: "miss"}[window.replay_meets]
+    poisson = window.poisson_cost_per_hour
+    if poisson is not None and window.cost_per_hour is not None and window.cost_per_hour > poisson:
+        text += f", with {poisson:,.2f} they miss"
+    return text
