@@ -293,8 +293,9 @@ class _Milp:
             enough = cut.counts.get(column.key, 0) + 1
             self.rows.add({**dict.fromkeys(self.x[column.key], 1.0), more: -enough}, 0.0, inf)
             some[more] = 1.0
-        if some and all(c.role != "aggregated" for c in self.columns if c.model == cut.model):
-            self.rows.add(some, 1.0, inf)
+        if some:  # or the model is served the other way
+            split, other = self.split[cut.model], cut.role == "aggregated"
+            self.rows.add({**some, split: 1.0 if other else -1.0}, 1.0 if other else 0.0, inf)
 
     def solve(self) -> Solution | None:
         width = len(self.variables.cost)

@@ -204,9 +204,10 @@ class Search:
             return []
         found = []
         for model, verdict in candidate.verdicts.items():
-            for role in ("prefill", "decode"):
+            for role in ("prefill", "decode", "aggregated"):
                 mine = {k: n for k, n in candidate.counts.items() if k[:2] == (model, role)}
-                if mine and verdict.used(role) > 1 and len(mine) == 1 and sum(mine.values()) <= 24:
+                alike = len(mine) == 1 or role == "aggregated"
+                if mine and verdict.used(role) > 1 and alike and sum(mine.values()) <= 24:
                     found.append(Cut(model, role, mine))
         return found
 
