@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from hetkv.simulator.request import Request
-
-if TYPE_CHECKING:
-    from hetkv.simulator.instance import Instance
+from hetkv.simulator.request import Host, Request
 
 
 class Owner(Protocol):
@@ -22,7 +19,7 @@ class Owner(Protocol):
     def on_finished(self, request: Request) -> None:
         """The request's last token is out and its blocks are free."""
 
-    def on_room(self, instance: Instance) -> None:
+    def on_room(self, instance: Host) -> None:
         """Blocks became free."""
 
     def on_taken(self) -> None:
