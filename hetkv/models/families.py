@@ -44,7 +44,8 @@ FIXED = tuple(COMMON)[list(COMMON).index("is_causal") :]
 _NAMES = """
 transformers_version torch_dtype dtype use_cache initializer_range attention_dropout resid_pdrop embd_pdrop
 residual_dropout embedding_dropout hidden_dropout attn_pdrop bos_token_id pad_token_id sep_token_id unk_token_id
-pretraining_tp _name_or_path name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _source
+pretraining_tp _model_name_or_path _name_or_path name_or_path
+_commit_hash _attn_implementation _attn_implementation_autoset _source
 attn_implementation auto_map tokenizer_class id2label label2id num_labels problem_type finetuning_task
 output_attentions output_hidden_states return_dict torchscript use_bfloat16 is_decoder pruned_heads prefix
 task_specific_params output_router_logits router_aux_loss_coef aux_loss_alpha aux_loss_coef seq_aux
