@@ -44,6 +44,8 @@ class SendHandle(Handle):
         """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
         self._pool, self._device = sender.pool, sender.device
         self._tokens, self._blocks = tokens, blocks
+        self._given = dict.fromkeys(self._pool.layers, 0)
+        """Tokens of each layer that were handed over, needed or not: other ranks or the receiver may have them."""
         self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
 
     def send_layer(self, layer: int, tokens: tuple[int, int] | None = None, *, stream: Any = None) -> None:
@@ -51,7 +53,8 @@ class SendHandle(Handle):
 
         Legal before any ticket. Those tokens of the layer must not change until `packed`. Tokens of one layer are sent
         once; chunks may come in any order. A `state` layer is one record: leave `tokens` out. Nothing happens where the
-        request has failed, as a prefill learns that late; one that is complete takes no more layers: `InputError`.
+        request has failed, as a prefill learns that late, or where no receiver needs this rank's part of it. A layer
+        that was handed over whole, of a request that is complete, raises `InputError`.
 
         Where the pool lies on a device, the layer will be in it once the work that `stream` holds now has run: an
         integer (`cudaStream_t`, `hipStream_t`), a `torch.cuda.Stream`, or PyTorch's current stream by default. Raises
@@ -60,7 +63,8 @@ class SendHandle(Handle):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        if self.done() and self.future.exception() is None:
+        complete = self.done() and self.future.exception() is None
+        if complete and self._given[layer] >= self._tokens[group].size:
             raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
             start, stop = (0, self._tokens[group].stop) if tokens is None else (index(at) for at in tokens)
@@ -76,7 +80,8 @@ class SendHandle(Handle):
             )
         if self._device is None and stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
-        if stop > start:
+        self._given[layer] += stop - start
+        if stop > start and not complete:
             behind = self._device.stream(stream) if self._device else None
             self._engine.send_layer(self.handle, layer, start, stop, behind)
 

@@ -230,6 +230,21 @@ def _options() -> Iterator[Specimen]:
     yield Specimen("llama-eos-id", "llama", {"eos_token_id": 7})
 
 
+UNSUPPORTED = ("starcoder2", "smollm3", "cohere", "olmo", "stablelm", "qwen2_moe")
+
+
+def _families() -> Iterator[Specimen]:
+    """Families that are not read, and one that is read for its sizes."""
+    for family in UNSUPPORTED:
+        yield Specimen(f"{family}-plain", family, rejected=f"family '{family}' is not supported; supported are llama")
+    yield Specimen(
+        "minimax_m2-plain",
+        "minimax_m2",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12},
+        rejected="family 'minimax_m2' is read for its sizes alone",
+    )
+
+
 def specimens() -> list[Specimen]:
     """All that are unedited."""
-    return [*_geometry(), *_options()]
+    return [*_geometry(), *_options(), *_families()]
