@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,7 @@ def parse_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
         return _wrapped(values, name, origin)
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        close = get_close_matches(str(name), FAMILIES, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise InputError(f"{origin}: family {name!r} is not supported{hint}; supported are {', '.join(FAMILIES)}")
+        raise InputError(f"{origin}: family {name!r} is not supported; supported are {', '.join(FAMILIES)}")
     counts = dict.fromkeys(EXPERT_COUNTS) if family.experts != "none" else {}
     fields = Fields(values, {**COMMON, **counts, **family.defaults}, origin)
     _check(fields, family)

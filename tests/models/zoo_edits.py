@@ -161,7 +161,9 @@ def _identity() -> Iterator[Specimen]:
             edited(model_type=other),
             rf"`architectures` \['{llama}'\]|does not have",
         )
-    yield Specimen("llama+says-nothing-known", "llama", {}, edited(model_type="lamma"), "did you mean llama")
+    yield Specimen(
+        "llama+says-nothing-known", "llama", {}, edited(model_type="lamma"), "family 'lamma' is not supported"
+    )
     yield Specimen("llama+no-family", "llama", {}, edited(drop=("model_type",)), "missing field `model_type`")
     yield Specimen("granite+architecture", "granite", {}, edited(architectures=[llama]), "`architectures`")
     yield Specimen("llama+no-architecture", "llama", {}, edited(drop=("architectures",)))
