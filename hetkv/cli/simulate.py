@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", required=True, metavar="FILE", help="the deployment: plan.yaml (docs/simulator.md)")
     traffic = parser.add_argument_group("traffic (one of --trace and --rate)")
     traffic.add_argument(
-        "--trace", metavar="FILE", help="Azure 2023 CSV, Mooncake JSONL, or arrival_s,prompt_tokens,output_tokens"
+        "--trace",
+        metavar="FILE",
+        help="Azure, BurstGPT, Mooncake or Qwen-Bailian as published, gzipped or not, or a CSV",
     )
     traffic.add_argument("--speedup", type=float, default=1.0, help="play the trace this many times as fast")
     traffic.add_argument("--rate", type=float, metavar="R", help="synthetic arrivals per second")

@@ -23,7 +23,7 @@ from hetkv.simulator.output.plot import COLOURS, STYLE
 from hetkv.simulator.request import Request
 from hetkv.simulator.run import simulate
 from hetkv.simulator.sweep import run_all
-from hetkv.simulator.traffic.trace import MOONCAKE_HASH_TOKENS, Row, read_rows
+from hetkv.simulator.traffic.trace import Row, hash_tokens_of, read_rows
 
 WINDOWS = 12
 GROWTH, MOST = 1.25, 32
@@ -85,7 +85,7 @@ class _Slice:
 
     def __init__(self, rows: Sequence[Row], start: float) -> None:
         self.rows, self.start = rows, start
-        self.hash_tokens = MOONCAKE_HASH_TOKENS if any(row[3] is not None for row in rows) else 0
+        self.hash_tokens = max((hash_tokens_of(row) for row in rows), default=0)
         self.about = f"{len(rows):,} requests of a trace"
 
     def requests(self, seed: int) -> Iterator[Request]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hetkv.costmodel import step_model
+from hetkv.costmodel import model_shape, step_model
 from hetkv.planner.calibrator import Calibrator, Key
 from hetkv.planner.columns import Column, Columns, build_columns
 from hetkv.planner.effort import Effort
@@ -37,6 +37,7 @@ def random_problem(seed: int) -> Problem:
     classes = []
     for i in range(int(random.integers(1, 3))):
         prompt, output = int(random.integers(200, 3000)), int(random.integers(16, 200))
+        prompt = min(prompt, (model_shape(model).max_positions or 1_000_000) // 4)  # engines reject what is longer
         alone = gpu.step_seconds(0, 0, min(2 * prompt, 8192), 2.0 * prompt * prompt)
         step = gpu.step_seconds(1, prompt)
         classes.append(

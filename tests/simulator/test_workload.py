@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
@@ -93,6 +95,84 @@ def test_mooncake_file_has_hashes(tmp_path):
     trace = Trace(file)
     assert trace.hash_tokens == 512
     assert [(r.arrival, r.prompt, r.hashes) for r in trace.requests(0)] == [(0.0, 600, (7, 8)), (1.5, 512, (7,))]
+
+
+def first_rows(tmp_path, data):
+    file = tmp_path / "t"
+    file.write_bytes(data)
+    trace = Trace(file)
+    return trace.hash_tokens, [(r.arrival, r.prompt, r.output, r.hashes) for r in trace.requests(0)]
+
+
+TRACES = {
+    "azure 2024": (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:01+00:00,2399,6\n2024-05-10 02:00:01+02:00,7,8\n",
+        0,
+        [(0.0, 2162, 5, None), (0.99007, 2399, 6, None), (0.99007, 7, 8, None)],
+    ),
+    "burstgpt": (
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,Conversation log\n"
+        "118,GPT-4,417,276,693,API log\n",
+        0,
+        [(0.0, 472, 18, None), (113.0, 417, 276, None)],
+    ),
+    "burstgpt with sessions": (
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5.5,1,2,ChatGPT,472,18,490,Conversation log\n",
+        0,
+        [(0.0, 472, 18, None)],
+    ),
+    "mooncake without hashes": (
+        '{"timestamp": 1500, "input_length": 6, "output_length": 5}\n',
+        0,
+        [(0.0, 6, 5, None)],
+    ),
+    "qwen-bailian": (
+        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 2.5, "input_length": 33, "output_length": 5, "type": "text", '
+        '"turn": 1, "hash_ids": [1, 2, 3]}\n'
+        '{"chat_id": 2, "parent_chat_id": 1, "timestamp": 4.0, "input_length": 33, "output_length": 5, "type": "text", '
+        '"turn": 2, "hash_ids": [1, 2]}\n',
+        16,
+        [(0.0, 33, 5, (1, 2, 3)), (1.5, 33, 5, (1, 2))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("wrap", ["plain", "gz", "crlf", "bom", "all"])
+def test_traces_as_people_have_them(tmp_path, name, wrap):
+    text, hash_tokens, rows = TRACES[name]
+    data = text.encode()
+    if wrap in ("crlf", "all"):
+        data = data.replace(b"\n", b"\r\n")
+    if wrap in ("bom", "all"):
+        data = b"\xef\xbb\xbf" + data
+    if wrap in ("gz", "all"):
+        data = gzip.compress(data)
+    found = first_rows(tmp_path, data)
+    assert found[0] == hash_tokens
+    assert [row[1:] for row in found[1]] == [row[1:] for row in rows]
+    assert [row[0] for row in found[1]] == pytest.approx([row[0] for row in rows], abs=1e-6)
+
+
+def test_a_long_trace_takes_the_memory_of_one_row(tmp_path):
+    file = tmp_path / "long.csv"
+    with file.open("w") as out:
+        out.write("arrival_s,prompt_tokens,output_tokens\n")
+        out.writelines(f"{i},100,10\n" for i in range(200_000))
+    tracemalloc.start()
+    assert sum(1 for _ in Trace(file).requests(0)) == 200_000
+    assert tracemalloc.get_traced_memory()[1] < 4e6  # as rows they would take more than 30 MB
+    tracemalloc.stop()
+
+
+def test_a_gzip_file_that_ends_early_is_named(tmp_path):
+    file = tmp_path / "t.gz"
+    file.write_bytes(gzip.compress((PLAIN * 1).encode())[:-9])
+    with pytest.raises(InputError, match="gzip file is broken"):
+        Trace(file)
 
 
 PLAIN = "arrival_s,prompt_tokens,output_tokens\n0.5,10,2\n"
