@@ -130,10 +130,10 @@ TRACES = {
         [(0.0, 6, 5, None)],
     ),
     "qwen-bailian": (
-        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 2.5, "input_length": 33, "output_length": 5, "type": "text", '
-        '"turn": 1, "hash_ids": [1, 2, 3]}\n'
-        '{"chat_id": 2, "parent_chat_id": 1, "timestamp": 4.0, "input_length": 33, "output_length": 5, "type": "text", '
-        '"turn": 2, "hash_ids": [1, 2]}\n',
+        '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 2.5, "input_length": 33, "output_length": 5, '
+        '"type": "text", "turn": 1, "hash_ids": [1, 2, 3]}\n'
+        '{"chat_id": 2, "parent_chat_id": 1, "timestamp": 4.0, "input_length": 33, "output_length": 5, '
+        '"type": "text", "turn": 2, "hash_ids": [1, 2]}\n',
         16,
         [(0.0, 33, 5, (1, 2, 3)), (1.5, 33, 5, (1, 2))],
     ),
