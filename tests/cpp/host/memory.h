@@ -1,11 +1,10 @@
-// Functions of the table about memory. That of a device is shared memory in a file.
+// Functions of the table about memory. That of a device is shared memory without a name, which ends with its process.
 #pragma once
 
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -21,8 +20,8 @@ struct Block {
   std::int32_t kind = kHetkvMemoryDevice;
   int device = 0;
   std::size_t bytes = 0;
-  std::string file;
-  int opened = 0;
+  std::string file;  // where other processes open it; empty: host memory
+  int descriptor = -1;
 };
 inline std::mutex blocks_mutex;
 inline std::map<std::uint64_t, Block> blocks;
@@ -41,15 +40,8 @@ inline std::map<std::uint64_t, Block>::iterator find_block(std::uint64_t address
   return address < at->first + at->second.bytes ? at : blocks.end();
 }
 
-inline void* map_file(const std::string& file, std::size_t bytes, bool make) {
-  const int fd = open(file.c_str(), make ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
-  if (fd < 0) return nullptr;
-  if (make && ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
-    close(fd);
-    return nullptr;
-  }
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  close(fd);
+inline void* map_shared(int descriptor, std::size_t bytes) {
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
   return data == MAP_FAILED ? nullptr : data;
 }
 
@@ -79,7 +71,6 @@ inline std::int32_t pointer_info(const void* pointer, HetkvPointerInfo* info) {
 }
 
 inline std::int32_t device_alloc(std::int32_t device, std::size_t bytes, void** pointer) {
-  static std::atomic<int> made{0};
   const std::lock_guard<std::mutex> lock(blocks_mutex);
   const long most = option("memory");
   if (used + bytes > used_before + (most >= 0 ? static_cast<std::size_t>(most) : std::size_t{1} << 30)) {
@@ -88,9 +79,14 @@ inline std::int32_t device_alloc(std::int32_t device, std::size_t bytes, void** 
   Block block;
   block.device = device;
   block.bytes = bytes;
-  block.file = "/dev/shm/hetkv-test-" + std::to_string(getpid()) + "-" + std::to_string(++made);
-  *pointer = map_file(block.file, bytes, true);
-  if (*pointer == nullptr) return fail(kHetkvOutOfMemory, "no shared memory");
+  block.descriptor = memfd_create("hetkv-test", MFD_CLOEXEC);
+  const bool sized = block.descriptor >= 0 && ftruncate(block.descriptor, static_cast<off_t>(bytes)) == 0;
+  *pointer = sized ? map_shared(block.descriptor, bytes) : nullptr;
+  if (*pointer == nullptr) {
+    if (block.descriptor >= 0) close(block.descriptor);
+    return fail(kHetkvOutOfMemory, "no shared memory");
+  }
+  block.file = "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(block.descriptor);
   used += bytes;
   blocks[number(*pointer)] = block;
   return kHetkvOk;
@@ -101,7 +97,7 @@ inline std::int32_t device_free(std::int32_t, void* pointer) {
   const auto at = blocks.find(number(pointer));
   if (at == blocks.end()) return fail(kHetkvInvalid, "not allocated");
   munmap(pointer, at->second.bytes);
-  unlink(at->second.file.c_str());
+  close(at->second.descriptor);
   used -= at->second.bytes;
   blocks.erase(at);
   return kHetkvOk;
@@ -110,7 +106,7 @@ inline std::int32_t device_free(std::int32_t, void* pointer) {
 inline std::int32_t host_alloc(std::size_t bytes, void** pointer) {
   *pointer = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   const std::lock_guard<std::mutex> lock(blocks_mutex);
-  blocks[number(*pointer)] = {kHetkvMemoryPinned, -1, bytes, "", 0};
+  blocks[number(*pointer)] = {kHetkvMemoryPinned, -1, bytes, "", -1};
   return kHetkvOk;
 }
 
@@ -125,7 +121,7 @@ inline std::int32_t host_register(std::int32_t, void* pointer, std::size_t bytes
   if (has("no-register")) return fail(kHetkvFailed, "cannot pin that");
   const std::lock_guard<std::mutex> lock(blocks_mutex);
   if (blocks.count(number(pointer)) != 0) return fail(kHetkvInvalid, "pinned already");
-  blocks[number(pointer)] = {kHetkvMemoryPinned, -1, bytes, "", 0};
+  blocks[number(pointer)] = {kHetkvMemoryPinned, -1, bytes, "", -1};
   *device_pointer = pointer;
   return kHetkvOk;
 }
@@ -148,7 +144,9 @@ inline std::int32_t ipc_export(const void* pointer, HetkvIpcHandle* handle) {
 
 inline std::int32_t ipc_open(std::int32_t, const HetkvIpcHandle* handle, void** pointer) {
   if (has("no-peer")) return fail(kHetkvUnsupported, "no peer access");
-  void* data = map_file(reinterpret_cast<const char*>(handle->bytes), handle->length, false);
+  const int descriptor = open(reinterpret_cast<const char*>(handle->bytes), O_RDWR | O_CLOEXEC);
+  void* data = descriptor >= 0 ? map_shared(descriptor, handle->length) : nullptr;
+  if (descriptor >= 0) close(descriptor);
   if (data == nullptr) return fail(kHetkvInvalid, "no such memory");
   *pointer = static_cast<std::uint8_t*>(data) + handle->offset;
   return kHetkvOk;
