@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ SECTIONS = (
     "hetkv.costmodel.calibration.splitwise",
     "hetkv.costmodel.calibration.llm_inference_bench",
     "hetkv.costmodel.calibration.serving_runs",
-    "hetkv.simulator.validation.accuracy",
+    "hetkv.costmodel.calibration.new_setups",
+    "hetkv.costmodel.calibration.decisions",
 )
 """Modules that register sections of docs/accuracy.md."""
+SIMULATOR = ("hetkv.simulator.validation.accuracy",)
+"""Of docs/simulator-accuracy.md."""
+SIMULATOR_HEAD = """# Accuracy of the simulator
+
+This file is made by `hetkv calibrate --report docs/simulator-accuracy.md --data DIR --simulator` and holds no figure
+that was typed in; [cost-model.md](cost-model.md) says where to get the data. How well single steps are predicted is in
+[accuracy.md](accuracy.md).
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure the accuracy and write FILE; needs --data")
     parser.add_argument(
+        "--simulator", action="store_true", help="--report: the simulator's accuracy in place of the cost model's"
+    )
+    parser.add_argument(
         "--only",
         action="append",
         default=[],
@@ -86,14 +99,27 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{option} needs --data DIR, the folder of measurements (docs/cost-model.md, Data)")
     terminal.check_outputs({"out": args.out})
     found: dict[str, Any] = {}
-    if fits:
-        found = _calibrate(args)
-    if args.report:
-        _report(args)
-        found["report"] = str(args.report)
+    with _stored_fits(args):
+        if fits:
+            found = _calibrate(args)
+        if args.report:
+            _report(args)
+            found["report"] = str(args.report)
     if args.json:
         terminal.write_json(args.json, found)
     return 0
+
+
+@contextmanager
+def _stored_fits(args: argparse.Namespace) -> Iterator[None]:
+    """Fits of the public data are looked up in the shipped ones; `--fit` makes them again and writes both."""
+    from hetkv.costmodel.calibration.fit_store import FitStore, shipped_fits, stored
+
+    store = shipped_fits() if args.report and not args.fit else FitStore()
+    with stored(store):
+        yield
+    if args.fit and args.out:
+        args.out.with_name("fits.json").write_text(store.dump(), encoding="utf-8")
 
 
 def _data(args: argparse.Namespace) -> Path:
@@ -152,7 +178,7 @@ def _from_log(args: argparse.Namespace, catalogue: Any) -> list[Any]:
             "--log: results of `vllm bench serve` and logs are fitted in different ways: one kind at a time"
         )
     known = load_efficiencies()
-    return from_rows(rows, known, catalogue, origin) if rows else [from_log(seen, setup, known, catalogue, origin)]
+    return from_rows(rows, known, catalogue, origin) if rows else from_log(seen, setup, known, catalogue, origin)
 
 
 def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None:
@@ -185,11 +211,12 @@ def _report(args: argparse.Namespace) -> None:
     from hetkv.costmodel.calibration.report import render
 
     data = _data(args)
-    for name in SECTIONS:
-        if find_spec(name) is not None:
-            import_module(name)
+    names = SIMULATOR if args.simulator else SECTIONS
+    for name in names:
+        import_module(name)
+    head = SIMULATOR_HEAD if args.simulator else ""
     present = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
-    args.report.write_text(render(data, _say, args.only, present), encoding="utf-8")
+    args.report.write_text(render(data, names, _say, args.only, present, head), encoding="utf-8")
     terminal.console(args.json).print(f"wrote {args.report}")
 
 

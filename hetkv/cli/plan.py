@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--roles", choices=("any", "disaggregated", "aggregated"), help="restrict the search to one kind"
     )
     parser.add_argument(
+        "--confidence",
+        action="append",
+        default=[],
+        metavar="GPU=Q",
+        help="step times that this GPU keeps with probability Q (0.5: the centre); all=Q for every one; repeat",
+    )
+    parser.add_argument(
         "--allow-unstartable",
         action="store_true",
         help="also offer instances that the engine or hetkv's connector cannot start, marked",
@@ -136,6 +143,8 @@ def problem_of(args: argparse.Namespace) -> Any:
             },
             "options",
         )
+    for text in args.confidence:
+        problem = _confident(problem, text)
     if args.allow_unstartable:
         problem = msgspec.structs.replace(problem, allow_unstartable=True)
     if args.roles is not None:
@@ -143,6 +152,32 @@ def problem_of(args: argparse.Namespace) -> Any:
     if args.seed is not None:
         problem = check_problem(msgspec.structs.replace(problem, seed=args.seed), "--seed")
     return problem
+
+
+def _confident(problem: Any, text: str) -> Any:
+    """`problem` with the confidence that `text` (GPU=Q) gives one GPU type, or every one."""
+    import msgspec
+
+    from hetkv.costmodel import load_catalogue
+
+    name, _, value = text.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InputError(f"--confidence {text!r}: expected GPU=Q with Q between 0 and 1, such as MI325X=0.9")
+    catalogue = load_catalogue(problem.catalogue)
+    chosen = None if name == "all" else catalogue.gpu(name).name
+    offers = [
+        msgspec.structs.replace(offer, engine={**offer.engine, "confidence": share})
+        if chosen in (None, catalogue.gpu(offer.gpu).name)
+        else offer
+        for offer in problem.gpus
+    ]
+    if offers == problem.gpus:
+        raise InputError(f"--confidence {text!r}: {chosen} is not among the GPUs of the problem")
+    return msgspec.structs.replace(problem, gpus=offers)
 
 
 def _offer(text: str, basis: str, as_of: str) -> dict[str, Any]:

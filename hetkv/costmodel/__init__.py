@@ -64,7 +64,7 @@ def step_model(
     found_gpu = gpu if isinstance(gpu, Gpu) else catalogue.gpu(gpu)
     shape = model if isinstance(model, ModelShape) else model_shape(model)
     known = efficiencies or load_efficiencies()
-    efficiency = known.find(found_gpu.name, found_gpu.vendor, engine, engine_version, weight_dtype)
+    efficiency = known.find(found_gpu.name, found_gpu.vendor, engine, engine_version, weight_dtype, shape.name)
     efficiency = efficiency.for_model(shape.name, tp).at(confidence)
     place = Placement(tp, pp, dp)
     return RooflineStepModel(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hetkv.costmodel.efficiency import Constants, Efficiencies, Efficiency, Key, Span, Spans
+from hetkv.costmodel.kv_transfer import Link
 from hetkv.errors import InputError
 
 SHIPPED = "hetkv/costmodel/data/calibration.json"
@@ -30,6 +31,19 @@ def _shipped() -> Efficiencies:
     if not entry.is_file():
         return Efficiencies()
     return parse_efficiencies(entry.read_text(encoding="utf-8"), SHIPPED)
+
+
+def load_links(paths: Iterable[str | Path]) -> dict[str, Link]:
+    """The links that `hetkv calibrate --bench` wrote, by name, later files last; errors name the file and the link."""
+    found = {}
+    for path in paths:
+        document = parse_document(Path(path).read_text(encoding="utf-8"), str(path))
+        for index, raw in enumerate(document.get("links", [])):
+            try:
+                found[str(raw["name"])] = Link(float(raw["bytes_per_second"]), float(raw["latency_s"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path}: links[{index}]: missing or wrong {error}") from None
+    return found
 
 
 def parse_document(text: str, origin: str) -> dict[str, Any]:
@@ -73,6 +87,7 @@ def _entry(raw: Mapping[str, Any]) -> Efficiency:
         max_batch=int(raw.get("max_batch", 0)),
         by_tp={int(tp): Constants(**{**raw["constants"], **own}) for tp, own in raw.get("by_tp", {}).items()},
         bounded=tuple(raw.get("bounded", ())),
+        any_model=bool(raw.get("any_model", False)),
     )
 
 
@@ -90,7 +105,7 @@ def _row(entry: Efficiency) -> dict[str, Any]:
         for tp, own in sorted(entry.by_tp.items())
     }
     return {
-        "key": asdict(entry.key),
+        "key": {name: value for name, value in asdict(entry.key).items() if value or name != "model"},
         "constants": constants,
         "by_tp": by_tp,
         "spans": {name: [float(f"{side:.4g}") for side in span] for name, span in entry.spans._asdict().items()},
@@ -100,6 +115,7 @@ def _row(entry: Efficiency) -> dict[str, Any]:
         "tps": list(entry.tps),
         "max_batch": entry.max_batch,
         "bounded": list(entry.bounded),
+        "any_model": entry.any_model,
         "provenance": entry.provenance,
     }
 

@@ -58,9 +58,11 @@ class Key:
     engine: str = ""
     version: str = ""
     dtype: str = ""
+    model: str = ""
 
     def __str__(self) -> str:
-        return "/".join(part or "*" for part in (self.gpu, self.engine, self.version, self.dtype))
+        parts = (self.gpu, self.engine, self.version, self.dtype)
+        return "/".join(part or "*" for part in parts) + (f"/{self.model}" if self.model else "")
 
 
 class Span(NamedTuple):
@@ -104,7 +106,8 @@ class Efficiency:
 
     `by_tp` holds the constants of single TP degrees where the fit has them; `constants` are those of the other degrees.
     `bounded` names constants that stopped at a bound of their prior: the data did not set them. `confidence` is the
-    quantile of the intervals at which step times are given.
+    quantile of the intervals at which step times are given. `any_model`: the intervals come from models that were left
+    out of the fit, and so hold for one that was not measured.
     """
 
     key: Key
@@ -120,6 +123,7 @@ class Efficiency:
     by_tp: Mapping[int, Constants] = field(default_factory=dict)
     bounded: tuple[str, ...] = ()
     confidence: float = 0.5
+    any_model: bool = False
 
     def __post_init__(self) -> None:
         for name, span in self.spans._asdict().items():
@@ -136,14 +140,15 @@ class Efficiency:
         lost = []
         if self.models and name not in self.models:
             lost.append(f"fitted on {', '.join(self.models)}, not on {name}")
+        known = len(lost) if self.any_model else 0
         if self.tps and tp not in self.tps:
             lost.append(f"fitted at TP {', '.join(map(str, self.tps))}, not at {tp}")
-        text = "; ".join([self.fallback] * bool(self.fallback) + [f"{what}: interval widened" for what in lost])
+        text = "; ".join([self.fallback] * bool(self.fallback) + [f"{what}: wider interval" for what in lost])
         return replace(
             self,
             constants=self.constants_at(tp),
             by_tp={},
-            spans=self.spans.widened(NEW_RANGE ** len(lost)),
+            spans=self.spans.widened(NEW_RANGE ** (len(lost) - known)),
             fallback=text,
         )
 
@@ -178,15 +183,18 @@ class Efficiencies:
 
     entries: dict[Key, Efficiency] = field(default_factory=dict)
 
-    def find(self, gpu: str, vendor: str, engine: str, version: str | None, dtype: str) -> Efficiency:
+    def find(self, gpu: str, vendor: str, engine: str, version: str | None, dtype: str, model: str = "") -> Efficiency:
         """The entry for a combination; else the same GPU with another version, dtype or engine, the vendor's, or all's.
 
-        Every step away from the exact key is named in `fallback`. What several measured GPUs of a vendor, or all
-        vendors, have in common is an entry of its own, whose intervals hold the spread between them.
+        An entry of the model itself is taken before one of several models. Every step away from the exact key is named
+        in `fallback`. What several measured GPUs of a vendor, or all vendors, have in common is an entry of its own,
+        whose intervals hold the spread between them.
         """
         version = version or ""
         for key, lost in (
+            (Key(gpu, engine, version, dtype, model), ""),
             (Key(gpu, engine, version, dtype), ""),
+            (Key(gpu, engine, "", dtype, model), f"version {version}" if version else ""),
             (Key(gpu, engine, "", dtype), f"version {version}" if version else ""),
             (Key(gpu, engine, "", ""), f"dtype {dtype}"),
             (Key(gpu, "", "", ""), f"engine {engine}"),

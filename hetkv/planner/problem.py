@@ -17,6 +17,7 @@ import yaml
 from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_shape
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
+from hetkv.simulator.measured_link import with_measured_link
 from hetkv.simulator.traffic.lengths import parse_lengths
 
 Basis = Literal["on_demand", "reserved", "rental_model"]
@@ -152,6 +153,7 @@ def load_problem(path: str | Path) -> Problem:
         raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    document = with_measured_link(document, Path(path).parent, str(path))
     if isinstance(document, dict):
         for key in ("catalogue", "calibration"):
             if isinstance(document.get(key), list):

@@ -10,7 +10,7 @@ from hetkv.simulator.instance import Instance
 from hetkv.simulator.kv_links import Flow, Links
 from hetkv.simulator.pool import DECODE, PREFILL, Pool
 from hetkv.simulator.records import Records
-from hetkv.simulator.request import FAILED, FINISHED, REJECTED, Host, Request
+from hetkv.simulator.request import FAILED, FINISHED, REJECTED, Request
 from hetkv.simulator.router import Router
 
 
@@ -143,7 +143,7 @@ class Cluster:
             self._send(request, request.target)
             self._hand_over(request)
 
-    def on_room(self, instance: Host) -> None:
+    def on_room(self, instance: Instance) -> None:
         if instance.pool.role == DECODE and instance.up:
             self._grant(instance)
 
@@ -155,7 +155,7 @@ class Cluster:
     # -- KV on its way
 
     @staticmethod
-    def _ends_here(request: Request, home: Host) -> bool:
+    def _ends_here(request: Request, home: Instance) -> bool:
         return home.pool.first_token_at == PREFILL and request.generated + 1 == request.output
 
     def _seek(self, request: Request) -> None:
@@ -176,7 +176,7 @@ class Cluster:
         self.tickets[peer.name].append(request)
         self._grant(peer)
 
-    def _grant(self, instance: Host) -> None:
+    def _grant(self, instance: Instance) -> None:
         tickets = self.tickets[instance.name]
         while tickets and instance.reserve(tickets[0]):
             request = tickets.popleft()

@@ -25,6 +25,7 @@ from hetkv.costmodel import (
 )
 from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
+from hetkv.simulator.measured_link import with_measured_link
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
 Role = Literal["aggregated", "prefill", "decode"]
@@ -32,7 +33,10 @@ Discipline = Literal["central_queue", "join_shortest_queue", "least_loaded", "pr
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Engine settings, by vLLM's names. `memory_share` is the part of the GPU memory that the engine may use."""
+    """Engine settings, by vLLM's names. `memory_share` is the part of the GPU memory that the engine may use.
+
+    `confidence`: measured steps take no longer than the assumed ones with this probability; 0.5 is the centre.
+    """
 
     name: str = "vllm"
     version: str | None = None
@@ -44,6 +48,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     memory_share: float = 0.9
     weight_dtype: str = "bf16"
     kv_dtype: str = "bf16"
+    confidence: float = 0.5
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -75,6 +80,8 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 class LinkPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """KV link: GB/s (1e9 bytes) of one instance's port, each direction; `nic` takes the GPUs' NICs.
+
+    In a file, `measured: NAME` takes both from a link that `hetkv calibrate --bench` fitted (`measured_link.py`).
 
     `fabric_gb_s` bounds all transfers together. `overlap: layerwise` sends each layer while the next one is computed.
     """
@@ -159,8 +166,8 @@ def load_plan(path: str | Path) -> Plan:
         raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    plan = parse_plan(document, str(path))
     folder = Path(path).parent
+    plan = parse_plan(with_measured_link(document, folder, str(path)), str(path))
     return msgspec.structs.replace(
         plan,
         catalogue=[str(folder / f) for f in plan.catalogue],
@@ -280,6 +287,7 @@ def step_model_of(
         kv_dtype=engine.kv_dtype,
         max_batched_tokens=engine.max_num_batched_tokens,
         memory_share=engine.memory_share,
+        confidence=engine.confidence,
         catalogue=catalogue,
         efficiencies=efficiencies,
     )
@@ -325,6 +333,8 @@ def _check(plan: Plan, origin: str) -> None:
         engine = engine_of(plan, pool, origin)
         for field in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _positive(getattr(engine, field), f"{where}: engine `{field}`")
+        if not 0 < engine.confidence < 1:
+            raise InputError(f"{where}: engine `confidence` must lie between 0 and 1, got {engine.confidence}")
         if engine.chunked_prefill and engine.max_num_seqs >= engine.max_num_batched_tokens:
             raise InputError(
                 f"{where}: engine `max_num_batched_tokens` {engine.max_num_batched_tokens} leaves no room for prompts "

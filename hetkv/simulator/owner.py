@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from hetkv.simulator.request import Host, Request
+from hetkv.simulator.request import Request
+
+if TYPE_CHECKING:
+    from hetkv.simulator.instance import Instance
 
 
 class Owner(Protocol):
@@ -19,7 +22,7 @@ class Owner(Protocol):
     def on_finished(self, request: Request) -> None:
         """The request's last token is out and its blocks are free."""
 
-    def on_room(self, instance: Host) -> None:
+    def on_room(self, instance: Instance) -> None:
         """Blocks became free."""
 
     def on_taken(self) -> None:

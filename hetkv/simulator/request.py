@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 from math import nan
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from hetkv.simulator.kv_links import Flow
-from hetkv.simulator.pool import Pool
+if TYPE_CHECKING:
+    from hetkv.simulator.instance import Instance
+    from hetkv.simulator.kv_links import Flow
 
 FINISHED, REJECTED, FAILED = 0, 1, 2
 STATUS_NAMES = ("finished", "rejected", "failed")
-
-
-class Host(Protocol):
-    """What holds a request, as whoever moves it sees it. `Instance` is one; it imports this module."""
-
-    name: str
-    pool: Pool
-    up: bool
-    holding: dict[Request, None]
-    reserved: dict[Request, None]
-
-    def reserve(self, request: Request) -> bool:
-        """Take blocks for KV that will come; False where there is no room."""
-
-    def unreserve(self, request: Request) -> None:
-        """Give them back."""
-
-    def expect(self, request: Request) -> None:
-        """Count a request whose KV will come."""
-
-    def expect_no_more(self) -> None:
-        """Count it no longer."""
-
-    def deliver(self, request: Request) -> None:
-        """The KV is here."""
-
-    def release(self, request: Request, blocks: int, held: tuple[int, ...]) -> None:
-        """The KV that was computed here has been delivered elsewhere."""
 
 
 class Request:
@@ -98,8 +71,8 @@ class Request:
         self.phase = 0
         self.finish_step = 0
         self.run = 0  # counts residences in a decode batch; older entries of the finish heap are void
-        self.home: Host | None = None
-        self.peer: Host | None = None  # decode instance its KV is going to
+        self.home: Instance | None = None
+        self.peer: Instance | None = None  # decode instance its KV is going to
         self.seeking = False  # a ticket of it waits for room
         self.granted = False  # `peer` has reserved `peer_blocks` for it, beside the prefix `peer_held`
         self.peer_blocks = 0

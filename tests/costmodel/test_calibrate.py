@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from hetkv.costmodel.calibration.fit import STEP_NAMES, Fitted, Level, layout
 from hetkv.costmodel.calibration.link_constants import from_bench_json
 from hetkv.costmodel.calibration.own_runs import from_rows
 from hetkv.costmodel.calibration.problems import ServingLoops, StaticBatches, StaticSteps
-from hetkv.costmodel.calibration.report import sections
 from hetkv.costmodel.calibration.runs_csv import COLUMNS, read_csv
 from hetkv.costmodel.calibration.serving_runs import exact_key
 from hetkv.costmodel.calibration.splitwise import config, measured, predict
@@ -184,8 +184,9 @@ def test_own_runs_move_the_constants(tmp_path: Path) -> None:
         {**ROW, "concurrency": c, "tpot_ms": 1.5e3 * t}
         for c, t in zip((1, 4, 16, 64), tpot(base.constants), strict=True)
     ]
-    (entry,) = from_rows(read_csv(write_csv(tmp_path / "b.csv", slow)), known, CATALOGUE, "b.csv")
-    assert entry.key == Key("RTX-PRO-6000", "vllm", "0.19.0", "bf16")
+    entry, other = from_rows(read_csv(write_csv(tmp_path / "b.csv", slow)), known, CATALOGUE, "b.csv")
+    assert entry.key == Key("RTX-PRO-6000", "vllm", "0.19.0", "bf16", "Llama-3.1-8B")
+    assert other == replace(entry, key=replace(entry.key, model=""))
     assert entry.models == ("Llama-3.1-8B",)
     ratio = 1.5 * tpot(base.constants) / tpot(entry.constants)
     assert np.abs(ratio - 1).max() < 0.1
@@ -300,18 +301,14 @@ def test_report_keeps_the_sections_that_are_not_made_again(monkeypatch: pytest.M
         return section
 
     monkeypatch.setattr(report, "_SECTIONS", {"a": (1, make("a", "old a")), "b": (2, make("b", "old b"))})
-    first = report.render(DATA)
+    first = report.render(DATA, [__name__])
     monkeypatch.setattr(report, "_SECTIONS", {"a": (1, make("a", "new a")), "b": (2, make("b", "new b"))})
-    second = report.render(DATA, only=["b"], present=first)
+    second = report.render(DATA, [__name__], only=["b"], present=first)
     assert calls == ["a", "b", "b"]
     assert "old a" in second
     assert "new b" in second
     assert "old b" not in second
     assert second.count("## a") == second.count("## b") == 1
     with pytest.raises(InputError, match="unknown section 'c'; known are a, b"):
-        report.render(DATA, only=["c"])
-
-
-def test_sections_come_in_order() -> None:
-    names = list(sections())
-    assert names.index("splitwise") < names.index("serving-hopper")
+        report.render(DATA, [__name__], only=["c"])
+    assert "## a" not in report.render(DATA, ["other"])

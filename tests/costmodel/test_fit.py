@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hetkv.costmodel.calibration.datasets import ServingRow, Side, StepRow
+from hetkv.costmodel.calibration.decisions import regret
 from hetkv.costmodel.calibration.errors import Intervals, cross_predict, folds, holdouts, score
 from hetkv.costmodel.calibration.fit import Array, Level, Prior, Values, fit, layout
 from hetkv.costmodel.calibration.problems import ServingLoops, StaticSteps
-from hetkv.costmodel.calibration.serving_runs import regret
 from hetkv.costmodel.catalogue import load_catalogue
 from hetkv.costmodel.efficiency import Constants
 from hetkv.costmodel.models import model_shape

@@ -70,7 +70,7 @@ def test_a_real_log_calibrates_without_looking_ahead() -> None:
     whole = requests.parse((DATA / RUN).read_text(), "run")
     horizon = float(whole.queued.min()) + 22
     seen = requests.observations(whole, horizon)
-    entry = from_log(seen, setup, load_efficiencies(), CATALOGUE, "run")
+    entry, _ = from_log(seen, setup, load_efficiencies(), CATALOGUE, "run")
     later = [row for row in requests.observations(whole)[7:20] if isinstance(row, Window)]
     base = load_efficiencies().find("RTX-PRO-6000", "nvidia", "vllm", "0.19.0", "bf16")
 

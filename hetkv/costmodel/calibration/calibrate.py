@@ -15,8 +15,10 @@ from hetkv.costmodel.calibration.entries import entries
 from hetkv.costmodel.calibration.errors import Intervals, cross_predict
 from hetkv.costmodel.calibration.fit import Array, Fitted, fit
 from hetkv.costmodel.calibration.problems import StaticSteps
+from hetkv.costmodel.calibration.spans import between_groups
 from hetkv.costmodel.catalogue import Catalogue
 from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE, Efficiency, Key, Spans
+from hetkv.costmodel.models import model_shape
 
 Progress = Callable[[str], None]
 BATCH_VERSION = "2024"
@@ -89,7 +91,7 @@ def _common_batches(parts: Sequence[pooled.Hardware], catalogue: Catalogue, text
             sets.append((vendor, own, among))
             trusted += len(own)
     for vendor, own, errors in sets:
-        span = pooled.spread(errors, trusted if vendor else 0)
+        span = between_groups(errors, trusted if vendor else 0)
         names = ", ".join(part.name for part in own)
         spans = Spans(span, span.widened(NEW_RANGE), span.widened(NEW_RANGE))
         median = float(np.median([abs(np.expm1(-np.median(each))) for each in errors]))
@@ -102,23 +104,32 @@ def _common_batches(parts: Sequence[pooled.Hardware], catalogue: Catalogue, text
 def from_serving(path: Path, catalogue: Catalogue) -> list[Efficiency]:
     """Entries of every (GPU, engine, version, dtype) of the serving data, and of what they have in common."""
     rows = read_serving(path).serving
-    found = serving_runs.fit_steps(rows, catalogue)
-    predicted = cross_predict(rows, serving_runs.config, lambda a, b: serving_runs.predict(a, b, catalogue))
-    ratios = serving_runs.measured(rows) / predicted
+    of_models, in_common = (serving_runs.fit_steps(rows, catalogue, models) for models in (True, False))
+    measured = serving_runs.measured(rows)
+    by_config = cross_predict(rows, serving_runs.config, lambda a, b: serving_runs.predict(a, b, catalogue))
+    by_model = cross_predict(rows, serving_runs.model_of, lambda a, b: serving_runs.predict(a, b, catalogue, False))
     text = f"{path.name}: aiconfigurator-core 0.12 serving runs, TPOT; error over 5 folds"
     every = []
-    for gpu, version, common, widen in (
-        (True, True, "", 1.0),
-        (True, False, "; common to several versions", 1.0),
-        (False, False, "; common to several GPUs and versions", NEW_GPU),
+    for gpu, version, model, common, widen in (
+        (True, True, True, "", 1.0),
+        (True, True, False, "; common to several models", 1.0),
+        (True, False, False, "; common to several models and versions", 1.0),
+        (False, False, False, "; common to several models, GPUs and versions", NEW_GPU),
     ):
-        bare = [replace(r, gpu=r.gpu if gpu else "", version=r.version if version else "") for r in rows]
+        bare = [
+            replace(r, gpu=r.gpu if gpu else "", version=r.version if version else "", model=r.model if model else "")
+            for r in rows
+        ]
 
         def key(row: ServingRow) -> Key:
-            return Key(catalogue.gpu(row.gpu).name if row.gpu else "nvidia", row.engine, row.version, row.dtype)
+            name = catalogue.gpu(row.gpu).name if row.gpu else "nvidia"
+            return Key(name, row.engine, row.version, row.dtype, model_shape(row.model).name if row.model else "")
 
+        ratios = measured / (by_config if model else by_model)
         spans = serving_runs.intervals(bare, ratios, widen)
-        every += entries(bare, np.log(ratios[1]), found, key, spans, text + common)
+        found = of_models if model else in_common
+        own = entries(rows, np.log(ratios[1]), found, key, spans, text + common, bare)
+        every += [replace(entry, any_model=not model) for entry in own]
     return every
 
 
@@ -134,14 +145,14 @@ def ship(data: Path, catalogue: Catalogue, progress: Progress = lambda name: Non
         for entry in reader(data / name, catalogue):
             found[entry.key] = entry
     for key, entry in list(found.items()):
-        if key.version and key.engine != "splitwise":
+        if key.version and key.engine != "splitwise":  # a model's own entry, too: its key keeps the model
             wider = replace(key, version="")
             found.setdefault(wider, replace(entry, key=wider))
     for key, entry in sorted(found.items(), key=lambda item: (item[0].dtype != "bf16", -item[1].rows)):
-        if key.engine and not key.version and key.engine != "splitwise":
+        if key.engine and not (key.version or key.model) and key.engine != "splitwise":
             wider = Key(key.gpu, key.engine)
             found.setdefault(wider, replace(entry, key=wider))
     for key, entry in sorted(found.items(), key=lambda item: (item[0].engine != "vllm", str(item[0]))):
-        if key.engine and not key.version and not key.dtype and key.engine != "splitwise":
+        if key.engine and not (key.version or key.dtype or key.model) and key.engine != "splitwise":
             found.setdefault(Key(key.gpu), replace(entry, key=Key(key.gpu)))
     return list(found.values())

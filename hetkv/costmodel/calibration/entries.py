@@ -30,30 +30,34 @@ def entries(
     key: Callable[[Any], Key],
     spans: Callable[[Any], Spans],
     provenance: str,
+    bare: Sequence[Any] | None = None,
 ) -> list[Efficiency]:
     """One entry for each key that the rows have. `errors` are log(measured / predicted) of rows left out of their fit.
 
-    A key holds the constants of each TP degree by itself where the fit tells them apart. Raises `ValueError` when the
-    fit tells rows apart by something else that the key does not name: one entry cannot hold their constants.
+    `bare` are the rows without what the entries shall not tell apart, such as the model: key, constants and intervals
+    are those of the bare rows. A key holds the constants of each TP degree by itself where the fit tells them apart.
+    Raises `ValueError` when the fit tells rows apart by something else that the key does not name: one entry cannot
+    hold their constants.
     """
+    bare = rows if bare is None else bare
     groups: dict[Key, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(bare):
         groups[key(row)].append(index)
     found = []
     for name, members in groups.items():
         by_tp: dict[int, Constants] = {}
         for index in members:
-            constants = fitted.constants(rows[index])
+            constants = fitted.constants(bare[index])
             if by_tp.setdefault(split(rows[index])[0], constants) != constants:
                 raise ValueError(f"rows of {name} at one TP have several constants")
         tps = tuple(sorted(by_tp))
         same = len(set(by_tp.values())) == 1
-        bounded = {each for index in members for each in fitted.bounded(rows[index])}
+        bounded = {each for index in members for each in fitted.bounded(bare[index])}
         found.append(
             Efficiency(
                 key=name,
                 constants=by_tp[tps[0]],
-                spans=spans(rows[members[0]]),
+                spans=spans(bare[members[0]]),
                 provenance=provenance,
                 median_error=float(np.median(np.abs(np.expm1(-errors[members])))),
                 rows=len(members),

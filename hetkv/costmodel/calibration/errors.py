@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetkv.costmodel.calibration.fit import Array
-from hetkv.costmodel.calibration.spans import conformal
+from hetkv.costmodel.calibration.spans import between_groups, conformal
 from hetkv.costmodel.efficiency import Span
 
 Mask = NDArray[np.bool_]
@@ -110,6 +110,49 @@ def holdouts(rows: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[str, M
     """One mask for each value of `key`: all its rows are held out."""
     values = np.array([str(key(row)) for row in rows])
     return {value: values == value for value in sorted(set(values))}
+
+
+def errors_of(
+    rows: Sequence[Any], masks: Sequence[Mask], run: Callable[[Sequence[Any], Sequence[Any]], Array]
+) -> Array:
+    """log(measured / predicted) of the rows that the masks hold out, each mask with its own fit, else NaN.
+
+    `run(train, test)` returns the errors of `test` from a fit on `train`; its last axis is the rows.
+    """
+    columns: Array | None = None
+    for mask in masks:
+        found = run(pick(rows, ~mask), pick(rows, mask))
+        if columns is None:
+            columns = np.full((*found.shape[:-1], len(rows)), np.nan)
+        columns[..., mask] = found
+    assert columns is not None
+    return columns
+
+
+def spans_left_out(
+    rows: Sequence[Any], errors: Array, masks: Sequence[Mask], key: Callable[[Any], Hashable] | None
+) -> tuple[Array, Array]:
+    """Factors for each row, from the errors of the rows that its own mask does not hold out.
+
+    With `key` by group where that has rows enough. Without, the masks hold out whole groups (a GPU, a model), and the
+    interval has the spread between them.
+    """
+    low, high = np.ones(len(rows)), np.ones(len(rows))
+    for mask in masks:
+        if key is None:
+            span = between_groups([errors[other] for other in masks if other is not mask])
+            low[mask], high[mask] = span
+        else:
+            kept = ~mask & ~np.isnan(errors)
+            spans = Intervals(pick(rows, kept), np.exp(errors[kept]), key)
+            low[mask], high[mask] = spans.factors(pick(rows, mask))
+    return low, high
+
+
+def judged(errors: Array, low: Array, high: Array, rows: Mask | None = None) -> Score:
+    """The score of rows with these errors (log of measured over predicted) and interval factors; NaN is left out."""
+    kept = ~np.isnan(errors) if rows is None else rows & ~np.isnan(errors)
+    return score(np.exp(-errors[kept]), np.ones(int(kept.sum())), low[kept], high[kept])
 
 
 def pick(rows: Sequence[Any], mask: Mask) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 
@@ -23,9 +23,12 @@ class FitStore:
         lines = (f'"{key}": {json.dumps(shifts)}' for key, shifts in sorted(self.fits.items()))
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
-    @staticmethod
-    def load(path: Path) -> FitStore:
-        return FitStore(json.loads(path.read_text(encoding="utf-8")), sealed=True)
+
+def shipped_fits(sealed: bool = False) -> FitStore:
+    """The fits behind the shipped calibration file and docs/accuracy.md."""
+    entry = resources.files("hetkv.costmodel") / "data" / "fits.json"
+    fits = json.loads(entry.read_text(encoding="utf-8")) if entry.is_file() else {}
+    return FitStore(fits, sealed)
 
 
 _active: ContextVar[FitStore | None] = ContextVar("fit_store", default=None)

@@ -11,23 +11,23 @@ from hetkv.costmodel.calibration import pooled
 from hetkv.costmodel.calibration.datasets import BatchRow, read_bench
 from hetkv.costmodel.calibration.errors import (
     HEADER,
-    Intervals,
-    Mask,
     Score,
     cross_predict,
+    errors_of,
     folds,
     holdouts,
+    judged,
     pick,
     score,
+    spans_left_out,
     table,
     verdict,
 )
 from hetkv.costmodel.calibration.fit import Array, Fitted, Prior, fit
 from hetkv.costmodel.calibration.problems import StaticBatches
 from hetkv.costmodel.calibration.report import section
-from hetkv.costmodel.calibration.spans import Spread, conformal, posterior
+from hetkv.costmodel.calibration.spans import Spread, between_groups, conformal, posterior
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
-from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE
 
 FILE = "measured/llm_inference_bench.csv"
 SCALE, OWN_SCALE = 0.06, 0.1
@@ -71,15 +71,27 @@ def measured(rows: Sequence[BatchRow]) -> Array:
     return np.array([row.latency_s for row in rows])
 
 
-def held_out(rows: list[BatchRow], masks: Sequence[Mask], catalogue: Catalogue, widen: float) -> Score:
-    """Score of all rows that the masks hold out, each mask with its own fit and interval."""
-    columns: list[list[Array]] = []
-    for mask in masks:
-        train, test = pick(rows, ~mask), pick(rows, mask)
-        ratio = measured(train) / cross_predict(train, config, lambda a, b: predict(a, b, catalogue))
-        spans = Intervals(train, ratio, lambda r: (r.gpu, r.engine))
-        columns.append([predict(train, test, catalogue), measured(test), *spans.factors(test, widen)])
-    return score(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+def nvidia_lines(rows: list[BatchRow], catalogue: Catalogue) -> tuple[list[list[str]], list[str]]:
+    """Table lines and verdicts of NVIDIA's rows: configurations, GPUs and models held out."""
+
+    def run(train: Sequence[BatchRow], test: Sequence[BatchRow]) -> Array:
+        return np.asarray(np.log(measured(test) / predict(train, test, catalogue)))
+
+    lines, verdicts = [], []
+    masks = folds(rows, config)
+    errors = errors_of(rows, masks, run)
+    spans = spans_left_out(rows, errors, masks, lambda r: (r.gpu, r.engine))
+    lines.append(["configuration (5 folds)", *judged(errors, *spans).cells()])
+    for what, target, of in (("GPU", 0.10, lambda r: r.gpu), ("model", 0.20, lambda r: r.model)):
+        groups = holdouts(rows, of)
+        errors = errors_of(rows, list(groups.values()), run)
+        low, high = spans_left_out(rows, errors, list(groups.values()), None)
+        for name, mask in [*groups.items(), (f"a whole {what}, all three", None)]:
+            result = judged(errors, low, high, mask)
+            label = f"{what} {name}" if mask is not None else name
+            lines.append([label, *result.cells()])
+            verdicts.append(f"- {label}: {verdict(result.median, target)}.")
+    return lines, verdicts
 
 
 def few_points(rows: list[BatchRow], priors: Mapping[str, Prior], points: int, catalogue: Catalogue) -> Score:
@@ -120,7 +132,7 @@ def others(parts: Sequence[pooled.Hardware], catalogue: Catalogue) -> list[list[
         name = f"{part.name} ({part.engine})"
         lines.append([name, "configuration (5 folds)", *whole.cells()])
         strangers = [other for other in parts if other.vendor != part.vendor]
-        span = pooled.spread(list(pooled.stranger_errors(strangers, catalogue).values()))
+        span = between_groups(list(pooled.stranger_errors(strangers, catalogue).values()))
         found = measured(rows) / np.exp(pooled.unseen(part, strangers, catalogue))
         lines.append(
             ["", "0 points, other vendors", *score(found, measured(rows), span.low * ones, span.high * ones).cells()]
@@ -135,19 +147,7 @@ def bench(data: Path) -> str:
     """Latency with a GPU or a model held out among NVIDIA, and other vendors with few points."""
     found, catalogue = read_bench(data / FILE), load_catalogue()
     nvidia = [row for row in found.bench if row.gpu.startswith("Nvidia")]
-    by_gpu, by_model = holdouts(nvidia, lambda r: r.gpu), holdouts(nvidia, lambda r: r.model)
-    cases = [("configuration (5 folds)", folds(nvidia, config), 1.0)]
-    cases += [(f"GPU {gpu}", [mask], NEW_GPU) for gpu, mask in by_gpu.items()]
-    cases += [("a whole GPU, all three", list(by_gpu.values()), NEW_GPU)]
-    cases += [(f"model {model}", [mask], NEW_RANGE) for model, mask in by_model.items()]
-    cases += [("a whole model, all three", list(by_model.values()), NEW_RANGE)]
-    lines, verdicts = [], []
-    for name, masks, widen in cases:
-        result = held_out(nvidia, masks, catalogue, widen)
-        lines.append([name, *result.cells()])
-        if name.startswith(("a whole", "GPU", "model")):
-            target = 0.10 if "GPU" in name else 0.20
-            verdicts.append(f"- {name}: {verdict(result.median, target)}.")
+    lines, verdicts = nvidia_lines(nvidia, catalogue)
     taken = ", ".join(f"{n} by `{rule}`" for rule, n in sorted(found.excluded.items()))
     return "\n\n".join(
         [
@@ -168,8 +168,8 @@ def bench(data: Path) -> str:
 
 
 LIMITS = """What the lines say:
-- Decode products of few rows run far below the peak on MI300X (`few_rows_flops` 4 %, NVIDIA's 65 %), and its attention
-  reads KV once for every query head of a group, and twice as slowly when sequences x heads exceed 512. These three
+- Decode products of few rows run far below the peak on MI300X (`few_rows_flops`), its attention reads KV once for every
+  query head of a group (`kv_group`), and more slowly when sequences x heads exceed 512 (`kv_unsplit`). These three
   terms are the growth of its decode time with the batch.
 - Nobody's constants follow from another vendor's: the lines with 0 points say how far off such a prediction is. MI250
   rows may count one of the part's two dies; Intel's times at one GPU hold a start-up that outlasts short runs."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from hetkv.costmodel.calibration.engine_steps import EngineSteps
 from hetkv.costmodel.calibration.entries import split
 from hetkv.costmodel.calibration.fit import PRIORS, STEP_NAMES, Array, Fitted, Values, fit, layout
 from hetkv.costmodel.calibration.logs.observations import Observation, Setup, Window
-from hetkv.costmodel.calibration.problems import ServingLoops
+from hetkv.costmodel.calibration.problems import ServingLoops, shape_name
 from hetkv.costmodel.calibration.spans import Spread, posterior
 from hetkv.costmodel.catalogue import Catalogue
 from hetkv.costmodel.efficiency import Efficiencies, Efficiency, Key, Span, Spans
@@ -120,38 +120,43 @@ def _span(errors: Array, prior: Spread, known: Span) -> Span:
 
 
 def from_rows(rows: Sequence[ServingRow], known: Efficiencies, catalogue: Catalogue, origin: str) -> list[Efficiency]:
-    """Entries from closed loops, one for each (GPU, engine, version, dtype).
+    """Entries from closed loops, one for each (GPU, engine, version, dtype, model), and one for other models there.
 
     With few rows the priors decide most of it, and the interval is mostly the prior's; both give way as rows are added.
     """
-    groups: dict[Hashable, list[ServingRow]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[ServingRow]] = defaultdict(list)
     for row in rows:
-        groups[(row.gpu, row.engine, row.version, row.dtype)].append(row)
+        groups[(row.gpu, row.engine, row.version, row.dtype, shape_name(row.model))].append(row)
 
     def build(some: Sequence[ServingRow]) -> ServingLoops:
         return ServingLoops(some, catalogue)
 
-    entries = []
-    for own in groups.values():
+    found: dict[Key, Efficiency] = {}
+    for own in sorted(groups.values(), key=len):
         first, gpu = own[0], catalogue.gpu(own[0].gpu)
-        base = known.find(gpu.name, gpu.vendor, first.engine, first.version, first.dtype)
-        start = start_of(base, gpu.name, first.decode.tp, [row.model for row in own])
-        errors, found = start.errors_left_out(own, build), start.fit(own, build)
-        entries.append(
-            Efficiency(
-                key=Key(gpu.name, first.engine, first.version, first.dtype),
-                constants=found.constants(first),
-                spans=spans_of(errors, loops_alone(own), base.spans),
-                provenance=f"{origin}: {len(own)} runs, from {base.key}",
-                median_error=float(np.median(np.abs(np.expm1(-errors[1])))),
-                rows=len(own),
-                models=tuple(sorted({model_shape(row.model).name for row in own})),
-                tps=tuple(sorted({split(row)[0] for row in own})),
-                max_batch=max(split(row)[1] for row in own),
-                bounded=found.bounded(first),
-            )
+        shape = model_shape(first.model)
+        base = known.find(gpu.name, gpu.vendor, first.engine, first.version, first.dtype, shape.name)
+        start = start_of(base, gpu.name, first.decode.tp, [first.model])
+        errors, moved = start.errors_left_out(own, build), start.fit(own, build)
+        entry = Efficiency(
+            key=Key(gpu.name, first.engine, first.version, first.dtype, shape.name),
+            constants=moved.constants(first),
+            spans=spans_of(errors, loops_alone(own), base.spans),
+            provenance=f"{origin}: {len(own)} runs, from {base.key}",
+            median_error=float(np.median(np.abs(np.expm1(-errors[1])))),
+            rows=len(own),
+            models=(shape.name,),
+            tps=tuple(sorted({split(row)[0] for row in own})),
+            max_batch=max(split(row)[1] for row in own),
+            bounded=moved.bounded(first),
         )
-    return entries
+        found.update({each.key: each for each in with_other_models(entry)})
+    return list(found.values())
+
+
+def with_other_models(entry: Efficiency) -> list[Efficiency]:
+    """The entry of a model, and the same for other models of its set-up: they are named, with a wider interval."""
+    return [entry, replace(entry, key=replace(entry.key, model=""))]
 
 
 def loops_alone(rows: Sequence[ServingRow]) -> Array:
@@ -161,10 +166,10 @@ def loops_alone(rows: Sequence[ServingRow]) -> Array:
 
 def from_log(
     rows: Sequence[Observation], setup: Setup, known: Efficiencies, catalogue: Catalogue, origin: str
-) -> Efficiency:
-    """An entry from windows and prompts of one set-up. Its prompts did not wait: the interval of queues stays."""
+) -> list[Efficiency]:
+    """Entries from windows and prompts of one set-up. Its prompts did not wait: the interval of queues stays."""
     gpu, shape = catalogue.gpu(setup.gpu), model_shape(setup.model)
-    base = known.find(gpu.name, gpu.vendor, setup.engine, setup.version, setup.dtype)
+    base = known.find(gpu.name, gpu.vendor, setup.engine, setup.version, setup.dtype, shape.name)
     start = start_of(base, gpu.name, setup.tp, [setup.model])
 
     def build(some: Sequence[Observation]) -> EngineSteps:
@@ -174,8 +179,8 @@ def from_log(
     windows = [row for row in rows if isinstance(row, Window)]
     decode, prefill, _ = spans_of(errors, np.full(len(rows), True), base.spans)
     measured = errors[1] if windows else errors[0]
-    return Efficiency(
-        key=Key(gpu.name, setup.engine, setup.version, setup.dtype),
+    entry = Efficiency(
+        key=Key(gpu.name, setup.engine, setup.version, setup.dtype, shape.name),
         constants=found.constants(rows[0]),
         spans=Spans(decode, prefill, base.spans.queue),
         provenance=f"{origin}: {len(windows)} windows, {len(rows) - len(windows)} prompts, from {base.key}",
@@ -186,3 +191,4 @@ def from_log(
         max_batch=max(1, int(np.ceil(max(row.running for row in rows)))),
         bounded=found.bounded(rows[0]),
     )
+    return with_other_models(entry)

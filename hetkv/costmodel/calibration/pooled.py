@@ -11,9 +11,8 @@ import numpy as np
 from hetkv.costmodel.calibration.datasets import BatchRow
 from hetkv.costmodel.calibration.fit import STEP_NAMES, Array, Prior, Values, fit
 from hetkv.costmodel.calibration.problems import BATCH_NAMES, BATCH_PRIORS, StaticBatches
-from hetkv.costmodel.calibration.spans import between
 from hetkv.costmodel.catalogue import Catalogue
-from hetkv.costmodel.efficiency import Constants, Span
+from hetkv.costmodel.efficiency import Constants
 
 NAMES = (*BATCH_NAMES, "accept_s")
 SCALE = 0.1
@@ -82,16 +81,6 @@ def unseen(part: Hardware, others: Sequence[Hardware], catalogue: Catalogue) -> 
     """log(measured / predicted) of a hardware's rows from what `others` have in common."""
     problem = StaticBatches(part.rows, catalogue)
     return -problem.residuals(values_of(pool(others), len(part.rows)))
-
-
-def spread(errors: Sequence[Array], groups: int = 0) -> Span:
-    """The 90 % interval for a GPU that was not measured, from the errors of GPUs that were each left out.
-
-    `groups`: number of GPUs that set the tails, where that is more than those of `errors`.
-    """
-    means = np.array([float(np.median(each)) for each in errors])
-    within = float(np.sqrt(np.mean([np.var(each) for each in errors])))
-    return between(means, within, max(groups, len(means)))
 
 
 def size(errors: Sequence[Array]) -> float:

@@ -149,6 +149,12 @@ BATCH_PRIORS = {
 """A whole batch's latency cannot tell prompt from token time: the prior of `gemm_flops` is narrow, prompts keep it."""
 
 
+def shape_name(model: str) -> str:
+    """The model's shape: DeepSeek-R1 and V3 have one."""
+    name = model_shape(model).name if model else ""
+    return "DeepSeek-V3" if name == "DeepSeek-R1" else name
+
+
 def kv_dtype(row: ServingRow) -> str:
     """The serving data do not record it: engines that run fp8 weights there were started with an fp8 KV cache."""
     return "fp8" if row.dtype == "fp8" else "bf16"
@@ -240,8 +246,12 @@ class ServingLoops:
         return np.stack([first, np.log(self.tpot_s / loop.tpot_s)])
 
     @staticmethod
-    def layout(experts: bool = False) -> Layout:
-        """Constants by engine; what depends on kernels also by dtype, and by (engine, version, GPU, dtype)."""
+    def layout(experts: bool = False, models: bool = True) -> Layout:
+        """Constants by engine; what depends on kernels also by dtype and by (engine, version, GPU, dtype).
+
+        An engine's kernels are tuned for a model's shapes: with `models`, each model of a set-up has an offset of its
+        own. For a model that was not measured, fit without: then all of its set-up goes to what models have in common.
+        """
         names = (
             "gemm_bytes gemm_flops kv_bytes attention_flops layer_s step_s sequence_s prompt_s prompt_layer_s reduce "
             "front_token_s front_request_s interleave"
@@ -250,12 +260,14 @@ class ServingLoops:
             names += " expert_bytes expert_flops"
         engine = Level(lambda r: r.engine, 0.3)
         exact = Level(lambda r: (r.engine, r.version, r.gpu, r.dtype), 0.1)
+        own = (Level(lambda r: (shape_name(r.model), r.engine, r.version, r.gpu, r.dtype), 0.3),) if models else ()
         levels = {
-            "": (engine,),
-            "gemm_flops": (Level(lambda r: r.dtype, 0.4), engine._replace(width=0.15), exact),
-            "layer_s": (engine, Level(lambda r: (r.engine, r.dtype), 0.15), exact),
-            "expert_bytes": (engine, exact),
-            "expert_flops": (Level(lambda r: r.dtype, 0.4), engine._replace(width=0.15), exact),
+            "": (engine, *own),
+            "gemm_flops": (Level(lambda r: r.dtype, 0.4), engine._replace(width=0.15), exact, *own),
+            "layer_s": (engine, Level(lambda r: (r.engine, r.dtype), 0.15), exact, *own),
+            "expert_bytes": (engine, exact, *own),
+            "expert_flops": (Level(lambda r: r.dtype, 0.4), engine._replace(width=0.15), exact, *own),
             "interleave": (Level(lambda r: r.source, 0.03),),
         }
+        levels |= dict.fromkeys(("prompt_s", "front_token_s", "front_request_s"), (engine,))
         return layout(names.split(), levels, None, {"interleave": Prior(0.95, 0.4, 1.1, 0.03)})

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hetkv.costmodel.calibration.datasets import RULES
-from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE
 from hetkv.errors import InputError
 
 Section = Callable[[Path], str]
 """Takes the data folder (`measured/`, `traces/` inside), returns markdown that starts with a `##` heading."""
 
 _SECTIONS: dict[str, tuple[int, Section]] = {}
+"""By name: order, and the function, whose module says which document it belongs to."""
 
 
 def section(name: str, order: int) -> Callable[[Section], Section]:
@@ -31,24 +31,28 @@ def section(name: str, order: int) -> Callable[[Section], Section]:
     return register
 
 
-def sections() -> dict[str, Section]:
-    """All registered sections in their order."""
+def sections(modules: Sequence[str]) -> dict[str, Section]:
+    """The sections that `modules` registered, in their order."""
     ordered = sorted(_SECTIONS.items(), key=lambda item: (item[1][0], item[0]))
-    return {name: function for name, (_, function) in ordered}
+    return {name: function for name, (_, function) in ordered if function.__module__ in modules}
 
 
 def render(
     data: Path,
+    modules: Sequence[str],
     progress: Callable[[str], None] = lambda name: None,
     only: Sequence[str] = (),
     present: str = "",
+    head: str = "",
 ) -> str:
-    """The whole of docs/accuracy.md: the rules of exclusion first, then every registered section.
+    """A whole document: the head, then every section that `modules` registered.
+
+    Without `head` it is that of docs/accuracy.md, with the rules of exclusion.
 
     With `only`, the other sections keep their text from `present`, the file as it is; one that is not there is made.
     Raises `InputError` when `only` names a section that does not exist.
     """
-    known = sections()
+    known = sections(modules)
     for name in only:
         if name not in known:
             raise InputError(f"unknown section {name!r}; known are {', '.join(known)}")
@@ -57,7 +61,8 @@ def render(
         if not only
         else dict(re.findall(r"<!-- section (\S+) -->\n+(.*?)\n*(?=<!-- section |\Z)", present, re.DOTALL))
     )
-    parts = [HEAD, "## Rules of exclusion\n\n" + "\n".join(f"- `{name}`: {why}." for name, why in RULES.items())]
+    rules = "\n".join(f"- `{name}`: {why}." for name, why in RULES.items())
+    parts = [head.strip()] if head else [HEAD, f"## Rules of exclusion\n\n{rules}"]
     for name, function in known.items():
         if name in kept and name not in only:
             text = kept[name]
@@ -68,12 +73,14 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
-HEAD = f"""# Accuracy
+HEAD = """# Accuracy
 
-This file is made by `hetkv calibrate --report docs/accuracy.md --data DATA` and holds no figure that was typed in. DATA
-is a folder of public measurements; docs/cost-model.md says where to get each file. Errors are relative to the
-measurement: the bias is signed (positive: predicted too long), median and p90 are of the absolute error. Each
-prediction comes with a 90 % interval; the last column says how many measurements lie inside. Intervals come from folds
-inside the rows that were fitted on, widened by {NEW_RANGE} for a model, TP or batch beyond them and by {NEW_GPU} for
-another GPU. No row is predicted by a fit that saw it, and repeats of one configuration are never split. What is held
-out are constants: the form of the terms (docs/cost-model.md) was chosen with all of these data in view."""
+This file is made by `hetkv calibrate --report` and holds no figure that was typed in; docs/cost-model.md has the whole
+command and says where to get the data. The fits are those of `hetkv/costmodel/data/fits.json`, from which the
+calibration file is made, too; a test remakes every line from them. Errors are relative to the measurement: the bias is
+signed (positive: predicted too long); median, mean and p90 are of the absolute error. Each prediction comes with a 90 %
+interval: the last columns say how many measurements lie inside, and how wide it is (median of high over low). No row is
+predicted by a fit that saw it, and no interval comes from the errors of the rows it is judged on; repeats of one
+configuration are never split. Where a whole GPU, model or TP is left out, the interval is the spread between the others
+that were each left out. What is held out are constants: the form of the terms was chosen with all of these data in
+view."""

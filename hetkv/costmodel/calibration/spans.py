@@ -7,6 +7,7 @@ process with the prior as its base. No shape is assumed for the errors that were
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +59,14 @@ def posterior(errors: Array, prior: Spread) -> Span:
     return Span(min(0.99, float(np.exp(low))), max(1.01, float(np.exp(high))))
 
 
-def between(means: Array, within: float, freedom: int) -> Span:
-    """The central 90 % of a new group's errors, from the mean log errors of groups that were each left out.
+def between_groups(errors: Sequence[Array], freedom: int = 0) -> Span:
+    """The central 90 % of errors in a group that was not measured, from those of groups that were each left out.
 
-    `within` is the standard deviation inside a group; `freedom` the number of groups that the tails come from.
+    Normal errors: each group's median from a normal around zero, its rows around it. `freedom`: number of groups that
+    the tails come from, where that is more than those of `errors`. Few groups give wide tails.
     """
-    variance = float(np.mean(np.square(means))) * (1 + 1 / len(means)) + within**2
-    half = float(student.ppf(0.95, freedom)) * float(np.sqrt(variance))
-    return Span(float(np.exp(-half)), float(np.exp(half)))
+    medians = np.array([float(np.median(each)) for each in errors])
+    within = float(np.mean([float(np.subtract(*np.quantile(each, [0.75, 0.25]))) / 1.349 for each in errors]))
+    variance = float(np.mean(np.square(medians))) * (1 + 1 / len(medians)) + within**2
+    half = float(student.ppf(0.95, max(freedom, len(medians)))) * float(np.sqrt(variance))
+    return Span(min(0.99, float(np.exp(-half))), max(1.01, float(np.exp(half))))

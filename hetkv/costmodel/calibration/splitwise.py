@@ -13,11 +13,11 @@ from hetkv.costmodel.calibration.errors import (
     Intervals,
     Mask,
     Score,
-    cross_predict,
+    errors_of,
     folds,
     holdouts,
-    pick,
-    score,
+    judged,
+    spans_left_out,
     table,
     verdict,
 )
@@ -25,7 +25,7 @@ from hetkv.costmodel.calibration.fit import Array, fit
 from hetkv.costmodel.calibration.problems import StaticSteps
 from hetkv.costmodel.calibration.report import section
 from hetkv.costmodel.catalogue import Catalogue, load_catalogue
-from hetkv.costmodel.efficiency import NEW_GPU, NEW_RANGE
+from hetkv.costmodel.efficiency import NEW_RANGE
 
 FILE = "measured/splitwise_llama2_70b.csv"
 SCALE = 0.05
@@ -47,23 +47,23 @@ def measured(rows: Sequence[StepRow]) -> Array:
     return np.array([[row.prompt_s for row in rows], [row.token_s for row in rows]])
 
 
-def held_out(rows: list[StepRow], mask: Mask, catalogue: Catalogue, widen: float) -> list[list[Array]]:
-    """Fit on the rows outside `mask`, predict those inside: `[predicted, measured, low, high]` of prompt and of token.
+def scores(rows: list[StepRow], masks: list[Mask], whole: bool, catalogue: Catalogue) -> tuple[Score, Score]:
+    """Prompt and token score over all rows that the masks hold out, each mask with its own fit.
 
-    The interval comes from folds inside the training rows.
+    The interval is that of the other masks' rows; where only one is held out, that of configurations left out, widened.
     """
-    train, test = pick(rows, ~mask), pick(rows, mask)
-    fitted, truth = predict(train, test, catalogue), measured(test)
-    ratios = measured(train) / cross_predict(train, config, lambda a, b: predict(a, b, catalogue))
-    spans = [Intervals(train, ratio, lambda r: "") for ratio in ratios]
-    return [[fitted[i], truth[i], *spans[i].factors(test, widen)] for i in (0, 1)]
 
+    def run(train: Sequence[StepRow], test: Sequence[StepRow]) -> Array:
+        return np.asarray(np.log(measured(test) / predict(train, test, catalogue)))
 
-def scores(rows: list[StepRow], masks: list[Mask], catalogue: Catalogue, widen: float = 1.0) -> tuple[Score, Score]:
-    """Prompt and token score over all rows that the masks hold out, each mask with its own fit."""
-    results = [held_out(rows, mask, catalogue, widen) for mask in masks]
-    joined = [[np.concatenate(column) for column in zip(*(r[part] for r in results), strict=True)] for part in (0, 1)]
-    return score(*joined[0]), score(*joined[1])
+    errors, key = errors_of(rows, masks, run), (lambda r: r.gpu)
+    if len(masks) > 1:
+        spans = [spans_left_out(rows, each, masks, None if whole else key) for each in errors]
+    else:
+        known = errors_of(rows, folds(rows, config), run)
+        spans = [Intervals(rows, np.exp(each), key).factors(rows, NEW_RANGE) for each in known]
+    prompt, token = (judged(each, *span) for each, span in zip(errors, spans, strict=True))
+    return prompt, token
 
 
 def largest(rows: list[StepRow]) -> Mask:
@@ -81,16 +81,13 @@ def splitwise(data: Path) -> str:
     rows = found.splitwise
 
     by_tp, by_gpu = holdouts(rows, lambda r: r.tp), holdouts(rows, lambda r: r.gpu)
-    cases: list[tuple[str, list[Mask], float]] = [("configuration (5 folds)", folds(rows, config), 1.0)]
-    cases += [("a whole TP, all three", list(by_tp.values()), NEW_RANGE)]
-    cases += [(f"TP {tp}", [mask], NEW_RANGE) for tp, mask in by_tp.items()]
-    cases += [("a whole GPU, both", list(by_gpu.values()), NEW_GPU)]
-    cases += [(f"GPU {gpu}", [mask], NEW_GPU) for gpu, mask in by_gpu.items()]
-    cases += [("largest batch of each GPU and TP", [largest(rows)], NEW_RANGE)]
-    cases += [("batch 64", [np.array([row.batch == 64 for row in rows])], NEW_RANGE)]
+    cases: list[tuple[str, list[Mask], bool]] = [("configuration (5 folds)", folds(rows, config), False)]
+    cases += [("a whole TP, all three", list(by_tp.values()), True), ("a whole GPU, both", list(by_gpu.values()), True)]
+    cases += [(f"TP {tp}", [mask], True) for tp, mask in by_tp.items()]
+    cases += [("largest batch of each GPU and TP", [largest(rows)], False)]
     lines, verdicts = [], []
-    for name, masks, widen in cases:
-        prompt, token = scores(rows, masks, catalogue, widen)
+    for name, masks, whole in cases:
+        prompt, token = scores(rows, masks, whole, catalogue)
         lines.append([name, "token", *token.cells()])
         lines.append(["", "prompt", *prompt.cells()])
         if name in ("configuration (5 folds)", "a whole TP, all three", "a whole GPU, both") or "largest" in name:

@@ -1,4 +1,4 @@
-"""The simulator against closed forms and measured runs, for docs/accuracy.md.
+"""The simulator against closed forms and measured runs, for docs/simulator-accuracy.md.
 
 Imports the simulator and `hetkv.costmodel.calibration`.
 """

@@ -1,4 +1,4 @@
-"""What the simulator is worth, measured: its sections of docs/accuracy.md."""
+"""What the simulator is worth, measured: the sections of docs/simulator-accuracy.md."""
 
 from __future__ import annotations
 
