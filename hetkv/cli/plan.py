@@ -11,7 +11,7 @@ from typing import Any
 from hetkv import terminal
 from hetkv.errors import InputError
 
-FLAGS = {
+FLAGS: dict[str, Any] = {
     "model": None, "gpu": [], "price_basis": "on_demand", "prices_as_of": None, "rate": None, "prompt_tokens": "1024",
     "output_tokens": "256", "ttft": None, "tpot": None, "percentile": 99.0, "budget": None, "spare": 0,
 }  # fmt: skip
