@@ -15,6 +15,7 @@ from hetkv.costmodel.memory import kv_bytes_per_token
 from hetkv.costmodel.models import ModelShape, model_shape
 from hetkv.errors import InputError
 from hetkv.models import FAMILIES
+from hetkv.simulator.deployment import build_pools, load_plan
 from tests.models.zoo import FAMILY, SMALL, edited
 
 HYBRID = {
@@ -112,3 +113,27 @@ def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
     shape = model_shape(str(tmp_path))
     assert (shape.full_layers, shape.window_layers, shape.window) == (1, 2, 9)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma3"
+
+
+PLAN = """
+model: {path}
+engine: {{name: vllm}}
+pools:
+  - {{role: prefill, gpu: H200}}
+  - {{role: decode, gpu: H200, tp: 2}}
+link: {{gb_s: 50}}
+"""
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"kimi_k2"}))
+def test_a_simulated_deployment_moves_what_the_file_says(family: str, tmp_path: Path) -> None:
+    """Bytes of a token in bf16, layers with a window counted as full ones: engines hold and send them so."""
+    config = {**FAMILY, **SIZES_ALONE}[family]
+    CONFIG_MAPPING[family](**{**SMALL, **config}).save_pretrained(tmp_path)
+    model_shape.cache_clear()
+    (tmp_path / "plan.yaml").write_text(PLAN.format(path=tmp_path / "config.json"))
+    plan = load_plan(tmp_path / "plan.yaml")
+    pools = {pool.name: pool.model.kv_bytes_per_token for pool in build_pools(plan, "plan.yaml")}
+    shape = model_shape(str(tmp_path))
+    assert pools["prefill"] == shape.attention_layers * shape.kv_elements * 2
+    assert pools["decode"] == kv_bytes_per_token(shape, 2, "bf16")
