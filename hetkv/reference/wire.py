@@ -91,7 +91,7 @@ def encode(prelude: Prelude, body: Body, key: bytes) -> bytes:
         packed = _pack_body(body)
         message = seal(_pack_prelude(prelude, _MIN_BYTES + len(packed)) + packed, key)
         decode(message, key)
-    except (struct.error, UnicodeEncodeError, WireError) as error:
+    except (struct.error, UnicodeEncodeError, UnsupportedError, WireError) as error:
         raise InputError(f"not a valid {prelude.type.text}: {error}") from None
     return message
 

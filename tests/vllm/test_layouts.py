@@ -26,6 +26,7 @@ from hetkv.kv.layer import LayerMemory
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
+from hetkv.kv.view import strided_view
 
 BLOCKS, TOKENS, HEADS, CHANNELS = 5, 32, 3, 64
 
@@ -184,5 +185,5 @@ def test_cpu_kernels(block_size: int, heads: int, channels: int, isa: str) -> No
     halves = tensor.view(BLOCKS, heads, 2 * block_size, -1).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, values, *halves, slots, isa)
     for name, stored in (("k", keys), ("v", values)):
-        seen = layout.segments[name].view(tensor, block_size, BLOCKS)[[3, 1]]
+        seen = strided_view(layout.segments[name], tensor, block_size, BLOCKS)[[3, 1]]
         assert torch.equal(seen.flatten(0, 1), stored)

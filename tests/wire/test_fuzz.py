@@ -126,7 +126,7 @@ def messages(draw: st.DrawFn) -> tuple[Prelude, Body]:
 def python_verdict(data: bytes) -> tuple[int, str, tuple[Prelude, Body] | None]:
     try:
         return 0, "", wire.decode(data, KEY)
-    except (errors.WireError, errors.AuthenticationError) as error:
+    except (errors.WireError, errors.UnsupportedError, errors.AuthenticationError) as error:
         return CODES[type(error)], str(error), None
 
 
