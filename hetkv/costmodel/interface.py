@@ -19,7 +19,7 @@ class StepModel(Protocol):
     One engine step runs `decode_batch` sequences by one token each and `prefill_tokens` prompt tokens, together
     (chunked prefill) or alone. `decode_context` is the sum over the decode batch of the tokens in each KV cache.
     `prefill_pairs`
-    is the number of (query, key) pairs that causal attention visits for the prompt tokens: a chunk of `n` tokens behind
+    is the number of (query, key) pairs that causal attention visits for the prompt tokens: a chunk of `n` tokens after
     `p` cached ones has `n*p + n*(n+1)/2`.
 
     The time of a step is its latency: from its start until its tokens are out. With pipeline `stages` the next step may
@@ -55,7 +55,7 @@ class StepModel(Protocol):
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens of KV cache that the instance's memory holds beside weights and activations."""
+        """Tokens of KV cache that the instance's memory holds in addition to weights and activations."""
         ...
 
     @property

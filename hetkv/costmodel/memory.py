@@ -1,4 +1,4 @@
-"""Memory of an instance: weights, activations, and the KV cache tokens that fit beside them."""
+"""Memory of an instance: weights, activations, and the KV cache tokens that fit in the rest."""
 
 from __future__ import annotations
 

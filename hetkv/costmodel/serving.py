@@ -40,7 +40,7 @@ class LoopConstants(NamedTuple):
     """Constants around the step. `front_*_s`: service time of the front end per request and per output token.
 
     `interleave`: share of the other requests' prompts that fall into a request's decode phase. For TTFT only: `burst`,
-    the prompts that a request waits behind, as a share of those in flight (the load generator's first wave arrives at
+    the prompts that a request waits for, as a share of those in flight (the load generator's first wave arrives at
     once), and `accept_s`, the time outside the engine's steps.
     """
 
@@ -106,7 +106,7 @@ def disaggregated(
     transfer_s: Array,
     c: LoopConstants,
 ) -> Loop:
-    """Prefill and decode workers apart; `room` requests fit in the KV cache of one decode worker.
+    """Separate prefill and decode workers; `room` requests fit in the KV cache of one decode worker.
 
     The slower of the two sides and the front end bound the rate. Requests that find no decode slot or no prefill worker
     wait before their first token. `transfer_s` is the exposed time of the KV transfer.

@@ -34,9 +34,9 @@ def entries(
 ) -> list[Efficiency]:
     """One entry for each key that the rows have. `errors` are log(measured / predicted) of rows left out of their fit.
 
-    `bare` are the rows without what the entries shall not tell apart, such as the model: key, constants and intervals
-    are those of the bare rows. A key holds the constants of each TP degree by itself where the fit tells them apart.
-    Raises `ValueError` when the fit tells rows apart by something else that the key does not name: one entry cannot
+    `bare` are the rows without what the entries do not distinguish, such as the model: key, constants and intervals
+    are those of the bare rows. A key holds the constants of each TP degree by itself where the fit distinguishes them.
+    Raises `ValueError` when the fit distinguishes rows by something else that the key does not name: one entry cannot
     hold their constants.
     """
     bare = rows if bare is None else bare

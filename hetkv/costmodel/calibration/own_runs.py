@@ -23,7 +23,7 @@ from hetkv.costmodel.models import model_shape
 MOVED = ("gemm_bytes", "gemm_flops", "kv_bytes", "layer_s", "step_s", "sequence_s", "prompt_layer_s", "reduce")
 MOVED_EXPERTS = ("expert_bytes", "expert_flops")
 MOVED_OTHERS = ("few_rows_flops", "kv_group")
-"""Moved too where the GPU itself was not measured: they tell vendors' kernels apart."""
+"""Moved too where the GPU itself was not measured: they differ between vendors' kernels."""
 FIRST_TOKEN = ("prompt_s", "burst", "accept_s")
 ROUNDS = 10
 """At most so many fits without a part of the rows give the errors of rows that a fit did not see."""

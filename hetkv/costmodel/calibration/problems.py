@@ -176,7 +176,7 @@ class ServingLoops:
         self.rows = rows
         self.decode = stack([self._work(r, r.decode, catalogue) for r in rows])
         self.prefill = stack([self._work(r, r.prefill or r.decode, catalogue) for r in rows])
-        self.apart = np.array([r.disaggregated for r in rows])
+        self.separate = np.array([r.disaggregated for r in rows])
         self.prefill_workers = _column(rows, lambda r: (r.prefill or r.decode).workers)
         self.decode_workers = _column(rows, lambda r: r.decode.workers)
         tokens = _column(rows, lambda r: capacity(catalogue, r.gpu, r.model, r.decode, r.dtype, kv_dtype(r)))
@@ -205,10 +205,10 @@ class ServingLoops:
         )
         k = coefficients(self.decode, c)
         found = aggregated(k, self.load, self.room, CHUNK, around)
-        if not self.apart.any():
+        if not self.separate.any():
             return found
         zero = 0.0 * self.load.prompt
-        apart = disaggregated(
+        separate = disaggregated(
             coefficients(self.prefill, c),
             k,
             self.load,
@@ -219,7 +219,7 @@ class ServingLoops:
             zero,
             around,
         )
-        return Loop(*(np.where(self.apart, a, b) for a, b in zip(apart, found, strict=True)))
+        return Loop(*(np.where(self.separate, a, b) for a, b in zip(separate, found, strict=True)))
 
     def first_token_residuals(self, steps: Values) -> Callable[[Values], Array]:
         """Residuals of TTFT in the constants that only TTFT has, with the fitted step constants `steps` held."""

@@ -1,4 +1,4 @@
-"""What an operator's engine leaves behind, as observations to calibrate with: one module for each kind of file.
+"""Logs of an operator's engine as observations to calibrate with: one module for each kind of file.
 
 `read` finds the kind from the content. Imports the datasets' rows and nothing of the fit.
 """

@@ -32,7 +32,7 @@ def observations(text: str, origin: str) -> list[Observation]:
     """Windows between lines where the number of running requests is steady.
 
     vLLM: a line with prompts and prefix cache hits is left out, as it does not say how many of the tokens were
-    computed. SGLang: a decode line is used where no prefill lies between it and the one before.
+    computed. SGLang: a decode line is used where no prefill comes between it and the one before.
     """
     return _vllm(text, origin) if VLLM.search(text) else _sglang(text)
 

@@ -110,11 +110,11 @@ def observations(log: RequestLog, horizon: float | None = None) -> list[Observat
 
 
 def _prompts(log: RequestLog) -> list[Observation]:
-    """Prompts that did not wait and that no other prompt ran beside, at most `WINDOWS` of them."""
+    """Prompts that did not wait and that ran without another prompt, at most `WINDOWS` of them."""
     found: list[Observation] = []
     for i in np.nonzero(log.scheduled - log.queued <= QUEUE_S)[0]:
-        beside = (log.scheduled < log.first[i]) & (log.first > log.scheduled[i])
-        if beside.sum() == 1:
+        overlapping = (log.scheduled < log.first[i]) & (log.first > log.scheduled[i])
+        if overlapping.sum() == 1:
             running, context = _state(log, float(log.scheduled[i]))
             found.append(Prompt(float(log.first[i] - log.scheduled[i]), float(log.prompt[i]), running, context))
     return found[:: -(-len(found) // WINDOWS)] if found else []
