@@ -105,7 +105,7 @@ def add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> 
     table.add_row("TTFT", f"{result.ttft_ms:.1f} ms, of which prefill {result.prefill_ms:.1f} ms{of}")
     table.add_row(
         "transfer",
-        f"{result.transfer_ms:.1f} ms, of which exposed behind the prefill {result.exposed_transfer_ms:.2f} ms",
+        f"{result.transfer_ms:.1f} ms, of which exposed after the prefill {result.exposed_transfer_ms:.2f} ms",
     )
     table.add_row("TPOT", f"{result.tpot_ms:.2f} ms")
 

@@ -95,7 +95,7 @@ class RequestResult(msgspec.Struct, kw_only=True):
     transfer_ms: float
     """From the first layer handed over until the last layer is verified in the last decode pool."""
     exposed_transfer_ms: float
-    """The part of it behind the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
+    """The part of it after the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
     tpot_ms: float
 
 

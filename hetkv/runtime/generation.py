@@ -32,7 +32,7 @@ def prefill(
     model: Decoder, tokens: Sequence[int], pages: Pages, *, start: int = 0, chunk: int | None = None,
     on_layer: OnChunkLayer | None = None,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Run a prompt, `chunk` tokens a pass (default: one pass); logits `[vocab]` behind its last token.
+    """Run a prompt, `chunk` tokens a pass (default: one pass); logits `[vocab]` after its last token.
 
     `None` on a rank of a pipeline stage that has no logits; `choose` then tells the token.
 

@@ -107,20 +107,20 @@ class Decoder:
     def prefill(
         self, tokens: Sequence[int], start: int, pages: Pages, on_layer: OnLayer | None = None
     ) -> torch.Tensor | None:
-        """Run `tokens` (a prompt or a chunk of one) from position `start`; logits `[vocab]` behind the last of them."""
+        """Run `tokens` (a prompt or a chunk of one) from position `start`; logits `[vocab]` after the last of them."""
         logits = self.forward([Span(pages, start, tokens)], on_layer)
         return None if logits is None else logits[0]
 
     def decode_step(
         self, token: int, position: int, pages: Pages, on_layer: OnLayer | None = None
     ) -> torch.Tensor | None:
-        """Run one token at `position`; logits `[vocab]` for the token behind it."""
+        """Run one token at `position`; logits `[vocab]` for the token after it."""
         logits = self.forward([Span(pages, position, (token,))], on_layer)
         return None if logits is None else logits[0]
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span], on_layer: OnLayer | None = None) -> torch.Tensor | None:
-        """One pass over a ragged batch; logits `[spans, vocab]` behind the last token of each span.
+        """One pass over a ragged batch; logits `[spans, vocab]` after the last token of each span.
 
         Every rank of the last stage has all logits; a rank of another stage has `None`.
 

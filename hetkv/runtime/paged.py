@@ -42,7 +42,7 @@ class BlockAllocator:
         return self.extend([[] for _ in self._block_size], num_tokens)
 
     def extend(self, block_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """`block_ids`, and behind them what `num_tokens` tokens need more. `PoolFull` if any group is short."""
+        """`block_ids`, followed by what `num_tokens` tokens need more. `PoolFull` if any group is short."""
         wanted = [
             max(0, -(-num_tokens // size) - len(ids)) if size else 0
             for size, ids in zip(self._block_size, block_ids, strict=True)

@@ -26,19 +26,19 @@ class ParallelGroup:
 
     @classmethod
     def join(cls, address: str, tp: int, pp: int, rank: int, device: torch.device | str = "cpu") -> ParallelGroup:
-        """Meet the other ranks at `address` (an `init_method`: `file:///...`, `tcp://host:port`). One team a process.
+        """Meet the other ranks at `address` (an `init_method`: `file:///...`, `tcp://host:port`). One group a process.
 
         NCCL (RCCL on AMD) between GPUs, gloo between CPUs.
         """
-        team = cls(tp, pp, rank, device)
+        made = cls(tp, pp, rank, device)
         if tp * pp > 1:
-            backend = "nccl" if team.device.type == "cuda" else "gloo"
-            with team._talking():
+            backend = "nccl" if made.device.type == "cuda" else "gloo"
+            with made._talking():
                 dist.init_process_group(backend, init_method=address, world_size=tp * pp, rank=rank)
                 # Every rank makes every stage's group: that is how `new_group` wants it.
                 groups = [dist.new_group(range(stage * tp, (stage + 1) * tp)) for stage in range(pp)]
-            team._stage = groups[rank // tp]
-        return team
+            made._stage = groups[rank // tp]
+        return made
 
     def leave(self) -> None:
         """End this rank's membership."""
@@ -76,7 +76,7 @@ class ParallelGroup:
         return x
 
     def agree(self, token: int | None) -> int:
-        """The token that the last stage's first rank chose, on every rank of the team."""
+        """The token that the last stage's first rank chose, on every rank of the group."""
         if self._stage is None:
             assert token is not None
             return token

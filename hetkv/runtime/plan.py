@@ -54,7 +54,7 @@ class InstancePlan(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[int, ...] | None = None
     """Layers of each pipeline stage; `None`: as even as can be."""
     device: str = "cpu"
-    """`cpu`, or `cuda:N` (also for HIP) of the first rank; the others take the GPUs behind it."""
+    """`cpu`, or `cuda:N` (also for HIP) of the first rank; the others take the GPUs after it."""
 
     def rank_device(self, rank: int) -> torch.device:
         """Where a rank computes and keeps its pool. `InputError` for a device that is not there."""

@@ -22,7 +22,7 @@ class Request(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the ranks of a request's instances told."""
+    """What the ranks of a request's instances answered."""
 
     prefilled: list[PrefillResult]
     decoded: list[DecodeResult]
@@ -40,8 +40,8 @@ def route(request: Request, tokens: int, rendezvous: Rendezvous) -> Run:
         prefilled = prefiller.call("prefill", name, prompt)
         decoder.call(*accept)
     decoded = decoder.call("decode", name, prefilled[0].first_token, tokens)
-    spans = [span for told in (*prefilled, *decoded) for span in told.spans]
-    spans += [span for told in prefiller.call("finish", name) for span in told]
+    spans = [span for rank in (*prefilled, *decoded) for span in rank.spans]
+    spans += [span for rank in prefiller.call("finish", name) for span in rank]
     return Run(prefilled, decoded, spans)
 
 
@@ -60,7 +60,7 @@ class Times(NamedTuple):
     transfer_ms: float
     """From the first layer handed over until the last layer is verified in the last decode pool."""
     exposed_transfer_ms: float
-    """The part of it behind the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
+    """The part of it after the end of the prefill's compute: what the transfer adds to TTFT. 0: nothing."""
     tpot_ms: float
 
 

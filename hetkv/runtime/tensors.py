@@ -15,7 +15,7 @@ from hetkv.runtime.part import Part, even
 
 
 class Run(NamedTuple):
-    """`number` things of `unit` rows each, one behind another along an axis."""
+    """`number` things of `unit` rows each, one after another along an axis."""
 
     what: Literal["heads", "kv_heads", "inner", "vocab"]
     number: int
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """Shape of a tensor, and what lies along the axis that is split. No runs: every rank has all of it."""
+    """Shape of a tensor, and what the axis that is split is made of. No runs: every rank has all of it."""
 
     shape: tuple[int, ...]
     axis: int = 0

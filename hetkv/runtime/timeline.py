@@ -98,7 +98,7 @@ def draw(path: Path | str, spans: Sequence[Span], title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(11, 0.75 * len(rows) + 1.6), layout="constrained")
     total = (max(span.stop_ns for span in spans) - origin) / 1e6
     for span in spans:
-        # A pack of microseconds beside a compute of milliseconds is drawn wide enough to be seen.
+        # A pack of microseconds next to a compute of milliseconds is drawn wide enough to be seen.
         left, width = (span.start_ns - origin) / 1e6, max((span.stop_ns - span.start_ns) / 1e6, total * 0.004)
         colour = colours(span.layer / max(layers - 1, 1))
         axes.barh(rows.index(span.row), width, left=left, height=0.72, color=colour)

@@ -34,7 +34,7 @@ class TimingOptions(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 1024
     new_tokens: int = 16
     requests: int = 5
-    """Timed ones, one after another, behind one that warms up."""
+    """Timed ones, one after another, after one that warms up."""
     prefill: InstancePlan
     decode: InstancePlan
     """Of one rank each."""

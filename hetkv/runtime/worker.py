@@ -192,7 +192,7 @@ class Worker:
         reception.future.add_done_callback(lambda _: self.kv_ns.__setitem__(request_id, time.monotonic_ns()))
 
     def decode(self, request_id: str, first_token: int, max_new_tokens: int) -> DecodeResult:
-        """Continue an accepted request behind its first token, once its KV is there."""
+        """Continue an accepted request after its first token, once its KV is there."""
         reception, blocks, num_tokens = self.accepted.pop(request_id)
         try:
             reception.wait()

@@ -21,12 +21,12 @@ pytestmark = [
 def rank(number: int, tp: int, pp: int, meeting: str, told: Connection) -> None:
     """One rank: generate whole and in chunks, tell the tokens."""
     device = torch.device("cuda", number)
-    team = ParallelGroup.join(meeting, tp, pp, number, device)
-    model = Decoder.load(MODEL, torch.float32, device, team=team)
+    group = ParallelGroup.join(meeting, tp, pp, number, device)
+    model = Decoder.load(MODEL, torch.float32, device, group=group)
     pool = KVPool.allocate(model.kv_spec, 20, layout="rocm", dtype="float32", shard=model.shard, device=device)
     prompt = TextTokenizer.load(MODEL).encode(PROMPT)
     told.send([generate(model, prompt, 96, pool), generate(model, prompt, 96, pool, chunk=13)])
-    team.leave()
+    group.leave()
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])

@@ -127,8 +127,8 @@ def test_a_group_of_another_stage_takes_no_blocks(tmp_path: Path) -> None:
 
 
 def test_a_rank_alone_needs_no_process_group() -> None:
-    team, x = ParallelGroup(), torch.randn(3, 4)
-    assert team.sum(x) is x
-    assert team.concat(x, [4]) is x
-    assert team.agree(7) == 7
-    team.leave()
+    group, x = ParallelGroup(), torch.randn(3, 4)
+    assert group.sum(x) is x
+    assert group.concat(x, [4]) is x
+    assert group.agree(7) == 7
+    group.leave()
