@@ -28,6 +28,10 @@ RESERVE = 0.02
 """Extra rate that is asked of the program, added up, in each round after the last one until the targets hold."""
 
 
+ROLE_OF = {"ttft": "prefill", "tpot": "decode"}
+"""Which pool a target asks for more of."""
+
+
 @dataclass
 class Search:
     """One search over `columns`. After `run`, `best` is the plan, `seen` all that were simulated, and the times.
@@ -49,6 +53,7 @@ class Search:
     iterations: int = 0
     undecided: UndecidedError | None = None
     slack: dict[tuple[str, str], Reach] = field(default_factory=dict)  # (model, role) to multiples of the plan's rates
+    cut_off: list[Cut] = field(default_factory=list)  # pools of plans that failed on held-out seeds
     slack_of: Candidate | None = None  # the plan that `slack` was measured for to the end
     _asked: tuple[Any, ...] = ()  # the program before, and its solution
     _answer: Solution | None = None
@@ -69,9 +74,15 @@ class Search:
         self.seconds += time.perf_counter() - begin
         return self
 
-    def again(self, failed: Candidate) -> Search:
-        """Search on without a plan that failed on held-out seeds, nor any that has no more instances of anything."""
+    def again(self, failed: Candidate, late: set[str]) -> Search:
+        """Search on without a plan that failed on held-out seeds, nor any that has no more instances of anything.
+
+        `late` are the targets that it missed, "ttft" or "tpot".
+        """
         begin = time.perf_counter()
+        roles = {"aggregated", *(role for target, role in ROLE_OF.items() if target in late)}
+        for model, role in {k[:2] for k in failed.counts if k[1] in roles} if self.for_cost else ():
+            self.cut_off.append(Cut(model, role, {k: n for k, n in failed.counts.items() if k[:2] == (model, role)}))
         self.trials.barred.append(failed)
         left = [c for c in self.seen if c.meets and not self.trials.is_barred(c.counts, c.scale)]
         key = (lambda c: c.cost) if self.for_cost else (lambda c: -c.scale)
@@ -91,7 +102,7 @@ class Search:
 
     def _rounds(self, reserve: float = 1.0) -> None:
         """Solve, simulate and correct until nothing better comes, or a limit is met."""
-        cuts: list[Cut] = []
+        cuts = list(self.cut_off)
         before = None
         for _ in range(2 * ITERATIONS):
             late = self.iterations >= ITERATIONS or self.effort.spent

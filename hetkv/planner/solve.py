@@ -48,8 +48,8 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     others = {name: _search_part(search, *part) for name, part in parts.items()}
     best, judged, before = _judge(search)
     bound = search.bound()
-    slack = _slack(search, best)
     meets = best.meets and judged.holds
+    slack = _slack(search, best) if meets else None
     notes = [] if meets else [_closest_note(best, judged)]
     cut = _limits(search, seconds)
     for name, other in others.items():
@@ -57,7 +57,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     notes += cut
     if bound is None:
         notes.append("no bound with queueing left out was found")
-    if best.meets and slack is None:
+    if meets and slack is None:
         least = min(reach.scale for reach in search.slack.values()) - 1
         notes.append(f"the slack was not measured to the end: at least {max(0.0, least):.0%} more traffic fits")
     notes += _unstartable(search, best)
@@ -112,7 +112,7 @@ def _judge(search: Search) -> tuple[Candidate, Judgement, int]:
         if judged.holds:
             return best, judged, len(failed)
         failed.append((best, judged))
-        search.again(best)
+        search.again(best, {target for (_, target), a in judged.attained.items() if not a.holds})
     if failed:
         best, judged = max(failed, key=lambda f: min(a.share - a.asked for a in f[1].attained.values()))
         return best, judged, len(failed) - 1

@@ -1,14 +1,14 @@
 """Which instance gets a request.
 
-Instances of one pool differ in their load alone, so each pool keeps a heap of loads and only its head is looked at. An
-instance whose load has changed is entered anew when the next request comes; entries that no longer say its load are
-passed over. With a prefix to match, all instances are looked at.
+Instances of one pool differ in their load alone, so each pool keeps a heap of loads and only its head is looked at.
+An instance whose load has fallen is entered anew when the next request comes, one whose load has risen when its entry
+comes to the head. With a prefix to match, all instances are looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from hetkv.simulator.instance import Instance
 from hetkv.simulator.request import Request
@@ -53,6 +53,7 @@ class Router:
         self._by_prefix = discipline == PREFIX_AWARE
         self._order = {instance: i for i, instance in enumerate(self.instances)}
         self._changed: dict[Instance, None] = dict.fromkeys(self.instances)
+        self._least: dict[Instance, Load] = {}  # the least load that an instance is entered with
         self._heaps: dict[str, list[Entry]] = {i.pool.name: [] for i in self.instances}
         for instance in self.instances:
             instance.report_to(self._changed)
@@ -81,21 +82,33 @@ class Router:
         """The least loaded instance of each pool."""
         for instance in self._changed:
             if instance.up:
-                heappush(self._heaps[instance.pool.name], self._entry(instance))
+                load, least = self._load(instance), self._least.get(instance)
+                if least is None or load < least:
+                    self._least[instance] = load
+                    heappush(self._heaps[instance.pool.name], (load, self._order[instance], instance))
+            else:
+                self._least.pop(instance, None)
         self._changed.clear()
         found = []
         for name, heap in self._heaps.items():
-            while heap and not (heap[0][2].up and heap[0][0] == self._load(heap[0][2])):
-                heappop(heap)
+            while heap:
+                load, order, instance = heap[0]
+                now = self._load(instance)
+                if instance.up and load == now:
+                    break
+                if instance.up and load == self._least.get(instance):
+                    self._least[instance] = now
+                    heapreplace(heap, (now, order, instance))
+                else:
+                    heappop(heap)
             if len(heap) > 64 + 8 * len(self.instances):  # mostly entries that say too much
-                heap = self._heaps[name] = [self._entry(i) for i in self.instances if i.up and i.pool.name == name]
+                mine = [i for i in self.instances if i.up and i.pool.name == name]
+                self._least.update({i: self._load(i) for i in mine})
+                heap = self._heaps[name] = [(self._least[i], self._order[i], i) for i in mine]
                 heapify(heap)
             if heap:
                 found.append(heap[0][2])
         return found
-
-    def _entry(self, instance: Instance) -> Entry:
-        return self._load(instance), self._order[instance], instance
 
 
 def _requests(instance: Instance) -> Load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hetkv.planner.result import ClassLatency, Plan
 from hetkv.planner.seeds import choosing_seeds, held_out_seeds
 from hetkv.planner.slo_checker import SloChecker
 from hetkv.planner.solve import solve
+from hetkv.planner.trials import Candidate, Judgement, Trials
 from tests.planner.brute_force import random_problem
 from tests.planner.cases import small
 
@@ -124,3 +126,18 @@ def test_a_small_problem_is_chosen_by_several_seeds() -> None:
     plan = solve(small(), beside=False)
     assert plan.meets
     assert min(one.worst for targets in plan.attained.values() for one in targets.values()) > 0.85
+
+
+def test_a_plan_that_fails_on_every_block_of_held_out_seeds_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged with ten times the traffic, no plan that the choosing seeds pass holds, and the result says so."""
+    judge = Trials.judge
+
+    def harder(trials: Trials, candidate: Candidate, attempt: int) -> Judgement:
+        return judge(trials, replace(candidate, scale=10 * candidate.scale), attempt)
+
+    monkeypatch.setattr(Trials, "judge", harder)
+    plan = solve(small(), beside=False)
+    assert not plan.meets
+    assert plan.simulated_slack is None
+    assert plan.judged_before >= 1
+    assert any("on held-out seeds" in note for note in plan.notes)
