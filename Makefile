@@ -68,7 +68,7 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 $(DEMO_STAMP): $(SOURCES)
-	@echo "Installing the demo into $(DEMO_VENV): 0.3 GB to download (torch for CPU, UCX), 1.2 GB installed, and a build of minutes."
+	@echo "Installing the demo into $(DEMO_VENV): PyTorch for CPU and UCX are downloaded, then the extension is built, which takes minutes."
 	test -x $(DEMO_PY) || $(PYTHON) -m venv $(DEMO_VENV)
 	PIP_CONSTRAINT=constraints.txt $(DEMO_PY) $(PIP) -e ".[runtime]" -Ccmake.define.HETKV_HIP=OFF \
 		-Ccmake.define.HETKV_CUDA=OFF -Cbuild.verbose=true -v 2>&1 | $(PYTHON) cmake/progress.py
