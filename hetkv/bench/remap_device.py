@@ -1,8 +1,9 @@
 """`hetkv bench remap --device cuda:0`: the GPU kernels, as a share of a device-to-device copy's speed in the same run.
 
-The cases are those of the CPU (`hetkv/bench/remap.py`). One sample is a pass over buffers that together are larger than
-the second-level cache, launched back to back behind work that keeps the GPU busy meanwhile, timed by events; then the
-same pass as copies of the source's bytes. Times are medians of one launch; bytes count those read and those written.
+The cases are those of the CPU (`hetkv/bench/remap_cases.py`). One sample is a pass over buffers that together are
+larger than the second-level cache. Its launches are queued back to back after work that keeps the GPU busy while they
+are queued, and timed by events; then the same pass runs as copies of the source's bytes. Times are medians of one
+launch; bytes count those read and those written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from hetkv.bench.remap import WIRE, Case, Place, cases, extent, make_jobs, make_memory, rates
+from hetkv.bench.remap_cases import WIRE, Case, Place, cases, extent, make_jobs, make_memory, rates
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def device_cases() -> Iterator[Case]:
 
 
 def measure(case: Case, device: torch.device, mib: int, repeats: int, l2_bytes: int) -> dict[str, Any]:
-    """Time one case and the copy beside it; one entry of `results`."""
+    """Time one case and the copy that it is compared with; one entry of `results`."""
     import torch
 
     from hetkv.core import core as _core
