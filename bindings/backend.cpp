@@ -53,8 +53,16 @@ py::dict pointer_info(const std::string& name, std::uint64_t pointer) {
 // Jobs on one device, launched as often as one likes, with their block tables and multipliers in device memory.
 class DeviceRemap {
  public:
-  DeviceRemap(const std::string& name, std::int32_t device, const std::vector<OwnedJob>& jobs)
+  DeviceRemap(const std::string& name, std::int32_t device, const std::vector<OwnedJob>& jobs,
+              const std::vector<std::uint64_t>& frames)
       : backend_(backend_of(name)), device_(device) {
+    std::uint64_t all = 0;
+    for (const std::uint64_t count : frames) {
+      all += count;
+      frames_.push_back({0, count});
+    }
+    if (frames.empty()) frames_.push_back({0, jobs.size()});
+    if (!frames.empty() && all != jobs.size()) throw py::value_error("the frames' jobs are not all jobs");
     std::size_t bytes = 0;
     for (const OwnedJob& job : jobs) {
       bytes += (job.src.blocks.size() + job.dst.blocks.size()) * 4 + job.multipliers.size() * 4;
@@ -84,11 +92,12 @@ class DeviceRemap {
 
   void launch(std::uint64_t stream, std::uint64_t seed, std::int32_t max_blocks) {
     void* handle = reinterpret_cast<void*>(stream);
-    ok(backend_.remap(handle, jobs_.data(), jobs_.size(), seed, &slot_, max_blocks), "launching a remap");
+    for (std::size_t i = 0; i < frames_.size(); ++i) frames_[i].seed = seed + i;
+    ok(backend_.remap(handle, jobs_.data(), frames_.data(), frames_.size(), &slot_, max_blocks), "launching a remap");
     stream_ = handle;
   }
 
-  std::pair<std::uint64_t, std::uint64_t> result() {
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> results() {
     ok(backend_.event_record(event_, stream_), "recording an event");
     std::int32_t status = 0;
     {
@@ -96,8 +105,11 @@ class DeviceRemap {
       status = backend_.event_synchronize(event_);
     }
     ok(status, "waiting for a remap");
-    const hetkv::remap::Result found = slot_.result->sum();
-    return {found.checksum, found.saturated};
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> found;
+    for (std::size_t i = 0; i < frames_.size(); ++i) {
+      found.emplace_back(slot_.results[i].checksum, slot_.results[i].saturated);
+    }
+    return found;
   }
 
  private:
@@ -140,6 +152,7 @@ class DeviceRemap {
   void* staging_ = nullptr;
   void* tables_ = nullptr;
   std::vector<hetkv::remap::Job> jobs_;
+  std::vector<HetkvRemapFrame> frames_;
 };
 
 }  // namespace
@@ -160,11 +173,17 @@ void bind_backend(py::module_& m) {
   m.def("pointer_info", &pointer_info, py::arg("backend"), py::arg("pointer"), "What memory an address belongs to.");
   py::class_<DeviceRemap>(
       m, "DeviceRemap", "Jobs on one device. Their memory is device memory, or pinned; their block tables are copied.")
-      .def(py::init<const std::string&, std::int32_t, const std::vector<OwnedJob>&>(), py::arg("backend"),
-           py::arg("device"), py::arg("jobs"))
+      .def(py::init<const std::string&, std::int32_t, const std::vector<OwnedJob>&,
+                    const std::vector<std::uint64_t>&>(),
+           py::arg("backend"), py::arg("device"), py::arg("jobs"), py::arg("frames") = std::vector<std::uint64_t>(),
+           "`frames`: how many of the jobs each frame has; by default all are one frame's.")
       .def("launch", &DeviceRemap::launch, py::arg("stream") = 0, py::arg("seed") = 0, py::arg("max_blocks") = 0,
-           "One launch in the order of `stream` (the framework's handle as an integer). Does not wait.")
-      .def("result", &DeviceRemap::result, "Waits for the last launch: (checksum, elements saturated).");
+           "One launch in the order of `stream` (the framework's handle as an integer). Does not wait. Frame i has the "
+           "seed `seed + i`.")
+      .def("results", &DeviceRemap::results,
+           "Waits for the last launch: (checksum, elements saturated) of each frame.")
+      .def(
+          "result", [](DeviceRemap& self) { return self.results().front(); }, "The same of the first frame.");
 }
 
 }  // namespace hetkv

@@ -84,6 +84,12 @@ std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std:
   return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(mover), std::move(device)));
 }
 
+void send_layer(engine::Sender& sender, std::shared_ptr<const engine::SendBatch> batch, std::uint32_t layer,
+                std::size_t group, std::optional<std::uint64_t> stream) {
+  if (!stream) return sender.send_layer(std::move(batch), layer, group);
+  check(sender.send_layer(std::move(batch), layer, group, reinterpret_cast<void*>(*stream)));
+}
+
 template <typename E>
 void bind_common(EngineClass<E>& type) {
   type.def(
@@ -137,6 +143,7 @@ void bind_common(EngineClass<E>& type) {
              const EngineStats& at = self.stats();
              py::dict out;
              out["frames"] = at.frames.load();
+             out["bundles"] = at.bundles.load();
              out["payload_bytes"] = at.payload_bytes.load();
              out["saturated"] = at.saturated.load();
              out["direct_frames"] = at.direct_frames.load();
@@ -251,13 +258,21 @@ void bind_engine(py::module_& m) {
           py::arg("handle"), py::arg("group"), py::arg("blocks"))
       .def(
           "send_layer",
-          [](Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
+          [](engine::Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
              std::optional<std::uint64_t> stream) {
-            if (!stream) return self.send_layer(handle, layer, start, stop);
-            check(self.send_layer(handle, layer, start, stop, reinterpret_cast<void*>(*stream)));
+            auto one = std::make_shared<engine::SendBatch>();
+            one->handles = {handle};
+            one->tokens = {{{start, stop}}};
+            send_layer(self, std::move(one), layer, 0, stream);
           },
           py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
           "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
+      .def(
+          "send_batch",
+          [](engine::Sender& self, std::shared_ptr<engine::SendBatch> batch, std::uint32_t layer, std::size_t group,
+             std::optional<std::uint64_t> stream) { send_layer(self, std::move(batch), layer, group, stream); },
+          py::arg("batch"), py::arg("layer"), py::arg("group"), py::arg("stream") = py::none(),
+          "`send_layer` for the tokens that the batch has of cache group `group`.")
       .def(
           "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
           py::call_guard<py::gil_scoped_release>(), "Code of `Reach` in csrc/engine/windows.h.")

@@ -81,6 +81,29 @@ py::dict to_dict(const wire::Frame& body) {
       "payload_length"_a = body.payload_length, "checksum"_a = body.checksum, "saturated"_a = body.saturated);
 }
 
+// A record is the dict of its frame, with the request, the epoch and the payload's offset.
+void from_dict(const py::dict& fields, wire::Bundle* body) {
+  body->slot = field<std::uint32_t>(fields, "slot");
+  body->generation = field<std::uint32_t>(fields, "generation");
+  for (const auto& item : field<std::vector<py::dict>>(fields, "records")) {
+    wire::Record& record = body->records.emplace_back();
+    record.request = array_of<16>(field<py::bytes>(item, "request_id"), "request_id");
+    record.epoch = field<std::uint64_t>(item, "epoch");
+    from_dict(item["frame"].cast<py::dict>(), &record.frame);
+    record.payload_offset = field<std::uint64_t>(item, "payload_offset");
+  }
+}
+
+py::dict to_dict(const wire::Bundle& body) {
+  using namespace py::literals;
+  py::list records;
+  for (const auto& record : body.records) {
+    records.append(py::dict("request_id"_a = bytes_of(record.request), "epoch"_a = record.epoch,
+                            "frame"_a = to_dict(record.frame), "payload_offset"_a = record.payload_offset));
+  }
+  return py::dict("slot"_a = body.slot, "generation"_a = body.generation, "records"_a = py::tuple(records));
+}
+
 using Pairs = std::vector<std::pair<std::uint64_t, std::uint64_t>>;
 
 void from_dict(const py::dict& fields, wire::Ticket* body) {
@@ -174,6 +197,8 @@ std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dic
   switch (prelude.type) {
     case wire::Type::kFrame:
       return encode_as<wire::Frame>(prelude, fields, key);
+    case wire::Type::kBundle:
+      return encode_as<wire::Bundle>(prelude, fields, key);
     case wire::Type::kTicket:
     case wire::Type::kBoundTicket:
       return encode_as<wire::Ticket>(prelude, fields, key);
@@ -209,6 +234,8 @@ Status decode_any(wire::Type type, std::string_view message, py::object* fields)
   switch (type) {
     case wire::Type::kFrame:
       return decode_as<wire::Frame>(message, fields);
+    case wire::Type::kBundle:
+      return decode_as<wire::Bundle>(message, fields);
     case wire::Type::kTicket:
     case wire::Type::kBoundTicket:
       return decode_as<wire::Ticket>(message, fields);
@@ -312,7 +339,7 @@ void bind_wire(py::module_& m) {
       [](const py::bytes& request_id, std::uint64_t epoch, const py::dict& fields) {
         wire::Frame frame;
         from_dict(fields, &frame);
-        return wire::checksum_seed(prelude_of(1, 0, request_id, epoch), frame);
+        return wire::checksum_seed(array_of<16>(request_id, "request_id"), epoch, frame);
       },
       "request_id"_a, "epoch"_a, "fields"_a, "Seed of the payload checksum of a frame.");
   m.def(

@@ -18,7 +18,7 @@
 
 #include "remap/remap.h"
 
-#define HETKV_BACKEND_ABI 2
+#define HETKV_BACKEND_ABI 3
 #define HETKV_BACKEND_SYMBOL "hetkv_backend"
 
 extern "C" {
@@ -84,19 +84,26 @@ struct HetkvIpcHandle {
   std::uint64_t length;    // of the allocation: opening it exposes all of that
 };
 
-// What a remap found: its hetkv::remap::Result in parts, because thread blocks add up each number on its own.
-struct HetkvRemapResult {
-  std::uint64_t low;   // sum of the lower halves of the checksums that were added
-  std::uint64_t high;  // of the upper halves
-  std::uint64_t saturated;
-  hetkv::remap::Result sum() const { return {low + (high << 32), saturated}; }
+constexpr std::size_t kHetkvMaxFrames = 64;  // of one launch,
+constexpr std::size_t kHetkvMaxJobs = 512;   // and their jobs: up to four segments a frame, and scales to fill
+
+// One frame of a launch: its jobs follow those of the frame before, and are summed up together.
+struct HetkvRemapFrame {
+  std::uint64_t seed;  // of its checksum
+  std::uint64_t num_jobs;
 };
 
-// Where a remap reports. Made by `slot_create`; used by one launch at a time, any number of times. `result` is written
-// once by the launch and may be read by the host as soon as an event recorded behind the launch is done.
+// What the remap of a frame found.
+struct HetkvRemapResult {
+  std::uint64_t checksum;
+  std::uint64_t saturated;
+};
+
+// Where a launch reports. Made by `slot_create`; used by one launch at a time, any number of times. `results`, one a
+// frame, are written once by the launch and may be read by the host as soon as an event recorded behind it is done.
 struct HetkvRemapSlot {
-  const HetkvRemapResult* result;  // pinned host memory
-  void* scratch;                   // device memory of the backend
+  const HetkvRemapResult* results;  // pinned host memory
+  void* scratch;                    // the backend's own
   std::int32_t device;
 };
 
@@ -162,16 +169,16 @@ struct HetkvBackend {
   std::int32_t (*slot_create)(std::int32_t device, HetkvRemapSlot* slot);
   std::int32_t (*slot_destroy)(HetkvRemapSlot* slot);
 
-  // Runs `num_jobs` jobs (remap/remap.h) as one launch in the order of `stream`, a stream of `slot->device`; no
-  // allocation, no wait. `jobs` is copied before the call returns. All that the jobs point to must be readable by that
-  // device and stay valid until the launch is done: both maps' memory, `blocks` and `multipliers`. Block tables in
-  // device memory are read at full speed; in pinned host memory each thread block waits for the bus.
-  // The padding of a wire destination up to a multiple of 8 bytes is set to zero. `max_blocks` bounds the thread blocks
-  // that run at once, so that a caller can leave multiprocessors to others; 0: as many as fit.
-  // Jobs with scales (hetkv::remap::Job::scaled) are kHetkvUnsupported; fills, whose source has strides of 0, are jobs
-  // like others. More than kHetkvMaxJobs jobs become several launches that report once, behind the last.
-  std::int32_t (*remap)(void* stream, const hetkv::remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
-                        const HetkvRemapSlot* slot, std::int32_t max_blocks);
+  // Runs the jobs (remap/remap.h) of `num_frames` frames as one launch in the order of `stream`, a stream of
+  // `slot->device`; no allocation, no wait, and a cost that hardly grows with the frames. `jobs` and `frames` are copied
+  // before the call returns. All that the jobs point to must be readable by that device and stay valid until the launch
+  // is done: both maps' memory, `blocks` and `multipliers`. Block tables in device memory are read at full speed; in
+  // pinned host memory each thread block waits for the bus. The padding of a wire destination up to a multiple of 8
+  // bytes is set to zero. `max_blocks` bounds the thread blocks that run at once, so that a caller can leave
+  // multiprocessors to others; 0: as many as fit. Jobs with scales (hetkv::remap::Job::scaled) are kHetkvUnsupported;
+  // fills, whose source has strides of 0, are jobs like others.
+  std::int32_t (*remap)(void* stream, const hetkv::remap::Job* jobs, const HetkvRemapFrame* frames,
+                        std::size_t num_frames, const HetkvRemapSlot* slot, std::int32_t max_blocks);
 
   // --- the host's part in a stream's order ---
   // What is put into `stream` later runs once int32(*word - value) >= 0. `word` is memory of host_alloc, which the host
@@ -184,5 +191,3 @@ struct HetkvBackend {
 typedef const HetkvBackend* (*HetkvBackendEntry)();
 
 }  // extern "C"
-
-constexpr std::size_t kHetkvMaxJobs = 4;  // of one launch: K and V, with their scales

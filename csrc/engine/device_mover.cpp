@@ -1,5 +1,7 @@
 #include "engine/device_mover.h"
 
+#include <utility>
+
 #include "engine/events.h"
 
 namespace hetkv::engine {
@@ -12,7 +14,7 @@ constexpr std::size_t kSlots = 32;  // made at the start; more are made when so 
 struct DeviceMover::Slot {
   explicit Slot(const HetkvBackend& table) : backend(table) {}
   ~Slot() {
-    if (report.result != nullptr) static_cast<void>(backend.slot_destroy(&report));
+    if (report.results != nullptr) static_cast<void>(backend.slot_destroy(&report));
   }
   const HetkvBackend& backend;
   HetkvRemapSlot report{};
@@ -34,7 +36,7 @@ DeviceMover::DeviceMover(std::shared_ptr<Device> device, const EngineConfig& con
 
 Status DeviceMover::start() {
   const HetkvBackend& backend = device_->backend();
-  for (void** stream : {&ready_, &waiting_, &copying_ready_, &copying_waiting_}) {
+  for (void** stream : {&ready_, &waiting_, &copying_[0], &copying_[1], &copying_[2]}) {
     if (auto status =
             device_->check(backend.stream_create(device_->index(), high_priority_ ? 1 : 0, stream), "making a stream");
         !status.ok()) {
@@ -54,10 +56,10 @@ Status DeviceMover::start() {
 DeviceMover::~DeviceMover() {
   const CaptureGuard guard(*device_);
   drain();
-  launches_.clear();
+  for (auto& line : lines_) line.clear();
   tables_.reset();
   slots_.clear();
-  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
+  for (void* stream : {ready_, waiting_, copying_[0], copying_[1], copying_[2]}) {
     if (stream != nullptr) static_cast<void>(device_->backend().stream_destroy(stream));
   }
 }
@@ -75,7 +77,8 @@ void DeviceMover::submit(RemapTask* task) {
   Launch made;
   Status status = launch(*task, &made);
   if (status.ok()) {
-    launches_.emplace(task, std::move(made));
+    made.task = task;
+    lines_[made.line].push_back(std::move(made));
   } else {
     if (made.slot != nullptr) free_slots_.push_back(made.slot);
     end(*task, std::move(status));
@@ -88,6 +91,7 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   void* stream = ready_;
   if (task.after != nullptr && !task.after->happened(&status)) {
     stream = waiting_;
+    made->line = 1;
     status = device_->check(backend.stream_wait_event(stream, task.after->handle()), "waiting for the caller's stream");
   }
   if (status.ok()) status = translate(task, stream);
@@ -95,19 +99,22 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   if (status.ok() && timed_) status = device_->record(stream, true, &made->begun);
   if (!status.ok()) return status;
   status =
-      device_->check(backend.remap(stream, jobs_.data(), jobs_.size(), task.seed, &made->slot->report, max_blocks_),
+      device_->check(backend.remap(stream, jobs_.data(), frames_.data(), frames_.size(), &made->slot->report,
+                                   max_blocks_),
                      "starting a remap");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
-  if (status.ok() && task.copy_bytes > 0)
-    status = copy(task, stream == ready_ ? copying_ready_ : copying_waiting_, made);
+  if (status.ok() && task.copy_bytes > 0) status = copy(task, stream == ready_, made);
   // What was started must have ended before anyone hears of the failure.
   if (!status.ok()) drain();
   return status;
 }
 
 // Sends the payload on, behind its pack and beside the next one.
-Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
+Status DeviceMover::copy(const RemapTask& task, bool ready, Launch* made) {
   const HetkvBackend& backend = device_->backend();
+  const std::size_t which = ready ? turn_++ % 2 : 2;
+  void* stream = copying_[which];
+  made->line = 2 + which;
   made->packed = made->done;
   auto* to = reinterpret_cast<void*>(task.copy_to);
   const auto* from = reinterpret_cast<const void*>(task.copy_from);
@@ -120,35 +127,50 @@ Status DeviceMover::copy(const RemapTask& task, void* stream, Launch* made) {
 // The task's jobs with block tables and multipliers where the device reads them.
 Status DeviceMover::translate(RemapTask& task, void* stream) {
   jobs_ = task.jobs;
-  for (auto& job : jobs_) {
-    for (remap::Side* side : {&job.src, &job.dst}) {
-      if (side->blocks == nullptr) continue;
-      if (auto status = tables_->find(task.blocks, stream, &side->blocks); !status.ok()) return status;
+  frames_.clear();
+  remap::Job* job = jobs_.data();
+  for (const RemapPart& part : task.parts) {
+    frames_.push_back({part.seed, part.num_jobs});
+    const std::int32_t* blocks = nullptr;
+    if (auto status = tables_->find(part.blocks, &blocks); !status.ok()) return status;
+    for (std::size_t i = 0; i < part.num_jobs; ++i, ++job) {
+      for (remap::Side* side : {&job->src, &job->dst}) {
+        if (side->blocks != nullptr) side->blocks = blocks;
+      }
+      if (job->multipliers == nullptr) continue;
+      const auto count = static_cast<std::size_t>(job->heads);
+      if (auto status = tables_->find(job->multipliers, count, &job->multipliers); !status.ok()) return status;
     }
-    if (job.multipliers == nullptr) continue;
-    const auto count = static_cast<std::size_t>(job.heads);
-    if (auto status = tables_->find(job.multipliers, count, stream, &job.multipliers); !status.ok()) return status;
   }
-  return {};
+  return tables_->upload(stream);
 }
 
-void DeviceMover::poll(RemapTask* task) {
-  if (task->done) return;
-  const auto found = launches_.find(task);
-  Launch& made = found->second;
-  Status status;
-  if (!made.done->happened(&status)) return;
-  task->result = made.slot->report.result->sum();
+void DeviceMover::poll(std::vector<RemapTask*>* done) {
+  for (auto& line : lines_) {
+    Status status;
+    while (!line.empty() && line.front().done->happened(&status)) {
+      done->push_back(line.front().task);
+      finish(line.front(), std::exchange(status, {}));
+      line.pop_front();
+    }
+  }
+}
+
+void DeviceMover::finish(Launch& made, Status status) {
+  RemapTask& task = *made.task;
+  for (std::size_t i = 0; i < task.parts.size(); ++i) {
+    const HetkvRemapResult& found = made.slot->report.results[i];
+    task.parts[i].result = {found.checksum, found.saturated};
+  }
   if (status.ok() && timed_) {  // from when it began on the device, not from when it was put into the stream
     double us = 0;
     const HetkvBackend& backend = device_->backend();
     if (backend.event_elapsed_us(made.begun->handle(), made.done->handle(), &us) == kHetkvOk) {
-      task->start_ns = now_ns() - static_cast<std::uint64_t>(us * 1000);
+      task.start_ns = now_ns() - static_cast<std::uint64_t>(us * 1000);
     }
   }
   free_slots_.push_back(made.slot);
-  launches_.erase(found);
-  end(*task, std::move(status));
+  end(task, std::move(status));
 }
 
 void DeviceMover::end(RemapTask& task, Status status) {
@@ -158,7 +180,7 @@ void DeviceMover::end(RemapTask& task, Status status) {
 }
 
 void DeviceMover::drain() {
-  for (void* stream : {ready_, waiting_, copying_ready_, copying_waiting_}) {
+  for (void* stream : {ready_, waiting_, copying_[0], copying_[1], copying_[2]}) {
     if (stream != nullptr) static_cast<void>(device_->backend().stream_synchronize(stream));
   }
 }

@@ -1,9 +1,11 @@
-// Runs remaps on a device: one launch a task on side streams, behind the caller's event, and no wait
-// on the host. Any number may be in flight; those whose event has happened run back to back.
+// Runs remaps on a device: one launch a task on side streams, behind the caller's event, and no wait on the host. Any
+// number may be in flight; those whose event has happened run back to back. Tasks of one stream end in its order, so
+// that one query a stream tells which have.
 #pragma once
 
+#include <array>
+#include <deque>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #include "engine/device_tables.h"
@@ -19,14 +21,16 @@ class DeviceMover final : public Mover {
 
   void enter() override;
   void submit(RemapTask* task) override;
-  void poll(RemapTask* task) override;
+  void poll(std::vector<RemapTask*>* done) override;
   void drain() override;
   std::uint32_t nap_us() const override { return 50; }
 
  private:
   struct Slot;
   struct Launch {
+    RemapTask* task = nullptr;
     Slot* slot = nullptr;
+    std::size_t line = 0;  // where it ends
     After begun;   // where times are asked for
     After packed;  // where a copy follows
     After done;
@@ -34,9 +38,10 @@ class DeviceMover final : public Mover {
   DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
   Status start();
   Status launch(RemapTask& task, Launch* launch);
-  Status copy(const RemapTask& task, void* stream, Launch* made);
+  Status copy(const RemapTask& task, bool ready, Launch* made);
   Status translate(RemapTask& task, void* stream);
   Status take_slot(Slot** slot);
+  void finish(Launch& made, Status status);
   void end(RemapTask& task, Status status);
 
   const std::shared_ptr<Device> device_;
@@ -45,14 +50,16 @@ class DeviceMover final : public Mover {
   const bool timed_;
   void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
   void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
-  // For payloads that go on by the copy engine, beside the next pack: behind packs of `ready_`, and of `waiting_`.
-  void* copying_ready_ = nullptr;
-  void* copying_waiting_ = nullptr;
+  // For payloads that go on by the copy engine, beside the next pack: in turn behind packs of `ready_`, so that one copy
+  // begins while the one before it ends, and behind those of `waiting_`.
+  std::array<void*, 3> copying_{};
+  std::size_t turn_ = 0;
   std::unique_ptr<DeviceTables> tables_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<Slot*> free_slots_;
   std::vector<remap::Job> jobs_;  // of the launch being made
-  std::unordered_map<const RemapTask*, Launch> launches_;
+  std::vector<HetkvRemapFrame> frames_;
+  std::array<std::deque<Launch>, 5> lines_;  // in flight, by the stream in which they end
 };
 
 }  // namespace hetkv::engine

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 namespace hetkv::engine {
 namespace {
@@ -11,7 +12,7 @@ constexpr std::size_t kSmallest = 256;
 
 }  // namespace
 
-Status DeviceTables::find(const BlockTable& blocks, void* reader, const std::int32_t** out) {
+Status DeviceTables::find(const BlockTable& blocks, const std::int32_t** out) {
   auto found = entries_.find(blocks.get());
   if (found != entries_.end() && found->second.owner.expired()) {  // another table had this address
     unused_[found->second.place.bytes].push_back(found->second.place);
@@ -23,42 +24,60 @@ Status DeviceTables::find(const BlockTable& blocks, void* reader, const std::int
     Entry entry;
     entry.owner = blocks;
     const std::size_t bytes = blocks->size() * sizeof(std::int32_t);
-    if (auto status = upload(blocks->data(), bytes, &entry.place, &entry.uploaded); !status.ok()) return status;
+    if (auto status = put(blocks->data(), bytes, &entry.place); !status.ok()) return status;
     found = entries_.emplace(blocks.get(), std::move(entry)).first;
   }
   *out = reinterpret_cast<const std::int32_t*>(address(found->second.place));
-  return order(found->second.uploaded, reader);
+  return {};
 }
 
-Status DeviceTables::find(const float* multipliers, std::size_t count, void* reader, const float** out) {
+Status DeviceTables::find(const float* multipliers, std::size_t count, const float** out) {
   std::vector<float> values(multipliers, multipliers + count);
   auto found = constants_.find(values);
   if (found == constants_.end()) {
-    Constant constant;
-    if (auto status = upload(multipliers, count * sizeof(float), &constant.place, &constant.uploaded); !status.ok()) {
-      return status;
-    }
-    found = constants_.emplace(std::move(values), std::move(constant)).first;
+    Place place;
+    if (auto status = put(multipliers, count * sizeof(float), &place); !status.ok()) return status;
+    found = constants_.emplace(std::move(values), place).first;
   }
-  *out = reinterpret_cast<const float*>(address(found->second.place));
-  return order(found->second.uploaded, reader);
+  *out = reinterpret_cast<const float*>(address(found->second));
+  return {};
 }
 
-// A reader in another stream than the upload's waits for it there.
-Status DeviceTables::order(const After& uploaded, void* reader) {
-  if (reader == stream_ || uploaded->happened()) return {};
-  return device_->check(device_->backend().stream_wait_event(reader, uploaded->handle()), "ordering two streams");
+Status DeviceTables::upload(void* reader) {
+  const HetkvBackend& backend = device_->backend();
+  if (!fresh_.empty()) {
+    std::sort(fresh_.begin(), fresh_.end(),
+              [](const Place& a, const Place& b) { return std::tie(a.chunk, a.offset) < std::tie(b.chunk, b.offset); });
+    for (std::size_t i = 0; i < fresh_.size();) {
+      const Place first = fresh_[i];
+      std::size_t end = first.offset + first.bytes;
+      for (++i; i < fresh_.size() && fresh_[i].chunk == first.chunk && fresh_[i].offset == end; ++i) {
+        end += fresh_[i].bytes;
+      }
+      const auto* twin = static_cast<const std::uint8_t*>(chunks_[first.chunk].twin->data()) + first.offset;
+      auto status = device_->check(
+          backend.copy_async(reinterpret_cast<void*>(address(first)), twin, end - first.offset, stream_),
+          "uploading block tables");
+      if (!status.ok()) return status;
+    }
+    fresh_.clear();
+    if (auto status = device_->record(stream_, false, &uploaded_); !status.ok()) return status;
+  }
+  // A reader in another stream waits for the last copy, and so for all.
+  if (reader == stream_ || uploaded_ == nullptr) return {};
+  if (uploaded_->happened()) {
+    uploaded_.reset();
+    return {};
+  }
+  return device_->check(backend.stream_wait_event(reader, uploaded_->handle()), "ordering two streams");
 }
 
-Status DeviceTables::upload(const void* data, std::size_t bytes, Place* place, After* uploaded) {
+Status DeviceTables::put(const void* data, std::size_t bytes, Place* place) {
   if (auto status = take(std::max<std::size_t>(bytes, 1), place); !status.ok()) return status;
-  const Chunk& chunk = chunks_[place->chunk];
-  void* twin = static_cast<std::uint8_t*>(chunk.twin->data()) + place->offset;
+  void* twin = static_cast<std::uint8_t*>(chunks_[place->chunk].twin->data()) + place->offset;
   if (bytes > 0) std::memcpy(twin, data, bytes);
-  auto* target = reinterpret_cast<void*>(address(*place));
-  auto status = device_->check(device_->backend().copy_async(target, twin, bytes, stream_), "uploading a block table");
-  if (status.ok()) status = device_->record(stream_, false, uploaded);
-  return status;
+  fresh_.push_back(*place);
+  return {};
 }
 
 Status DeviceTables::take(std::size_t bytes, Place* place) {
@@ -92,7 +111,7 @@ Status DeviceTables::grow(std::size_t bytes) {
 void DeviceTables::sweep() {
   if (entries_.size() < sweep_at_) return;
   for (auto at = entries_.begin(); at != entries_.end();) {
-    if (at->second.owner.expired() && at->second.uploaded->happened()) {
+    if (at->second.owner.expired()) {
       unused_[at->second.place.bytes].push_back(at->second.place);
       at = entries_.erase(at);
     } else {

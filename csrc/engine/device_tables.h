@@ -21,11 +21,12 @@ class DeviceTables {
   // Allocates the memory that most engines ever need, so that a lack of it shows at the start.
   Status reserve() { return grow(0); }
 
-  // The table in device memory, readable in the order of `reader` from now on, and for as long as a task holds
-  // `blocks`.
-  Status find(const BlockTable& blocks, void* reader, const std::int32_t** out);
+  // Where the table will be in device memory once `upload` has returned, for as long as a task holds `blocks`.
+  Status find(const BlockTable& blocks, const std::int32_t** out);
   // The same for `count` multipliers; these are few and alike, and are kept.
-  Status find(const float* multipliers, std::size_t count, void* reader, const float** out);
+  Status find(const float* multipliers, std::size_t count, const float** out);
+  // Copies what is new, with one copy where it lies together; readable in the order of `reader` from now on.
+  Status upload(void* reader);
 
  private:
   struct Place {
@@ -36,11 +37,6 @@ class DeviceTables {
   struct Entry {
     std::weak_ptr<const std::vector<std::int32_t>> owner;
     Place place;
-    After uploaded;
-  };
-  struct Constant {
-    Place place;
-    After uploaded;
   };
   struct Chunk {
     std::unique_ptr<DeviceBuffer> device;
@@ -48,10 +44,9 @@ class DeviceTables {
     std::size_t bytes = 0;
     std::size_t used = 0;
   };
-  Status upload(const void* data, std::size_t bytes, Place* place, After* uploaded);
+  Status put(const void* data, std::size_t bytes, Place* place);
   Status take(std::size_t bytes, Place* place);
   Status grow(std::size_t bytes);
-  Status order(const After& uploaded, void* reader);
   void sweep();
   std::uint64_t address(const Place& place) const { return chunks_[place.chunk].device->address() + place.offset; }
 
@@ -60,7 +55,9 @@ class DeviceTables {
   std::vector<Chunk> chunks_;
   std::map<std::size_t, std::vector<Place>> unused_;  // by size
   std::unordered_map<const void*, Entry> entries_;
-  std::map<std::vector<float>, Constant> constants_;
+  std::map<std::vector<float>, Place> constants_;
+  std::vector<Place> fresh_;  // not copied yet, or not asked to be
+  After uploaded_;            // behind the last copy
   std::size_t sweep_at_ = 64;
 };
 

@@ -22,6 +22,7 @@ namespace hetkv::engine {
 
 struct EngineStats {
   std::atomic<std::uint64_t> frames{0};
+  std::atomic<std::uint64_t> bundles{0};  // that frames shared, or were alone in
   std::atomic<std::uint64_t> payload_bytes{0};
   std::atomic<std::uint64_t> saturated{0};
   std::atomic<std::uint64_t> direct_frames{0};  // stored straight into the peer's window,

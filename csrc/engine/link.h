@@ -14,6 +14,7 @@
 namespace hetkv::engine {
 
 constexpr std::uint8_t kContentSince = 2;  // minor version from which tickets have contents
+constexpr std::uint8_t kBundlesSince = 3;  // and from which frames share a slot
 
 // The code that a peer of a link is told: what a device says is this side's own affair.
 inline Code wire_code(Code code, std::uint8_t minor) {

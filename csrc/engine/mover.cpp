@@ -1,6 +1,7 @@
 #include "engine/mover.h"
 
 #include <cstring>
+#include <utility>
 
 #include "engine/events.h"
 #include "wire/message.h"
@@ -35,18 +36,20 @@ remap::Job fill_job(const LayerPlan& plan, const ScaleFill& fill, std::int64_t s
 
 }  // namespace
 
-void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
-               RemapTask* task) {
+void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
+              RemapTask* task) {
+  const std::uint64_t start = record.frame.token_start;
+  const std::uint64_t stop = record.frame.token_stop;
   const auto tokens = static_cast<std::int64_t>(stop - start);
+  const std::size_t before = task->jobs.size();
   std::uint64_t offsets[wire::kMaxSegments + 1] = {};
   for (std::size_t i = 0; i < plan.segments.size(); ++i) {
     offsets[i + 1] = plan.part_end(offsets[i], plan.segments[i], stop - start);
   }
-  task->jobs.reserve(plan.segments.size() + plan.fills.size());
   for (std::size_t i = 0; i < plan.segments.size(); ++i) {
     const SegmentPlan& segment = plan.segments[i];
     if (segment.carried) continue;
-    const remap::Side pool{segment.pool, task->blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
+    const remap::Side pool{segment.pool, blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
     const remap::Side wire{canonical_map(payload + offsets[i], tokens, segment.channels, segment.wire_dtype), nullptr,
                            0, 0};
     remap::Job job;
@@ -71,8 +74,10 @@ void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, s
     task->jobs.push_back(job);
   }
   for (const ScaleFill& fill : plan.fills) {
-    task->jobs.push_back(fill_job(plan, fill, static_cast<std::int64_t>(start), tokens, task->blocks->data()));
+    task->jobs.push_back(fill_job(plan, fill, static_cast<std::int64_t>(start), tokens, blocks->data()));
   }
+  task->parts.push_back({task->jobs.size() - before, wire::checksum_seed(record.request, record.epoch, record.frame),
+                         std::move(blocks), {}});
 }
 
 void CpuMover::submit(RemapTask* task) {
@@ -84,7 +89,11 @@ void CpuMover::submit(RemapTask* task) {
     const remap::Scales& scales = job.dst_scales;
     if (scales.map.base != 0) clear_padding(scales.map, rows * (job.channels / scales.channels_per_scale));
   }
-  task->result = remap::remap_cpu(task->jobs.data(), task->jobs.size(), task->seed, threads_);
+  const remap::Job* jobs = task->jobs.data();
+  for (RemapPart& part : task->parts) {
+    part.result = remap::remap_cpu(jobs, part.num_jobs, part.seed, threads_);
+    jobs += part.num_jobs;
+  }
   task->stop_ns = now_ns();
   task->done = true;
 }

@@ -7,40 +7,50 @@
 #include "engine/config.h"
 #include "engine/device.h"
 #include "remap/remap.h"
+#include "wire/message.h"
 
 namespace hetkv::engine {
 
 // The block table of one request in one cache group. Shared with the tasks that read it, so that it outlives them.
 using BlockTable = std::shared_ptr<const std::vector<std::int32_t>>;
 
-// One frame's pack or unpack. Stays where it is until done.
-struct RemapTask {
-  std::vector<remap::Job> jobs;
-  BlockTable blocks;
-  After after;  // the caller's work that fills the pool; null where it has ended
+// One frame of a task: its jobs, behind those of the frame before, and what they found.
+struct RemapPart {
+  std::size_t num_jobs = 0;
   std::uint64_t seed = 0;
+  BlockTable blocks;
+  remap::Result result;
+};
+
+// The packs or unpacks of a bundle's frames. Stays where it is until done.
+struct RemapTask {
+  void* owner = nullptr;  // of the one who submits it
+  std::vector<remap::Job> jobs;
+  std::vector<RemapPart> parts;
+  After after;  // the caller's work that fills the pool; null where it has ended
   // Where a device copies the payload that the jobs have made, and from where; no bytes: it stays there.
   std::uint64_t copy_to = 0;
   std::uint64_t copy_from = 0;
   std::uint64_t copy_bytes = 0;
-  remap::Result result;
-  Status status;  // of the device; the result counts only where it is ok
+  Status status;  // of the device; the results count only where it is ok
   bool done = false;
   std::uint64_t start_ns = 0;
   std::uint64_t stop_ns = 0;
 };
 
-// Fills the task's jobs: tokens [start, stop) of `plan` between the pool and a canonical payload at `payload`.
-void plan_jobs(const LayerPlan& plan, std::uint64_t start, std::uint64_t stop, std::uint64_t payload, bool pack,
-               RemapTask* task);
+// Adds a frame of `plan` to the task, between the pool and a canonical payload at `payload`.
+void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
+              RemapTask* task);
 
 class Mover {
  public:
   virtual ~Mover() = default;
   virtual void enter() {}  // the progress thread begins
+  // The task may be done when this returns; it is never one that `poll` gives then.
   virtual void submit(RemapTask* task) = 0;
-  virtual void poll(RemapTask* task) = 0;  // sets `done`
-  virtual void drain() {}                  // waits until no launch is in flight
+  // Appends tasks that have become done.
+  virtual void poll(std::vector<RemapTask*>* done) = 0;
+  virtual void drain() {}  // waits until no launch is in flight
   // How long the progress thread may sleep while tasks are in flight, as nothing wakes it when they end; 0: any time.
   virtual std::uint32_t nap_us() const { return 0; }
 };
@@ -49,7 +59,7 @@ class CpuMover final : public Mover {
  public:
   explicit CpuMover(int threads) : threads_(threads) {}
   void submit(RemapTask* task) override;
-  void poll(RemapTask*) override {}
+  void poll(std::vector<RemapTask*>*) override {}
 
  private:
   int threads_;

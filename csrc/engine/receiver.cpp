@@ -66,12 +66,15 @@ std::uint64_t Receiver::receive(Intake intake) {
       demand.hungry = true;
       part.seen.resize(part.link->config.plans.size());
       for (const auto& plan : part.link->config.plans) {
-        request.layers[plan.layer] += request.want[plan.group].stop - request.want[plan.group].start;
+        if (plan.layer >= request.missing.size()) request.missing.resize(plan.layer + 1, kAbsent);
+        std::uint64_t& missing = request.missing[plan.layer];
+        if (missing == kAbsent) missing = 0;
+        missing += request.want[plan.group].stop - request.want[plan.group].start;
       }
       send(*part.link, prelude, wire::Ticket{intake.lease_ms, intake.content, request.want});
     }
-    for (const auto& [layer, missing] : request.layers) {
-      if (missing == 0) tell(EventKind::kLayer, handle, static_cast<std::int32_t>(layer));
+    for (std::size_t layer = 0; layer < request.missing.size(); ++layer) {
+      if (request.missing[layer] == 0) tell(EventKind::kLayer, handle, static_cast<std::int32_t>(layer));
     }
     slots_moved_ = true;
     grant();
@@ -123,144 +126,6 @@ std::uint64_t Receiver::epoch(std::uint64_t handle) {
     if (found != requests_.end()) epoch = found->second.epoch;
   });
   return epoch;
-}
-
-void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
-  Request* request = find(prelude.request, prelude.epoch);
-  Part* part = nullptr;
-  if (request != nullptr) {
-    const auto found = std::find_if(request->parts.begin(), request->parts.end(),
-                                    [&](const Part& at) { return at.link.get() == &link; });
-    if (found != request->parts.end()) part = &*found;
-  }
-  // A request that has ended while the frame was under way, or that this peer was not asked for and cannot harm.
-  const bool stale = part == nullptr || !request->failure.ok();
-  if (stale) ++stats_.stale_frames;
-  Slot* slot = slots_.at(frame.slot);
-  if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id ||
-      slot->generation != frame.generation) {
-    if (stale) return;
-    return fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " +
-                                                             std::to_string(frame.slot) + " generation " +
-                                                             std::to_string(frame.generation) +
-                                                             ", which the sender does not hold"));
-  }
-  slot->state = SlotState::kFilled;
-  slots_moved_ = true;
-  if (stale) return slots_.free(frame.slot);
-  auto unpack = std::make_unique<Unpack>();
-  const Status status = admit(*request, *part, frame, &unpack->plan);
-  if (!status.ok()) {
-    slots_.free(frame.slot);
-    return fail(*request, Status::error(status.code, link.config.name + ": " + status.detail));
-  }
-  unpack->request = request;
-  unpack->part = part;
-  unpack->frame = frame;
-  RemapTask& task = unpack->task;
-  task.blocks = request->blocks[unpack->plan->group];
-  task.seed = wire::checksum_seed(prelude, frame);
-  plan_jobs(*unpack->plan, frame.token_start, frame.token_stop, slot->memory->local(), false, &task);
-  ++request->unpacking;
-  std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
-  if (link.config.rdma_windows) flush_rdma();
-  mover_->submit(&task);
-  unpacks_.push_back(std::move(unpack));
-  if (finish(*unpacks_.back())) unpacks_.pop_back();
-  if (slots_moved_) grant();  // at once, so that the sender fills the slot while the next frame is unpacked
-}
-
-// Everything that is written must have been asked for, on this link, once.
-Status Receiver::admit(Request& request, Part& part, const wire::Frame& frame, const LayerPlan** plan) {
-  const auto wrong = [&](const std::string& what) {
-    return Status::error(Code::kProtocol, "a frame of layer " + std::to_string(frame.layer) + ", heads " +
-                                              range_text(frame.head_start, frame.head_stop) + ", tokens " +
-                                              range_text(frame.token_start, frame.token_stop) + " " + what);
-  };
-  *plan = part.link->find(frame);
-  if (*plan == nullptr) return wrong("is of no route of this link");
-  const LayerPlan& wanted = **plan;
-  if (frame.group != wanted.group) return wrong("names cache group " + std::to_string(frame.group));
-  if (frame.segments != (1u << wanted.segments.size()) - 1u) return wrong("has other segments than the route");
-  if (frame.scale_encoding != wanted.scale_encoding || frame.codec != 0) {
-    return wrong("has a scale encoding or codec that was not agreed");
-  }
-  for (std::size_t i = 0; i < wanted.segments.size(); ++i) {
-    if (frame.dtypes[i] != static_cast<std::uint8_t>(wanted.segments[i].wire_dtype) ||
-        frame.channels[i] != static_cast<std::uint32_t>(wanted.segments[i].channels)) {
-      return wrong("has another dtype or channel count than the route in segment " + std::to_string(i));
-    }
-  }
-  const wire::TokenRange& want = request.want[wanted.group];
-  if (frame.token_start < want.start || frame.token_stop > want.stop || frame.token_start >= frame.token_stop) {
-    return wrong("is outside the ticket's tokens " + range_text(want.start, want.stop));
-  }
-  if (frame.payload_length != wanted.payload_bytes(frame.token_stop - frame.token_start) ||
-      frame.payload_length > config_.slot_bytes) {
-    return wrong("has a payload of " + std::to_string(frame.payload_length) + " bytes");
-  }
-  const auto index = static_cast<std::size_t>(*plan - part.link->config.plans.data());
-  if (!add_range(part.seen[index], {frame.token_start, frame.token_stop})) return wrong("came before");
-  return {};
-}
-
-// True: the unpack has ended, and its slot, its layer and its request have been told.
-bool Receiver::finish(Unpack& unpack) {
-  mover_->poll(&unpack.task);
-  if (!unpack.task.done) return false;
-  Request& request = *unpack.request;
-  const wire::Frame& frame = unpack.frame;
-  slots_.free(frame.slot);
-  slots_moved_ = true;
-  --request.unpacking;
-  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns,
-              frame.payload_length});
-  if (!request.failure.ok()) return true;
-  if (!unpack.task.status.ok()) {
-    fail(request, unpack.task.status);
-    return true;
-  }
-  if (unpack.task.result.checksum != frame.checksum) {
-    fail(request,
-         Status::error(Code::kChecksum,
-                       unpack.part->link->config.name + ": the payload of layer " + std::to_string(frame.layer) +
-                           ", tokens " + range_text(frame.token_start, frame.token_stop) + " is not what was packed"));
-    return true;
-  }
-  ++stats_.frames;
-  stats_.payload_bytes += frame.payload_length;
-  stats_.saturated += frame.saturated + unpack.task.result.saturated;
-  const std::uint64_t tokens = frame.token_stop - frame.token_start;
-  ++unpack.part->frames;
-  unpack.part->bytes += frame.payload_length;
-  unpack.part->remaining -= tokens;
-  if (unpack.part->remaining == 0) close_part(*unpack.part);
-  std::uint64_t& missing = request.layers[frame.layer];
-  missing -= tokens;
-  if (missing == 0) tell(EventKind::kLayer, request.handle, static_cast<std::int32_t>(frame.layer));
-  complete(request);
-  return true;
-}
-
-// Tells each sender whose part is complete, and the caller when all are. Erases the request then.
-void Receiver::complete(Request& request) {
-  if (!request.failure.ok()) return;
-  bool all = true;
-  for (auto& part : request.parts) {
-    if (part.remaining > 0) {
-      all = false;
-    } else if (!part.done) {
-      part.done = true;
-      wire::Prelude prelude;
-      prelude.type = wire::Type::kDone;
-      prelude.request = request.id;
-      prelude.epoch = request.epoch;
-      if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});
-    }
-  }
-  if (!all) return;
-  tell(EventKind::kComplete, request.handle, -1);
-  erase(request);
 }
 
 void Receiver::erase(Request& request) {

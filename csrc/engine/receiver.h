@@ -8,11 +8,13 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "engine/engine.h"
 #include "engine/mover.h"
+#include "engine/ranges.h"
 #include "engine/slots.h"
 #include "engine/stream_gates.h"
 
@@ -46,11 +48,12 @@ class Receiver final : public Engine {
   std::uint64_t epoch(std::uint64_t handle);
 
  private:
+  static constexpr std::uint64_t kAbsent = ~std::uint64_t{0};
   // One link's part of a request.
   struct Part {
     std::shared_ptr<Link> link;
     std::uint64_t remaining = 0;                      // tokens summed over the link's plans
-    std::vector<std::vector<wire::TokenRange>> seen;  // per plan, sorted and disjoint
+    std::vector<RangeSet> seen;   // per plan
     std::uint64_t frames = 0;
     std::uint64_t bytes = 0;
     bool done = false;
@@ -62,17 +65,23 @@ class Receiver final : public Engine {
     std::vector<wire::TokenRange> want;
     std::vector<BlockTable> blocks;
     std::list<Part> parts;
-    std::map<std::uint32_t, std::uint64_t> layers;  // tokens still missing, over all parts
+    std::vector<std::uint64_t> missing;  // tokens, by layer over all parts; kAbsent: no layer of this side
     std::uint64_t deadline_ns = 0;
     std::uint32_t unpacking = 0;
     Status failure;
   };
-  struct Unpack {
+  struct Piece {
     Request* request = nullptr;
     Part* part = nullptr;
     const LayerPlan* plan = nullptr;
-    wire::Frame frame;
+    wire::Record record;
+  };
+  // One bundle, without the frames that were not admitted.
+  struct Unpack {
+    std::vector<Piece> pieces;
     RemapTask task;
+    std::uint32_t slot = 0;
+    std::list<std::unique_ptr<Unpack>>::iterator self;
   };
   // What the receiver knows of a sender's wishes.
   struct Demand {
@@ -100,8 +109,12 @@ class Receiver final : public Engine {
   void on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame);
   void on_release(Link& link, const wire::Release& release);
   void on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort);
-  Status admit(Request& request, Part& part, const wire::Frame& frame, const LayerPlan** plan);
-  bool finish(Unpack& unpack);
+  void on_bundle(Link& link, const wire::Bundle& bundle);
+  static Part* part_of(Request& request, const Link& link);
+  Status admit(Request& request, Part& part, const wire::Record& record, std::size_t slot_bytes,
+               const LayerPlan** plan);
+  void finish(Unpack& unpack);
+  void finish(const Unpack& unpack, const Piece& piece, const remap::Result& result);
   void complete(Request& request);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
   bool grant();
@@ -119,9 +132,10 @@ class Receiver final : public Engine {
   std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device
   std::atomic<std::uint64_t> next_handle_{1};
   std::uint64_t next_epoch_;
-  std::map<std::uint64_t, Request> requests_;
+  std::unordered_map<std::uint64_t, Request> requests_;
   std::map<wire::RequestId, std::uint64_t> handles_;
   std::list<std::unique_ptr<Unpack>> unpacks_;
+  std::vector<RemapTask*> unpacked_;  // of one turn
   std::map<std::uint32_t, Demand> demands_;
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is being unpacked

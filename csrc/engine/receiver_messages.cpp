@@ -22,6 +22,12 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
       if (status.ok()) on_frame(link, prelude, frame);
       break;
     }
+    case wire::Type::kBundle: {
+      wire::Bundle bundle;
+      status = wire::decode(data, size, &bundle);
+      if (status.ok()) on_bundle(link, bundle);
+      break;
+    }
     case wire::Type::kRelease: {
       wire::Release release;
       status = wire::decode(data, size, &release);
@@ -70,15 +76,9 @@ void Receiver::on_abort(Link& link, const wire::Prelude& prelude, const wire::Ab
 }
 
 bool Receiver::step(std::uint64_t now) {
-  bool moved = false;
-  for (auto at = unpacks_.begin(); at != unpacks_.end();) {
-    if (finish(**at)) {
-      at = unpacks_.erase(at);
-      moved = true;
-    } else {
-      ++at;
-    }
-  }
+  mover_->poll(&unpacked_);
+  bool moved = !unpacked_.empty();
+  for (RemapTask* task : std::exchange(unpacked_, {})) finish(*static_cast<Unpack*>(task->owner));
   moved |= sweep(now);
   if (slots_moved_) moved |= grant();
   stats_.lent_slots = slots_.in_use();

@@ -1,4 +1,5 @@
-// The prefill side: takes layers as they are computed, waits for tickets, packs frames and puts them into windows.
+// The prefill side: takes layers as they are computed, waits for tickets, packs what is ready into bundles and gets
+// these into windows.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,13 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/lanes.h"
 #include "engine/mover.h"
 #include "engine/windows.h"
 
@@ -27,6 +31,13 @@ struct Submission {
   std::optional<wire::Content> content;  // a ticket for another one is rejected, and ends the request
 };
 
+// What one step of the caller's computes of several requests: for each its tokens per cache group, the same in every
+// layer.
+struct SendBatch {
+  std::vector<std::uint64_t> handles;
+  std::vector<std::vector<wire::TokenRange>> tokens;  // per cache group: one range a handle; an empty one is skipped
+};
+
 class Sender final : public Engine {
  public:
   Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
@@ -35,14 +46,12 @@ class Sender final : public Engine {
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
   std::uint64_t submit(Submission submission);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // Tokens [start, stop) of a global layer are in the pool and stay there unchanged until kPacked or kFailed. Blocks
-  // for them were submitted before.
-  void send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop) {
-    post_layer(handle, {layer, start, stop, nullptr});
-  }
+  // The batch's tokens of a global layer of `group` are in the pool and stay there unchanged until kPacked or kFailed.
+  // Blocks for them were submitted before. One hand-over to the progress thread, whatever the number of requests.
+  void send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group);
   // The same, of a pool on a device: they will be in the pool once what `stream` holds now has ended. Does not wait.
-  // kInvalid: a stream of another device, or one that captures a graph; the layer is not sent then.
-  Status send_layer(std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop, void* stream);
+  // kInvalid: a stream of another device, or one that captures a graph; nothing is sent then.
+  Status send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, void* stream);
   // How payloads get to the peer of a link, by its latest window.
   Path path(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
@@ -52,44 +61,7 @@ class Sender final : public Engine {
   void reject(wire::RequestId id, std::string reason);
 
  private:
-  struct Ready {
-    std::uint32_t layer;
-    std::uint64_t start;
-    std::uint64_t stop;
-    After after;
-  };
-  // One ticket on one link. `remaining` counts tokens over all plans that are not packed yet.
-  struct Request;
-  struct Lane {
-    Request* request = nullptr;
-    std::shared_ptr<Link> link;
-    std::uint64_t epoch = 0;
-    std::vector<wire::TokenRange> want;
-    std::uint64_t remaining = 0;
-    std::size_t ready = 0;    // cursor: next ready item,
-    std::size_t plan = 0;     // plan of the link,
-    std::uint64_t token = 0;  // and token inside it
-    std::uint32_t in_flight = 0;
-    std::uint64_t frames = 0;  // committed
-    std::uint64_t bytes = 0;
-    bool queued = false;     // in its link's queue
-    bool delivered = false;  // the receiver said so
-    bool cancelled = false;  // counts for nothing any more; goes with its request
-  };
-  struct Request {
-    std::uint64_t handle = 0;
-    wire::RequestId id{};
-    std::vector<wire::TokenRange> tokens;
-    std::vector<BlockTable> blocks;
-    std::optional<wire::Content> content;
-    std::vector<Ready> ready;
-    std::map<std::uint32_t, std::vector<wire::TokenRange>> sent;  // the same by layer, merged
-    std::list<Lane> lanes;
-    std::uint64_t deadline_ns = 0;
-    std::uint32_t packing = 0;  // packs in flight
-    bool packed = false;
-    Status failure;  // not ok: ends once nothing is in flight
-  };
+  using Request = SendRequest;
   struct Window {
     std::unique_ptr<PeerWindow> memory;
     std::uint32_t generation = 0;
@@ -98,25 +70,39 @@ class Sender final : public Engine {
   struct LinkWindows {
     std::map<std::uint32_t, Window> slots;
     std::vector<std::uint32_t> free;  // granted and unused
-    std::deque<Lane*> queue;          // lanes that may have something ready; served in turn
+    LaneQueue ready;                  // lanes whose next layer is computed,
+    LaneQueue ahead;                  // and lanes whose next layer a pack may wait for in a stream
     std::size_t open = 0;             // lanes that have something left to pack
     std::size_t tickets = 0;          // that wait for their request
+    std::size_t in_flight = 0;        // bundles, without those that wait for the caller's work
+    bool turn = false;                // of the queues' two orders
+    bool awake = false;               // in `awake_`
     bool released = false;            // the receiver may take this side for sated: say so before the next frame
     bool recalled = false;            // others need the slots: none is kept idle
   };
-  enum class Stage : std::uint8_t { kPacking, kPutting };
-  struct Transfer {
+  // One frame of a bundle.
+  struct Piece {
     Lane* lane = nullptr;
-    wire::Frame frame;
     const LayerPlan* plan = nullptr;
+    wire::Record record;
+  };
+  struct Work {
+    std::size_t bytes = 0;
+    std::size_t frames = 0;
+  };
+  // What shares a slot, a launch, a copy or put, and a commit.
+  struct Bundle {
+    std::shared_ptr<Link> link;
+    std::vector<Piece> pieces;  // those of a lane lie together
+    std::uint64_t bytes = 0;    // up to the end of the last payload
     RemapTask task;
-    Stage stage = Stage::kPacking;
     std::uint32_t slot = 0;
     std::unique_ptr<OwnWindow> staging;  // null: packed straight into the window
     bool direct = true;                  // gets into the window by this side's own stores or copies, not by UCX
     bool ahead = false;                  // launched before the caller's work had ended
     transport::Op put;
     transport::Op flush;
+    std::list<std::unique_ptr<Bundle>>::iterator self;
   };
   struct PendingTicket {
     std::shared_ptr<Link> link;
@@ -137,9 +123,9 @@ class Sender final : public Engine {
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
   bool step(std::uint64_t now) override;
-  bool busy() const override { return !transfers_.empty(); }
-  bool watching() const override { return busy() ? device_ != nullptr : unready_; }
-  bool expecting() const override;
+  bool busy() const override { return !bundles_.empty(); }
+  bool watching() const override { return device_ != nullptr && (busy() || !waves_.empty()); }
+  bool expecting() const override { return loaded_ > 0; }
   std::uint64_t deadline() const override;
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;
@@ -149,6 +135,7 @@ class Sender final : public Engine {
   void on_stop(const Status& status) override;
   void on_ended() override;
 
+  // sender_messages.cpp
   void on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ticket);
   void on_grant(Link& link, const wire::Grant& grant);
   void on_done(Link& link, const wire::Prelude& prelude, const wire::Done& done);
@@ -158,18 +145,6 @@ class Sender final : public Engine {
   Pending::iterator drop_ticket(Pending::iterator at);
   Status check_ticket(const Request& request, const PendingTicket& ticket) const;
   void add_lane(Request& request, PendingTicket ticket);
-  bool feed(Link& link);
-  void post_layer(std::uint64_t handle, Ready ready);
-  bool may_start(Lane& lane, bool* ahead);
-  void launch(Link& link, Lane& lane, wire::TokenRange tokens, std::unique_ptr<Transfer> transfer);
-  void queue(Lane& lane);
-  void unqueue(Lane& lane);
-  bool find_ready(Lane& lane, wire::TokenRange* tokens);
-  void next_frame(Lane& lane, wire::TokenRange tokens, std::size_t slot_bytes, Transfer* transfer);
-  Status take_staging(Where window, Transfer* transfer);
-  bool advance(Transfer& transfer);  // true: it has ended
-  void on_packed(Transfer& transfer);
-  void commit(Transfer& transfer);
   void cancel(Lane& lane);
   void release(Link& link);
   void release_idle(Link& link);
@@ -182,18 +157,50 @@ class Sender final : public Engine {
   void sweep_tickets(std::uint64_t now);
   Request* find(const wire::RequestId& id);
 
+  // sender.cpp: what is ready
+  void post_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, After after,
+                  const void* stream);
+  void add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t group,
+                 const std::shared_ptr<Wave>& wave);
+  bool watch_waves();
+  void place(Lane& lane);
+  void unplace(Lane& lane);
+  void place_all(const Wave& wave);
+  void awaken(const Link& link);
+  bool feed_links();
+
+  // sender_bundles.cpp: from lanes to commits
+  bool feed(Link& link);
+  std::size_t most_frames(const Link& link) const;
+  Work ready_work(const LaneQueue& lanes, std::size_t most_bytes, std::size_t most_frames) const;
+  bool take_staging(Link& link, Where window, Bundle* bundle);
+  void fill(LaneQueue& lanes, std::size_t room, bool shortest, Bundle* bundle);
+  bool cut(Lane& lane, wire::TokenRange tokens, std::size_t room, Bundle* bundle);
+  void launch(LinkWindows& windows, std::unique_ptr<Bundle> bundle);
+  void on_packed(Bundle& bundle);
+  bool advance_puts();
+  void end(Bundle& bundle);
+  void commit(Bundle& bundle);
+  void send_commit(Link& link, wire::Bundle body);
+
   std::atomic<std::uint64_t> next_handle_{1};
-  std::map<std::uint64_t, Request> requests_;  // in order of submission
+  std::uint64_t next_arrival_ = 0;
+  std::unordered_map<std::uint64_t, Request> requests_;
   std::map<wire::RequestId, std::uint64_t> handles_;
   Pending pending_;
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
-  std::list<std::unique_ptr<Transfer>> transfers_;
+  std::list<std::unique_ptr<Bundle>> bundles_;
+  std::vector<Bundle*> putting_;                        // packed, and on their way by UCX
+  std::vector<RemapTask*> packed_;                      // of one turn
   std::map<std::uint32_t, LinkWindows> windows_;        // per link
+  std::deque<std::uint32_t> awake_;                     // links that may have something to start
+  std::vector<std::uint32_t> short_of_staging_;         // links that wait for a staging buffer
+  std::size_t loaded_ = 0;                              // links with lanes whose next layer is computed
+  std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];  // unused, by `Where`
   int staging_made_[2] = {0, 0};
-  int ahead_ = 0;         // transfers that wait in a stream for the caller's work
-  bool unready_ = false;  // a lane's next layer was still being computed when it was last looked at
+  int ahead_ = 0;  // bundles that wait in a stream for the caller's work
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::uint64_t pending_deadline_ns_ = 0;                        // no pending ticket ends before it
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is in flight

@@ -148,12 +148,13 @@ void Sender::add_lane(Request& request, PendingTicket ticket) {
   Lane& lane = request.lanes.emplace_back();
   lane.request = &request;
   lane.epoch = ticket.epoch;
-  lane.remaining = link.plan_tokens(ticket.want);
+  lane.arrival = ++next_arrival_;
+  lane.remaining = lane.unsent = link.plan_tokens(ticket.want);
   lane.delivered = lane.remaining == 0;  // the receiver, which asked for nothing, has said so or will
   lane.link = std::move(ticket.link);
   lane.want = std::move(ticket.want);
   if (lane.remaining > 0) ++windows_[link.id].open;
-  queue(lane);
+  place(lane);
   conclude(request);
 }
 
@@ -186,6 +187,7 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
     window.granted = true;
     windows.free.push_back(given.slot);
   }
+  awaken(link);
   release_idle(link);  // the work may have ended while the grant travelled
 }
 
@@ -255,7 +257,7 @@ void Sender::reject(Link& link, const wire::RequestId& id, std::uint64_t epoch, 
 
 void Sender::cancel(Lane& lane) {
   if (lane.cancelled) return;
-  unqueue(lane);
+  unplace(lane);
   lane.cancelled = true;
   if (lane.link->state == LinkState::kGone) return;
   if (lane.remaining > 0) --windows_[lane.link->id].open;
@@ -398,14 +400,12 @@ void Sender::on_link_lost(Link& link, const Status& status) {
 }
 
 bool Sender::link_drained(const Link& link) const {
-  return std::none_of(transfers_.begin(), transfers_.end(), [&](const auto& transfer) {
-    return transfer->lane->link.get() == &link && transfer->stage == Stage::kPacking;
-  });
+  return std::none_of(bundles_.begin(), bundles_.end(),
+                      [&](const auto& bundle) { return bundle->link.get() == &link && !bundle->task.done; });
 }
 
 bool Sender::link_idle(const Link& link) const {
-  return std::none_of(transfers_.begin(), transfers_.end(),
-                      [&](const auto& at) { return at->lane->link.get() == &link; });
+  return std::none_of(bundles_.begin(), bundles_.end(), [&](const auto& at) { return at->link.get() == &link; });
 }
 
 void Sender::on_link_closed(Link& link) {

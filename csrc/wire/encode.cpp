@@ -31,8 +31,8 @@ void finish(const SipKey& key, std::vector<std::uint8_t>& out) {
   Writer(&out).put(siphash24(key, out.data(), out.size()));
 }
 
-FrameBytes frame_bytes(const Frame& body) {
-  FrameBytes raw{};
+FrameIdentityBytes identity_bytes(const Frame& body) {
+  FrameIdentityBytes raw{};
   raw.group = body.group;
   raw.segments = body.segments;
   raw.layer = body.layer;
@@ -44,18 +44,35 @@ FrameBytes frame_bytes(const Frame& body) {
   raw.scale_encoding = body.scale_encoding;
   raw.codec = body.codec;
   std::copy(body.channels.begin(), body.channels.end(), raw.channels);
-  raw.slot = body.slot;
-  raw.generation = body.generation;
-  raw.payload_length = body.payload_length;
-  raw.checksum = body.checksum;
-  raw.saturated = body.saturated;
+  return raw;
+}
+
+IdentityBytes identity_bytes(const RequestId& request, std::uint64_t epoch, const Frame& frame) {
+  IdentityBytes raw{};
+  std::copy(request.begin(), request.end(), raw.request);
+  raw.epoch = epoch;
+  raw.frame = identity_bytes(frame);
   return raw;
 }
 
 }  // namespace
 
 void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::vector<std::uint8_t>& out) {
-  begin(prelude, Type::kFrame, out).put(frame_bytes(body));
+  begin(prelude, Type::kFrame, out)
+      .put(FrameBytes{identity_bytes(body), body.slot, body.generation, body.payload_length, body.checksum,
+                      body.saturated});
+  finish(key, out);
+}
+
+void encode(const Prelude& prelude, const Bundle& body, const SipKey& key, std::vector<std::uint8_t>& out) {
+  Writer writer = begin(prelude, Type::kBundle, out);
+  out.reserve(kMinMessageBytes + sizeof(BundleBytes) + body.records.size() * sizeof(RecordBytes));
+  writer.put(BundleBytes{body.slot, body.generation, static_cast<std::uint32_t>(body.records.size()), 0});
+  for (const Record& record : body.records) {
+    const Frame& frame = record.frame;
+    writer.put(RecordBytes{identity_bytes(record.request, record.epoch, frame), record.payload_offset,
+                           frame.payload_length, frame.checksum, frame.saturated});
+  }
   finish(key, out);
 }
 
@@ -110,13 +127,9 @@ void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>
   finish(key, out);
 }
 
-std::uint64_t checksum_seed(const Prelude& prelude, const Frame& frame) {
+std::uint64_t checksum_seed(const RequestId& request, std::uint64_t epoch, const Frame& frame) {
   constexpr SipKey kPublicKey{'h', 'e', 't', 'k', 'v', '.', 'c', 'h', 'e', 'c', 'k', 's', 'u', 'm', '.', '1'};
-  IdentityBytes identity{};
-  std::copy(prelude.request.begin(), prelude.request.end(), identity.request);
-  identity.epoch = prelude.epoch;
-  const FrameBytes raw = frame_bytes(frame);
-  std::memcpy(identity.frame, &raw, sizeof(identity.frame));
+  const IdentityBytes identity = identity_bytes(request, epoch, frame);
   return siphash24(kPublicKey, &identity, sizeof(identity));
 }
 

@@ -29,7 +29,7 @@ Status check_interval(const char* what, T start, T stop) {
                    ") is empty or reversed");
 }
 
-Status check_segment(const FrameBytes& raw, std::size_t i, std::uint8_t minor) {
+Status check_segment(const FrameIdentityBytes& raw, std::size_t i, std::uint8_t minor) {
   const bool present = (raw.segments >> i & 1) != 0;
   if (!present) {
     if (raw.dtypes[i] != 0)
@@ -46,7 +46,7 @@ Status check_segment(const FrameBytes& raw, std::size_t i, std::uint8_t minor) {
   return {};
 }
 
-Status check_scales(const FrameBytes& raw) {
+Status check_scales(const FrameIdentityBytes& raw) {
   const std::string encoding = "frame: scale_encoding is " + to_string(raw.scale_encoding);
   if ((raw.scale_encoding & ~raw.segments) != 0) return malformed(encoding + ", which names an absent segment");
   const std::array<int, kMaxSegments> scales = scales_of(raw.segments, raw.scale_encoding);
@@ -95,6 +95,51 @@ Status check_payload(const Frame& frame) {
   return {};
 }
 
+// All that a frame says of itself; its payload is the caller's to check.
+Status read_identity(const FrameIdentityBytes& raw, std::uint8_t minor, Frame* frame) {
+  if (raw.segments == 0) return malformed("frame: segments is 0, which names no segment");
+  if (raw.segments >> kMaxSegments != 0) {
+    return malformed("frame: segments is " + to_string(raw.segments) + ", which names a segment above 3");
+  }
+  if (Status status = check_interval("head", raw.head_start, raw.head_stop); !status.ok()) return status;
+  if (Status status = check_interval("token", raw.token_start, raw.token_stop); !status.ok()) return status;
+  if (raw.reserved != 0) return malformed("frame: reserved is " + to_string(raw.reserved) + ", not 0");
+  if (raw.scale_encoding >> kMaxSegments != 0) return unknown_code("frame: scale_encoding", raw.scale_encoding, minor);
+  if (raw.codec != 0) return unknown_code("frame: codec", raw.codec, minor);
+  for (std::size_t i = 0; i < kMaxSegments; ++i) {
+    if (Status status = check_segment(raw, i, minor); !status.ok()) return status;
+  }
+  if (Status status = check_scales(raw); !status.ok()) return status;
+  frame->group = raw.group;
+  frame->segments = raw.segments;
+  frame->layer = raw.layer;
+  frame->head_start = raw.head_start;
+  frame->head_stop = raw.head_stop;
+  frame->token_start = raw.token_start;
+  frame->token_stop = raw.token_stop;
+  std::copy(std::begin(raw.dtypes), std::end(raw.dtypes), frame->dtypes.begin());
+  frame->scale_encoding = raw.scale_encoding;
+  frame->codec = raw.codec;
+  std::copy(std::begin(raw.channels), std::end(raw.channels), frame->channels.begin());
+  return {};
+}
+
+Status read_record(const RecordBytes& raw, std::uint8_t minor, Record* record) {
+  const std::uint8_t* id = raw.identity.request;
+  if (std::all_of(id, id + sizeof(raw.identity.request), [](std::uint8_t b) { return b == 0; })) {
+    return malformed("request_id is all zeros");
+  }
+  std::copy(id, id + sizeof(raw.identity.request), record->request.begin());
+  record->epoch = raw.identity.epoch;
+  Frame& frame = record->frame;
+  if (Status status = read_identity(raw.identity.frame, minor, &frame); !status.ok()) return status;
+  frame.payload_length = raw.payload_length;
+  frame.checksum = raw.checksum;
+  frame.saturated = raw.saturated;
+  record->payload_offset = raw.payload_offset;
+  return check_payload(frame);
+}
+
 }  // namespace
 
 std::array<int, kMaxSegments> scales_of(std::uint16_t segments, std::uint8_t scale_encoding) {
@@ -132,34 +177,8 @@ Status decode(const std::uint8_t* data, std::size_t size, Frame* body) {
   if (!found.status.ok()) return found.status;
   FrameBytes raw{};
   if (!found.reader.take(&raw)) return malformed("frame: body is too short");
-
-  if (raw.segments == 0) return malformed("frame: segments is 0, which names no segment");
-  if (raw.segments >> kMaxSegments != 0) {
-    return malformed("frame: segments is " + to_string(raw.segments) + ", which names a segment above 3");
-  }
-  if (Status status = check_interval("head", raw.head_start, raw.head_stop); !status.ok()) return status;
-  if (Status status = check_interval("token", raw.token_start, raw.token_stop); !status.ok()) return status;
-  if (raw.reserved != 0) return malformed("frame: reserved is " + to_string(raw.reserved) + ", not 0");
-  if (raw.scale_encoding >> kMaxSegments != 0)
-    return unknown_code("frame: scale_encoding", raw.scale_encoding, found.minor);
-  if (raw.codec != 0) return unknown_code("frame: codec", raw.codec, found.minor);
-  for (std::size_t i = 0; i < kMaxSegments; ++i) {
-    if (Status status = check_segment(raw, i, found.minor); !status.ok()) return status;
-  }
-  if (Status status = check_scales(raw); !status.ok()) return status;
-
   Frame frame;
-  frame.group = raw.group;
-  frame.segments = raw.segments;
-  frame.layer = raw.layer;
-  frame.head_start = raw.head_start;
-  frame.head_stop = raw.head_stop;
-  frame.token_start = raw.token_start;
-  frame.token_stop = raw.token_stop;
-  std::copy(std::begin(raw.dtypes), std::end(raw.dtypes), frame.dtypes.begin());
-  frame.scale_encoding = raw.scale_encoding;
-  frame.codec = raw.codec;
-  std::copy(std::begin(raw.channels), std::end(raw.channels), frame.channels.begin());
+  if (Status status = read_identity(raw.identity, found.minor, &frame); !status.ok()) return status;
   frame.slot = raw.slot;
   frame.generation = raw.generation;
   frame.payload_length = raw.payload_length;
@@ -167,6 +186,42 @@ Status decode(const std::uint8_t* data, std::size_t size, Frame* body) {
   frame.saturated = raw.saturated;
   if (Status status = check_payload(frame); !status.ok()) return status;
   *body = frame;
+  return {};
+}
+
+Status decode(const std::uint8_t* data, std::size_t size, Bundle* body) {
+  Type type = Type::kBundle;
+  Body found = find_body(data, size, &type);
+  if (!found.status.ok()) return found.status;
+  BundleBytes raw{};
+  if (!found.reader.take(&raw)) return malformed("bundle: body is too short");
+  if (raw.reserved != 0) return malformed("bundle: reserved is " + to_string(raw.reserved) + ", not 0");
+  if (raw.num_frames == 0) return malformed("bundle: num_frames is 0");
+  if (found.reader.left() != std::uint64_t{raw.num_frames} * sizeof(RecordBytes)) {
+    return malformed("bundle: num_frames is " + to_string(raw.num_frames) + ", but " + to_string(found.reader.left()) +
+                     " bytes of frames follow");
+  }
+  Bundle bundle{raw.slot, raw.generation, std::vector<Record>(raw.num_frames)};
+  std::uint64_t end = 0;  // of the payload before
+  for (std::size_t i = 0; i < bundle.records.size(); ++i) {
+    Record& record = bundle.records[i];
+    RecordBytes bytes{};
+    Status status = found.reader.take(&bytes) ? read_record(bytes, found.minor, &record) : malformed("is cut short");
+    if (status.ok() && record.payload_offset % kPayloadAlignment != 0) {
+      status = malformed("payload_offset is " + to_string(record.payload_offset) + ", not a multiple of " +
+                         to_string(kPayloadAlignment));
+    }
+    if (status.ok() && (record.payload_offset < end || record.payload_offset > kMaxPayloadBytes)) {
+      status = malformed("payload_offset is " + to_string(record.payload_offset) + ", not from " + to_string(end) +
+                         " to " + to_string(kMaxPayloadBytes));
+    }
+    if (!status.ok()) {
+      status.detail = "bundle: frames[" + to_string(i) + "]: " + status.detail;
+      return status;
+    }
+    end = record.payload_offset + record.frame.payload_length;
+  }
+  *body = std::move(bundle);
   return {};
 }
 

@@ -34,7 +34,8 @@ static_assert(offsetof(PreludeBytes, reserved) == 12 && offsetof(PreludeBytes, s
 static_assert(offsetof(PreludeBytes, request) == 24 && offsetof(PreludeBytes, epoch) == 40);
 
 // Bodies start at byte 48 of the message; offsets below are from there.
-struct FrameBytes {
+// What a frame is, and nothing of where it travels.
+struct FrameIdentityBytes {
   std::uint16_t group;
   std::uint16_t segments;
   std::uint32_t layer;
@@ -47,6 +48,17 @@ struct FrameBytes {
   std::uint8_t codec;
   std::uint16_t reserved;
   std::uint32_t channels[kMaxSegments];
+};
+static_assert(sizeof(FrameIdentityBytes) == 56);
+static_assert(offsetof(FrameIdentityBytes, segments) == 2 && offsetof(FrameIdentityBytes, layer) == 4);
+static_assert(offsetof(FrameIdentityBytes, head_start) == 8 && offsetof(FrameIdentityBytes, head_stop) == 12);
+static_assert(offsetof(FrameIdentityBytes, token_start) == 16 && offsetof(FrameIdentityBytes, token_stop) == 24);
+static_assert(offsetof(FrameIdentityBytes, dtypes) == 32 && offsetof(FrameIdentityBytes, scale_encoding) == 36);
+static_assert(offsetof(FrameIdentityBytes, codec) == 37 && offsetof(FrameIdentityBytes, reserved) == 38);
+static_assert(offsetof(FrameIdentityBytes, channels) == 40);
+
+struct FrameBytes {
+  FrameIdentityBytes identity;
   std::uint32_t slot;
   std::uint32_t generation;
   std::uint64_t payload_length;
@@ -54,23 +66,34 @@ struct FrameBytes {
   std::uint64_t saturated;
 };
 static_assert(sizeof(FrameBytes) == 88);
-static_assert(offsetof(FrameBytes, segments) == 2 && offsetof(FrameBytes, layer) == 4);
-static_assert(offsetof(FrameBytes, head_start) == 8 && offsetof(FrameBytes, head_stop) == 12);
-static_assert(offsetof(FrameBytes, token_start) == 16 && offsetof(FrameBytes, token_stop) == 24);
-static_assert(offsetof(FrameBytes, dtypes) == 32 && offsetof(FrameBytes, scale_encoding) == 36);
-static_assert(offsetof(FrameBytes, codec) == 37 && offsetof(FrameBytes, reserved) == 38);
-static_assert(offsetof(FrameBytes, channels) == 40 && offsetof(FrameBytes, slot) == 56);
+static_assert(offsetof(FrameBytes, slot) == 56);
 static_assert(offsetof(FrameBytes, generation) == 60 && offsetof(FrameBytes, payload_length) == 64);
 static_assert(offsetof(FrameBytes, checksum) == 72 && offsetof(FrameBytes, saturated) == 80);
 
-// What checksum_seed() hashes: from the request id to the channel counts, that is all that says what the frame is and
-// nothing that says where it travels.
+// What checksum_seed() hashes.
 struct IdentityBytes {
   std::uint8_t request[16];
   std::uint64_t epoch;
-  std::uint8_t frame[offsetof(FrameBytes, slot)];
+  FrameIdentityBytes frame;
 };
 static_assert(sizeof(IdentityBytes) == 80);
+
+struct BundleBytes {  // then the records
+  std::uint32_t slot;
+  std::uint32_t generation;
+  std::uint32_t num_frames;
+  std::uint32_t reserved;
+};
+struct RecordBytes {
+  IdentityBytes identity;
+  std::uint64_t payload_offset;
+  std::uint64_t payload_length;
+  std::uint64_t checksum;
+  std::uint64_t saturated;
+};
+static_assert(sizeof(BundleBytes) == 16 && sizeof(RecordBytes) == 112);
+static_assert(offsetof(RecordBytes, payload_offset) == 80 && offsetof(RecordBytes, payload_length) == 88);
+static_assert(offsetof(RecordBytes, checksum) == 96 && offsetof(RecordBytes, saturated) == 104);
 
 struct TicketBytes {
   std::uint32_t lease_ms;
@@ -135,6 +158,8 @@ constexpr BodySize body_size(Type type) {
   switch (type) {
     case Type::kFrame:
       return {sizeof(FrameBytes), true};
+    case Type::kBundle:
+      return {sizeof(BundleBytes), false};
     case Type::kTicket:
       return {sizeof(TicketBytes), false};
     case Type::kBoundTicket:

@@ -16,11 +16,13 @@
 namespace hetkv::wire {
 
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 2;
+constexpr std::uint8_t kMinor = 3;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
 constexpr std::size_t kMaxReasonBytes = 512;
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{1} << 40;
+constexpr std::uint64_t kPayloadAlignment = 64;  // of a frame's payload in a bundle
+constexpr std::size_t kMaxBundleFrames = (kMaxMessageBytes - 72) / 112;
 
 enum class Type : std::uint16_t {
   kFrame = 1,         // sender -> receiver: a slot is filled; the header of one frame (the commit)
@@ -34,6 +36,7 @@ enum class Type : std::uint16_t {
   kHeartbeat = 9,     // either
   kBye = 10,          // either: orderly end of the link
   kBoundTicket = 11,  // receiver -> sender: a ticket for a request of one content
+  kBundle = 12,       // sender -> receiver: a slot is filled with the payloads of several frames
 };
 
 const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "want"
@@ -67,6 +70,21 @@ struct Frame {
   std::uint64_t payload_length = 0;
   std::uint64_t checksum = 0;   // of the payload (remap/checksum.h), seeded with checksum_seed()
   std::uint64_t saturated = 0;  // elements clamped while packing
+};
+
+// One frame of a bundle. The frame's own slot and generation are the bundle's.
+struct Record {
+  RequestId request{};
+  std::uint64_t epoch = 0;
+  Frame frame;
+  std::uint64_t payload_offset = 0;  // in the slot, a multiple of kPayloadAlignment
+};
+
+// Body of kBundle: frames of any requests, in the order of their payloads, which do not overlap.
+struct Bundle {
+  std::uint32_t slot = 0;
+  std::uint32_t generation = 0;
+  std::vector<Record> records;
 };
 
 // Where the parts of a frame's payload are. Each part starts at a multiple of 8 bytes from the payload's start and is
@@ -138,6 +156,7 @@ struct Heartbeat {
 // kBoundTicket. Values are not checked: the
 // other side's decode() is the judge. A message must fit kMaxMessageBytes, so long lists go in several.
 void encode(const Prelude& prelude, const Frame& body, const SipKey& key, std::vector<std::uint8_t>& out);
+void encode(const Prelude& prelude, const Bundle& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Ticket& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Grant& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Release& body, const SipKey& key, std::vector<std::uint8_t>& out);
@@ -151,6 +170,7 @@ void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>
 Status open(const std::uint8_t* data, std::size_t size, const SipKey& key, Prelude* prelude);
 // Each checks every length, count, interval and code of the body. `data` and `size` are the whole message.
 Status decode(const std::uint8_t* data, std::size_t size, Frame* body);
+Status decode(const std::uint8_t* data, std::size_t size, Bundle* body);
 Status decode(const std::uint8_t* data, std::size_t size, Ticket* body);
 Status decode(const std::uint8_t* data, std::size_t size, Grant* body);
 Status decode(const std::uint8_t* data, std::size_t size, Release* body);
@@ -160,6 +180,6 @@ Status decode(const std::uint8_t* data, std::size_t size, Heartbeat* body);
 
 // Seed of a frame's payload checksum, from what the frame is (request, epoch, layer, heads, tokens, segments), so that
 // a payload that belongs to another frame is seen.
-std::uint64_t checksum_seed(const Prelude& prelude, const Frame& frame);
+std::uint64_t checksum_seed(const RequestId& request, std::uint64_t epoch, const Frame& frame);
 
 }  // namespace hetkv::wire

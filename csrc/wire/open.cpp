@@ -11,7 +11,7 @@ namespace {
 using std::to_string;
 
 bool known(std::uint16_t type) {
-  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kBoundTicket);
+  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kBundle);
 }
 
 bool of_request(Type type) {
@@ -33,7 +33,7 @@ std::string hex(const std::uint8_t* data, std::size_t bytes) {
 
 const char* name(Type type) {
   constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release", "recall",      "done",
-                                    "abort", "want",   "heartbeat", "bye",     "bound_ticket"};
+                                    "abort", "want",   "heartbeat", "bye",     "bound_ticket", "bundle"};
   const auto code = static_cast<std::uint16_t>(type);
   return known(code) ? kNames[code - 1] : "unknown";
 }

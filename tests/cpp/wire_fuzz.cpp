@@ -44,6 +44,8 @@ Status run(const std::uint8_t* data, std::size_t size, wire::Type type, const wi
   switch (type) {
     case wire::Type::kFrame:
       return decode_and_encode<wire::Frame>(data, size, prelude);
+    case wire::Type::kBundle:
+      return decode_and_encode<wire::Bundle>(data, size, prelude);
     case wire::Type::kTicket:
       return decode_and_encode<wire::Ticket>(data, size, prelude);
     case wire::Type::kGrant:

@@ -15,27 +15,30 @@ enum class Paths : std::uint8_t {
   kAll,
 };
 
-HETKV_INLINE const Job& job_of(const Launch& launch, std::uint32_t& chunk) {
-  std::uint32_t i = 0;
-  while (i + 1 < launch.num_jobs && chunk >= launch.first_chunk[i + 1]) ++i;
-  chunk -= launch.first_chunk[i];
-  return launch.jobs[i];
+// The job that a chunk of the launch belongs to; `chunk` then counts from that job's first.
+HETKV_INLINE std::uint32_t job_of(const std::uint32_t* first_chunk, std::uint32_t num_jobs, std::uint32_t& chunk) {
+  std::uint32_t low = 0;
+  for (std::uint32_t high = num_jobs; high - low > 1;) {
+    const std::uint32_t middle = (low + high) / 2;
+    (chunk < first_chunk[middle] ? high : low) = middle;
+  }
+  chunk -= first_chunk[low];
+  return low;
 }
 
-HETKV_INLINE void run_words(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                            Partial& partial) {
+HETKV_INLINE void run_words(const Job& job, std::uint32_t chunk, std::uint32_t thread, Partial& partial) {
   for (std::uint32_t k = 0; k < kDepth; ++k) {
-    move_word(job, seed, (static_cast<std::uint64_t>(chunk) * kDepth + k) * kThreads + thread, partial);
+    move_word(job, job.seed, (static_cast<std::uint64_t>(chunk) * kDepth + k) * kThreads + thread, partial);
   }
 }
 
 // `chunk` counts from the job's first.
 template <Paths kPaths>
-HETKV_INLINE void run_chunk(const Job& job, std::uint64_t seed, std::uint32_t chunk, std::uint32_t thread,
-                            Partial& partial) {
+HETKV_INLINE void run_chunk(const Job& job, std::uint32_t chunk, std::uint32_t thread, Partial& partial) {
+  const std::uint64_t seed = job.seed;
   const std::uint32_t item = chunk * kThreads + thread;
   if constexpr (kPaths == Paths::kAll) {
-    if (job.path == Path::kWords) return run_words(job, seed, chunk, thread, partial);
+    if (job.path == Path::kWords) return run_words(job, chunk, thread, partial);
   }
   if (item >= job.items) return;
   if (job.path == Path::kMove16) return move_item<4>(job, seed, item, partial);
@@ -49,11 +52,11 @@ HETKV_INLINE void run_chunk(const Job& job, std::uint64_t seed, std::uint32_t ch
   }
 }
 
-// The smallest set of paths that the launch needs.
-inline Paths paths_of(const Launch& launch) {
+// The smallest set of paths that the jobs need.
+inline Paths paths_of(const Job* jobs, std::size_t num_jobs) {
   bool cells = false, converts = false;
-  for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
-    const Job& job = launch.jobs[i];
+  for (std::size_t i = 0; i < num_jobs; ++i) {
+    const Job& job = jobs[i];
     const bool turns = job.path == Path::kCells;
     const bool converts_scattered = job.path == Path::kConvert && !(job.src.tiled && job.dst.tiled);
     if (job.path == Path::kWords || converts_scattered || (turns && (job.converts || item_size(job.src.dtype) == 4)))

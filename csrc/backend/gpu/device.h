@@ -40,6 +40,10 @@ __device__ inline void barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
+// What this thread, and those that it waited for at a barrier, have done is seen by the other blocks before what follows.
+__device__ inline void fence() {
+  __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent");
+}
 __device__ inline std::uint64_t add(std::uint64_t* to, std::uint64_t value) {
   return __hip_atomic_fetch_add(to, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
@@ -63,6 +67,9 @@ __device__ inline std::uint32_t block_index() {
 }
 __device__ inline void barrier() {
   __syncthreads();
+}
+__device__ inline void fence() {
+  __threadfence();
 }
 __device__ inline std::uint64_t add(std::uint64_t* to, std::uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));

@@ -50,7 +50,7 @@ std::int32_t stream_wait_value(std::int32_t device, void* stream, const std::uin
 // remaps.cu
 std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot);
 std::int32_t slot_destroy(HetkvRemapSlot* slot);
-std::int32_t remap(void* stream, const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
+std::int32_t remap(void* stream, const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames,
                    const HetkvRemapSlot* slot, std::int32_t max_blocks);
 
 }  // namespace hetkv::gpu

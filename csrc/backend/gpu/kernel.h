@@ -19,41 +19,45 @@ __device__ inline Partial warp_sum(Partial partial) {
   return partial;
 }
 
-// Adds what a thread block found to `scratch`: three numbers, each by a thread of its own. The last to add to a number
-// knows the sum, so no fence is needed: it writes that to `result` and clears the number for the next launch. Without a
-// `result` the sums stay for a launch that follows.
-__device__ inline void add_up(Partial partial, std::uint32_t num_blocks, Scratch* scratch, HetkvRemapResult* result) {
+// Adds what a thread block found of a frame to `scratch`.
+__device__ inline void add_up(Partial partial, std::uint32_t frame, Scratch* scratch) {
   constexpr std::uint32_t warps = kThreads / kWarp;
   __shared__ std::uint64_t checksums[warps];
   __shared__ std::uint32_t saturated[warps];
   partial = warp_sum(partial);
+  barrier();  // those of the frame before have been read
   if (thread_index() % kWarp == 0) {
     checksums[thread_index() / kWarp] = partial.checksum;
     saturated[thread_index() / kWarp] = partial.saturated;
   }
   barrier();
-  const std::uint32_t number = thread_index();
-  if (number >= kNumbers) return;
+  if (thread_index() >= 2) return;
   partial = Partial{};
   HETKV_UNROLL
   for (std::uint32_t i = 0; i < warps; ++i) {
     partial.checksum += checksums[i];
     partial.saturated += saturated[i];
   }
-  const std::uint64_t found = number == 0   ? partial.checksum & 0xFFFFFFFFu
-                              : number == 1 ? partial.checksum >> 32
-                                            : partial.saturated;
-  if (result == nullptr) {
-    if (found != 0) add(&scratch->before[number], found);
-    return;
+  const std::uint64_t found = thread_index() == 0 ? partial.checksum : partial.saturated;
+  if (found != 0) add(&scratch->sums[2 * frame + thread_index()], found);
+  fence();
+}
+
+// The last thread block to come here knows all sums: it writes them to `results` and clears them for the next launch.
+__device__ inline void report(std::uint32_t num_frames, std::uint32_t num_blocks, Scratch* scratch,
+                              HetkvRemapResult* results) {
+  __shared__ std::uint32_t last;
+  barrier();  // every thread has added
+  if (thread_index() == 0) last = add(&scratch->blocks, 1) + 1 == num_blocks ? 1 : 0;
+  barrier();
+  if (last == 0) return;
+  fence();
+  for (std::uint32_t i = thread_index(); i < 2 * num_frames; i += kThreads) {
+    volatile std::uint64_t* out = i % 2 == 0 ? &results[i / 2].checksum : &results[i / 2].saturated;
+    *out = add(&scratch->sums[i], 0);
+    scratch->sums[i] = 0;
   }
-  const std::uint64_t mine = kOneBlock | found;
-  const std::uint64_t sum = add(&scratch->now[number], mine) + mine;
-  if (sum / kOneBlock != num_blocks) return;
-  volatile std::uint64_t* out = number == 0 ? &result->low : number == 1 ? &result->high : &result->saturated;
-  *out = sum % kOneBlock + scratch->before[number];
-  scratch->before[number] = 0;
-  scratch->now[number] = 0;
+  if (thread_index() == 0) scratch->blocks = 0;
 }
 
 // Thread blocks that a multiprocessor has to hold: more wait for memory at once, and have fewer registers each. A fifth
@@ -62,19 +66,57 @@ constexpr int blocks_wanted(Paths paths) {
   return paths == Paths::kMoves || paths == Paths::kRows ? 4 : 2;
 }
 
-template <Paths kPaths>
+// `kTable`: the jobs lie in the launch's table, which each block takes them from; otherwise in the launch itself.
+template <Paths kPaths, bool kTable>
 __global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
     remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,
-                 HetkvRemapResult* result) {
+                 HetkvRemapResult* results) {
   wait_for_launch_before();
   Partial partial;
-  for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
-    std::uint32_t chunk = next;
-    const Job& job = job_of(launch, chunk);
-    run_chunk<kPaths>(job, launch.seed, chunk, thread_index(), partial);
+  std::uint32_t frame = 0;
+  const auto begin = [&](std::uint32_t next) {
+    if (next == frame) return;
+    add_up(partial, frame, scratch);
+    partial = Partial{};
+    frame = next;
+  };
+  if constexpr (kTable) {
+    constexpr std::uint32_t words = sizeof(Job) / sizeof(std::uint32_t);
+    __shared__ std::uint32_t first_chunk[kHetkvMaxJobs];
+    __shared__ alignas(Job) std::uint32_t copied[words];
+    for (std::uint32_t i = thread_index(); i < launch.num_jobs; i += kThreads) {
+      first_chunk[i] = launch.table->first_chunk[i];
+    }
+    barrier();
+    std::uint32_t current = launch.num_jobs;  // none
+    for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
+      std::uint32_t chunk = next;
+      const std::uint32_t index = job_of(first_chunk, launch.num_jobs, chunk);
+      if (index != current) {
+        barrier();  // the job before has been run
+        const auto* from = reinterpret_cast<const std::uint32_t*>(&launch.table->jobs[index]);
+        for (std::uint32_t i = thread_index(); i < words; i += kThreads) copied[i] = from[i];
+        barrier();
+        current = index;
+      }
+      const Job& job = *reinterpret_cast<const Job*>(copied);
+      begin(job.frame);
+      run_chunk<kPaths>(job, chunk, thread_index(), partial);
+    }
+  } else {
+    for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
+      std::uint32_t chunk = next;
+      std::uint32_t index = 0;
+      while (index + 1 < launch.num_jobs && chunk >= launch.first_chunk[index + 1]) ++index;
+      chunk -= launch.first_chunk[index];
+      const Job& job = launch.jobs[index];
+      begin(job.frame);
+      run_chunk<kPaths>(job, chunk, thread_index(), partial);
+    }
   }
   let_next_launch_start();
-  add_up(partial, num_blocks, scratch, result);
+  add_up(partial, frame, scratch);
+  report(launch.num_frames, num_blocks, scratch, results);
 }
 
 }  // namespace hetkv::gpu

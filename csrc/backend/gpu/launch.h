@@ -7,9 +7,9 @@
 namespace hetkv::gpu {
 
 // One launch of up to `max_blocks` thread blocks (0: as many as run at once) on the current device. `scratch` is device
-// memory; `result` pinned host memory, or null where a launch behind this one reports.
+// memory; `results` pinned host memory, one a frame.
 template <Paths kPaths>
-gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* result,
+gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* results,
                  gpuStream_t stream);
 
 extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);

@@ -200,16 +200,20 @@ bool can_plan(const remap::Job& job) {
   return job.tokens < limit && job.src.first_token < limit && job.dst.first_token < limit;
 }
 
-Launch plan_launch(const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed) {
-  Launch launch;
-  launch.seed = seed;
-  launch.num_jobs = static_cast<std::uint32_t>(std::min(num_jobs, kMaxLaunchJobs));
-  for (std::uint32_t i = 0; i < launch.num_jobs; ++i) {
-    plan_job(jobs[i], &launch.jobs[i]);
-    launch.first_chunk[i] = launch.num_chunks;
-    launch.num_chunks += chunks_of(launch.jobs[i]);
+std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames, Job* out,
+                        std::uint32_t* first_chunk) {
+  std::uint32_t chunks = 0;
+  for (std::size_t frame = 0; frame < num_frames; ++frame) {
+    for (std::uint64_t i = 0; i < frames[frame].num_jobs; ++i, ++jobs, ++out, ++first_chunk) {
+      *out = Job{};
+      out->seed = frames[frame].seed;
+      out->frame = static_cast<std::uint32_t>(frame);
+      plan_job(*jobs, out);
+      *first_chunk = chunks;
+      chunks += chunks_of(*out);
+    }
   }
-  return launch;
+  return chunks;
 }
 
 }  // namespace hetkv::gpu

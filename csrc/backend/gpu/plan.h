@@ -43,6 +43,8 @@ struct Side {
 // What every item needs lies together, and what only words need at the end: a launch begins with fetching this from
 // memory, a line at a time.
 struct Job {
+  std::uint64_t seed = 0;   // of its frame's checksum
+  std::uint32_t frame = 0;  // of the launch
   std::uint32_t items = 0;  // rows, cells
   std::uint32_t tokens = 0;
   FastDiv lane_vectors;  // rows: vectors of a row that neighbouring lanes take, before the next token. cells: in a row
@@ -67,14 +69,21 @@ struct Job {
   FastDiv channels;            // words
 };
 
-constexpr std::size_t kMaxLaunchJobs = kHetkvMaxJobs;
+// Jobs of a launch that go with it by value; more lie in a table.
+constexpr std::size_t kMaxLaunchJobs = 4;
+
+struct Table {
+  std::uint32_t first_chunk[kHetkvMaxJobs];  // of each job
+  Job jobs[kHetkvMaxJobs];
+};
 
 // What one launch gets, by value.
 struct Launch {
-  std::uint64_t seed = 0;
+  const Table* table = nullptr;  // null: the jobs are below
+  std::uint32_t num_frames = 0;
   std::uint32_t num_jobs = 0;
   std::uint32_t num_chunks = 0;
-  std::uint32_t first_chunk[kMaxLaunchJobs] = {};  // of each job
+  std::uint32_t first_chunk[kMaxLaunchJobs] = {};
   Job jobs[kMaxLaunchJobs];
 };
 
@@ -84,20 +93,18 @@ struct Partial {
   std::uint32_t saturated = 0;
 };
 
-constexpr std::uint32_t kNumbers = 3;  // of HetkvRemapResult
-constexpr std::uint64_t kOneBlock = std::uint64_t{1} << 48;
-
-// What the thread blocks of a launch add up, in device memory: all zero between launches. `now` counts the blocks that
-// have added to a number in units of kOneBlock, above what they added, which is less than 2^32 each.
+// What the thread blocks of a launch add up, in device memory: all zero between launches.
 struct Scratch {
-  std::uint64_t now[kNumbers];
-  std::uint64_t before[kNumbers];  // of launches without a report
+  std::uint64_t sums[2 * kHetkvMaxFrames];  // checksum and saturated elements of each frame
+  std::uint64_t blocks;                     // thread blocks that have added all they saw
 };
 
 // Whether a kernel can index the job: its tokens and those before them are fewer than 2^30.
 bool can_plan(const remap::Job& job);
 
-// Plans up to kMaxLaunchJobs jobs from `jobs` on, each of which can be planned.
-Launch plan_launch(const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed);
+// Plans the jobs of a launch's frames, each of which can be planned, and where the chunks of each job begin. Returns the
+// number of chunks.
+std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames, Job* out,
+                        std::uint32_t* first_chunk);
 
 }  // namespace hetkv::gpu

@@ -1,6 +1,7 @@
 // Functions of the backend's table about remaps: their slots, and their launches.
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <new>
 
 #include "backend/gpu/functions.h"
@@ -21,70 +22,112 @@ int multiprocessors_of(int device) {
   return count;
 }
 
+// Below so many chunks the blocks read the table over the bus, which is faster than to copy it first.
+constexpr std::uint32_t kReadOverBus = 64;
+
+// What a slot's scratch is.
+struct SlotMemory {
+  Scratch* sums = nullptr;  // device memory
+  Table* table = nullptr;   // device memory
+  Table* twin = nullptr;    // pinned host memory
+};
+
+std::int32_t make(std::int32_t device, SlotMemory* made) {
+  void* pointer = nullptr;
+  std::int32_t status = device_alloc(device, sizeof(Scratch), &pointer);
+  if (status != kHetkvOk) return status;
+  made->sums = static_cast<Scratch*>(pointer);
+  status = device_alloc(device, sizeof(Table), &pointer);
+  if (status != kHetkvOk) return status;
+  made->table = static_cast<Table*>(pointer);
+  status = host_alloc(sizeof(Table), &pointer);
+  if (status != kHetkvOk) return status;
+  made->twin = static_cast<Table*>(pointer);
+  const Current current(device);
+  status = report(gpuMemsetAsync(made->sums, 0, sizeof(Scratch), nullptr), "clearing a slot");
+  return status == kHetkvOk ? report(gpuStreamSynchronize(nullptr), "clearing a slot") : status;
+}
+
+void drop(SlotMemory* memory) {
+  if (memory->sums != nullptr) static_cast<void>(gpuFree(memory->sums));
+  if (memory->table != nullptr) static_cast<void>(gpuFree(memory->table));
+  if (memory->twin != nullptr) static_cast<void>(gpuHostFree(memory->twin));
+  delete memory;
+}
+
 }  // namespace
 
 std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
   *slot = HetkvRemapSlot{};
   slot->device = device;
-  void* result = nullptr;
-  std::int32_t status = host_alloc(sizeof(HetkvRemapResult), &result);
+  void* results = nullptr;
+  std::int32_t status = host_alloc(kHetkvMaxFrames * sizeof(HetkvRemapResult), &results);
   if (status != kHetkvOk) return status;
-  status = device_alloc(device, sizeof(Scratch), &slot->scratch);
-  if (status == kHetkvOk) {
-    const Current current(device);
-    status = report(gpuMemsetAsync(slot->scratch, 0, sizeof(Scratch), nullptr), "clearing a slot");
-    if (status == kHetkvOk) status = report(gpuStreamSynchronize(nullptr), "clearing a slot");
-    if (status != kHetkvOk) static_cast<void>(gpuFree(slot->scratch));
-  }
+  auto* memory = new (std::nothrow) SlotMemory;
+  status = memory != nullptr ? make(device, memory) : fail(kHetkvOutOfMemory, "no memory for a slot");
   if (status != kHetkvOk) {
-    static_cast<void>(gpuHostFree(result));
+    if (memory != nullptr) drop(memory);
+    static_cast<void>(gpuHostFree(results));
     return status;
   }
-  slot->result = new (result) HetkvRemapResult{};
+  slot->results = new (results) HetkvRemapResult[kHetkvMaxFrames]();
+  slot->scratch = memory;
   return kHetkvOk;
 }
 
 std::int32_t slot_destroy(HetkvRemapSlot* slot) {
-  if (slot->result == nullptr) return kHetkvOk;
+  if (slot->results == nullptr) return kHetkvOk;
   HETKV_ON(slot->device);
-  HETKV_TRY(gpuFree(slot->scratch));
-  HETKV_TRY(gpuHostFree(const_cast<HetkvRemapResult*>(slot->result)));
+  drop(static_cast<SlotMemory*>(slot->scratch));
+  HETKV_TRY(gpuHostFree(const_cast<HetkvRemapResult*>(slot->results)));
   *slot = HetkvRemapSlot{};
   return kHetkvOk;
 }
 
-std::int32_t remap(void* stream, const remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
+std::int32_t remap(void* stream, const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames,
                    const HetkvRemapSlot* slot, std::int32_t max_blocks) {
   HETKV_ON(slot->device);
+  std::size_t num_jobs = 0;
+  for (std::size_t i = 0; i < num_frames; ++i) num_jobs += frames[i].num_jobs;
+  if (num_frames > kHetkvMaxFrames || num_jobs > kHetkvMaxJobs) return fail(kHetkvInvalid, "too many jobs at once");
   if (std::any_of(jobs, jobs + num_jobs, [](const remap::Job& job) { return job.scaled(); })) {
     return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
   }
   if (!std::all_of(jobs, jobs + num_jobs, can_plan)) return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");
-  const int multiprocessors = multiprocessors_of(slot->device);
-  Scratch* scratch = static_cast<Scratch*>(slot->scratch);
-  std::size_t first = 0;
-  do {
-    const Launch launch = plan_launch(jobs + first, num_jobs - first, seed);
-    first += launch.num_jobs;
-    HetkvRemapResult* result = first == num_jobs ? const_cast<HetkvRemapResult*>(slot->result) : nullptr;
-    const auto begin = [&](auto function) {
-      return function(launch, multiprocessors, max_blocks, scratch, result, as_stream(stream));
-    };
-    switch (paths_of(launch)) {
-      case Paths::kMoves:
-        HETKV_TRY(begin(start<Paths::kMoves>));
-        break;
-      case Paths::kTurns:
-        HETKV_TRY(begin(start<Paths::kTurns>));
-        break;
-      case Paths::kRows:
-        HETKV_TRY(begin(start<Paths::kRows>));
-        break;
-      case Paths::kAll:
-        HETKV_TRY(begin(start<Paths::kAll>));
-        break;
+  const SlotMemory& memory = *static_cast<const SlotMemory*>(slot->scratch);
+  Launch launch;
+  launch.num_frames = static_cast<std::uint32_t>(num_frames);
+  launch.num_jobs = static_cast<std::uint32_t>(num_jobs);
+  const bool table = num_jobs > kMaxLaunchJobs;
+  Job* planned = table ? memory.twin->jobs : launch.jobs;
+  launch.num_chunks =
+      plan_jobs(jobs, frames, num_frames, planned, table ? memory.twin->first_chunk : launch.first_chunk);
+  if (table) {
+    launch.table = memory.twin;
+    if (launch.num_chunks > kReadOverBus) {
+      launch.table = memory.table;
+      const std::size_t bytes = offsetof(Table, jobs) + num_jobs * sizeof(Job);
+      HETKV_TRY(gpuMemcpyAsync(memory.table, memory.twin, bytes, gpuMemcpyDefault, as_stream(stream)));
     }
-  } while (first < num_jobs);
+  }
+  const auto begin = [&](auto function) {
+    auto* results = const_cast<HetkvRemapResult*>(slot->results);
+    return function(launch, multiprocessors_of(slot->device), max_blocks, memory.sums, results, as_stream(stream));
+  };
+  switch (paths_of(planned, num_jobs)) {
+    case Paths::kMoves:
+      HETKV_TRY(begin(start<Paths::kMoves>));
+      break;
+    case Paths::kTurns:
+      HETKV_TRY(begin(start<Paths::kTurns>));
+      break;
+    case Paths::kRows:
+      HETKV_TRY(begin(start<Paths::kRows>));
+      break;
+    case Paths::kAll:
+      HETKV_TRY(begin(start<Paths::kAll>));
+      break;
+  }
   return kHetkvOk;
 }
 

@@ -18,12 +18,12 @@ namespace hetkv::host {
 inline std::atomic<int> remaps{0};  // since the options were set
 
 inline std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
-  *slot = {new HetkvRemapResult{}, nullptr, device};
+  *slot = {new HetkvRemapResult[kHetkvMaxFrames](), nullptr, device};
   return kHetkvOk;
 }
 
 inline std::int32_t slot_destroy(HetkvRemapSlot* slot) {
-  delete slot->result;
+  delete[] slot->results;
   return kHetkvOk;
 }
 
@@ -66,21 +66,28 @@ inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::rem
   }
 }
 
-inline std::int32_t remap(void* stream, const hetkv::remap::Job* jobs, std::size_t num_jobs, std::uint64_t seed,
-                          const HetkvRemapSlot* slot, std::int32_t) {
+inline std::int32_t remap(void* stream, const hetkv::remap::Job* jobs, const HetkvRemapFrame* frames,
+                          std::size_t num_frames, const HetkvRemapSlot* slot, std::int32_t) {
   const int turn = ++remaps;
   if (option("reject-remap") == turn) return fail(kHetkvFailed, "launch rejected");
-  auto* result = const_cast<HetkvRemapResult*>(slot->result);
+  auto* results = const_cast<HetkvRemapResult*>(slot->results);
+  std::size_t num_jobs = 0;
+  for (std::size_t i = 0; i < num_frames; ++i) num_jobs += frames[i].num_jobs;
+  if (num_frames > kHetkvMaxFrames || num_jobs > kHetkvMaxJobs) return fail(kHetkvInvalid, "too many jobs at once");
   const bool breaks = option("fail-remap") > 0 && turn >= option("fail-remap");
-  static_cast<Stream*>(stream)->put(
-      [work = std::vector<hetkv::remap::Job>(jobs, jobs + num_jobs), seed, result, breaks] {
-        if (const long us = option("slow"); us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
-        if (breaks) broken = true;
-        if (broken) return;
-        hetkv::remap::Result sum;
-        for (const hetkv::remap::Job& job : work) run_job(job, seed, &sum);
-        *result = {sum.checksum, 0, sum.saturated};
-      });
+  static_cast<Stream*>(stream)->put([work = std::vector<hetkv::remap::Job>(jobs, jobs + num_jobs),
+                                     parts = std::vector<HetkvRemapFrame>(frames, frames + num_frames), results,
+                                     breaks] {
+    if (const long us = option("slow"); us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
+    if (breaks) broken = true;
+    if (broken) return;
+    const hetkv::remap::Job* job = work.data();
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      hetkv::remap::Result sum;
+      for (std::uint64_t left = parts[i].num_jobs; left > 0; --left, ++job) run_job(*job, parts[i].seed, &sum);
+      results[i] = {sum.checksum, sum.saturated};
+    }
+  });
   return kHetkvOk;
 }
 

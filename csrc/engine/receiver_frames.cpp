@@ -1,0 +1,165 @@
+// The receiver's frames: checked, unpacked, verified and counted.
+#include <algorithm>
+#include <atomic>
+
+#include "engine/ranges.h"
+#include "engine/receiver.h"
+
+namespace hetkv::engine {
+
+// A frame alone is a bundle of one.
+void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
+  on_bundle(link, {frame.slot, frame.generation, {{prelude.request, prelude.epoch, frame, 0}}});
+}
+
+// Each frame is judged alone; what is unpacked is unpacked together.
+void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
+  Slot* slot = slots_.at(bundle.slot);
+  const bool held = slot != nullptr && slot->state == SlotState::kLent && slot->link == link.id &&
+                    slot->generation == bundle.generation;
+  auto unpack = std::make_unique<Unpack>();
+  unpack->slot = bundle.slot;
+  for (const wire::Record& record : bundle.records) {
+    Request* request = find(record.request, record.epoch);
+    Part* part = request != nullptr ? part_of(*request, link) : nullptr;
+    // Of a request that has ended while the frame was under way, or that this peer was not asked for and cannot harm.
+    if (part == nullptr || !request->failure.ok()) {
+      ++stats_.stale_frames;
+      continue;
+    }
+    if (!held) {
+      fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " +
+                                                        std::to_string(bundle.slot) + " generation " +
+                                                        std::to_string(bundle.generation) +
+                                                        ", which the sender does not hold"));
+      continue;
+    }
+    Piece piece{request, part, nullptr, record};
+    const Status status = admit(*request, *part, record, slot->memory->bytes(), &piece.plan);
+    if (!status.ok()) {
+      fail(*request, Status::error(status.code, link.config.name + ": " + status.detail));
+      continue;
+    }
+    ++request->unpacking;
+    add_part(*piece.plan, request->blocks[piece.plan->group], record, slot->memory->local() + record.payload_offset,
+             false, &unpack->task);
+    unpack->pieces.push_back(std::move(piece));
+  }
+  if (!held) return;
+  slots_moved_ = true;
+  if (unpack->pieces.empty()) return slots_.free(bundle.slot);
+  slot->state = SlotState::kFilled;
+  std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
+  if (link.config.rdma_windows) flush_rdma();
+  RemapTask& task = unpack->task;
+  task.owner = unpack.get();
+  unpacks_.push_front(std::move(unpack));
+  unpacks_.front()->self = unpacks_.begin();
+  mover_->submit(&task);
+  if (task.done) finish(*static_cast<Unpack*>(task.owner));
+  if (slots_moved_) grant();  // at once, so that the sender fills the slot while the next bundle is unpacked
+}
+
+Receiver::Part* Receiver::part_of(Request& request, const Link& link) {
+  const auto found = std::find_if(request.parts.begin(), request.parts.end(),
+                                  [&](const Part& part) { return part.link.get() == &link; });
+  return found != request.parts.end() ? &*found : nullptr;
+}
+
+// Everything that is written must have been asked for, on this link, once.
+Status Receiver::admit(Request& request, Part& part, const wire::Record& record, std::size_t slot_bytes,
+                       const LayerPlan** plan) {
+  const wire::Frame& frame = record.frame;
+  const auto wrong = [&](const std::string& what) {
+    return Status::error(Code::kProtocol, "a frame of layer " + std::to_string(frame.layer) + ", heads " +
+                                              range_text(frame.head_start, frame.head_stop) + ", tokens " +
+                                              range_text(frame.token_start, frame.token_stop) + " " + what);
+  };
+  *plan = part.link->find(frame);
+  if (*plan == nullptr) return wrong("is of no route of this link");
+  const LayerPlan& wanted = **plan;
+  if (frame.group != wanted.group) return wrong("names cache group " + std::to_string(frame.group));
+  if (frame.segments != (1u << wanted.segments.size()) - 1u) return wrong("has other segments than the route");
+  if (frame.scale_encoding != wanted.scale_encoding || frame.codec != 0) {
+    return wrong("has a scale encoding or codec that was not agreed");
+  }
+  for (std::size_t i = 0; i < wanted.segments.size(); ++i) {
+    if (frame.dtypes[i] != static_cast<std::uint8_t>(wanted.segments[i].wire_dtype) ||
+        frame.channels[i] != static_cast<std::uint32_t>(wanted.segments[i].channels)) {
+      return wrong("has another dtype or channel count than the route in segment " + std::to_string(i));
+    }
+  }
+  const wire::TokenRange& want = request.want[wanted.group];
+  if (frame.token_start < want.start || frame.token_stop > want.stop || frame.token_start >= frame.token_stop) {
+    return wrong("is outside the ticket's tokens " + range_text(want.start, want.stop));
+  }
+  if (frame.payload_length != wanted.payload_bytes(frame.token_stop - frame.token_start) ||
+      record.payload_offset + frame.payload_length > slot_bytes) {
+    return wrong("has a payload of " + std::to_string(frame.payload_length) + " bytes at " +
+                 std::to_string(record.payload_offset));
+  }
+  const auto index = static_cast<std::size_t>(*plan - part.link->config.plans.data());
+  if (!part.seen[index].add({frame.token_start, frame.token_stop})) return wrong("came before");
+  return {};
+}
+
+// The unpack has ended: its slot goes back, and its layers and requests are told.
+void Receiver::finish(Unpack& unpack) {
+  slots_.free(unpack.slot);
+  slots_moved_ = true;
+  for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, unpack.pieces[i], unpack.task.parts[i].result);
+  unpacks_.erase(unpack.self);
+}
+
+void Receiver::finish(const Unpack& unpack, const Piece& piece, const remap::Result& result) {
+  Request& request = *piece.request;
+  Part& part = *piece.part;
+  const wire::Frame& frame = piece.record.frame;
+  --request.unpacking;
+  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns,
+              frame.payload_length});
+  if (!request.failure.ok()) return;
+  if (!unpack.task.status.ok()) return fail(request, unpack.task.status);
+  if (result.checksum != frame.checksum) {
+    return fail(request, Status::error(Code::kChecksum, part.link->config.name + ": the payload of layer " +
+                                                            std::to_string(frame.layer) + ", tokens " +
+                                                            range_text(frame.token_start, frame.token_stop) +
+                                                            " is not what was packed"));
+  }
+  ++stats_.frames;
+  stats_.payload_bytes += frame.payload_length;
+  stats_.saturated += frame.saturated + result.saturated;
+  const std::uint64_t tokens = frame.token_stop - frame.token_start;
+  ++part.frames;
+  part.bytes += frame.payload_length;
+  part.remaining -= tokens;
+  std::uint64_t& missing = request.missing[frame.layer];
+  missing -= tokens;
+  if (missing == 0) tell(EventKind::kLayer, request.handle, static_cast<std::int32_t>(frame.layer));
+  if (part.remaining > 0) return;
+  close_part(part);
+  complete(request);
+}
+
+// Tells each sender whose part is complete, and the caller when all are. Erases the request then.
+void Receiver::complete(Request& request) {
+  if (!request.failure.ok()) return;
+  bool all = true;
+  for (auto& part : request.parts) {
+    if (part.remaining > 0) {
+      all = false;
+    } else if (!part.done) {
+      part.done = true;
+      wire::Prelude prelude;
+      prelude.type = wire::Type::kDone;
+      prelude.request = request.id;
+      prelude.epoch = request.epoch;
+      if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});
+    }
+  }
+  if (!all) return;
+  tell(EventKind::kComplete, request.handle, -1);
+  erase(request);
+}
+
+}  // namespace hetkv::engine
