@@ -147,7 +147,7 @@ void bind_common(EngineClass<E>& type) {
              out["payload_bytes"] = at.payload_bytes.load();
              out["saturated"] = at.saturated.load();
              out["direct_frames"] = at.direct_frames.load();
-             out["peer_frames"] = at.peer_frames.load();
+             out["peer_frames"] = at.device_frames.load();
              out["stale_frames"] = at.stale_frames.load();
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
@@ -275,7 +275,7 @@ void bind_engine(py::module_& m) {
           "`send_layer` for the tokens that the batch has of cache group `group`.")
       .def(
           "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
-          py::call_guard<py::gil_scoped_release>(), "Code of `Reach` in csrc/engine/windows.h.")
+          py::call_guard<py::gil_scoped_release>(), "Code of `Path` in csrc/engine/windows.h.")
       .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"))
       .def(
           "reject",

@@ -19,7 +19,7 @@ from hetkv.errors import AuthenticationError, HandshakeError, InputError, Versio
 Role = Literal["sender", "receiver"]
 
 MAJOR = 1
-MINOR = 2
+MINOR = 3
 MIN_SECRET_BYTES = 16
 MAGIC = b"hetkvctl"
 NONCE_BYTES = 32

@@ -11,6 +11,8 @@ MAX_SEGMENTS = 4
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_REASON_BYTES = 512
 MAX_PAYLOAD_BYTES = 1 << 40
+PAYLOAD_ALIGNMENT = 64
+"""Of a payload in a bundle's slot."""
 MAX_ABORT_CODE = 12
 
 
@@ -28,6 +30,7 @@ class Type(enum.IntEnum):
     HEARTBEAT = 9
     BYE = 10
     BOUND_TICKET = 11
+    BUNDLE = 12
 
     @property
     def text(self) -> str:
@@ -66,6 +69,23 @@ class Frame(msgspec.Struct, frozen=True):
     scale_encoding: int = 0
     """Bit i: segment i is scaled by a part of this payload; the last segments are the scales."""
     codec: int = 0
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One frame of a bundle; the frame's own slot and generation stay 0."""
+
+    request_id: bytes
+    epoch: int
+    frame: Frame
+    payload_offset: int
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A slot that holds the payloads of several frames, in rising order."""
+
+    slot: int
+    generation: int
+    records: tuple[Record, ...]
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -144,5 +164,6 @@ BODIES: dict[Type, type] = {
     Type.HEARTBEAT: Heartbeat,
     Type.BYE: type(None),
     Type.BOUND_TICKET: BoundTicket,
+    Type.BUNDLE: Bundle,
 }
-Body: TypeAlias = Frame | Ticket | BoundTicket | Grant | Release | Recall | Done | Abort | Heartbeat | None
+Body: TypeAlias = Frame | Bundle | Ticket | BoundTicket | Grant | Release | Recall | Done | Abort | Heartbeat | None

@@ -10,6 +10,9 @@ import hmac
 import itertools
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from hetkv.errors import AuthenticationError, InputError, MalformedError, UnsupportedError, WireError
 from hetkv.kv.dtypes import DType
@@ -21,15 +24,18 @@ from hetkv.reference.messages import (
     MAX_PAYLOAD_BYTES,
     MAX_REASON_BYTES,
     MAX_SEGMENTS,
+    PAYLOAD_ALIGNMENT,
     Abort,
     Body,
     BoundTicket,
+    Bundle,
     Done,
     Frame,
     Grant,
     Heartbeat,
     Prelude,
     Recall,
+    Record,
     Release,
     SlotGrant,
     Ticket,
@@ -38,7 +44,7 @@ from hetkv.reference.messages import (
 from hetkv.reference.payload import ITEM_SIZES, padded_size, payload_parts, scales_of
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"
@@ -46,6 +52,8 @@ CHECKSUM_KEY = b"hetkv.checksum.1"
 
 _PRELUDE = struct.Struct("<4sBBHIIQ16sQ")
 _FRAME = struct.Struct("<HHIIIQQ4BBBH4IIIQQQ")
+_BUNDLE = struct.Struct("<IIII")
+_RECORD = struct.Struct("<16sQHHIIIQQ4BBBH4IQQQQ")
 _TICKET = struct.Struct("<II")
 _BOUND_TICKET = struct.Struct("<II16s")
 _RANGE = struct.Struct("<QQ")
@@ -63,6 +71,7 @@ _SCALED = {dtype.code for dtype in DType if dtype.itemsize == 1 and dtype is not
 # Smallest body of a type, and whether each body of the type has that size.
 _BODY_SIZES = {
     Type.FRAME: (_FRAME.size, True),
+    Type.BUNDLE: (_BUNDLE.size, False),
     Type.TICKET: (_TICKET.size, False),
     Type.GRANT: (_LIST.size, False),
     Type.RELEASE: (_LIST.size, False),
@@ -79,7 +88,7 @@ _OF_REQUEST = {Type.FRAME, Type.TICKET, Type.BOUND_TICKET, Type.DONE, Type.ABORT
 
 def checksum_seed(prelude: Prelude, frame: Frame) -> int:
     """Seed of a frame's checksum: what the frame is, and nothing of where it travels."""
-    identity = _pack_prelude(prelude, 0)[24:] + _pack_frame(frame)[:56]
+    identity = _pack_prelude(prelude, 0)[24:] + _pack_identity(frame)
     return siphash24(CHECKSUM_KEY, identity)
 
 
@@ -133,6 +142,16 @@ def _pack_prelude(prelude: Prelude, length: int) -> bytes:
     )
 
 
+def _pack_identity(frame: Frame) -> bytes:
+    return _pack_frame(frame)[:56]
+
+
+def _pack_record(record: Record) -> bytes:
+    frame = record.frame
+    tail = struct.pack("<QQQQ", record.payload_offset, frame.payload_length, frame.checksum, frame.saturated)
+    return struct.pack("<16sQ", record.request_id, record.epoch) + _pack_identity(frame) + tail
+
+
 def _pack_frame(frame: Frame) -> bytes:
     return _FRAME.pack(
         frame.group,
@@ -165,6 +184,8 @@ def _pack_body(body: Body) -> bytes:
             return b""
         case Frame():
             return _pack_frame(body)
+        case Bundle(slot, generation, records):
+            return _BUNDLE.pack(slot, generation, len(records), 0) + b"".join(map(_pack_record, records))
         case Ticket(lease_ms, groups):
             return _TICKET.pack(lease_ms, len(groups)) + _pack_ranges(groups)
         case BoundTicket(lease_ms, content, groups):
@@ -241,6 +262,54 @@ def _check_interval(what: str, start: int, stop: int) -> None:
 
 def _decode_frame(body: bytes, minor: int) -> Frame:
     fields = _FRAME.unpack(body)
+    identity = _read_identity(fields[:18], minor)
+    slot, generation, payload_length, checksum, saturated = fields[18:]
+    replace = msgspec.structs.replace
+    frame = replace(identity, slot=slot, generation=generation, payload_length=payload_length, checksum=checksum,
+                    saturated=saturated)  # fmt: skip
+    _check_payload(frame)
+    return frame
+
+
+def _decode_bundle(body: bytes, minor: int) -> Bundle:
+    slot, generation, count, reserved = _BUNDLE.unpack_from(body)
+    rest = body[_BUNDLE.size :]
+    _must_be_zero("bundle: reserved", reserved)
+    if count == 0:
+        raise MalformedError("bundle: num_frames is 0")
+    if len(rest) != count * _RECORD.size:
+        raise MalformedError(f"bundle: num_frames is {count}, but {len(rest)} bytes of frames follow")
+    records: list[Record] = []
+    end = 0
+    for i, fields in enumerate(_RECORD.iter_unpack(rest)):
+        try:
+            record = _read_record(fields, minor)
+            at = record.payload_offset
+            if at % PAYLOAD_ALIGNMENT:
+                raise MalformedError(f"payload_offset is {at}, not a multiple of {PAYLOAD_ALIGNMENT}")
+            if not end <= at <= MAX_PAYLOAD_BYTES:
+                raise MalformedError(f"payload_offset is {at}, not from {end} to {MAX_PAYLOAD_BYTES}")
+        except WireError as error:
+            raise type(error)(f"bundle: frames[{i}]: {error}") from None
+        records.append(record)
+        end = at + record.frame.payload_length
+    return Bundle(slot, generation, tuple(records))
+
+
+def _read_record(fields: tuple[Any, ...], minor: int) -> Record:
+    request_id, epoch = fields[:2]
+    if not any(request_id):
+        raise MalformedError("request_id is all zeros")
+    identity = _read_identity(fields[2:20], minor)
+    offset, payload_length, checksum, saturated = fields[20:]
+    replace = msgspec.structs.replace
+    frame = replace(identity, payload_length=payload_length, checksum=checksum, saturated=saturated)
+    _check_payload(frame)
+    return Record(request_id, epoch, frame, offset)
+
+
+def _read_identity(fields: tuple[Any, ...], minor: int) -> Frame:
+    """What a frame says of itself."""
     group, segments, layer, head_start, head_stop, token_start, token_stop = fields[:7]
     dtypes, scale_encoding, codec, reserved, channels = fields[7:11], fields[11], fields[12], fields[13], fields[14:18]
     if segments == 0:
@@ -267,13 +336,10 @@ def _decode_frame(body: bytes, minor: int) -> Frame:
         if channels[i] == 0:
             raise MalformedError(f"frame: channels[{i}] is 0, but the segment is present")
     _check_scales(segments, scale_encoding, dtypes, channels)
-    slot, generation, payload_length, checksum, saturated = fields[18:]
-    frame = Frame(
+    return Frame(
         group, segments, layer, head_start, head_stop, token_start, token_stop, dtypes, channels,
-        slot, generation, payload_length, checksum, saturated, scale_encoding, codec,
+        scale_encoding=scale_encoding, codec=codec,
     )  # fmt: skip
-    _check_payload(frame)
-    return frame
 
 
 def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels: Sequence[int]) -> None:
@@ -394,6 +460,7 @@ def _decode_abort(body: bytes, minor: int) -> Abort:
 
 _DECODERS: dict[Type, Callable[[bytes, int], Body]] = {
     Type.FRAME: _decode_frame,
+    Type.BUNDLE: _decode_bundle,
     Type.TICKET: _decode_ticket,
     Type.GRANT: _decode_grant,
     Type.RELEASE: lambda body, minor: Release(_decode_names(body, "release")),

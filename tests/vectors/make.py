@@ -25,12 +25,14 @@ from hetkv.reference.messages import (
     Abort,
     Body,
     BoundTicket,
+    Bundle,
     Done,
     Frame,
     Grant,
     Heartbeat,
     Prelude,
     Recall,
+    Record,
     Release,
     SlotGrant,
     Ticket,
@@ -78,6 +80,23 @@ TICKET = Ticket(30_000, ((0, 640), (128, 640), (0, 0)))
 BOUND = BoundTicket(30_000, bytes(range(0xC0, 0xD0)), ((0, 640), (128, 640)))
 GRANT = Grant((SlotGrant(3, 1, 0x7F00_0000_1000, 1 << 20, b"rkey of slot 3"), SlotGrant(4, 9, 4096, 8)))
 RELEASE = Release(((3, 1), (4, 9)))
+OTHER = bytes(range(0x10, 0x20))
+
+
+def record(request: bytes, epoch: int, at: int, made: Frame) -> Record:
+    """A frame of a bundle."""
+    return Record(request, epoch, msgspec.structs.replace(made, slot=0, generation=0), at)
+
+
+BUNDLE = Bundle(
+    3,
+    1,
+    (
+        record(REQUEST, EPOCH, 0, frame([DType.BFLOAT16, DType.BFLOAT16], [128, 128], saturated=1)),
+        record(REQUEST, EPOCH, 5120, frame([DType.BFLOAT16, DType.BFLOAT16], [128, 128], layer=12)),
+        record(OTHER, EPOCH + 1, 10496, frame([DType.FLOAT8_E4M3FN], [511], heads=1, tokens=3, group=2)),
+    ),
+)
 ABORT = Abort(8, "lease ran out: Größe \u2265 0")
 
 GOOD: dict[str, tuple[str, Body, Type]] = {
@@ -103,6 +122,12 @@ GOOD: dict[str, tuple[str, Body, Type]] = {
             [DType.FLOAT8_E5M2, DType.FLOAT8_E4M3FN, None, DType.FLOAT32], [64, 96, 0, 6], scale_encoding=2, saturated=9
         ),
         Type.FRAME,
+    ),
+    "bundle": ("two layers of one request, one of another", BUNDLE, Type.BUNDLE),
+    "bundle-one": (
+        "a single frame, which does not begin the slot",
+        Bundle(0, 0, (record(OTHER, 1, 64, frame([DType.UINT8], [8], heads=1, tokens=1)),)),
+        Type.BUNDLE,
     ),
     "frame-value-only": ("segment 1 alone", frame([None, DType.FLOAT16], [0, 64]), Type.FRAME),
     "frame-limits": (
@@ -176,8 +201,9 @@ def bad_vectors() -> dict[str, Bad]:
     ticket, grant, release = message(TICKET, Type.TICKET), message(GRANT, Type.GRANT), message(RELEASE, Type.RELEASE)
     abort, done = message(ABORT, Type.ABORT), message(Done(1, 2), Type.DONE)
     latin = resize(patch(abort, 52, "I", 1), b"\xe9" + bytes(7), cut=len(abort) - 64)
-    newer = patch(kv, 5, "B", 3)
+    newer = patch(kv, 5, "B", 4)
     bound = message(BOUND, Type.BOUND_TICKET)
+    bundle = message(BUNDLE, Type.BUNDLE)
     scaled, mla = (message(GOOD[name][1], Type.FRAME) for name in ("frame-scales", "frame-scales-mla"))
     one = frame([DType.UINT8], [1], heads=1, tokens=1)
     huge = patch(patch(message(one, Type.FRAME), 72, "Q", 2**64 - 1), 88, "I", 2**32 - 1)
@@ -191,12 +217,12 @@ def bad_vectors() -> dict[str, Bad]:
         "major": Bad("a new major version", patch(kv, 4, "B", 2), u, "major version is 2; this side reads 1"),
         "major-zero": Bad("major version 0", patch(kv, 4, "B", 0), u, "major version is 0"),
         "reserved": Bad("reserved field used", patch(kv, 12, "I", 1), m, "reserved field at byte 12 is 1, not 0"),
-        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.2 (message is 1.2)"),
+        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.3 (message is 1.3)"),
         "type-newer": Bad(
-            "a type of version 1.3",
-            patch(patch(bye, 6, "H", 12), 5, "B", 3),
+            "a type of version 1.4",
+            patch(patch(bye, 6, "H", 13), 5, "B", 4),
             u,
-            "type 12 is not known to version 1.2 (message is 1.3)",
+            "type 13 is not known to version 1.3 (message is 1.4)",
         ),
         "length-oversized": Bad(
             "length over the limit", patch(kv, 8, "I", 65544), m, "length 65544 is over the limit of 65536"
@@ -227,10 +253,10 @@ def bad_vectors() -> dict[str, Bad]:
         "tokens-reversed": Bad("tokens reversed", patch(kv, 72, "Q", 31), m, "token interval [32, 31) is empty or"),
         "frame-reserved": Bad("reserved field used", patch(kv, 86, "H", 256), m, "frame: reserved is 256, not 0"),
         "scale-newer": Bad(
-            "a scale encoding of 1.3",
+            "a scale encoding of 1.4",
             patch(newer, 84, "B", 16),
             u,
-            "frame: scale_encoding 16 is not known to version 1.2 (message is 1.3)",
+            "frame: scale_encoding 16 is not known to version 1.3 (message is 1.4)",
         ),
         "scale-absent": Bad(
             "scales of no segment", patch(kv, 84, "B", 4), m, "scale_encoding is 4, which names an absent segment"
@@ -260,13 +286,13 @@ def bad_vectors() -> dict[str, Bad]:
             "more scales than channels", patch(mla, 96, "I", 1024), m, "which 1024 scales do not divide"
         ),
         "codec-newer": Bad(
-            "a codec of 1.3", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.2 (message is 1.3)"
+            "a codec of 1.4", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.3 (message is 1.4)"
         ),
         "dtype-newer": Bad(
-            "a dtype of 1.3",
+            "a dtype of 1.4",
             patch(newer, 81, "B", 10),
             u,
-            "frame: dtypes[1] 10 is not known to version 1.2 (message is 1.3)",
+            "frame: dtypes[1] 10 is not known to version 1.3 (message is 1.4)",
         ),
         "dtype-missing": Bad("no dtype", patch(kv, 80, "B", 0), m, "dtypes[0] is 0, but the segment is present"),
         "dtype-extra": Bad(
@@ -291,6 +317,45 @@ def bad_vectors() -> dict[str, Bad]:
         "payload-overflow": Bad("more than 2^64 bytes", huge, m, "over the limit of 1099511627776 bytes"),
         "saturated-many": Bad(
             "more than all elements", patch(kv, 128, "Q", 2561), m, "saturated is 2561, but there are 2560 elements"
+        ),
+        # The bundle.
+        "length-bundle": Bad(
+            "a bundle without a body", patch(bye, 6, "H", 12), m, "length of a bundle is 56; must be at least 72"
+        ),
+        "bundle-none": Bad("no frame", resize(patch(bundle, 56, "I", 0), cut=336), m, "bundle: num_frames is 0"),
+        "bundle-many": Bad(
+            "more frames than bytes", patch(bundle, 56, "I", 4), m, "num_frames is 4, but 336 bytes of frames follow"
+        ),
+        "bundle-huge": Bad("2^32 - 1 frames", patch(bundle, 56, "I", 2**32 - 1), m, "is 4294967295, but 336"),
+        "bundle-few": Bad("fewer frames than bytes", patch(bundle, 56, "I", 2), m, "num_frames is 2, but 336 bytes"),
+        "bundle-cut": Bad("half a frame", resize(bundle, cut=56), m, "num_frames is 3, but 280 bytes of frames"),
+        "bundle-reserved": Bad("reserved field used", patch(bundle, 60, "I", 7), m, "bundle: reserved is 7, not 0"),
+        "bundle-request": Bad(
+            "a bundle of a request", patch(bundle, 24, "16s", REQUEST), m, f"is {REQUEST.hex()}, not zeros"
+        ),
+        "bundle-frame-request": Bad(
+            "a frame of no request", patch(bundle, 64, "16s", b""), m, "bundle: frames[0]: request_id is all zeros"
+        ),
+        "bundle-frame-segments": Bad(
+            "no segment in the second", patch(bundle, 176 + 26, "H", 0), m, "bundle: frames[1]: frame: segments is 0"
+        ),
+        "bundle-frame-payload": Bad(
+            "a payload too short", patch(bundle, 64 + 88, "Q", 5112), m, "frames[0]: frame: payload_length is 5112"
+        ),
+        "bundle-frame-dtype": Bad(
+            "a dtype of 1.4",
+            patch(patch(bundle, 5, "B", 4), 176 + 56, "B", 10),
+            u,
+            "bundle: frames[1]: frame: dtypes[0] 10 is not known to version 1.3 (message is 1.4)",
+        ),
+        "bundle-unaligned": Bad(
+            "a payload at 8", patch(bundle, 64 + 80, "Q", 8), m, "frames[0]: payload_offset is 8, not a multiple of 64"
+        ),
+        "bundle-overlap": Bad(
+            "payloads that overlap", patch(bundle, 176 + 80, "Q", 5056), m, "payload_offset is 5056, not from 5120 to"
+        ),
+        "bundle-far": Bad(
+            "a payload past all slots", patch(bundle, 288 + 80, "Q", 2**40 + 64), m, "frames[2]: payload_offset is"
         ),
         # The other bodies.
         "ticket-none": Bad("no group", resize(patch(ticket, 52, "I", 0), cut=48), m, "ticket: num_groups is 0"),
@@ -347,10 +412,10 @@ def bad_vectors() -> dict[str, Bad]:
         "done-request": Bad("done with nothing", patch(done, 24, "16s", b""), m, "request_id of a done is all zeros"),
         "abort-code-zero": Bad("no error", patch(abort, 48, "I", 0), m, "abort: code is 0, which is no error"),
         "abort-code-newer": Bad(
-            "a code of 1.3",
-            patch(patch(abort, 48, "I", 13), 5, "B", 3),
+            "a code of 1.4",
+            patch(patch(abort, 48, "I", 13), 5, "B", 4),
             u,
-            "abort: code 13 is not known to version 1.2 (message is 1.3)",
+            "abort: code 13 is not known to version 1.3 (message is 1.4)",
         ),
         "abort-reason-long": Bad(
             "a reason of 513 bytes",
@@ -460,6 +525,8 @@ def plain(body: Body) -> object:
         slot["rkey"] = slot["rkey"].hex()
     if isinstance(body, BoundTicket):
         value["content"] = body.content.hex()
+    for record in value["records"] if isinstance(body, Bundle) else []:
+        record["request_id"] = record["request_id"].hex()
     return value
 
 

@@ -24,12 +24,14 @@ from hetkv.reference.messages import (
     Abort,
     Body,
     BoundTicket,
+    Bundle,
     Done,
     Frame,
     Grant,
     Heartbeat,
     Prelude,
     Recall,
+    Record,
     Release,
     SlotGrant,
     Ticket,
@@ -84,6 +86,19 @@ def frames(draw: st.DrawFn) -> Frame:
 
 
 @st.composite
+def bundles(draw: st.DrawFn) -> Bundle:
+    records, end = [], 0
+    for frame in draw(st.lists(frames(), min_size=1, max_size=5)):
+        at = (end + 63) // 64 * 64 + 64 * draw(st.integers(0, 2))
+        assume(at <= MAX_PAYLOAD_BYTES)
+        named = msgspec.structs.replace(frame, slot=0, generation=0)
+        request_id = draw(st.binary(min_size=16, max_size=16).filter(any))
+        records.append(Record(request_id, draw(u64), named, at))
+        end = at + frame.payload_length
+    return Bundle(draw(u32), draw(u32), tuple(records))
+
+
+@st.composite
 def slot_grants(draw: st.DrawFn) -> Grant:
     slots = []
     for slot, generation in draw(names.filter(bool)):
@@ -96,6 +111,7 @@ def slot_grants(draw: st.DrawFn) -> Grant:
 ranges = st.tuples(u64, u64).map(lambda pair: tuple(sorted(pair)))
 bodies = {
     Type.FRAME: frames(),
+    Type.BUNDLE: bundles(),
     Type.TICKET: st.builds(Ticket, u32, st.lists(ranges, min_size=1, max_size=20).map(tuple)),
     Type.BOUND_TICKET: st.builds(
         BoundTicket,
@@ -112,7 +128,7 @@ bodies = {
     Type.HEARTBEAT: st.builds(Heartbeat, u64),
     Type.BYE: st.none(),
 }
-OF_LINK = {Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE}
+OF_LINK = {Type.BUNDLE, Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE}
 
 
 @st.composite

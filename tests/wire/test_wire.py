@@ -15,7 +15,19 @@ from hetkv.core import core as _core
 from hetkv.kv.dtypes import DType
 from hetkv.reference import wire
 from hetkv.reference.checksum import payload_checksum, siphash24
-from hetkv.reference.messages import BODIES, Abort, Body, Frame, Grant, Heartbeat, Prelude, SlotGrant, Ticket, Type
+from hetkv.reference.messages import (
+    BODIES,
+    Abort,
+    Body,
+    Bundle,
+    Frame,
+    Grant,
+    Heartbeat,
+    Prelude,
+    SlotGrant,
+    Ticket,
+    Type,
+)
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 GOOD = json.loads((VECTORS / "good.json").read_text(encoding="utf-8"))
@@ -29,6 +41,9 @@ def body_of(kind: Type, value: dict | None) -> Body:
     """A body from its JSON description."""
     if kind is Type.GRANT:
         return Grant(tuple(SlotGrant(**{**slot, "rkey": bytes.fromhex(slot["rkey"])}) for slot in value["slots"]))
+    if kind is Type.BUNDLE:
+        records = [{**record, "request_id": bytes.fromhex(record["request_id"])} for record in value["records"]]
+        return msgspec.convert({**value, "records": records}, Bundle, builtin_types=(bytes,))
     if kind is Type.BOUND_TICKET:
         value = {**value, "content": bytes.fromhex(value["content"])}
     return msgspec.convert(value, BODIES[kind])
