@@ -173,17 +173,15 @@ void bind_backend(py::module_& m) {
   m.def("pointer_info", &pointer_info, py::arg("backend"), py::arg("pointer"), "What memory an address belongs to.");
   py::class_<DeviceRemap>(
       m, "DeviceRemap", "Jobs on one device. Their memory is device memory, or pinned; their block tables are copied.")
-      .def(py::init<const std::string&, std::int32_t, const std::vector<OwnedJob>&,
-                    const std::vector<std::uint64_t>&>(),
-           py::arg("backend"), py::arg("device"), py::arg("jobs"), py::arg("frames") = std::vector<std::uint64_t>(),
-           "`frames`: how many of the jobs each frame has; by default all are one frame's.")
+      .def(
+          py::init<const std::string&, std::int32_t, const std::vector<OwnedJob>&, const std::vector<std::uint64_t>&>(),
+          py::arg("backend"), py::arg("device"), py::arg("jobs"), py::arg("frames") = std::vector<std::uint64_t>(),
+          "`frames`: how many of the jobs each frame has; by default all are one frame's.")
       .def("launch", &DeviceRemap::launch, py::arg("stream") = 0, py::arg("seed") = 0, py::arg("max_blocks") = 0,
            "One launch in the order of `stream` (the framework's handle as an integer). Does not wait. Frame i has the "
            "seed `seed + i`.")
-      .def("results", &DeviceRemap::results,
-           "Waits for the last launch: (checksum, elements saturated) of each frame.")
-      .def(
-          "result", [](DeviceRemap& self) { return self.results().front(); }, "The same of the first frame.");
+      .def("results", &DeviceRemap::results, "Waits for the last launch: (checksum, elements saturated) of each frame.")
+      .def("result", [](DeviceRemap& self) { return self.results().front(); }, "The same of the first frame.");
 }
 
 }  // namespace hetkv

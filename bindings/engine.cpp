@@ -84,8 +84,8 @@ std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std:
   return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(mover), std::move(device)));
 }
 
-void send_layer(engine::Sender& sender, std::shared_ptr<const engine::SendBatch> batch, std::uint32_t layer,
-                std::size_t group, std::optional<std::uint64_t> stream) {
+void send_layer(Sender& sender, std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group,
+                std::optional<std::uint64_t> stream) {
   if (!stream) return sender.send_layer(std::move(batch), layer, group);
   check(sender.send_layer(std::move(batch), layer, group, reinterpret_cast<void*>(*stream)));
 }
@@ -180,6 +180,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("copy_engine", &EngineConfig::copy_engine)
       .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("direct", &EngineConfig::direct)
+      .def_readwrite("bundle_frames", &EngineConfig::bundle_frames)
       .def_readwrite("trace", &EngineConfig::trace);
 
   py::class_<SegmentPlan>(m, "SegmentPlan")
@@ -237,6 +238,18 @@ void bind_engine(py::module_& m) {
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("frame_ms") = 0);
 
+  py::class_<SendBatch, std::shared_ptr<SendBatch>>(m, "SendBatch")
+      .def(py::init([](std::vector<std::uint64_t> handles,
+                       const std::vector<std::vector<std::pair<std::uint64_t, std::uint64_t>>>& tokens) {
+             SendBatch batch{std::move(handles), {}};
+             for (const auto& group : tokens) {
+               if (group.size() != batch.handles.size()) throw py::value_error("one range of tokens for each handle");
+               batch.tokens.push_back(to_ranges(group));
+             }
+             return batch;
+           }),
+           py::arg("handles"), py::arg("tokens"), "`tokens`: for each cache group one range a handle.");
+
   EngineClass<Sender> sender(m, "Sender");
   sender.def(py::init(&make_engine<Sender>), py::arg("config"), py::arg("device") = nullptr);
   bind_common(sender);
@@ -258,9 +271,9 @@ void bind_engine(py::module_& m) {
           py::arg("handle"), py::arg("group"), py::arg("blocks"))
       .def(
           "send_layer",
-          [](engine::Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
+          [](Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
              std::optional<std::uint64_t> stream) {
-            auto one = std::make_shared<engine::SendBatch>();
+            auto one = std::make_shared<SendBatch>();
             one->handles = {handle};
             one->tokens = {{{start, stop}}};
             send_layer(self, std::move(one), layer, 0, stream);
@@ -269,7 +282,7 @@ void bind_engine(py::module_& m) {
           "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
       .def(
           "send_batch",
-          [](engine::Sender& self, std::shared_ptr<engine::SendBatch> batch, std::uint32_t layer, std::size_t group,
+          [](Sender& self, std::shared_ptr<SendBatch> batch, std::uint32_t layer, std::size_t group,
              std::optional<std::uint64_t> stream) { send_layer(self, std::move(batch), layer, group, stream); },
           py::arg("batch"), py::arg("layer"), py::arg("group"), py::arg("stream") = py::none(),
           "`send_layer` for the tokens that the batch has of cache group `group`.")

@@ -170,13 +170,13 @@ struct HetkvBackend {
   std::int32_t (*slot_destroy)(HetkvRemapSlot* slot);
 
   // Runs the jobs (remap/remap.h) of `num_frames` frames as one launch in the order of `stream`, a stream of
-  // `slot->device`; no allocation, no wait, and a cost that hardly grows with the frames. `jobs` and `frames` are copied
-  // before the call returns. All that the jobs point to must be readable by that device and stay valid until the launch
-  // is done: both maps' memory, `blocks` and `multipliers`. Block tables in device memory are read at full speed; in
-  // pinned host memory each thread block waits for the bus. The padding of a wire destination up to a multiple of 8
-  // bytes is set to zero. `max_blocks` bounds the thread blocks that run at once, so that a caller can leave
-  // multiprocessors to others; 0: as many as fit. Jobs with scales (hetkv::remap::Job::scaled) are kHetkvUnsupported;
-  // fills, whose source has strides of 0, are jobs like others.
+  // `slot->device`; no allocation, no wait, and a cost that hardly grows with the frames. `jobs` and `frames` are
+  // copied before the call returns. All that the jobs point to must be readable by that device and stay valid until the
+  // launch is done: both maps' memory, `blocks` and `multipliers`. Block tables in device memory are read at full
+  // speed; in pinned host memory each thread block waits for the bus. The padding of a wire destination up to a
+  // multiple of 8 bytes is set to zero. `max_blocks` bounds the thread blocks that run at once, so that a caller can
+  // leave multiprocessors to others; 0: as many as fit. Jobs with scales (hetkv::remap::Job::scaled) are
+  // kHetkvUnsupported; fills, whose source has strides of 0, are jobs like others.
   std::int32_t (*remap)(void* stream, const hetkv::remap::Job* jobs, const HetkvRemapFrame* frames,
                         std::size_t num_frames, const HetkvRemapSlot* slot, std::int32_t max_blocks);
 

@@ -27,7 +27,7 @@ struct EngineConfig {
                               // multiprocessors are taken; otherwise the pack stores over the link itself
   bool high_priority = true;  // of remaps on a device, over other work of the process
   bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
-  int bundle_frames = 64;  // sender: most frames of a bundle
+  int bundle_frames = 64;     // sender: most frames of a bundle
   bool trace = false;
 };
 

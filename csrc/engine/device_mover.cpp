@@ -98,10 +98,9 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   if (status.ok()) status = take_slot(&made->slot);
   if (status.ok() && timed_) status = device_->record(stream, true, &made->begun);
   if (!status.ok()) return status;
-  status =
-      device_->check(backend.remap(stream, jobs_.data(), frames_.data(), frames_.size(), &made->slot->report,
-                                   max_blocks_),
-                     "starting a remap");
+  status = device_->check(
+      backend.remap(stream, jobs_.data(), frames_.data(), frames_.size(), &made->slot->report, max_blocks_),
+      "starting a remap");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
   if (status.ok() && task.copy_bytes > 0) status = copy(task, stream == ready_, made);
   // What was started must have ended before anyone hears of the failure.

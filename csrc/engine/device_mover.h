@@ -31,8 +31,8 @@ class DeviceMover final : public Mover {
     RemapTask* task = nullptr;
     Slot* slot = nullptr;
     std::size_t line = 0;  // where it ends
-    After begun;   // where times are asked for
-    After packed;  // where a copy follows
+    After begun;           // where times are asked for
+    After packed;          // where a copy follows
     After done;
   };
   DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
@@ -50,8 +50,8 @@ class DeviceMover final : public Mover {
   const bool timed_;
   void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
   void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
-  // For payloads that go on by the copy engine, beside the next pack: in turn behind packs of `ready_`, so that one copy
-  // begins while the one before it ends, and behind those of `waiting_`.
+  // For payloads that go on by the copy engine, beside the next pack: in turn behind packs of `ready_`, so that one
+  // copy begins while the one before it ends, and behind those of `waiting_`.
   std::array<void*, 3> copying_{};
   std::size_t turn_ = 0;
   std::unique_ptr<DeviceTables> tables_;

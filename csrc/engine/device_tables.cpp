@@ -55,9 +55,9 @@ Status DeviceTables::upload(void* reader) {
         end += fresh_[i].bytes;
       }
       const auto* twin = static_cast<const std::uint8_t*>(chunks_[first.chunk].twin->data()) + first.offset;
-      auto status = device_->check(
-          backend.copy_async(reinterpret_cast<void*>(address(first)), twin, end - first.offset, stream_),
-          "uploading block tables");
+      auto status =
+          device_->check(backend.copy_async(reinterpret_cast<void*>(address(first)), twin, end - first.offset, stream_),
+                         "uploading block tables");
       if (!status.ok()) return status;
     }
     fresh_.clear();

@@ -26,7 +26,7 @@ struct EngineStats {
   std::atomic<std::uint64_t> payload_bytes{0};
   std::atomic<std::uint64_t> saturated{0};
   std::atomic<std::uint64_t> direct_frames{0};  // stored straight into the peer's window,
-  std::atomic<std::uint64_t> device_frames{0};    // of these into the memory of a device
+  std::atomic<std::uint64_t> device_frames{0};  // of these into the memory of a device
   std::atomic<std::uint64_t> stale_frames{0};   // of requests that had ended
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};

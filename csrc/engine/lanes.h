@@ -48,9 +48,9 @@ struct Lane {
   std::uint64_t arrival = 0;  // rises from lane to lane
   std::uint64_t remaining = 0;
   std::uint64_t unsent = 0;
-  std::size_t ready = 0;    // cursor: next ready item,
-  std::size_t plan = 0;     // plan of the link,
-  std::uint64_t token = 0;  // and token inside it
+  std::size_t ready = 0;        // cursor: next ready item,
+  std::size_t plan = 0;         // plan of the link,
+  std::uint64_t token = 0;      // and token inside it
   std::uint32_t in_flight = 0;  // frames
   std::uint64_t frames = 0;     // committed
   std::uint64_t bytes = 0;
@@ -95,7 +95,6 @@ class LaneQueue {
   }
   Lane& first() const { return *by_arrival_.begin()->second; }
   Lane& shortest() const { return *std::get<2>(*by_left_.begin()); }
-
 
   const std::set<std::pair<std::uint64_t, Lane*>>& in_order() const { return by_arrival_; }
 

@@ -76,8 +76,10 @@ void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& reco
   for (const ScaleFill& fill : plan.fills) {
     task->jobs.push_back(fill_job(plan, fill, static_cast<std::int64_t>(start), tokens, blocks->data()));
   }
-  task->parts.push_back({task->jobs.size() - before, wire::checksum_seed(record.request, record.epoch, record.frame),
-                         std::move(blocks), {}});
+  task->parts.push_back({task->jobs.size() - before,
+                         wire::checksum_seed(record.request, record.epoch, record.frame),
+                         std::move(blocks),
+                         {}});
 }
 
 void CpuMover::submit(RemapTask* task) {

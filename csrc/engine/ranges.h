@@ -45,7 +45,7 @@ class RangeSet {
   }
 
  private:
-  wire::TokenRange first_;               // counts while `more_` is empty
+  wire::TokenRange first_;              // counts while `more_` is empty
   std::vector<wire::TokenRange> more_;  // all ranges, once there are several
 };
 

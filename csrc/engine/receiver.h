@@ -52,7 +52,7 @@ class Receiver final : public Engine {
   // One link's part of a request.
   struct Part {
     std::shared_ptr<Link> link;
-    std::uint64_t remaining = 0;                      // tokens summed over the link's plans
+    std::uint64_t remaining = 0;  // tokens summed over the link's plans
     std::vector<RangeSet> seen;   // per plan
     std::uint64_t frames = 0;
     std::uint64_t bytes = 0;

@@ -28,10 +28,10 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
       continue;
     }
     if (!held) {
-      fail(*request, Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " +
-                                                        std::to_string(bundle.slot) + " generation " +
-                                                        std::to_string(bundle.generation) +
-                                                        ", which the sender does not hold"));
+      fail(*request,
+           Status::error(Code::kProtocol, link.config.name + ": a frame came in slot " + std::to_string(bundle.slot) +
+                                              " generation " + std::to_string(bundle.generation) +
+                                              ", which the sender does not hold"));
       continue;
     }
     Piece piece{request, part, nullptr, record};

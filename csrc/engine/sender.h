@@ -160,8 +160,7 @@ class Sender final : public Engine {
   // sender.cpp: what is ready
   void post_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, After after,
                   const void* stream);
-  void add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t group,
-                 const std::shared_ptr<Wave>& wave);
+  void add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t group, const std::shared_ptr<Wave>& wave);
   bool watch_waves();
   void place(Lane& lane);
   void unplace(Lane& lane);
@@ -191,16 +190,16 @@ class Sender final : public Engine {
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Bundle>> bundles_;
-  std::vector<Bundle*> putting_;                        // packed, and on their way by UCX
-  std::vector<RemapTask*> packed_;                      // of one turn
-  std::map<std::uint32_t, LinkWindows> windows_;        // per link
-  std::deque<std::uint32_t> awake_;                     // links that may have something to start
-  std::vector<std::uint32_t> short_of_staging_;         // links that wait for a staging buffer
-  std::size_t loaded_ = 0;                              // links with lanes whose next layer is computed
+  std::vector<Bundle*> putting_;                                    // packed, and on their way by UCX
+  std::vector<RemapTask*> packed_;                                  // of one turn
+  std::map<std::uint32_t, LinkWindows> windows_;                    // per link
+  std::deque<std::uint32_t> awake_;                                 // links that may have something to start
+  std::vector<std::uint32_t> short_of_staging_;                     // links that wait for a staging buffer
+  std::size_t loaded_ = 0;                                          // links with lanes whose next layer is computed
   std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
-  std::vector<std::unique_ptr<OwnWindow>> staging_[2];  // unused, by `Where`
+  std::vector<std::unique_ptr<OwnWindow>> staging_[2];              // unused, by `Where`
   int staging_made_[2] = {0, 0};
-  int ahead_ = 0;  // bundles that wait in a stream for the caller's work
+  int ahead_ = 0;                                                // bundles that wait in a stream for the caller's work
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::uint64_t pending_deadline_ns_ = 0;                        // no pending ticket ends before it
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is in flight

@@ -285,8 +285,8 @@ void Sender::commit(Bundle& bundle) {
     stats_.payload_bytes += frame.payload_length;
     if (bundle.direct) ++stats_.direct_frames;
     if (bundle.direct && window.memory->path() == Path::kDevice) ++stats_.device_frames;
-    trace_.add({SpanKind::kWire, lane.request->handle, frame.layer, bundle.task.stop_ns, now_ns(),
-                frame.payload_length});
+    trace_.add(
+        {SpanKind::kWire, lane.request->handle, frame.layer, bundle.task.stop_ns, now_ns(), frame.payload_length});
   }
   if (body.records.empty()) {
     windows_[link.id].free.push_back(bundle.slot);

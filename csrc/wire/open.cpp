@@ -32,7 +32,7 @@ std::string hex(const std::uint8_t* data, std::size_t bytes) {
 }  // namespace
 
 const char* name(Type type) {
-  constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release", "recall",      "done",
+  constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release", "recall",       "done",
                                     "abort", "want",   "heartbeat", "bye",     "bound_ticket", "bundle"};
   const auto code = static_cast<std::uint16_t>(type);
   return known(code) ? kNames[code - 1] : "unknown";

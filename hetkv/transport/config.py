@@ -32,6 +32,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     staging_slots: int | None = None
     """Sender: staging buffers, used where a peer's window cannot be stored into, and for what the copy engine takes
     across. Default: 4, and 6 where the pool lies on a device."""
+    bundle_frames: int = 64
+    """Sender: most frames (layers of requests) that share a slot, a launch and a message; at most 64."""
     max_slots_per_link: int = 8
     """Receiver: most slots that one sender holds at a time."""
     threads: int = 1
@@ -68,6 +70,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         for name in ("heartbeat_s", "peer_timeout_s", "lease_s", "hold_s", "handshake_timeout_s"):
             if not 0.001 <= getattr(self, name) <= MAX_SECONDS:
                 raise InputError(f"{name} must be between 0.001 and {MAX_SECONDS:g} seconds, not {getattr(self, name)}")
+        if not 1 <= self.bundle_frames <= 64:
+            raise InputError(f"bundle_frames must be between 1 and 64, not {self.bundle_frames}")
         for name in ("spin_us", "max_blocks"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
@@ -90,6 +94,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.slot_bytes = slot = self.slot(on_device)
         engine.window_bytes = self.window_bytes or (DEVICE_SLOTS * slot if on_device else max(slot, default_window()))
         engine.staging_slots = self.staging_slots or (6 if on_device else 4)
+        engine.bundle_frames = self.bundle_frames
         engine.max_slots_per_link = self.max_slots_per_link
         engine.threads = self.threads
         engine.max_blocks = self.max_blocks

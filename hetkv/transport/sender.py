@@ -11,12 +11,13 @@ for layer in range(num_layers):
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.spec import Interval
+from hetkv.transport.batch import SendBatch
 from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group
 from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
@@ -42,6 +43,7 @@ class SendHandle(Handle):
         super().__init__(request_id, sender.engine, handle)
         self.packed = running()
         """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
+        self.sender = sender
         self._pool, self._device = sender.pool, sender.device
         self._tokens, self._blocks = tokens, blocks
         self._given = dict.fromkeys(self._pool.layers, 0)
@@ -67,17 +69,9 @@ class SendHandle(Handle):
         if complete and self._given[layer] >= self._tokens[group].size:
             raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
-            start, stop = (0, self._tokens[group].stop) if tokens is None else (index(at) for at in tokens)
-        except (TypeError, ValueError):
-            raise InputError(f"layer {layer}: tokens are (start, stop), not {tokens!r}") from None
-        if not 0 <= start <= stop <= self._tokens[group].stop:
-            raise InputError(
-                f"layer {layer}, tokens [{start}, {stop}): the request has {self._tokens[group].stop} tokens"
-            )
-        if stop > len(self._blocks[group]) * self._pool.cache_groups[group][0]:
-            raise InputError(
-                f"layer {layer}, tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks"
-            )
+            start, stop = self.tokens_of(group, tokens)
+        except InputError as error:
+            raise InputError(f"layer {layer}: {error}") from None
         if self._device is None and stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
         self._given[layer] += stop - start
@@ -89,6 +83,27 @@ class SendHandle(Handle):
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
         for layer in self._group_of:
             self.send_layer(layer, stream=stream)
+
+    def tokens_of(self, group: int, tokens: tuple[int, int] | None, whole: bool = False) -> tuple[int, int]:
+        """`tokens`, or all of them, as the engine takes them of a cache group. Raises `InputError`.
+
+        `whole`: the group's layers have one record, which goes with the request's last tokens.
+        """
+        if group not in self._pool.cache_groups:
+            return 0, 0
+        count = self._tokens[group].stop
+        try:
+            start, stop = (0, count) if tokens is None else (index(at) for at in tokens)
+        except (TypeError, ValueError):
+            raise InputError(f"tokens are (start, stop), not {tokens!r}") from None
+        if whole and tokens is not None:
+            return (0, count) if stop >= max(span.stop for span in self._tokens) else (0, 0)
+        if not 0 <= start <= stop <= count:
+            raise InputError(f"tokens [{start}, {stop}): the request has {count} tokens")
+        blocks = len(self._blocks[group])
+        if stop > blocks * self._pool.cache_groups[group][0]:
+            raise InputError(f"tokens [{start}, {stop}): the request has {blocks} blocks")
+        return start, stop
 
     def extend(self, block_ids: Any, group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
@@ -156,6 +171,12 @@ class Sender(Node[SendHandle]):
             return SendHandle(request_id, self, handle, spans, blocks)
 
         return self._submit(request_id, key, make)
+
+    def batch(self, items: Iterable[SendHandle | tuple[SendHandle, tuple[int, int] | None]]) -> SendBatch:
+        """Requests of this sender that one step computes together, each with the tokens that it computes (all of them
+        where none are named): `batch.send_layer(layer)` is then one call for all. Raises `InputError` for tokens or
+        blocks that a request does not have."""
+        return SendBatch(self, items)
 
     def reject(self, request_id: RequestId, reason: str) -> None:
         """The request has ended and will not be sent again: who asks for it is rejected at once with `AbortedError`.

@@ -144,6 +144,45 @@ def test_several_jobs_are_one_frame(backend: str, preset: str, to_dtype: DType) 
 
 
 @every_backend
+@pytest.mark.parametrize(
+    ("frames", "tokens", "max_blocks"), [(2, 40, 0), (3, 5, 1), (64, 17, 0), (64, 700, 7), (33, 1, 2)]
+)
+@pytest.mark.parametrize("to_dtype", [DType.BFLOAT16, DType.FLOAT8_E4M3FN])
+def test_frames_of_one_launch_report_alone(
+    backend: str, frames: int, tokens: int, max_blocks: int, to_dtype: DType
+) -> None:
+    """Jobs by value and in a table, on few and on many thread blocks: each frame has its own seed, sum and count."""
+    layer = LayerSpec.kv(2, 64)
+    layout = KVLayout.preset("nhd", layer, 2, 16, DType.BFLOAT16)
+    device = device_of(backend)
+    jobs, checks, want = [], [], []
+    for number in range(frames):
+        count = max(1, tokens - number % 3)
+        need = -(-count // 16)
+        total, clamped, offset = 0, 0, 0
+        for name, part in layout.segments.items():
+            memory = random_bytes(part.extent(16, need), number)
+            source = Side(memory, part.dtype, part, 16, need, list(range(need))[::-1])
+            expected = wire(to_dtype, count, 2, part.channels, len(name))
+            there = Side(memory.to(device), part.dtype, part, 16, need, list(range(need))[::-1])
+            payload = Side(expected.memory.clone().to(device), to_dtype)
+            clamped += reference.remap(source.oracle(), expected.oracle(), count, 2, part.channels)
+            size = count * 2 * part.channels * to_dtype.itemsize
+            total += _core.checksum(expected.body[:size].numpy(), offset, 6 + number)
+            sides = there.kernel(count, part.channels), payload.kernel(count, part.channels)
+            shape = {"tokens": count, "heads": 2, "channels": part.channels}
+            jobs.append(_core.RemapJob(*sides, **shape, wire="destination", wire_offset=offset))
+            checks.append((there, payload, expected))
+            offset += size
+        want.append((total % 2**64, clamped))
+    run = _core.DeviceRemap(backend, 0, jobs, [2] * frames)
+    for _ in range(2):
+        run.launch(torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, 6, max_blocks)
+        assert run.results() == want
+    assert all(torch.equal(payload.memory.cpu(), expected.memory) for _, payload, expected in checks)
+
+
+@every_backend
 def test_nothing_to_do_reports_nothing(backend: str) -> None:
     run = _core.DeviceRemap(backend, 0, [])
     run.launch()

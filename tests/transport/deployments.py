@@ -41,14 +41,16 @@ class Side(NamedTuple):
 
     shards: list[Shard]
     pools: list[KVPool]
-    blocks: list[list[int]]
-    """Block ids per cache group; the same for all ranks, as in an engine."""
+    blocks: list[list[list[int]]]
+    """Block ids of each request per cache group; the same for all ranks, as in an engine."""
     given: list[KVPool]
     """The same memory as engines have it, of one of `KINDS`: what the nodes get."""
 
 
 class Deployment(NamedTuple):
     spec: KVSpec
+    requests: int
+    """How many are under way at once; all of the same tokens, in blocks and with values of their own."""
     tokens: int
     held: int
     chunks: list[tuple[int, int]]
@@ -116,7 +118,7 @@ def values(draw: st.DrawFn) -> tuple[Values, Values]:
 
 
 @st.composite
-def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, values: Values, tps: list[int]) -> Side:
+def sides(draw: st.DrawFn, spec: KVSpec, requests: int, tokens: int, values: Values, tps: list[int]) -> Side:
     """Random TP, PP with uneven stages, layout and block sizes."""
     tp = draw(st.sampled_from(tps))
     owners = [index for index, layer in enumerate(spec.layers) if layer.shares is None]
@@ -132,9 +134,11 @@ def sides(draw: st.DrawFn, spec: KVSpec, tokens: int, values: Values, tps: list[
     need = [1 if state[g] else -(-tokens // sizes[g]) for g in range(spec.num_groups)]
     layout = draw(st.sampled_from(LAYOUTS))
     kind = draw(st.sampled_from(sorted(KINDS)))
-    pools = [make_pool(spec, shard, layout, sizes, [n + 3 for n in need], values, kind) for shard in shards]
+    pools = [make_pool(spec, shard, layout, sizes, [requests * n + 3 for n in need], values, kind) for shard in shards]
     rng = random.Random(draw(st.integers(0, 2**16)))
-    return Side(shards, pools, [rng.sample(range(n + 3), n) for n in need], [given(pool, kind) for pool in pools])
+    ids = [rng.sample(range(requests * n + 3), requests * n) for n in need]
+    blocks = [[all_[r * n : (r + 1) * n] for all_, n in zip(ids, need, strict=True)] for r in range(requests)]
+    return Side(shards, pools, blocks, [given(pool, kind) for pool in pools])
 
 
 class Exported:
@@ -206,6 +210,7 @@ def make_pool(
 def deployments(draw: st.DrawFn) -> Deployment:
     """Two sides of one spec, a request with a prefix that is held, and the chunks in which it is computed."""
     spec = draw(specs())
+    requests = draw(st.sampled_from([1, 1, 2, 3, 5]))
     tokens = draw(st.integers(1, 90))
     held = draw(st.one_of(st.just(0), st.integers(0, tokens)))
     cuts = sorted({0, tokens, *draw(st.lists(st.integers(0, tokens), max_size=3))})
@@ -214,11 +219,12 @@ def deployments(draw: st.DrawFn) -> Deployment:
     alone = destination.scale == "token"
     return Deployment(
         spec,
+        requests,
         tokens,
         held,
         [(a, b) for a, b in pairwise(cuts)],
-        draw(sides(spec, tokens, source, [1] if alone else [1, 1, 2, 3, 4])),
-        draw(sides(spec, tokens, destination, [1, 1, 2, 3, 4])),
+        draw(sides(spec, requests, tokens, source, [1] if alone else [1, 1, 2, 3, 4])),
+        draw(sides(spec, requests, tokens, destination, [1, 1, 2, 3, 4])),
         draw(st.integers(0, 2**16)),
     )
 
@@ -233,9 +239,9 @@ class Truth(NamedTuple):
     scales: torch.Tensor | None = None
 
 
-def truth_of(case: Deployment) -> dict[tuple[int, str], Truth]:
+def truth_of(case: Deployment, request: int) -> dict[tuple[int, str], Truth]:
     """Random values per layer and segment."""
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator().manual_seed(case.seed + request)
     truth = {}
     for index, layer in enumerate(case.spec.layers):
         if layer.shares is not None:
@@ -273,22 +279,24 @@ def place(
         target[table[tokens // size], tokens % size] = reference.bits(values[:, head]).reshape(-1, *view.shape[3:])
 
 
-def fill_source(case: Deployment, truth: dict[tuple[int, str], Truth]) -> None:
-    """Write the truth into every source rank's pool."""
+def fill_source(case: Deployment, truth: dict[tuple[int, str], Truth], request: int) -> None:
+    """Write a request's truth into every source rank's pool."""
+    blocks = case.source.blocks[request]
     for pool in case.source.pools:
         for layer, memory in pool.layers.items():
             for name, part in memory.layout.segments.items():
                 first = pool.shard.heads[layer].start
                 heads = slice(first, first + part.heads)
                 value = truth[layer, name]
-                place(pool, case.source.blocks, layer, pool.view(layer, name), value.codes[:, heads], (0, 0))
+                place(pool, blocks, layer, pool.view(layer, name), value.codes[:, heads], (0, 0))
                 if value.scales is not None:
                     view = pool.scale_view(layer, name)
-                    place(pool, case.source.blocks, layer, view, value.scales[:, heads], (0, 0))
+                    place(pool, blocks, layer, view, value.scales[:, heads], (0, 0))
 
 
-def expected(case: Deployment, truth: dict[tuple[int, str], Truth], rank: int, want: list[range]) -> KVPool:
-    """What the destination rank's pool must be afterwards, byte for byte, by the oracle's conversions."""
+def expected(case: Deployment, truths: list[dict[tuple[int, str], Truth]], rank: int, want: list[range]) -> KVPool:
+    """What the destination rank's pool must be afterwards, byte for byte, by the oracle's conversions: `truths` has
+    each request's."""
     pool = case.destination.pools[rank]
     layers = {
         layer: memory._replace(tensors={name: tensor.clone() for name, tensor in memory.tensors.items()})
@@ -307,14 +315,22 @@ def expected(case: Deployment, truth: dict[tuple[int, str], Truth], rank: int, w
         for layer in range(*route.layers):
             span = want[pool.spec.group_of(layer)]
             for name in copy.layers[layer].layout.segments if span else ():
-                write(case, copy, source, layer, name, route.heads, truth[layer, name], span)
+                for truth, blocks in zip(truths, case.destination.blocks, strict=True):
+                    write(blocks, copy, source, layer, name, route.heads, truth[layer, name], span)
     return copy
 
 
 def write(
-    case: Deployment, pool: KVPool, source: KVPool, layer: int, name: str, heads: Interval, truth: Truth, span: range
+    blocks: list[list[int]],
+    pool: KVPool,
+    source: KVPool,
+    layer: int,
+    name: str,
+    heads: Interval,
+    truth: Truth,
+    span: range,
 ) -> None:
-    """One segment of one route into the pool."""
+    """One segment of one route of one request into the pool."""
     here, there = (side.layers[layer].layout.segments[name] for side in (source, pool))
     held = pool.shard.heads[layer]
     how = segment_conversion(here, there, heads, source.shard.heads[layer], held)
@@ -323,9 +339,9 @@ def write(
     scales = truth.scales[chosen].transpose(0, 1).contiguous() if truth.scales is not None else None
     codes, scales = travel(codes, scales, here, there, how)
     at = (span.start, heads.start - held.start)
-    place(pool, case.destination.blocks, layer, pool.view(layer, name), codes.transpose(0, 1), at)
+    place(pool, blocks, layer, pool.view(layer, name), codes.transpose(0, 1), at)
     if scales is not None:
-        place(pool, case.destination.blocks, layer, pool.scale_view(layer, name), scales.transpose(0, 1), at)
+        place(pool, blocks, layer, pool.scale_view(layer, name), scales.transpose(0, 1), at)
 
 
 def travel(

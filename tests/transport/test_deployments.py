@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.link_plan import wanted
-from hetkv.transport.receiver import Receiver
+from hetkv.transport.receiver import Receiver, RecvHandle
 from hetkv.transport.sender import Sender, SendHandle
 from tests.transport.deployments import Deployment, deployments, expected, fill_source, truth_of
 
@@ -22,10 +22,17 @@ SECRET = b"a secret of tests"
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=deployments())
 def test_random_deployments(case: Deployment) -> None:
-    values = truth_of(case)
-    fill_source(case, values)
+    values = [truth_of(case, request) for request in range(case.requests)]
+    for request, truth in enumerate(values):
+        fill_source(case, truth, request)
     rng = random.Random(case.seed)
-    config = TransferConfig(slot_bytes=1 << 13, window_bytes=rng.choice([1 << 13, 1 << 16]), direct=rng.random() < 0.7)
+    slot = rng.choice([1 << 13, 1 << 20])
+    config = TransferConfig(
+        slot_bytes=slot,
+        window_bytes=slot * rng.choice([1, 8]),
+        direct=rng.random() < 0.7,
+        bundle_frames=rng.choice([1, 2, 64]),
+    )
     with ExitStack() as stack:
         senders = [
             stack.enter_context(
@@ -47,20 +54,25 @@ def test_random_deployments(case: Deployment) -> None:
         want = [range(*span) for span in wanted(receivers[0].description, *tokens_and_held(case))]
         truth = [expected(case, values, rank, want) for rank in range(len(receivers))]
 
-        tickets_first = rng.random() < 0.5
-        receptions = [
-            r.receive("x", case.destination.blocks, case.tokens, num_cached_tokens=held(case))
-            for r in receivers
-            if tickets_first
-        ]
-        sending = [sender.send("x", case.source.blocks, case.tokens) for sender in senders]
-        send_layers(case, sending, rng)
-        if not tickets_first:
-            receptions = [
-                r.receive("x", case.destination.blocks, case.tokens, num_cached_tokens=held(case)) for r in receivers
+        def receive(request: int) -> list[RecvHandle]:
+            return [
+                r.receive(f"{request}", case.destination.blocks[request], case.tokens, num_cached_tokens=held(case))
+                for r in receivers
             ]
-        for request in [*receptions, *(t for t, s in zip(sending, senders, strict=True) if s.peers)]:
-            request.wait(20)
+
+        tickets_first = [request for request in range(case.requests) if rng.random() < 0.5]
+        receptions = [handle for request in tickets_first for handle in receive(request)]
+        sending = [
+            [sender.send(f"{request}", case.source.blocks[request], case.tokens) for request in range(case.requests)]
+            for sender in senders
+        ]
+        send_layers(case, senders, sending, rng)
+        for request in range(case.requests):
+            if request not in tickets_first:
+                receptions += receive(request)
+        used = [handle for handles, s in zip(sending, senders, strict=True) if s.peers for handle in handles]
+        for handle in [*receptions, *used]:
+            handle.wait(20)
         for rank, pool in enumerate(case.destination.pools):
             for layer, memory in pool.layers.items():
                 for name, tensor in memory.tensors.items():
@@ -79,13 +91,19 @@ def tokens_and_held(case: Deployment) -> tuple[list[int], list[int]]:
     return [1 if g in state else case.tokens for g in groups], [0 if g in state else case.held for g in groups]
 
 
-def send_layers(case: Deployment, sending: list[SendHandle], rng: random.Random) -> None:
-    """Every rank sends its layers chunk by chunk, in a random order of chunks."""
-    for rank, transmission in enumerate(sending):
-        work = []
+def send_layers(case: Deployment, senders: list[Sender], sending: list[list[SendHandle]], rng: random.Random) -> None:
+    """Every rank sends its layers chunk by chunk, in a random order of chunks and requests, or for all requests in one
+    call."""
+    for rank, handles in enumerate(sending):
+        together = rng.random() < 0.5
+        work: list[tuple[SendHandle | None, int, tuple[int, int] | None]] = []
         for layer in case.source.pools[rank].layers:
             whole = case.spec.layers[layer].kind == "state"
-            work += [(layer, None)] if whole else [(layer, chunk) for chunk in case.chunks]
+            chunks = [None] if whole else case.chunks
+            work += [(handle, layer, chunk) for handle in ([None] if together else handles) for chunk in chunks]
         rng.shuffle(work)
-        for layer, chunk in work:
-            transmission.send_layer(layer, chunk)
+        for handle, layer, chunk in work:
+            if handle is not None:
+                handle.send_layer(layer, chunk)
+            else:
+                senders[rank].batch([(one, chunk) for one in handles]).send_layer(layer)

@@ -26,12 +26,14 @@ from hetkv.kv.spec import KVSpec
 from hetkv.reference import wire
 from hetkv.reference.messages import (
     Abort,
+    Bundle,
     Done,
     Frame,
     Grant,
     Heartbeat,
     Prelude,
     Recall,
+    Record,
     Release,
     SlotGrant,
     Ticket,
@@ -229,6 +231,43 @@ def test_bad_frames_fail_their_request_alone(name: str) -> None:
         if name.startswith("slot"):  # elsewhere the real sender does not know that its slot is spent
             assert attack.sender.peers
             assert attack.receiver.peers
+
+
+def payload_of(frame_: Frame, at: int = 0, *, request: str = REQUEST, epoch: int) -> Record:
+    """A frame as a bundle's record."""
+    named = msgspec.structs.replace(frame_, slot=0, generation=0)
+    return Record(request_key(request), epoch, named, at)
+
+
+def test_a_record_that_is_stale_or_bad_fails_alone() -> None:
+    """One bundle: a frame of an earlier attempt, one of a request that is not under way, one of a layer that does not
+    exist. Only the request of the last one fails, and its neighbour with a damaged payload for its own reason."""
+    with attacked(reconnect=True) as attack:
+        other = attack.receiver.receive("other", [5], 16)
+        attack.sender.send("other", [0], 16)
+        until(lambda: attack.receiver.stats()["open_requests"] == 2)
+        epoch = attack.receiver.engine.epoch(other.handle)
+        one = frame(token_stop=1)
+        records = (
+            payload_of(one, 0, epoch=attack.epoch - 1),
+            payload_of(one, 4096, request="nobody", epoch=1),
+            payload_of(frame(layer=2, token_stop=1), 8192, epoch=attack.epoch),
+            payload_of(one, 12288, request="other", epoch=epoch),
+        )
+        attack.message(attack.sender, Type.BUNDLE, Bundle(0, 0, records), request=False)
+        with pytest.raises(ProtocolError, match="of no route"):
+            attack.rx.wait(WAIT_S)
+        with pytest.raises(ChecksumError):
+            other.wait(WAIT_S)
+        assert attack.receiver.stats()["stale_frames"] == 2
+
+
+def test_a_bundle_past_its_slot_fails_its_requests() -> None:
+    with attacked(reconnect=True) as attack:
+        record = payload_of(frame(token_stop=1), 16384, epoch=attack.epoch)
+        attack.message(attack.sender, Type.BUNDLE, Bundle(0, 0, (record,)), request=False)
+        with pytest.raises(ProtocolError, match="bytes at 16384"):
+            attack.rx.wait(WAIT_S)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2**64 - 1])

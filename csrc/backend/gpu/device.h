@@ -40,7 +40,8 @@ __device__ inline void barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
-// What this thread, and those that it waited for at a barrier, have done is seen by the other blocks before what follows.
+// What this thread, and those that it waited for at a barrier, have done is seen by the other blocks before what
+// follows.
 __device__ inline void fence() {
   __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent");
 }

@@ -102,8 +102,8 @@ struct Scratch {
 // Whether a kernel can index the job: its tokens and those before them are fewer than 2^30.
 bool can_plan(const remap::Job& job);
 
-// Plans the jobs of a launch's frames, each of which can be planned, and where the chunks of each job begin. Returns the
-// number of chunks.
+// Plans the jobs of a launch's frames, each of which can be planned, and where the chunks of each job begin. Returns
+// the number of chunks.
 std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames, Job* out,
                         std::uint32_t* first_chunk);
 
