@@ -205,6 +205,7 @@ void Sender::release(Link& link) {
     if (release.slots.size() == kMostInRelease) send(link, prelude, std::exchange(release, {}));
   }
   if (!release.slots.empty() || none) send(link, prelude, release);
+  awaken(link);  // what is ready has to ask for a slot now
 }
 
 // Keeps slots only for work that is there or announced.

@@ -72,7 +72,7 @@ def test_random_deployments(case: Deployment) -> None:
                 receptions += receive(request)
         used = [handle for handles, s in zip(sending, senders, strict=True) if s.peers for handle in handles]
         for handle in [*receptions, *used]:
-            handle.wait(20)
+            handle.wait(60)
         for rank, pool in enumerate(case.destination.pools):
             for layer, memory in pool.layers.items():
                 for name, tensor in memory.tensors.items():
