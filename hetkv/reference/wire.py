@@ -289,7 +289,7 @@ def _decode_bundle(body: bytes, minor: int) -> Bundle:
                 raise MalformedError(f"payload_offset is {at}, not a multiple of {PAYLOAD_ALIGNMENT}")
             if not end <= at <= MAX_PAYLOAD_BYTES:
                 raise MalformedError(f"payload_offset is {at}, not from {end} to {MAX_PAYLOAD_BYTES}")
-        except WireError as error:
+        except (WireError, UnsupportedError) as error:
             raise type(error)(f"bundle: frames[{i}]: {error}") from None
         records.append(record)
         end = at + record.frame.payload_length
