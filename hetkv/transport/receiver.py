@@ -7,14 +7,15 @@ receiver.receive("request-1", block_ids, num_tokens).wait()
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from hetkv.errors import HetkvError, InputError, PeerLostError, UnsupportedError
+from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group, state_groups
 from hetkv.transport.content import check_content
-from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
+from hetkv.transport.handle import Handle, RequestId, request_key, wait_for
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import LAYER, Node
 from hetkv.transport.peer import Peer
@@ -33,7 +34,8 @@ class RecvHandle(Handle):
     def __init__(self, request_id: RequestId, receiver: Receiver, handle: int, layers: Sequence[int]) -> None:
         super().__init__(request_id, receiver.engine, handle)
         self._device = receiver.device
-        self.layers: dict[int, Future[None]] = {layer: running() for layer in layers}
+        self._arrivals = Arrivals(layers)
+        self.layers: Mapping[int, Future[None]] = self._arrivals
         """By global layer: done when that layer is verified and in the pool."""
 
     def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
@@ -67,10 +69,9 @@ class RecvHandle(Handle):
 
     def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
         if kind == LAYER:
-            settle(self.layers[layer])
+            self._arrivals.arrive(layer)
         else:
-            for future in self.layers.values():
-                settle(future, error)
+            self._arrivals.end(error)
         super().on_event(kind, layer, error)
 
 
