@@ -87,7 +87,7 @@ def transfer_table(file: Path) -> str:
 
 
 def device_table(file: Path) -> str:
-    """Pool to pool between two GPUs, and what was measured beside it in the same run."""
+    """Pool to pool between two GPUs, and what was measured for comparison in the same run."""
     run = json.loads(file.read_text())
     shape = run["shape"]
     lines = [
@@ -113,7 +113,7 @@ def overlap_table(file: Path) -> str:
     lines = [
         f"| {run['shape']}, prompt {run['prompt']}: batch | way | prefill ms | slowed (at most "
         f"{100 * at_most['slowdown']:g} %) | a layer's transfer us | exposed, in layers (at most "
-        f"{at_most['exposed_layers']}) | behind its KV, in layers | TTFT ratio (at most {at_most['ttft_ratio']}) |",
+        f"{at_most['exposed_layers']}) | after its KV, in layers | TTFT ratio (at most {at_most['ttft_ratio']}) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in run["results"]:

@@ -29,7 +29,7 @@ def main() -> None:
                 sending.extend([7, 0])  # chunked prefill: the next chunk's blocks
             for layer in range(LAYERS):
                 attention(ours, layer, [1, 4, 7, 0], chunk)
-                sending.send_layer(layer, chunk)  # with a GPU: behind the work of the current stream
+                sending.send_layer(layer, chunk)  # with a GPU: after the work of the current stream
         sending.wait_packed(timeout=60)  # the blocks may be freed now
 
         for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""Two processes: `python numpy_to_numpy.py prefill` and, beside it, `python numpy_to_numpy.py decode`."""
+"""Two processes: `python numpy_to_numpy.py prefill` and, at the same time, `... decode`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The field's methods beside the planner, on the small random fleets of the optimality harness.
+"""The field's methods compared with the planner, on the small random fleets of the optimality harness.
 
     python bench/planner/baselines.py --json bench/results/planner_baselines.json [--fleets 40] [--jobs 2]
         [--resume] [--aic-python PYTHON [--aic-fleets 6]]

@@ -1,6 +1,6 @@
 """Writes the tables of docs/planner-baselines.md, planner-figures.md and planning.md from bench/results; none is typed.
 
-python bench/planner/figures.py            # rewrites what is behind the markers, and draws the pictures again
+python bench/planner/figures.py            # rewrites what follows the markers, and draws the pictures again
 python bench/planner/figures.py --check    # exits with 1 where a document is not what the files say
 """
 
@@ -28,7 +28,7 @@ EXAMPLES = ("llama-3-70b", "llama-3-405b", "deepseek-v3")
 
 
 def baselines_section() -> str:
-    """How often each method's plan holds, what it costs beside ours, and its seconds."""
+    """How often each method's plan holds, its cost relative to ours, and its seconds."""
     run = json.loads((RESULTS / "planner_baselines.json").read_text())
     fleets = [f for f in run["fleets"] if f["planner"]["meets"]]
     ours = [f["planner"]["seconds"] for f in fleets]

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--nixl-device", default="cpu", help="kv_buffer_device of NixlConnector")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds for a server to start")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("vllm", nargs="*", help="options for every vLLM server, behind --")
+    parser.add_argument("vllm", nargs="*", help="options for every vLLM server, after --")
     args = parser.parse_args()
     if not 1 <= args.rounds <= args.requests:
         parser.error(f"--rounds {args.rounds}: 1 to --requests {args.requests}")

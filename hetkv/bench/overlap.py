@@ -1,4 +1,4 @@
-"""`hetkv bench overlap`: what sending costs a prefill, and how much of the transfer shows behind it.
+"""`hetkv bench overlap`: what sending costs a prefill, and how much of the transfer is exposed after it.
 
 The compute is the runtime's own prefill of a named shape with random weights, on one GPU; its KV goes, layer by layer,
 to a pool of another layout on another GPU (or on the host's CPU) in another process. Prefills with and without sending
@@ -99,7 +99,7 @@ class _Prefill:
         return Run(clock.start_ns, clock.times()[-1], stop)
 
     def send_alone(self, request: str) -> None:
-        """The same KV with no compute beside it."""
+        """The same KV without compute."""
         sending = [
             self.node.send(f"{request}-{i}", blocks, len(self.prompts[i])) for i, blocks in enumerate(self.blocks)
         ]
@@ -125,7 +125,7 @@ class _Decode:
         self.prompt = prompt
         self.blocks = [allocator.allocate(prompt) for _ in range(batch)]
         self.node = Receiver(self.pool, secret=secret, instance="decode", config=config)
-        self.receptions: list[Any] = []
+        self.handles: list[Any] = []
 
     def connect(self, address: str) -> None:
         self.node.connect(address)
@@ -135,11 +135,11 @@ class _Decode:
 
     def receive(self, request: str) -> None:
         self.node.engine.take_trace()
-        self.receptions = [self.node.receive(f"{request}-{i}", at, self.prompt) for i, at in enumerate(self.blocks)]
+        self.handles = [self.node.receive(f"{request}-{i}", at, self.prompt) for i, at in enumerate(self.blocks)]
 
     def wait(self) -> list[tuple[int, int]]:
         """(layer, time) of every unpack of the request."""
-        for one in self.receptions:
+        for one in self.handles:
             one.wait(REPLY_S / 2)
         return [(span[2], span[4]) for span in self.node.engine.take_trace() if span[0] == UNPACK]
 
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
         "a layer us",
         "exposed us",
         "in layers",
-        "behind KV us",
+        "after KV us",
         "TTFT ratio",
         box=None,
     )
@@ -213,7 +213,7 @@ def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
         for child in (prefill, decode):
             child.answer()
         decode.ask("connect", prefill.ask("listen"))
-        plain, sent, last, behind, alone, ends = [], [], [], [], [], []
+        plain, sent, last, exposed, alone, ends = [], [], [], [], [], []
         for turn in range(args.reps + 2):
             runs: dict[bool, Run] = {}
             unpacked: list[int] = []
@@ -230,7 +230,7 @@ def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
             plain.append((without.stop - without.start) / 1e6)
             sent.append((run.stop - run.start) / 1e6)
             last.append((max(unpacked) - run.kv_ready) / 1e3)
-            behind.append(max(0, max(unpacked) - run.stop) / 1e3)
+            exposed.append(max(0, max(unpacked) - run.stop) / 1e3)
             ends.append((max(unpacked) - run.start) / 1e6)
         for turn in range(10):
             decode.ask("receive", f"a{turn}")
@@ -243,7 +243,7 @@ def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
     finally:
         for child in (decode, prefill):
             child.close()
-    layer_us, exposed_us = statistics.median(alone), statistics.median(behind)
+    layer_us, exposed_us = statistics.median(alone), statistics.median(exposed)
     ttft = [max(a, b) for a, b in zip(sent, ends, strict=True)]
     plain_ms = statistics.median(plain)
     return {

@@ -47,7 +47,7 @@ class Shape(NamedTuple):
     destination: tuple[str, int] = ("hnd", 64)
     tp: tuple[int, int] = (1, 1)
     devices: tuple[str, str] = ("cpu", "cpu")
-    """Where the sender's and the receiver's pools lie."""
+    """The devices of the sender's and the receiver's pools."""
 
     @property
     def spec(self) -> KVSpec:
@@ -205,17 +205,17 @@ class _SenderSide(_Side):
         return [node.listen() for node in self.nodes]
 
     def run(self, request: str) -> Sent:
-        transmissions = [node.send(request, self.blocks, self.shape.tokens) for node in self.nodes]
+        handles = [node.send(request, self.blocks, self.shape.tokens) for node in self.nodes]
         time.sleep(TICKET_S)
         calls = []
         began = time.monotonic()
         for layer in range(self.shape.layers):
-            for transmission in transmissions:
+            for handle in handles:
                 before = time.perf_counter()
-                transmission.send_layer(layer)
+                handle.send_layer(layer)
                 calls.append(time.perf_counter() - before)
-        for transmission in transmissions:
-            transmission.wait(REPLY_S / 2)
+        for handle in handles:
+            handle.wait(REPLY_S / 2)
         return Sent(began, time.monotonic(), calls)
 
 
@@ -224,7 +224,7 @@ class _ReceiverSide(_Side):
         from hetkv.transport.receiver import Receiver
 
         super().__init__(Receiver, 1, *arguments)
-        self.receptions: list[Any] = []
+        self.handles: list[Any] = []
 
     def connect(self, addresses: list[str]) -> None:
         """To every rank of the sender that holds heads of a rank here."""
@@ -232,11 +232,11 @@ class _ReceiverSide(_Side):
             node.connect(addresses)
 
     def receive(self, request: str) -> None:
-        self.receptions = [node.receive(request, self.blocks, self.shape.tokens) for node in self.nodes]
+        self.handles = [node.receive(request, self.blocks, self.shape.tokens) for node in self.nodes]
 
     def wait(self) -> None:
-        for reception in self.receptions:
-            reception.wait(REPLY_S / 2)
+        for handle in self.handles:
+            handle.wait(REPLY_S / 2)
 
     def verify(self) -> int:
         """Compare every value of the pools with what the sender's pools hold; returns the bytes compared."""
@@ -271,7 +271,7 @@ def _serve(
     try:
         side = make(*arguments)
         connection.send((True, None))
-    except Exception as error:  # told to the parent, which raises it
+    except Exception as error:  # reported to the parent, which raises it
         connection.send((False, f"{type(error).__name__}: {error}"))
         return
     try:

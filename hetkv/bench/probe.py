@@ -165,13 +165,13 @@ def _check_size(instance: str, mib: float) -> None:
         raise InputError(f"--mib is {mib:g} here and {theirs or 'unknown'} at the other end: give both the same")
 
 
-def listen(address: str, secret: bytes, mib: float, timeout: float, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The receiving end: waits for one `connect` and takes what it sends. `tell` hears the address once it listens."""
+def listen(address: str, secret: bytes, mib: float, timeout: float, report: Callable[[str], None]) -> dict[str, Any]:
+    """The receiving end: waits for one `connect` and takes what it sends. `report` gets the address once it listens."""
     from hetkv.transport.receiver import Receiver
 
     pool, blocks = make_pool(shape(mib), shape(mib).destination, 2)
     with Receiver(pool, secret=secret, instance=_end("receiver", mib)) as receiver:
-        tell(receiver.listen(address))
+        report(receiver.listen(address))
         deadline = time.monotonic() + timeout
         while not receiver.peers:
             if time.monotonic() > deadline:
@@ -200,9 +200,9 @@ def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str
         seconds = []
         for turn in range(REPEATS + 1):
             began = time.perf_counter()
-            transmission = sender.send(f"probe-{turn}", blocks, shape(mib).tokens)
-            transmission.send_layers()
-            transmission.wait(timeout)
+            handle = sender.send(f"probe-{turn}", blocks, shape(mib).tokens)
+            handle.send_layers()
+            handle.wait(timeout)
             seconds.append(time.perf_counter() - began)
         stats = sender.stats()
         path = "shm" if stats["direct_frames"] == stats["frames"] else "rma"

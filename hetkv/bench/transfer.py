@@ -1,4 +1,4 @@
-"""`hetkv bench transfer`: pool to pool between two processes, beside UCX's own put and other transports, in one run.
+"""`hetkv bench transfer`: pool to pool between two processes, in one run with UCX's own put and other transports.
 
 The sender's pool is NHD; the receiver's has another layout and another block size, so every transfer converts. Each
 round runs hetkv on every path and layout, then `ucx_perftest`, then the peers, so that all see the same state of the
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="cuda:0,cuda:1",
         metavar="FROM,TO",
-        help="between pools on these devices (default cuda:0,cuda:1), beside NIXL and UCX's put",
+        help="between pools on these devices (default cuda:0,cuda:1), compared with NIXL and UCX's put",
     )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of hetkv, UCX and peers (default 5)")
     parser.add_argument("--reps", type=int, default=5, metavar="N", help="requests of each round (default 5)")
@@ -266,7 +266,7 @@ SETTINGS = ("slot_bytes", "window_bytes", "max_slots_per_link", "staging_slots",
 
 
 def measure(
-    args: argparse.Namespace, subjects: dict[Case, Subject], names: list[str], pythons: dict[str, str], tell: Any
+    args: argparse.Namespace, subjects: dict[Case, Subject], names: list[str], pythons: dict[str, str], report: Any
 ) -> tuple[list[float], str | None, dict[str, list[dict[str, Any]]]]:
     """All rounds: GB/s of UCX, why it has none, and what each peer said each time."""
     ucx_rounds: list[float] = []
@@ -277,10 +277,10 @@ def measure(
             peer_rounds[name].append({"error": why})
     for turn in range(args.rounds):
         for case, subject in subjects.items():
-            tell(f"round {turn + 1} of {args.rounds}: hetkv, {case.path}, to {case.to[0]}, {ranks(case)}")
+            report(f"round {turn + 1} of {args.rounds}: hetkv, {case.path}, to {case.to[0]}, {ranks(case)}")
             subject.run(args.reps)
         if ucx_error is None:
-            tell(f"round {turn + 1} of {args.rounds}: ucx_perftest")
+            report(f"round {turn + 1} of {args.rounds}: ucx_perftest")
             try:
                 ucx_rounds.append(ucx.put_gb_s(round(args.layer_mib * MIB), max(4, args.layers * args.reps)))
             except HetkvError as error:
@@ -288,7 +288,7 @@ def measure(
         for name, rounds in peer_rounds.items():
             if any("error" in found for found in rounds):
                 continue
-            tell(f"round {turn + 1} of {args.rounds}: {name}")
+            report(f"round {turn + 1} of {args.rounds}: {name}")
             layers = min(args.layers, PEER_LAYERS)
             rounds.append(
                 others.measure(
@@ -378,18 +378,22 @@ def show(
     console.print(
         "CPU: all processes; call: median time of send_layer; rest: a process's share of a core while nothing is sent"
     )
-    beside = Table("beside it", "GB/s", "rounds", "how", box=None)
+    compared = Table("compared with", "GB/s", "rounds", "how", box=None)
     first = results[0]
     if first["ucx_gb_s"] is not None:
-        beside.add_row("UCX put", f"{first['ucx_gb_s']:.2f}", spread(first["ucx_gb_s_rounds"]), "one contiguous layer")
+        compared.add_row(
+            "UCX put", f"{first['ucx_gb_s']:.2f}", spread(first["ucx_gb_s_rounds"]), "one contiguous layer"
+        )
     else:
-        beside.add_row("UCX put", "", "", first["ucx_error"])
+        compared.add_row("UCX put", "", "", first["ucx_error"])
     for name, peer in found.items():
         if "error" in peer:
-            beside.add_row(name, "", "", peer["error"])
+            compared.add_row(name, "", "", peer["error"])
         else:
-            beside.add_row(f"{name} {peer['version']}", f"{peer['gb_s']:.2f}", spread(peer["gb_s_rounds"]), peer["how"])
-    console.print(beside)
+            compared.add_row(
+                f"{name} {peer['version']}", f"{peer['gb_s']:.2f}", spread(peer["gb_s_rounds"]), peer["how"]
+            )
+    console.print(compared)
 
 
 def spread(rounds: list[float]) -> str:

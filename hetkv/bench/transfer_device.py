@@ -1,8 +1,8 @@
-"""`hetkv bench transfer --device`: pool to pool between two GPUs, beside NIXL and one contiguous UCX put, in one run.
+"""`hetkv bench transfer --device`: pool to pool between two GPUs, in one run with NIXL and one contiguous UCX put.
 
 Two processes, NHD 16 to HND 64 by default, in three ways: straight into the other GPU's memory; through host memory
-that both GPUs map (UCX without cuda_ipc), beside the rate of a pinned device-to-host copy; and packed, then put by UCX.
-Every round runs all of them and UCX's own put; NIXL runs once, behind them. GB/s: 10^9 payload bytes a second, each
+that both GPUs map (UCX without cuda_ipc), compared with a pinned device-to-host copy; and packed, then put by UCX.
+Every round runs all of them and UCX's own put; NIXL runs once, after them. GB/s: 10^9 payload bytes a second, each
 counted once; a figure is the median over all requests. See docs/measuring.md.
 """
 

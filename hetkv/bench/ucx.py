@@ -34,7 +34,7 @@ def tool(name: str) -> tuple[str, dict[str, str]]:
         return str(program), environment
     found = shutil.which(name)
     if found is None:
-        raise UcxToolError(f"{name} is neither beside the UCX in use ({ucx.path}) nor in PATH")
+        raise UcxToolError(f"{name} is neither next to the UCX in use ({ucx.path}) nor in PATH")
     return found, environment
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 BENCHES = {
     "remap": "layout and dtype conversion against memcpy of as many bytes",
-    "overlap": "what sending costs a prefill on a GPU, and what of the transfer shows behind it",
+    "overlap": "what sending costs a prefill on a GPU, and how much of the transfer is exposed after it",
     "transfer": "pool to pool between two processes, against UCX and other transports",
 }
 

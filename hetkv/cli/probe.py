@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         given = os.environ.get(SECRET)
         secret = given or secrets.token_hex(16)
 
-        def tell(address: str) -> None:
+        def report(address: str) -> None:
             shown = f"{SECRET}=..." if given else f"{SECRET}={secret}"
             host, _, port = address.rpartition(":")
             if host in ("0.0.0.0", "[::]"):
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             size = "" if args.mib == 64 else f" --mib {args.mib:g}"
             print(f"waiting; on the other host: {shown} hetkv probe --connect {address}{size}", flush=True)
 
-        found = probe.listen(args.listen, secret.encode(), args.mib, args.timeout, tell)
+        found = probe.listen(args.listen, secret.encode(), args.mib, args.timeout, report)
         show_peer(console, found)
     elif args.connect:
         if SECRET not in os.environ:

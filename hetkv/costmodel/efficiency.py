@@ -86,7 +86,7 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Intervals by what is timed: a decode step (TPOT), a prompt, and a first token behind a queue (TTFT)."""
+    """Intervals by what is timed: a decode step (TPOT), a prompt, and a first token after a queue (TTFT)."""
 
     decode: Span
     prefill: Span

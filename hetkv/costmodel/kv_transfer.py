@@ -84,7 +84,7 @@ def transfer_time(routes: Sequence[KVRoute], tokens: int, prefill_seconds: float
     """Send `tokens` tokens layer by layer while a prefill of `prefill_seconds` computes all layers evenly.
 
     Layer `i` of `L` is ready after `(i + 1) / L` of the prefill. Each port, sending or receiving, moves its layers in
-    order, one after the other; the last port to finish decides. Fabric behind the ports is not a bound here.
+    order, one after the other; the last port to finish decides. The fabric that joins the ports is not a bound here.
     """
     if link.bytes_per_second <= 0 or link.latency_s < 0:
         raise InputError(f"link needs a positive bandwidth and no negative latency, got {link}")

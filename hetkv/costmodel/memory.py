@@ -9,11 +9,11 @@ from hetkv.errors import InputError
 STATE_ELEMENT_BYTES = 4
 
 RUNTIME_BYTES = 1.4 * 2**30
-"""Context, libraries, sampler and captured graphs of one rank: what vLLM on an RTX 4090 (2,048 tokens a step) leaves
-beside an 8B model is room for 41,408 tokens."""
+"""Context, libraries, sampler and captured graphs of one rank: with an 8B model on an RTX 4090, vLLM (2,048 tokens a
+step) has room for 41,408 tokens."""
 
 GROUP_BYTES = 0.5 * 2**30
-"""Communication buffers besides, of a rank that shares a model with others."""
+"""Communication buffers in addition, of a rank that shares a model with others."""
 
 
 def weight_bytes(model: ModelShape, tp: int, pp: int, dp: int, weight_dtype: str) -> float:

@@ -52,7 +52,7 @@ def read_axes(
             )
     inner = stride.get("inner", stride.get("channel", stride.get("channels", dtype.itemsize)))
     if tail and ("inner" in shape or inner != dtype.itemsize or min(widths) <= tail):
-        raise InputError(f"axes {' '.join(names)!r}: inline scales lie behind channels that lie together")
+        raise InputError(f"axes {' '.join(names)!r}: inline scales must follow contiguous channels")
 
     def scale_of(offset: int, width: int) -> ScaleLayout | None:
         if not isinstance(scale, str):

@@ -76,7 +76,7 @@ def read(source: Any) -> Exported:
     kind, number = (int(part) for part in source.__dlpack_device__())
     device = DEVICES.get(kind)
     if device is None:
-        raise InputError(f"DLPack device type {kind}: memory lies on a CPU, or a device of CUDA or ROCm")
+        raise InputError(f"DLPack device type {kind}: memory must be on a CPU, or on a CUDA or ROCm device")
     options: dict[str, Any] = {} if device == "cpu" else {"stream": -1}  # nothing is read now, so nothing is awaited
     try:
         capsule = source.__dlpack__(**options, max_version=MAX_VERSION)

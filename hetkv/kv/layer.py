@@ -11,7 +11,7 @@ from hetkv.kv.layout import KVLayout
 class LayerMemory(NamedTuple):
     """A layout, its block count, and for each segment the array whose first byte is the base.
 
-    Arrays are all that `Memory.of` reads. Scales that lie apart have an array `<segment>.scale` beside it.
+    Arrays are all that `Memory.of` reads. Separate scales have an array of their own, `<segment>.scale`.
     """
 
     layout: KVLayout

@@ -27,7 +27,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int
     segments: dict[str, SegmentLayout]
     shared: bool = False
-    """All segments lie in one allocation (one base); otherwise each has its own."""
+    """All segments are in one allocation (one base); otherwise each has its own."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -47,7 +47,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def dtype(self) -> DType:
-        """Dtype of the first segment; layouts of mixed records have others beside it."""
+        """Dtype of the first segment; the segments of a mixed record have several dtypes."""
         return next(iter(self.segments.values())).dtype
 
     def check_fits(self, layer: LayerSpec, heads: int, where: str) -> None:
@@ -64,7 +64,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     def with_scales(self, per: PerScale = "token_head", channels_per_scale: int = 0) -> KVLayout:
-        """The same with dense scales in memory of their own beside every segment (see `ScaleLayout.dense`)."""
+        """The same with dense scales for every segment, in separate memory (see `ScaleLayout.dense`)."""
         parts = {}
         for name, part in self.segments.items():
             groups = part.channels // (channels_per_scale or part.channels)
@@ -82,12 +82,13 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: object,
         scale: ScaleLayout | PerScale | None = None,
     ) -> KVLayout:
-        """A known layout, dense, for `heads` local heads of `layer`; scales are static, or apart, one a token and head.
+        """A known layout, dense, for `heads` local heads of `layer`; scales are static, or one a token and head in
+        separate memory.
 
         | name | memory |
         |---|---|
-        | `nhd` | K and V apart, each `[block, token, head, channel]` |
-        | `hnd` | K and V apart, each `[block, head, token, channel]` |
+        | `nhd` | separate K and V, each `[block, token, head, channel]` |
+        | `hnd` | separate K and V, each `[block, head, token, channel]` |
         | `nhd_interleaved`, `hnd_interleaved` | one tensor, `[block, 2, ...]` as above |
         | `packed_nhd`, `packed_hnd` | one tensor, `[block, token, head, 2d]` or `[block, head, token, 2d]` |
         | `rocm` | K `[block, head, d/x, token, x]` with x = 16 bytes; V `[block, head, d, token]` |
@@ -118,7 +119,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         `axes` names the tensor's axes in order, separated by spaces: `block`, `token`, `head`, `channel`; `segment` for
         an axis that selects K or V; `outer` and `inner` for a split channel axis; `channels` for an axis that holds the
-        channels of all segments one behind the other (packed K and V, MLA). Without `head` the memory has one head.
+        concatenated channels of all segments (packed K and V, MLA). Without `head` the memory has one head.
         K and V in tensors of their own: give mappings from segment name to tensor (and to axes where they differ).
         `segments` names the parts of a `segment` or `channels` axis; default K and V, equal halves. With
         `scale="inline"` the last four bytes of each head's channels are its scale (vLLM's `int8_per_token_head`).

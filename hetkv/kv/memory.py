@@ -1,4 +1,4 @@
-"""Memory that KV lies in, whoever allocated it: `Memory`, read from PyTorch, NumPy, DLPack or a raw pointer."""
+"""Memory that holds KV, whoever allocated it: `Memory`, read from PyTorch, NumPy, DLPack or a raw pointer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetkv.kv.dtypes import DType
 
 @dataclass(frozen=True)
 class Memory:
-    """Where an array lies. By hand for a raw pointer: `Memory(address, (blocks, 16, 8, 128), "bfloat16")`.
+    """Where an array is. For a raw pointer, make it by hand: `Memory(address, (blocks, 16, 8, 128), "bfloat16")`.
 
     The memory must stay allocated while a pool uses it; `owner` is kept alive for that.
     """

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Address behind the last byte."""
+        """Address after the last byte."""
         return self.address + _span(self.axes, self.size)
 
     @property

@@ -29,7 +29,7 @@ class KVPool:
     """Paged KV memory of one rank: for every global layer of its shard a layout, a block count and base addresses.
 
     Layers may differ in layout, block size and block count. Memory must stay allocated while a `Sender` or `Receiver`
-    uses the pool; the pool holds references to what it was given. All lies on one device.
+    uses the pool; the pool holds references to what it was given. All memory is on one device.
     """
 
     def __init__(self, spec: KVSpec, shard: Shard, layers: Mapping[int, LayerMemory]) -> None:
@@ -47,7 +47,7 @@ class KVPool:
         self._probes = [(at, at()) for at in map(probe, every.values()) if at is not None]
         devices = sorted({memory.device for memory in self._memory.values()})
         if len(devices) > 1:
-            raise InputError(f"a pool lies on one device, not on {', '.join(devices)}")
+            raise InputError(f"a pool is on one device, not on {', '.join(devices)}")
         self.device = devices[0] if devices else "cpu"
         """`cpu`, or `cuda` or `hip` with an index where it is known, such as `cuda:0`."""
         self.cache_groups: dict[int, Paging] = {}
@@ -234,7 +234,7 @@ class KVPool:
                     yield Piece.of(f"{where}, scales", base, axes, scales.dtype.itemsize)
 
     def _check(self, layer: int, at: LayerMemory) -> None:
-        """The layout must hold the shard's heads and lie inside the memory."""
+        """The layout must hold the shard's heads and fit inside the memory."""
         at.layout.check_fits(self.spec.layers[layer], self.shard.heads[layer].size, f"layer {layer}")
         for name, reach in at.reaches():
             if (layer, name) not in self._memory:

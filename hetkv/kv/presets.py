@@ -140,12 +140,12 @@ def _fp8_ds_mla(
     if latent.channels % DS_MLA_GROUP or latent.heads != 1:
         raise InputError(f"layout {name!r} has a scale for each {DS_MLA_GROUP} channels of a latent, not {latent}")
     groups = latent.channels // DS_MLA_GROUP
-    behind = latent.channels + groups * FLOAT32_BYTES
-    record = behind + rope.channels * DType.BFLOAT16.itemsize
+    rope_offset = latent.channels + groups * FLOAT32_BYTES
+    record = rope_offset + rope.channels * DType.BFLOAT16.itemsize
     block = block_size * record
     scales = ScaleLayout((), latent.channels, block, record, 0, FLOAT32_BYTES, DS_MLA_GROUP)
     first = _dense(latent, "nhd", block_size, dtype, scales)
-    second = _dense(rope, "nhd", block_size, DType.BFLOAT16, None, offset=behind)
+    second = _dense(rope, "nhd", block_size, DType.BFLOAT16, None, offset=rope_offset)
     parts = {
         part.name: msgspec.structs.replace(made, block_stride=block, token_stride=record)
         for part, made in ((latent, first), (rope, second))

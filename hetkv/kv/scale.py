@@ -18,7 +18,7 @@ SCALED = (
     DType.FLOAT8_E5M2FNUZ,
     DType.INT8,
 )
-"""Dtypes whose scales may lie in memory."""
+"""Dtypes whose scales may be in memory."""
 PerScale = Literal["token_head", "token"]
 """What has a scale of its own: each token and head, or each token (its heads share one)."""
 
@@ -26,8 +26,8 @@ PerScale = Literal["token_head", "token"]
 class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Scales of a segment, all above 0: static `values`, or float32 in memory, one a token, head and group of channels.
 
-    Those in memory lie at `offset + block * block_stride + (token % block_size) * token_stride + head * head_stride +
-    group * group_stride` bytes from the base of the segment's memory, or of memory of their own (`apart`).
+    Those in memory are at `offset + block * block_stride + (token % block_size) * token_stride + head * head_stride +
+    group * group_stride` bytes from the base of the segment's memory, or of separate memory (`apart`).
     """
 
     values: tuple[float, ...] = ()
@@ -41,7 +41,7 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     channels_per_scale: int = 0
     """Channels that share a scale; 0: all channels of the head."""
     apart: bool = False
-    """In a tensor of their own: `<segment>.scale` of the pool."""
+    """In a separate tensor: `<segment>.scale` of the pool."""
 
     def __post_init__(self) -> None:
         if any(not (0.0 < value < float("inf")) for value in self.values):

@@ -42,7 +42,7 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def scales(self) -> SegmentLayout:
-        """Where the scales in memory lie, as a segment whose channels are groups. Only where there are some."""
+        """The scales in memory, as a segment whose channels are groups. Only for segments that have such scales."""
         scale = self.scale
         assert scale is not None
         return SegmentLayout(
@@ -63,7 +63,7 @@ class SegmentLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.scale_groups > 0 and self.heads > 1 and self.scale is not None and self.scale.head_stride == 0
 
     def block_span(self, block_size: int) -> int:
-        """Bytes from `offset` of a block to behind its last element."""
+        """Bytes from `offset` of a block to the end of its last element."""
         return (
             (block_size - 1) * self.token_stride
             + (self.heads - 1) * self.head_stride

@@ -68,7 +68,7 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         One head count splits all of it. A state of several parts, such as Mamba's convolution over [x, B, C] and its
         SSM state, is cut wrongly by one byte count: give a mapping from part to its bytes a head. A part that ranks do
-        not split (B and C of one group) cannot be told from one that they do, so such a model needs the same tensor
+        not split (B and C of one group) looks like one that they do split, so such a model needs the same tensor
         parallelism on both sides.
         """
         parts = bytes_per_head if isinstance(bytes_per_head, Mapping) else {"state": bytes_per_head}
@@ -186,7 +186,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _freeze(struct: msgspec.Struct, field: str, what: str, kind: type) -> None:
-    """A list in place of a tuple is taken; what is no sequence of `kind` is refused."""
+    """Accept a list in place of a tuple; reject what is not a sequence of `kind`."""
     value = getattr(struct, field)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
         raise InputError(f"{what} are a sequence of {kind.__name__}, not {value!r}")

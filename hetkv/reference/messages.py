@@ -115,7 +115,7 @@ class SlotGrant(msgspec.Struct, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """Slots lent to the sender."""
+    """Slots granted to the sender."""
 
     slots: tuple[SlotGrant, ...]
 

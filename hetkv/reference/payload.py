@@ -12,7 +12,7 @@ ITEM_SIZES = {dtype.code: dtype.itemsize for dtype in DType}
 
 
 class Part(NamedTuple):
-    """Where one segment lies in a payload, in bytes; the zeros up to the next multiple of 8 are not counted."""
+    """Where one segment is in a payload, in bytes; the zeros up to the next multiple of 8 are not counted."""
 
     segment: int
     offset: int

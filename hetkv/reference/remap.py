@@ -114,7 +114,7 @@ def encode(values: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, int]:
     largest = torch.finfo(dtype.torch).max
     nan = values.isnan()
     saturated = int((~nan & (values.abs() > _last_fitting(dtype))).sum())
-    # What lies between the largest value and the last one that rounds to it gives the largest value by either rule.
+    # Values between the largest value and the last one that rounds to it give the largest value by either rule.
     codes = bits(values.clamp(-largest, largest).to(dtype.torch))
     canonical = torch.tensor(CANONICAL_NAN[dtype], dtype=torch.int64).to(codes.dtype)
     return torch.where(nan, canonical, codes), saturated

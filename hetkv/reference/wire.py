@@ -126,7 +126,7 @@ def decode(message: bytes, key: bytes) -> tuple[Prelude, Body]:
 
 
 def seal(unsealed: bytes, key: bytes) -> bytes:
-    """`unsealed` (a message without its MAC) with its MAC behind it; no check at all."""
+    """`unsealed` (a message without its MAC) followed by its MAC; nothing is checked."""
     return unsealed + _MAC.pack(siphash24(key, unsealed))
 
 
@@ -343,7 +343,7 @@ def _read_identity(fields: tuple[Any, ...], minor: int) -> Frame:
 
 
 def _check_scales(segments: int, encoding: int, dtypes: Sequence[int], channels: Sequence[int]) -> None:
-    """Each segment that the encoding names has scales behind all that is not scales."""
+    """Each segment that the encoding names has scales, which follow everything that is not scales."""
     if encoding & ~segments:
         raise MalformedError(f"frame: scale_encoding is {encoding}, which names an absent segment")
     scales = scales_of(segments, encoding)

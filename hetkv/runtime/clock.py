@@ -1,4 +1,4 @@
-"""When pieces of work ended, on the host or on a GPU that runs behind it: `WorkClock`."""
+"""When pieces of work ended, on the host or on a GPU that runs asynchronously: `WorkClock`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of one instance and what they tell each other: `ParallelGroup`, over `torch.distributed`."""
+"""The ranks of one instance and what they exchange: `ParallelGroup`, over `torch.distributed`."""
 
 from __future__ import annotations
 

@@ -184,25 +184,25 @@ class Worker:
         """Make room for a request of instance `source` and give its ticket; returns at once."""
         blocks = self.allocator.allocate(num_tokens + max_new_tokens - 1)
         try:
-            reception = self.node.receive(request_id, blocks, num_tokens, src_instance=source)
+            receiving = self.node.receive(request_id, blocks, num_tokens, src_instance=source)
         except BaseException:
             self.allocator.free(blocks)
             raise
-        self.accepted[request_id] = (reception, blocks, num_tokens)
-        reception.future.add_done_callback(lambda _: self.kv_ns.__setitem__(request_id, time.monotonic_ns()))
+        self.accepted[request_id] = (receiving, blocks, num_tokens)
+        receiving.future.add_done_callback(lambda _: self.kv_ns.__setitem__(request_id, time.monotonic_ns()))
 
     def decode(self, request_id: str, first_token: int, max_new_tokens: int) -> DecodeResult:
         """Continue an accepted request after its first token, once its KV is there."""
-        reception, blocks, num_tokens = self.accepted.pop(request_id)
+        receiving, blocks, num_tokens = self.accepted.pop(request_id)
         try:
-            reception.wait()
+            receiving.wait()
             ready = time.monotonic_ns()
             tokens = list(decode(self.model, first_token, num_tokens, Pages(self.pool, blocks), max_new_tokens))
         finally:
             self.allocator.free(blocks)
         stop = time.monotonic_ns()
         done = self.kv_ns.pop(request_id, ready)
-        return DecodeResult(tokens, done, ready, stop, self._transfer_spans(reception.handle))
+        return DecodeResult(tokens, done, ready, stop, self._transfer_spans(receiving.handle))
 
     def routes(self, source: str, num_tokens: int) -> list[RouteBytes]:
         """What a request of instance `source` moves to this rank."""

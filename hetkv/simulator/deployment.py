@@ -338,7 +338,7 @@ def _check(plan: Plan, origin: str) -> None:
         if engine.chunked_prefill and engine.max_num_seqs >= engine.max_num_batched_tokens:
             raise InputError(
                 f"{where}: engine `max_num_batched_tokens` {engine.max_num_batched_tokens} leaves no room for prompts "
-                f"beside `max_num_seqs` {engine.max_num_seqs}"
+                f"in addition to `max_num_seqs` {engine.max_num_seqs}"
             )
     roles = {p.role for p in plan.pools}
     if (PREFILL in roles) != (DECODE in roles):

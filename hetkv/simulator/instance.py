@@ -314,12 +314,12 @@ class Instance:
         """The step's tokens are out after `seconds`; returns when the next may start. Flights end in their order."""
         if share == 1:
             return seconds
-        apart = share * seconds
-        self._landed = max(self.events.now + seconds, self._landed + apart)
+        interval = share * seconds
+        self._landed = max(self.events.now + seconds, self._landed + interval)
         self._flights += 1
         self.events.at(self._landed, self._land, (self._life, self._ends))
         self._ends = []
-        return apart
+        return interval
 
     def _land(self, flight: tuple[int, list[tuple[Request, int]]]) -> None:
         """A step of prompts has left the last stage."""
@@ -404,7 +404,7 @@ class Instance:
         return chunks
 
     def _admit(self, request: Request, budget: int, full: bool) -> int:
-        """Start a prompt: tokens of it for this step, 0 where it does not fit beside what the step has (`full`)."""
+        """Start a prompt: its tokens for this step, 0 where it does not fit. `full`: the step has other work."""
         pool, kv = self.pool, self.kv
         held: tuple[int, ...] = ()
         if kv.hash_tokens and request.hashes:

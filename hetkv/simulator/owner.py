@@ -26,4 +26,4 @@ class Owner(Protocol):
         """Blocks became free."""
 
     def on_taken(self) -> None:
-        """The head of a queue went to an instance, and there are more behind it."""
+        """The head of a queue went to an instance, and more requests are queued after it."""

@@ -16,7 +16,7 @@ AGGREGATED, PREFILL, DECODE = "aggregated", "prefill", "decode"
 class Pool:
     """`count` equal instances of `gpus` GPUs each. Lengths are tokens.
 
-    `kv_blocks` of `block_size` tokens each fit beside the weights, `state_blocks` of them hold a sequence's state; a
+    `kv_blocks` of `block_size` tokens fit in what the weights leave, `state_blocks` of them hold a sequence's state; a
     request has `most_tokens` of KV at the most (None: what fits). `weight` is an instance's share of the requests under
     the discipline `weighted`. `skip_ahead` False runs every decode step as an event of its own: the same results,
     slowly (the tests compare the two).

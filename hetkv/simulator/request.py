@@ -74,7 +74,7 @@ class Request:
         self.home: Instance | None = None
         self.peer: Instance | None = None  # decode instance its KV is going to
         self.seeking = False  # a ticket of it waits for room
-        self.granted = False  # `peer` has reserved `peer_blocks` for it, beside the prefix `peer_held`
+        self.granted = False  # `peer` has reserved `peer_blocks` for it, in addition to the prefix `peer_held`
         self.peer_blocks = 0
         self.peer_held: tuple[int, ...] = ()
         self.sent = 0  # leading tokens whose KV is on `peer` or on its way

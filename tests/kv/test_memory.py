@@ -1,4 +1,4 @@
-"""Pools over memory of any kind: what is read, what is refused, and that `import hetkv` needs none of it."""
+"""Pools over memory of any kind: what is read, what is rejected, and that `import hetkv` needs none of it."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_ml_dtypes() -> None:
         assert array[1, 1, 2, 0, 3] == 1.5
 
 
-def refused(pool: KVPool, match: str) -> None:
+def rejected(pool: KVPool, match: str) -> None:
     pool.check_source()
     with pytest.raises(InputError, match=match):
         pool.check_destination()
@@ -251,17 +251,19 @@ def test_memory_that_overlaps() -> None:
     one = KVSpec.uniform(1, HEADS, DIM)
     axes = "block token head channel"
     k = np.zeros(SHAPE[1:], np.float32)
-    refused(KVPool.from_tensors(one, [{"k": k, "v": k}], axes), "layer 0, segment 'k' and layer 0, segment 'v' overlap")
+    rejected(
+        KVPool.from_tensors(one, [{"k": k, "v": k}], axes), "layer 0, segment 'k' and layer 0, segment 'v' overlap"
+    )
     whole = np.zeros(SHAPE, np.float32)
-    refused(KVPool.from_tensors(SPEC, [whole, whole], AXES), "layer 0, segment '.' and layer 1, segment '.' overlap")
+    rejected(KVPool.from_tensors(SPEC, [whole, whole], AXES), "layer 0, segment '.' and layer 1, segment '.' overlap")
     for source in (np.broadcast_to(k[:1], k.shape), torch.zeros(1, *SHAPE[2:]).expand(*SHAPE[1:])):
         pool = KVPool.from_tensors(one, [{"k": source, "v": k}], axes)
-        refused(pool, "read-only|overlap each other")
+        rejected(pool, "read-only|overlap each other")
     sliding = torch.zeros(SHAPE[1:]).as_strided(SHAPE[1:], (SIZE * DIM, DIM, 4, 1))
-    refused(KVPool.from_tensors(one, [{"k": sliding, "v": k}], axes), "segment 'k': its elements overlap")
+    rejected(KVPool.from_tensors(one, [{"k": sliding, "v": k}], axes), "segment 'k': its elements overlap")
     shifted = np.zeros(k.size + 8, np.float32)
     parts = {"k": shifted[: k.size].reshape(k.shape), "v": shifted[8:].reshape(k.shape)}
-    refused(KVPool.from_tensors(one, [parts], axes), "overlap")
+    rejected(KVPool.from_tensors(one, [parts], axes), "overlap")
 
 
 def test_memory_that_interleaves_does_not_overlap() -> None:
@@ -307,7 +309,7 @@ def test_overlap_is_found_wherever_it_is() -> None:
         overlap = len(set(touched)) != len(touched)
         found[overlap] += 1
         if overlap:
-            refused(pool, "overlap")
+            rejected(pool, "overlap")
         else:
             pool.check_destination()
     assert min(found.values()) > 30

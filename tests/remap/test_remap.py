@@ -284,7 +284,7 @@ def test_nothing_to_do_changes_nothing() -> None:
     assert torch.equal(payload.memory, before)
 
 
-def test_bad_input_is_refused_by_name() -> None:
+def test_bad_input_is_rejected_by_name() -> None:
     source, payload = segment_pool("nhd", "k", DType.BFLOAT16, 2, 64, 16, 20, 1), wire(DType.BFLOAT16, 20, 2, 64, 2)
     left, right = source.kernel(20, 64), payload.kernel(20, 64)
     good = {"tokens": 20, "heads": 2, "channels": 64}

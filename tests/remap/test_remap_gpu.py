@@ -216,7 +216,7 @@ def test_fills_repeat_one_value(backend: str) -> None:
 
 
 @every_backend
-def test_scales_per_token_are_refused(backend: str) -> None:
+def test_scales_per_token_are_rejected(backend: str) -> None:
     codes, scales = wire(DType.INT8, 4, 1, 16, 1), torch.ones(4)
     side = _core.RemapSide(
         _core.SegmentMap.canonical(codes.body.data_ptr(), 4, 16, DType.INT8.code),
@@ -229,7 +229,7 @@ def test_scales_per_token_are_refused(backend: str) -> None:
 
 
 @every_backend
-def test_bad_input_is_refused_by_name(backend: str) -> None:
+def test_bad_input_is_rejected_by_name(backend: str) -> None:
     with pytest.raises(InputError, match="invalid device ordinal"):
         _core.DeviceRemap(backend, 99, [])
     with pytest.raises(InputError, match="backend 'metal' is not known"):

@@ -308,7 +308,7 @@ def test_scales_from_a_broken_peer_do_no_more_than_spoil_the_values() -> None:
         check(case)
 
 
-def test_bad_scales_are_refused_by_name() -> None:
+def test_bad_scales_are_rejected_by_name() -> None:
     layer = LayerSpec.kv(2, 64)
     layout: SegmentLayout = KVLayout.preset("nhd", layer, 2, 16, DType.INT8).segments["k"]
     memory = random_bytes(layout.extent(16, 2), 1)

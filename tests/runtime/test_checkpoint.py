@@ -1,4 +1,4 @@
-"""A broken checkpoint is refused with one line that names the file, field or tensor."""
+"""A broken checkpoint is rejected with one line that names the file, field or tensor."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_checkpoint_is_refused(name: str, checkpoint: Path) -> None:
+def test_broken_checkpoint_is_rejected(name: str, checkpoint: Path) -> None:
     breaks, message = BROKEN[name]
     breaks(checkpoint)
     with pytest.raises(InputError, match=message) as caught:
@@ -207,7 +207,7 @@ def test_a_single_file_wins_over_an_index(checkpoint: Path) -> None:
     assert torch.equal(Decoder.load(checkpoint).head, new["lm_head.weight"])
 
 
-def test_values_beyond_the_compute_dtype_are_refused(checkpoint: Path) -> None:
+def test_values_beyond_the_compute_dtype_are_rejected(checkpoint: Path) -> None:
     edit_tensor(DOWN, lambda t: t * 1e6)(checkpoint)
     Decoder.load(checkpoint)
     with pytest.raises(InputError, match=r"holds a value beyond the range of torch\.float16"):

@@ -1,4 +1,4 @@
-"""`hetkv demo` on whole deployments: routing, routes and their bytes, plans, refused shapes."""
+"""`hetkv demo` on whole deployments: routing, routes and their bytes, plans, rejected shapes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_nonsense_is_one_line_and_status_2(
         ("link:", "  - {role: aggregated, gpu: H100-SXM}\nlink:", "pool aggregated: role aggregated moves no KV"),
     ],
 )
-def test_plans_that_cannot_run_are_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+def test_plans_that_cannot_run_are_rejected(old: str, new: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     assert old in PLAN
     path.write_text(PLAN.replace(old, new))

@@ -63,7 +63,7 @@ def test_the_weights_are_those_of_the_named_models() -> None:
     }
 
 
-def test_a_shape_that_does_not_fit_is_refused_before_any_start(
+def test_a_shape_that_does_not_fit_is_rejected_before_any_start(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hetkv.runtime.timing._memory", lambda device: 100 * 10**9)

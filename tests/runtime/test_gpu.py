@@ -18,14 +18,14 @@ pytestmark = [
 ]
 
 
-def rank(number: int, tp: int, pp: int, meeting: str, told: Connection) -> None:
-    """One rank: generate whole and in chunks, tell the tokens."""
+def rank(number: int, tp: int, pp: int, meeting: str, answers: Connection) -> None:
+    """One rank: generate whole and in chunks, report the tokens."""
     device = torch.device("cuda", number)
     group = ParallelGroup.join(meeting, tp, pp, number, device)
     model = Decoder.load(MODEL, torch.float32, device, group=group)
     pool = KVPool.allocate(model.kv_spec, 20, layout="rocm", dtype="float32", shard=model.shard, device=device)
     prompt = TextTokenizer.load(MODEL).encode(PROMPT)
-    told.send([generate(model, prompt, 96, pool), generate(model, prompt, 96, pool, chunk=13)])
+    answers.send([generate(model, prompt, 96, pool), generate(model, prompt, 96, pool, chunk=13)])
     group.leave()
 
 

@@ -198,7 +198,7 @@ def edit(directory: Path, target: Path, **fields: object) -> Path:
         ({"rope_parameters": {"rope_type": "yarn"}}, "missing field `factor`"),
     ],
 )
-def test_configs_that_are_refused(
+def test_configs_that_are_rejected(
     fields: dict[str, object], message: str, tmp_path: Path, checkpoints: dict[str, tuple[Path, DeepseekV2ForCausalLM]]
 ) -> None:
     with pytest.raises(InputError, match=message) as error:

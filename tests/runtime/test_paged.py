@@ -108,7 +108,7 @@ def test_fp8_with_static_scales(name: str, values: tuple[float, ...]) -> None:
         assert read.isfinite().all(), "too large a value saturates"
 
 
-def test_pages_refuse_what_they_cannot_use() -> None:
+def test_pages_reject_what_they_cannot_use() -> None:
     spec = KVSpec.uniform(1, 2, 64)
     pool = KVPool.allocate(spec, 4)
     for blocks, message in (
@@ -142,5 +142,5 @@ def test_allocator_hands_out_each_block_once() -> None:
         allocator.free([[second[0][0], second[0][0]], []])
     with pytest.raises(PoolFull):
         allocator.allocate(49)
-    assert (allocator.free_blocks(0), allocator.free_blocks(1)) == (3, 2), "a refused allocation takes nothing"
+    assert (allocator.free_blocks(0), allocator.free_blocks(1)) == (3, 2), "a rejected allocation takes nothing"
     allocator.allocate(48)

@@ -62,7 +62,7 @@ def test_uneven_heads_and_stages() -> None:
         (1, 2, (2, 2, 2), r"stages 2\+2\+2"),
     ],
 )
-def test_impossible_splits_are_refused(tp: int, pp: int, stages: tuple[int, ...] | None, message: str) -> None:
+def test_impossible_splits_are_rejected(tp: int, pp: int, stages: tuple[int, ...] | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Part.of(read_checkpoint(DEMO), tp, 0, pp, 0, stages)
 
@@ -110,7 +110,7 @@ def test_every_architecture_split_equals_transformers(name: str, tmp_path: Path)
     assert moved(plans, tmp_path, [prompt.tolist() for prompt in prompts], 16) == wanted
 
 
-def test_a_pool_of_another_rank_is_refused() -> None:
+def test_a_pool_of_another_rank_is_rejected() -> None:
     model = Decoder.load(DEMO)
     pool = KVPool.allocate(model.kv_spec, 4, shard=Shard.of(model.kv_spec, 2, 0))
     with pytest.raises(InputError, match="another rank"):

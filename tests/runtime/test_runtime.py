@@ -125,7 +125,7 @@ def save_random(name: str, directory: Path, **options: object) -> PreTrainedMode
 
 
 def generate_together(model: Decoder, prompts: list[list[int]], count: int, pools: list[KVPool]) -> list[list[int]]:
-    """Greedy continuation of each prompt in the pool beside it, decoded as one ragged batch."""
+    """Greedy continuation of each prompt in the pool of the same index, decoded as one ragged batch."""
     pages = []
     for prompt, pool in zip(prompts, pools, strict=True):
         size = pool.layers[0].layout.block_size
@@ -297,7 +297,7 @@ def test_half_precision_prefill_is_close(name: str, demo: Decoder, demo_prompts:
     assert torch.nn.functional.cosine_similarity(close.float(), exact, dim=0) > 0.999
 
 
-def test_refused_inputs_write_nothing(demo: Decoder) -> None:
+def test_rejected_inputs_write_nothing(demo: Decoder) -> None:
     pool = KVPool.allocate(demo.kv_spec, 80, dtype="float32")
     pages = Pages(pool, [[0, 1]])
     foreign = KVPool.allocate(type(demo.kv_spec)(demo.kv_spec.layers[:-1]), 2, dtype="float32")

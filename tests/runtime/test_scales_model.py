@@ -65,14 +65,14 @@ def prompt() -> list[int]:
 
 
 def follow(model: Decoder, pages: Pages, tokens: list[int], start: int) -> torch.Tensor:
-    """Log probabilities `[FOLLOWED, vocab]` behind each token from `start` on, the text itself fed."""
+    """Log probabilities `[FOLLOWED, vocab]` after each token from `start` on, with the text itself as input."""
     steps = [model.decode_step(tokens[at], at, pages) for at in range(start, start + FOLLOWED)]
     return torch.stack(steps).float().log_softmax(dim=1)
 
 
 @pytest.fixture(scope="module")
 def prefilled(model: Decoder, prompt: list[int]) -> tuple[KVPool, torch.Tensor]:
-    """A bf16 pool with the prompt but its last tokens, and what the model says behind each of those."""
+    """A bf16 pool with the prompt but its last tokens, and what the model predicts after each of those."""
     blocks = list(range(-(-len(prompt) // BLOCK)))
     full = KVPool.allocate(model.kv_spec, len(blocks), block_size=BLOCK)
     start = len(prompt) - FOLLOWED

@@ -40,7 +40,7 @@ def check_laws(case, cluster, columns):
         columns["last_token"][done & (columns["output"] > 1)] > columns["first_token"][done & (columns["output"] > 1)]
     )
 
-    # Nothing is left behind, unless it waits for an instance that is down for ever.
+    # Nothing is left over, unless it waits for an instance that stays down.
     if not all(instance.up for instance in cluster.instances.values()):
         return
     for instance in cluster.instances.values():

@@ -386,7 +386,7 @@ def test_layouts_of_scales_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"there is no tensor 'k\.scale'"):
         KVPool(KV, Shard.whole(KV), {0: LayerMemory(made, 4, tensors)})
     split = torch.zeros((4, HEADS, DIM // 8, 16, 8), dtype=torch.int8)
-    with pytest.raises(InputError, match="inline scales lie behind channels"):
+    with pytest.raises(InputError, match="inline scales must follow contiguous channels"):
         KVLayout.from_tensor({"k": split}, "block head outer token inner", scale="inline")
     with pytest.raises(InputError, match="do not name the 2 axes of scales"):
         ScaleLayout.from_tensor(torch.zeros(3, 4), "block head")

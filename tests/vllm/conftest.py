@@ -26,7 +26,7 @@ def prompts() -> list[list[int]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Limits are for what hangs: engines start within a minute, and within several beside other work."""
+    """Limits are for what hangs: engines start within a minute, and within several while other work runs."""
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here) and item.get_closest_marker("timeout") is None:

@@ -119,7 +119,7 @@ def test_inside_a_multi_connector(model: str) -> None:
 
 
 def test_a_failed_load_keeps_what_was_held(model: str) -> None:
-    """With one cache group failures are told by block, so the consumer's own prefix stays."""
+    """With one cache group failures are reported by block, so the consumer's own prefix stays."""
     short = {**OPTIONS, "extra": {"transfer": {"lease_s": 2.0}}}
     pair = Pair(producer_of(model), Engine(model, "kv_consumer", 128, policy="recompute", **short))
     start, tail = prompt_of(512, 4), prompt_of(300, 5)

@@ -61,7 +61,7 @@ def prompt_of(length: int) -> list[int]:
 @pytest.mark.parametrize("mode", ["prefill_first", "concurrent"])
 @pytest.mark.parametrize("length", [2, 37, 128, 129, 160, 161, 257, 1000])
 def test_same_tokens(pair: Pair, mode: str, length: int) -> None:
-    """Lengths whose window ends on a block, before it and behind it; chunks that move the window while layers leave."""
+    """Lengths whose window ends on a block boundary, before or after it; chunks that move the window during sends."""
     prompt = prompt_of(length)
     alone = pair.consumer.run(prompt, TOKENS)
     output = getattr(pair, mode)(prompt, TOKENS)

@@ -1,4 +1,4 @@
-"""Layouts of backends that do not run here, and the CPU's own: maps beside vLLM's indexing of the same tensor."""
+"""Layouts of backends that do not run here, and the CPU's own: maps against vLLM's indexing of the same tensor."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def expected(fleet: Fleet, prompts: list[list[int]]) -> Callable[[int], list[lis
 
 
 def check(pair: Pair, mode: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """Token-identical, only the last prompt token computed by the consumer, nothing left behind."""
+    """Token-identical, only the last prompt token computed by the consumer, nothing left over."""
     for prompt, tokens in zip(prompts, expected, strict=True):
         output: Output = getattr(pair, mode)(prompt, TOKENS)
         assert output.tokens == tokens, f"prompt of {len(prompt)} tokens"

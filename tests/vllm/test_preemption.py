@@ -1,4 +1,4 @@
-"""What becomes of transmissions that are preempted where ranks stop at different places: real pools, no engine."""
+"""What becomes of transfers that are preempted where ranks stop at different places: real pools, no engine."""
 
 from __future__ import annotations
 
@@ -211,9 +211,9 @@ def test_repeated_loads_are_let_go_by_ranks_that_are_done() -> None:
     side = SchedulerSide("d", cast(Any, SimpleNamespace(transfer_groups=[])), producer=False, consumer=True)
     load = Load("r", "t", CONTENT, "p", ("127.0.0.1:1",), 16, 64, ([1, 2], [3]))
     side._loading["r"] = load
-    told = Repeated({"r"}).aggregate(Repeated({"ended"}))
+    repeated = Repeated({"r"}).aggregate(Repeated({"ended"}))
     side.on_output(
-        cast(Any, SimpleNamespace(finished_sending=None, finished_recving={"r"}, kv_connector_worker_meta=told))
+        cast(Any, SimpleNamespace(finished_sending=None, finished_recving={"r"}, kv_connector_worker_meta=repeated))
     )
     [order] = side._next.loads
     assert (order.cached, order.stop, order.blocks, order.awaited) == (64, 64, ([], []), False)

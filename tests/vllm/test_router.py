@@ -80,10 +80,10 @@ def test_prefill_answer_that_is_none(mode: str, garbage: bytes) -> None:
 
 def test_prefill_server_is_known_before_the_first_request() -> None:
     """It is asked once, with a prompt of one token, and computes each client's prompt once."""
-    told = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_addresses": ["127.0.0.1:1"]}
+    params = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_addresses": ["127.0.0.1:1"]}
     prefilled: list[dict[str, Any]] = []
     decoded: list[dict[str, Any]] = []
-    answer = json.dumps({"kv_transfer_params": told}).encode()
+    answer = json.dumps({"kv_transfer_params": params}).encode()
     with server(answer, prefilled) as prefill, server(b'{"fine": 1}', decoded) as decode:
         router = Router([prefill], [decode], "concurrent", WAIT_S)
 
@@ -96,7 +96,7 @@ def test_prefill_server_is_known_before_the_first_request() -> None:
         asyncio.run(ask())
     assert [body["prompt"] for body in prefilled] == [[0], "x", "y"]
     assert [body["kv_transfer_params"].get("describe") for body in prefilled] == [True, None, None]
-    assert all(told.items() <= body["kv_transfer_params"].items() for body in decoded)
+    assert all(params.items() <= body["kv_transfer_params"].items() for body in decoded)
 
 
 def test_stream_that_nobody_reads_lets_its_server_go() -> None:
@@ -136,12 +136,12 @@ def dead() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         stop = threading.Event()
 
-        def refuse() -> None:
+        def reject() -> None:
             while not stop.is_set():
                 connection, _ = listening.accept()
                 connection.close()
 
-        thread = threading.Thread(target=refuse)
+        thread = threading.Thread(target=reject)
         thread.start()
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"

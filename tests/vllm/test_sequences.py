@@ -111,7 +111,7 @@ def test_choices_share_one_load(pair: Pair, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_choices_that_the_producer_computes_too(pair: Pair, mode: str) -> None:
-    """A router may leave `n` in the prefill's request: it is sent once, and nothing stays behind."""
+    """A router may leave `n` in the prefill's request: it is sent once, and nothing is left over."""
     prompt, transfer = prompt_of(300, 7), uuid.uuid4().hex
     alone = pair.consumer.run(prompt, TOKENS).tokens
     pair.consumer.call("reset_prefix_cache")

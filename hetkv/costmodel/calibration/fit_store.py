@@ -25,7 +25,7 @@ class FitStore:
 
 
 def shipped_fits(sealed: bool = False) -> FitStore:
-    """The fits behind the shipped calibration file and docs/accuracy.md."""
+    """The fits from which the shipped calibration file and docs/accuracy.md are made."""
     entry = resources.files("hetkv.costmodel") / "data" / "fits.json"
     fits = json.loads(entry.read_text(encoding="utf-8")) if entry.is_file() else {}
     return FitStore(fits, sealed)

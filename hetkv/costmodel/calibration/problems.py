@@ -146,7 +146,7 @@ BATCH_PRIORS = {
     "answer": Prior(1.0, 0.3, 1.5, 0.3),
     "accept_s": Prior(50e-3, 1e-4, 60.0, 2.0),
 }
-"""A whole batch's latency cannot tell prompt from token time: the prior of `gemm_flops` is narrow, prompts keep it."""
+"""A whole batch's latency does not separate prompt from token time, so the prior of `gemm_flops` is narrow."""
 
 
 def shape_name(model: str) -> str:

@@ -79,7 +79,7 @@ This file is made by `hetkv calibrate --report` and holds no figure that was typ
 command and says where to get the data. The fits are those of `hetkv/costmodel/data/fits.json`, from which the
 calibration file is made, too; a test remakes every line from them. Errors are relative to the measurement: the bias is
 signed (positive: predicted too long); median, mean and p90 are of the absolute error. Each prediction comes with a 90 %
-interval: the last columns say how many measurements lie inside, and how wide it is (median of high over low). No row is
+interval; the last columns give the share of measurements inside and its width (median of high over low). No row is
 predicted by a fit that saw it, and no interval comes from the errors of the rows it is judged on; repeats of one
 configuration are never split. Where a whole GPU, model or TP is left out, the interval is the spread between the others
 that were each left out. What is held out are constants: the form of the terms was chosen with all of these data in

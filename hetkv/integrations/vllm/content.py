@@ -1,4 +1,4 @@
-"""What a request's KV depends on beside the model, as producer and consumer compare it."""
+"""What a request's KV depends on other than the model, as producer and consumer compare it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_hashes(config: VllmConfig) -> None:
     if model.multimodal_config is None or model.multimodal_config.mm_processor_cache_gb == 0:
         raise InputError(
             "a multimodal model with neither prefix caching nor --mm-processor-cache-gb: vLLM does not hash its "
-            "inputs then, and KV of one image could not be told from that of another; enable either"
+            "inputs then, and KV of one image would look like that of another; enable either"
         )
 
 

@@ -1,7 +1,7 @@
 """Where vLLM's CPU attention keeps keys and values: read off its own cache-writing kernel, not guessed.
 
 The CPU backend's tensor is `[block, head, token, 2 * channel]` by its shape alone. Its kernels store K and V of a head
-one behind the other, K transposed (`vec`, `vec16`), or in tiles (`amx`), as the instruction set asks. So two scratch
+one after the other, K transposed (`vec`, `vec16`), or in tiles (`amx`), as the instruction set asks. So two scratch
 blocks are written through the kernel with numbered elements, and their places are read back.
 """
 

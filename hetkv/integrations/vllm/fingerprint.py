@@ -34,7 +34,7 @@ def fingerprint_of(config: VllmConfig) -> dict[str, str]:
 
 
 def _folder(name: str | None, revision: str | None) -> Path | None:
-    """Where a model or tokenizer lies: a folder, or a snapshot in Hugging Face's cache, from which vLLM has read it."""
+    """Where a model or tokenizer is: a folder, or a snapshot in Hugging Face's cache, from which vLLM has read it."""
     if not name:
         return None
     if Path(name).is_dir():

@@ -1,6 +1,6 @@
 """From vLLM's KV cache tensors to a `KVPool`: the model's spec, this rank's shard, and each layer's layout.
 
-vLLM binds one logical tensor `[block, head, token, content]` a layer; its strides say how it lies in memory, and the
+vLLM binds one logical tensor `[block, head, token, content]` a layer; its strides give its order in memory, and the
 attention backend says what a row of content is. Backends whose rows are known are listed here; others are rejected.
 """
 
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 ROWS = {"FLASH_ATTN", "FLASH_ATTN_DIFFKV", "FLASHINFER", "FLEX_ATTENTION", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN",
         "TRITON_ATTN_DIFFKV"}  # fmt: skip
-"""Backends whose content is a row of K and, behind it, the row of V of the same token and head."""
+"""Backends whose content is a row of K, followed by the row of V of the same token and head."""
 LATENT = {"AITER_TRITON_MLA", "CPU_MLA", "CUTLASS_MLA", "FLASHINFER_MLA", "FLASHMLA", "FLASHMLA_SPARSE",
           "FLASH_ATTN_MLA", "ROCM_AITER_MLA", "TRITON_MLA"}  # fmt: skip
-"""MLA backends whose content is the compressed latent and, behind it, the rotary part."""
+"""MLA backends whose content is the compressed latent, followed by the rotary part."""
 ROCM_UNIT_BYTES = 16
 """Width of the innermost run of K in ROCm paged attention."""
 DS_MLA_BYTES = 656
@@ -178,7 +178,7 @@ def layer_memory(layer: Layer, tensor: torch.Tensor) -> LayerMemory:
 
 
 def _gpu_memory(layer: Layer, tensor: torch.Tensor, backend: str) -> LayerMemory:
-    """Rows of K and V one behind the other, K heads before V heads, or ROCm's packed halves."""
+    """Rows of K followed by V, K heads before V heads, or ROCm's packed halves."""
     spec, name = layer.spec, f"vllm_{backend.lower()}"
     heads, width = spec.num_kv_heads, spec.head_size + spec.head_size_v
     slots, content = tensor.shape[1], tensor.shape[3]

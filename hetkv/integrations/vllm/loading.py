@@ -33,7 +33,7 @@ class Incoming:
     deadline: float
     link: Future[None] | None = None
     """While the producer is being connected."""
-    reception: RecvHandle | None = None
+    rx: RecvHandle | None = None
     aborted: bool = False
     let_go: Load | None = None
     """What to ask for once this has ended: other ranks began again, and the producer would wait for this one too."""
@@ -48,7 +48,7 @@ class Results(NamedTuple):
 
 
 class Loading:
-    """Receptions of one rank. All but the connecting runs in the worker's thread."""
+    """Incoming transfers of one rank. All but the connecting runs in the worker's thread."""
 
     def __init__(self, receiver: Receiver, caches: Caches, stats: HetKVStats, changed: Callable[[], None]) -> None:
         self._receiver, self._caches = receiver, caches
@@ -62,7 +62,7 @@ class Loading:
     def begin(self, meta: Metadata) -> None:
         """Start this step's loads and end those whose requests were aborted."""
         if any(load.awaited for load in meta.loads):
-            self._receive_behind_the_device()
+            self._wait_for_device()
         for load in meta.loads:
             under_way = self._in.get(load.request_id)
             if under_way is not None and not load.awaited:
@@ -73,8 +73,8 @@ class Loading:
             incoming = self._in.get(request_id)
             if incoming is not None:
                 incoming.aborted = True
-                if incoming.reception is not None:
-                    incoming.reception.abort("the consumer's request was aborted")
+                if incoming.rx is not None:
+                    incoming.rx.abort("the consumer's request was aborted")
 
     def poll(self) -> Results:
         """Take what has happened since the last call."""
@@ -108,10 +108,10 @@ class Loading:
         name = load.request_id if load.awaited else f"{load.request_id} (let go)"
         self._in[name] = Incoming(load, time.monotonic() + self._receiver.config.lease_s, self._link(load))
 
-    def _receive_behind_the_device(self) -> None:
-        """What vLLM has put into its stream may write these blocks too: it zeroes new ones, and copies within a prefix.
+    def _wait_for_device(self) -> None:
+        """Wait for vLLM's stream, which may write these blocks too: it zeroes new ones, and copies within a prefix.
 
-        Unpacks run in a stream of their own, so the host waits: for a step that runs the model, until that has ended.
+        Unpacks run in a separate stream, so the host waits, and where a step runs the model, until that has ended.
         """
         device = self._receiver.device
         if device is not None and device.torch is not None:
@@ -127,11 +127,11 @@ class Loading:
             incoming.link.result()
             incoming.link = None
             self._ask(incoming)
-        reception = incoming.reception
-        assert reception is not None
-        if not reception.done():
+        rx = incoming.rx
+        assert rx is not None
+        if not rx.done():
             return False
-        error = reception.future.exception()
+        error = rx.future.exception()
         if error is None:
             if incoming.load.awaited and not incoming.aborted:
                 self._stats.add("loads")
@@ -152,7 +152,7 @@ class Loading:
         load = incoming.load
         groups = len(load.blocks)
         cached = [load.stop if incoming.aborted else load.cached] * groups
-        incoming.reception = self._receiver.receive(
+        incoming.rx = self._receiver.receive(
             load.name,
             self._caches.blocks(load.blocks) if cached[0] < load.stop else [[] for _ in range(groups)],
             load.stop,
@@ -161,7 +161,7 @@ class Loading:
             lease_s=max(0.001, incoming.deadline - time.monotonic()),
             content=load.content,
         )
-        incoming.reception.future.add_done_callback(lambda _: self._changed())
+        incoming.rx.future.add_done_callback(lambda _: self._changed())
 
     def _fail(self, incoming: Incoming, error: HetkvError, results: Results) -> None:
         if not incoming.load.awaited:

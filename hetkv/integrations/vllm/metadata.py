@@ -90,7 +90,7 @@ class WorkerAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Repeated(KVConnectorWorkerMetadata):
-    """What a step's workers tell the scheduler side: loads for which a rank asked the producer once more."""
+    """What a step's workers report to the scheduler side: loads for which a rank asked the producer once more."""
 
     request_ids: set[str]
 

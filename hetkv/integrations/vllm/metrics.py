@@ -70,7 +70,7 @@ class HetKVStats(KVConnectorStats):
 
 
 class HetKVPromMetrics(KVConnectorPromMetrics):
-    """`vllm:hetkv_<name>` for each of `OBSERVED` and `COUNTED`, beside vLLM's own metrics."""
+    """`vllm:hetkv_<name>` for each of `OBSERVED` and `COUNTED`, next to vLLM's own metrics."""
 
     def __init__(self, config: Any, types: Any, labels: list[str], per_engine: dict[int, list[object]]) -> None:
         super().__init__(config, types, labels, per_engine)

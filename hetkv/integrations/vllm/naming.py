@@ -1,7 +1,7 @@
 """Names of sequences: which of an HTTP request's prompts and choices one of vLLM's requests is.
 
 A client may ask for many sequences at once: `prompt` may be a list, and `n` asks for several choices of each prompt.
-All carry the same `kv_transfer_params`, and so the same transfer id; vLLM tells them apart by its request id alone:
+All carry the same `kv_transfer_params`, and so the same transfer id; vLLM distinguishes them by its request id alone:
 
 | vLLM's request id | what it is |
 |---|---|

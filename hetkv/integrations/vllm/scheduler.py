@@ -1,4 +1,4 @@
-"""The scheduler's side: which requests are sent or loaded, which blocks are held, and what the router is told."""
+"""The scheduler's side: which requests are sent or loaded, which blocks are kept, and what the router gets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 IDLE_SHARE, MAX_IDLE_S = 1 / 16, 0.005
 """An engine that only waits sleeps this share of the time it has waited, so that it leaves the processor to others and
-is told of the end at most that much later; and never longer than the second, in which a new request may come."""
+learns of the end at most that much later. It never sleeps longer than the second value, as a new request may come."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Producing:
     kept: bool
     """Its KV is sent. Not where another choice of the same prompt serves for all."""
     sent: int = 0
-    """Mode `concurrent`: tokens whose layers the workers were told to send."""
+    """Mode `concurrent`: tokens whose layers the workers were asked to send."""
 
 
 class SchedulerSide:
@@ -182,7 +182,7 @@ class SchedulerSide:
         return meta
 
     def finished(self, request: Request, block_ids: Blocks) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the request's blocks must stay, and what the router is told."""
+        """Whether the request's blocks must stay, and what the router gets."""
         self._forget_load(request)
         if self._asks_who(request):
             return False, self._answer(None)

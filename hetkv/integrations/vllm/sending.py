@@ -15,7 +15,7 @@ from hetkv.transport.sender import Sender, SendHandle
 
 _log = logging.getLogger(__name__)
 PREEMPTED = "preempted, will be computed again"
-"""Why a transmission ends whose request will be computed and sent again under the same transfer id."""
+"""Why a transfer ends whose request will be computed and sent again under the same transfer id."""
 OVER = "the producer has sent the request, or given it up: its blocks are free"
 """What a consumer hears that asks for a request later than that."""
 DRAIN_S = 60.0
@@ -49,7 +49,7 @@ class Outgoing:
 
 
 class Sending:
-    """Transmissions of one rank, by vLLM's request id. All but `changed` runs in the worker's thread."""
+    """Outgoing transfers of one rank, by vLLM's request id. All but `changed` runs in the worker's thread."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Sending:
         self._computed_at = time.monotonic()
 
     def preempt(self, meta: Metadata) -> None:
-        """End the transmissions of requests whose blocks are about to be overwritten; wait until nothing reads them.
+        """End the transfers of requests whose blocks are about to be overwritten; wait until nothing reads them.
 
         One of which all has left stays, as its blocks are not read again. But a consumer rank that lost one rank's part
         asks every rank once more, so it stays on all ranks or on none; consumer ranks that lost nothing let the new
@@ -176,7 +176,7 @@ class Sending:
         return out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None)
 
     def _end(self, request_id: str) -> bool:
-        """Abort a transmission and await its end, as only then its id can be sent again.
+        """Abort a transfer and wait for its end: only then can its id be sent again.
 
         Whether it had ended before: well, or given up by its consumer. Raises `WaitTimeoutError`.
         """
@@ -193,7 +193,7 @@ class Sending:
         return True
 
     def _given_up(self, request_id: str) -> bool:
-        """Whether an ended transmission failed by something else than `preempt`."""
+        """Whether an ended transfer failed by something other than `preempt`."""
         tx = self._out[request_id].tx
         error = tx.future.exception() if tx is not None else None
         return error is not None and not (isinstance(error, AbortedError) and error.reason == PREEMPTED)
@@ -216,7 +216,7 @@ class Sending:
         return answers
 
     def _send(self, layer: int) -> None:
-        """On a device the layer leaves behind what PyTorch's current stream holds, where vLLM has just computed it."""
+        """On a device the layer leaves after the work in PyTorch's current stream, where vLLM has just computed it."""
         for out, tokens in self._step:
             if out.tx is not None:
                 out.tx.send_layer(layer, tokens)
@@ -226,7 +226,7 @@ class Sending:
             out.tx.abort(why)
 
     def _count(self, out: Outgoing) -> None:
-        """Take a transmission that has ended into the statistics."""
+        """Add a transfer that has ended to the statistics."""
         if out.tx is None or out.ended_at is None:
             return
         error = out.tx.future.exception()

@@ -30,7 +30,7 @@ vLLM's engine process spins while a worker has not answered."""
 
 
 class WorkerSide:
-    """One rank. vLLM calls it from one thread; transfers run in the engine's threads beside it."""
+    """One rank. vLLM calls it from one thread; transfers run in the engine's own threads."""
 
     def __init__(self, config: VllmConfig, cache_config: KVCacheConfig, settings: Settings) -> None:
         assert config.kv_transfer_config is not None

@@ -70,7 +70,7 @@ def check_format(path: str) -> None:
 
 
 def metadata(path: str) -> dict[str, Any]:
-    """What to tell `savefig` so that equal pictures are equal files."""
+    """Metadata for `savefig` with which equal pictures are equal files."""
     return {} if path.lower().endswith(".png") else {"CreationDate" if path.lower().endswith(".pdf") else "Date": None}
 
 

@@ -165,7 +165,7 @@ def speed(data: Path) -> str:
     return f"""## Simulator speed
 
 8 prefill and 8 decode instances of one H100 each, layer-wise KV transfer, one process, reading the trace included.
-Other work on the machine lengthens the wall time, hence the processor time beside it.
+Other work on the machine lengthens the wall time, so the processor time is given as well.
 
 | traffic | requests | simulated s | wall s | processor s | requests per processor s |
 |---|---|---|---|---|---|

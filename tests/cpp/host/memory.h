@@ -51,7 +51,7 @@ inline std::int32_t memory_info(std::int32_t, std::uint64_t* free_bytes, std::ui
   return kHetkvOk;
 }
 
-// Memory that the backend did not allocate is taken for a tensor of device 0, as these lie in host memory here.
+// Memory that the backend did not allocate is taken for a tensor of device 0, as these are in host memory here.
 inline std::int32_t pointer_info(const void* pointer, HetkvPointerInfo* info) {
   const std::lock_guard<std::mutex> lock(blocks_mutex);
   const auto at = find_block(number(pointer));

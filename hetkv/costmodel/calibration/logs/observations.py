@@ -1,4 +1,4 @@
-"""What logs tell of an engine: windows of steps, and prompts that did not wait."""
+"""What logs show of an engine: windows of steps, and prompts that did not wait."""
 
 from __future__ import annotations
 
