@@ -30,7 +30,7 @@ COUNTERS = {
 """Keys of `stats()` that only rise."""
 
 GAUGES = {
-    "open_requests": "Requests under way.",
+    "open_requests": "Requests in flight.",
     "pending_tickets": "Sender: tickets that wait for their request.",
     "lent_slots": "Receiver: slots that senders hold.",
     "quarantined_slots": "Receiver: slots that a stopped sender may still write to.",

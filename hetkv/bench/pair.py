@@ -1,4 +1,4 @@
-"""Processes of a sender and a receiver with unlike pools, for `hetkv bench transfer` and `hetkv probe`."""
+"""Processes of a sender and a receiver with different pools, for `hetkv bench transfer` and `hetkv probe`."""
 
 from __future__ import annotations
 

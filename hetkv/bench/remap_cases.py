@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Both sides, the dtypes, and what else is unlike the usual case."""
+        """Both sides, the dtypes, and what else differs from the usual case."""
         dtypes = self.source.dtype
         if self.destination.dtype != dtypes:
             dtypes += f" -> {self.destination.dtype}"

@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "generate text through a prefill and a decode process with unlike KV pools",
+        "generate text through a prefill and a decode process with different KV pools",
         "runtime",
         ("torch", "safetensors", "tokenizers", "rich"),
     ),
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="hetkv",
-        description="Moves and converts the KV cache between unlike GPUs, plans and simulates deployments.",
+        description="Moves and converts the KV cache between heterogeneous GPUs, plans and simulates deployments.",
     )
     parser.add_argument("--version", action="version", version=f"hetkv {hetkv.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,4 +1,4 @@
-"""`hetkv demo`: prefill and decode instances with unlike KV pools generate the text that one process generates.
+"""`hetkv demo`: prefill and decode instances with different KV pools generate the text that one process generates.
 
 With `--shape` they have random weights of a named shape, and only times are shown.
 """

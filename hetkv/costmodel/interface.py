@@ -29,7 +29,7 @@ class StepModel(Protocol):
     """
 
     stages: int = 1
-    """Pipeline stages: so many steps may be under way at once."""
+    """Pipeline stages: so many steps may be in flight at once."""
     state_bytes: float = 0.0
     """Bytes of state (Mamba and the like) of one sequence, all ranks of one replica, whatever its length."""
     state_tokens: float = 0.0

@@ -115,7 +115,7 @@ def _layer(
         for name, array in arrays.items()
     }
     if len(set(counts.values())) != 1:
-        raise InputError(f"segments have unlike block counts: {counts}")
+        raise InputError(f"segments have different block counts: {counts}")
     return LayerMemory(layout, next(iter(counts.values())), dict(arrays))
 
 

@@ -152,7 +152,7 @@ def span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
 
 
 def probe(source: Any) -> Callable[[], object] | None:
-    """What tells where an array's memory is now, cheaply; `None` where it cannot move."""
+    """A cheap indication of where an array's memory is now; `None` where it cannot move."""
     if is_torch(source):
         return lambda: (source.data_ptr(), source.untyped_storage().nbytes())
     if hasattr(source, "__array_interface__") and not isinstance(source, Memory):

@@ -160,7 +160,7 @@ class KVPool:
         """Raise `InputError` where the pool cannot be received into.
 
         It must be writable, and within a cache group each element must have bytes of its own. Groups may share memory,
-        as engines that page unlike layers out of one buffer do; they must not use the same bytes at a time.
+        as engines that page different layers out of one buffer do; they must not use the same bytes at a time.
         """
         for (layer, name), memory in self._memory.items():
             if memory.readonly:

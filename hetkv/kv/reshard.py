@@ -44,7 +44,7 @@ def routes(spec: KVSpec, sources: Sequence[Shard], destinations: Sequence[Shard]
     and by at most one head where all are alike. Replicas split destinations first, so that each has few peers; then
     heads, so that a layer leaves all of them at once; then layers. Layers that read another cache have no route.
 
-    Raises `InputError` where a shard does not fit the spec, a layer's segments have unlike head counts, or a
+    Raises `InputError` where a shard does not fit the spec, a layer's segments have different head counts, or a
     destination needs heads that no source holds.
     """
     for name, shards in (("source", sources), ("destination", destinations)):

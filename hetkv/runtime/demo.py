@@ -1,4 +1,4 @@
-"""`hetkv demo` without its command line: prefill and decode instances with unlike pools, and one process to compare."""
+"""`hetkv demo` without its command line: instances with different pools, and one process to compare them with."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def _round_robin(prefills: int, decodes: int, requests: int | None) -> Iterator[
 
 def _route_all(requests: Sequence[Request], options: DemoOptions) -> list[Run]:
     """All requests at once, each instance serving one at a time; the first error ends the wait."""
-    width = len(options.instances)  # no more requests under way than the pools have room for
+    width = len(options.instances)  # no more requests in flight than the pools have room for
     workers = ThreadPoolExecutor(width)
     try:
         futures = [workers.submit(route, request, options.max_new_tokens, options.rendezvous) for request in requests]

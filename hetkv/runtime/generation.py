@@ -34,7 +34,7 @@ def prefill(
 ) -> torch.Tensor | None:  # fmt: skip
     """Run a prompt, `chunk` tokens a pass (default: one pass); logits `[vocab]` after its last token.
 
-    `None` on a rank of a pipeline stage that has no logits; `choose` then tells the token.
+    `None` on a rank of a pipeline stage that has no logits; `choose` then gives the token.
 
     `tokens[start:]` are computed; the KV of `tokens[:start]` must be in `pages` already (a cached prefix).
     """

@@ -22,7 +22,7 @@ class Norm(NamedTuple):
         return self._scaled(wide, wide.square().mean(-1, keepdim=True), x.dtype)
 
     def split(self, x: torch.Tensor, total: int, replicas: int, group: ParallelGroup) -> torch.Tensor:
-        """The norm over `total` channels, of which the group's ranks have some each, and `replicas` the same ones."""
+        """The norm over `total` channels: each rank of the group has some, and `replicas` ranks have the same ones."""
         if group.tp == 1:
             return self(x)
         wide = x.float()

@@ -71,7 +71,7 @@ class Instance:
             return self._answers()
 
     def hang_up(self) -> None:
-        """Tell the ranks to end."""
+        """Ask the ranks to end."""
         for pipe in self._pipes:
             pipe.close()
 
@@ -100,7 +100,7 @@ class Instance:
         return [answers[pipe] for pipe in self._pipes]
 
     def _cause(self, kind: type[HetkvError], rank: int, answer: Any) -> HetkvError:
-        """A rank that lost another reports it; the one that was lost is what the user wants to know."""
+        """A rank that lost another reports it; the user wants to know which one was lost."""
         if answer[1] == PeerLostError.__name__:
             wait([process.sentinel for process in self._processes], timeout=1)
             for other, process in enumerate(self._processes):
@@ -183,7 +183,7 @@ def _context() -> Any:
 
 @contextmanager
 def _interrupt_later() -> Iterator[None]:
-    """Hold signals that end the parent back until the end of the block."""
+    """Defer signals that end the parent until the end of the block."""
     if threading.current_thread() is not threading.main_thread():  # their handlers do not run here
         yield
         return

@@ -1,4 +1,4 @@
-"""A conversation over two unlike instances, turn by turn: KV goes both ways, and no token's twice.
+"""A conversation over two different instances, turn by turn: KV goes both ways, and each token's only once.
 
 Each turn the prefiller computes only what neither side has, and sends what the decoder lacks; afterwards the decoder
 sends the KV of the tokens that it generated back, so that the prefiller holds the whole conversation before the next.

@@ -64,7 +64,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillResult(msgspec.Struct, frozen=True):
-    """What a rank tells of a prefill: the first token and its times (CLOCK_MONOTONIC, ns)."""
+    """What a rank reports of a prefill: the first token and its times (CLOCK_MONOTONIC, ns)."""
 
     first_token: int
     start_ns: int
@@ -74,7 +74,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
 
 
 class DecodeResult(msgspec.Struct, frozen=True):
-    """What a rank tells of a decode. `kv_ns`: when its last layer was verified and in the pool."""
+    """What a rank reports of a decode. `kv_ns`: when its last layer was verified and in the pool."""
 
     tokens: list[int]
     kv_ns: int
@@ -252,7 +252,7 @@ def _serve(config: WorkerConfig, pipe: Connection) -> None:
 
 
 def _failure(error: HetkvError | torch.OutOfMemoryError) -> tuple[str, str, str]:
-    """A device without room for what the caller asked for is the caller's to see, in one line."""
+    """A device without room for what the caller asked for is reported to the caller in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "error", InputError.__name__, str(error).partition("\n")[0]
     return "error", type(error).__name__, str(error)

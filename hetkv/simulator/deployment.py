@@ -372,7 +372,7 @@ def _check_rest(plan: Plan, origin: str) -> None:
     bases = sorted({p.basis for p in plan.prices})
     if len(bases) > 1 and not plan.allow_mixed_price_bases:
         raise InputError(
-            f"{origin}: prices of unlike basis ({', '.join(bases)}) do not compare; "
+            f"{origin}: prices of different basis ({', '.join(bases)}) do not compare; "
             "`allow_mixed_price_bases: true` mixes them all the same"
         )
 

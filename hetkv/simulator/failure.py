@@ -14,7 +14,7 @@ from hetkv.simulator.events import Events
 
 @dataclass(frozen=True)
 class Outage:
-    """Instance `instance` (such as `decode/3`) is down from `at` for `seconds`; for ever where that is infinite."""
+    """Instance `instance` (such as `decode/3`) is down from `at` for `seconds`; permanently where that is infinite."""
 
     instance: str
     at: float

@@ -107,14 +107,14 @@ class Instance:
         self._count(-1, 0)
 
     def drop_queue(self) -> list[Request]:
-        """The prompts that wait here, which no longer do."""
+        """Remove and return the prompts that wait here."""
         dropped = list(self.queue)
         self.queue_length.add(self.events.now, -len(dropped))
         self.queue.clear()
         return dropped
 
     def drop_reserved(self) -> list[Request]:
-        """The requests that room is reserved for, which no longer is. Only before `fail`: no blocks are given back."""
+        """Release and return the requests that have reserved room. Only before `fail`: no blocks are given back."""
         dropped = list(self.reserved)
         self.reserved.clear()
         return dropped
@@ -167,7 +167,7 @@ class Instance:
     def fail(self) -> list[Request]:
         """All KV here is lost. Returns the requests that were here, progress kept as tokens, cache forgotten.
 
-        Those of `drop_queue` and `drop_reserved`, whose KV is not here, are for the owner to route anew.
+        Those of `drop_queue` and `drop_reserved`, whose KV is not here, are for the owner to route again.
         """
         now = self.events.now
         done = 0
@@ -199,7 +199,7 @@ class Instance:
         return lost
 
     def recover(self) -> None:
-        """Back, with an empty cache."""
+        """Restarted, with an empty cache."""
         self.up = True
         self._count(0, 0)
         self.pool.down.add(self.events.now, -1)

@@ -1,7 +1,7 @@
 """Which instance gets a request.
 
 Instances of one pool differ in their load alone, so each pool keeps a heap of loads and only its head is looked at.
-An instance whose load has fallen is entered anew when the next request comes, one whose load has risen when its entry
+An instance whose load has fallen is entered again when the next request comes, one whose load has risen when its entry
 comes to the head. With a prefix to match, all instances are looked at.
 """
 

@@ -196,7 +196,7 @@ def test_blocks_are_counted_along_each_tensors_own_axis() -> None:
     k, v = np.zeros((50, SIZE, 2, DIM), np.float16), np.zeros((2, 50, SIZE, DIM), np.float16)
     axes = {"k": "block token head channel", "v": "head block token channel"}
     assert KVPool.from_tensors(spec, {0: {"v": v, "k": k}}, axes).cache_groups[0].num_blocks == 50
-    with pytest.raises(InputError, match="unlike block counts"):
+    with pytest.raises(InputError, match="different block counts"):
         KVPool.from_tensors(spec, {0: {"k": k[:40], "v": v}}, axes)
     with pytest.raises(InputError, match="not for segment 'v'"):
         KVPool.from_tensors(spec, {0: {"k": k, "v": v}}, {"k": axes["k"]})

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 equals `transformers` token for token, through transfers of the latent cache between unlike pools."""
+"""DeepSeek-V2 equals `transformers` token for token, through transfers of the latent cache between different pools."""
 
 from __future__ import annotations
 

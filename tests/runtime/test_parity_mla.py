@@ -1,4 +1,4 @@
-"""MLA between unlike parallelism: every rank holds the one latent; real processes generate what `transformers` does."""
+"""MLA across different TP and PP: every rank holds the one latent; real processes generate what `transformers` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named pairs of unlike parallelism: real processes for every rank generate what `transformers` generates in fp32."""
+"""Named pairs of different TP and PP: real processes for every rank generate what `transformers` generates in fp32."""
 
 from __future__ import annotations
 

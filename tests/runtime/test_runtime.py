@@ -160,7 +160,7 @@ def demo_reference(demo_prompts: list[list[int]]) -> list[list[int]]:
 def test_demo_checkpoint_equals_transformers(
     turn: int, demo: Decoder, demo_prompts: list[list[int]], demo_reference: list[list[int]]
 ) -> None:
-    """Every layout with every block size, prompts in turn: sequences in unlike pools share one batch."""
+    """Every layout with every block size, prompts in turn: sequences in different pools share one batch."""
     cases = list(product(LAYOUTS, BLOCK_SIZES))
     turns = [(index + turn) % len(PROMPTS) for index in range(len(cases))]
     pools = [

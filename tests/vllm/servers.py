@@ -107,7 +107,7 @@ def server(log: Path, model: str, role: str, block_size: int, policy: str = "rec
 
 @contextlib.contextmanager
 def cluster(model: str, folder: Path, policy: str = "recompute") -> Iterator[dict[str, Process]]:
-    """A prefill and a decode server of unlike block sizes, and a proxy in each mode, by name."""
+    """A prefill and a decode server of different block sizes, and a proxy in each mode, by name."""
     servers = {
         "prefill": server(folder / "prefill.log", model, "kv_producer", 32, policy),
         "decode": server(folder / "decode.log", model, "kv_consumer", 128, policy),

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def content_of(request: Request) -> bytes:
-    """Digest of the prompt: its tokens, images and where they stand, adapter, cache salt, embeddings.
+    """Digest of the prompt: its tokens, images and their positions, adapter, cache salt, embeddings.
 
-    Of an adapter the name counts, as hosts keep it in unlike places; of an image or the like vLLM's hash.
+    An adapter counts by its name, as hosts keep it in different places; images and the like by vLLM's hash.
     """
     extra: list[Any] = [
         ("mm", feature.modality, _bytes(feature.identifier), feature.mm_position.offset, feature.mm_position.length)

@@ -27,7 +27,7 @@ SOON_S = 0.02
 
 @dataclass
 class Incoming:
-    """A load under way: first its link, then its ticket."""
+    """A load in flight: first its link, then its ticket."""
 
     load: Load
     deadline: float
@@ -64,9 +64,9 @@ class Loading:
         if any(load.awaited for load in meta.loads):
             self._wait_for_device()
         for load in meta.loads:
-            under_way = self._in.get(load.request_id)
-            if under_way is not None and not load.awaited:
-                under_way.let_go = load
+            in_flight = self._in.get(load.request_id)
+            if in_flight is not None and not load.awaited:
+                in_flight.let_go = load
             else:
                 self._begin(load)
         for request_id in meta.aborted_loads:
@@ -101,7 +101,7 @@ class Loading:
         return any(incoming.started > since for incoming in self._in.values())
 
     def close(self) -> None:
-        """Stop connecting. What is under way ends with the receiver."""
+        """Stop connecting. Loads in flight end with the receiver."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, load: Load) -> None:
@@ -180,9 +180,9 @@ class Loading:
             linked: Future[None] = Future()
             linked.set_result(None)
             return linked
-        under_way = self._links.get(load.source)
-        if under_way is not None and not under_way.done():
-            return under_way
+        in_flight = self._links.get(load.source)
+        if in_flight is not None and not in_flight.done():
+            return in_flight
         self._links = {source: link for source, link in self._links.items() if not link.done()}
         future = self._links[load.source] = self._pool.submit(self._connect, load)
         future.add_done_callback(lambda _: self._changed())

@@ -1,4 +1,4 @@
-"""What the scheduler side tells the workers, and what a worker tells the scheduler side at start."""
+"""What the scheduler side tells the workers, and what a worker reports to the scheduler side at start."""
 
 from __future__ import annotations
 

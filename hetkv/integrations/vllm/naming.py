@@ -9,7 +9,7 @@ All carry the same `kv_transfer_params`, and so the same transfer id; vLLM disti
 | `2_cmpl-X-3-0badcafe` | choice 2 of that prompt, where `n` is above 1 |
 | `chatcmpl-X-0badcafe` | a chat, or whatever else has one prompt |
 
-The last eight digits are vLLM's own random ones, unlike on producer and consumer; the position is the same.
+The last eight digits are vLLM's own random ones, which differ on producer and consumer; the position is the same.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Rejected(Exception):
 
 
 class Gone(Exception):
-    """A decode server could not be reached, or was lost before it had said anything."""
+    """A decode server could not be reached, or was lost before it answered anything."""
 
     def __init__(self, server: Server, text: str) -> None:
         super().__init__(f"decode {server.url}: {text}")
@@ -83,7 +83,7 @@ class Server:
 
 
 class Router:
-    """Chooses servers by the requests they have under way, and pairs the two halves of a request."""
+    """Chooses servers by the requests they have in flight, and pairs the two halves of a request."""
 
     def __init__(self, prefill: list[str], decode: list[str], mode: str, timeout_s: float) -> None:
         self.prefill, self.decode = [Server(url) for url in prefill], [Server(url) for url in decode]
@@ -94,9 +94,9 @@ class Router:
         self.client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
     def choose(self, tried: Collection[Server] = ()) -> tuple[Server, Server]:
-        """Of each kind the one with the fewest requests under way; in turn where several have.
+        """The server of each kind with the fewest requests in flight; servers that tie take turns.
 
-        One that rests or was `tried` only where there is no other.
+        A server that was lost recently or was `tried` is chosen only where there is no other.
         """
         turn = next(self._turn)
 
@@ -143,7 +143,7 @@ class Router:
     async def _beside(
         self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
     ) -> Response:
-        """Both at once. Where the prefill fails, decode is asked again without it: it has said nothing so far."""
+        """Both at once. Where the prefill fails, decode is asked again without it: it has sent nothing so far."""
         try:
             identity = await self.identity(prefill, headers)
         except Rejected as error:
@@ -194,7 +194,7 @@ class Router:
     async def identity(self, prefill: Server, headers: dict[str, str]) -> dict[str, Any]:
         """Where a prefill server's workers listen; it is asked once, and again after each failure.
 
-        It answers with a completion, as vLLM has no other door to a connector: one of a single token.
+        It answers with a completion, as vLLM has no other way to reach a connector: one of a single token.
         """
         async with prefill.asking:
             known = prefill.identity
@@ -289,7 +289,7 @@ def prefill_body(body: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(answer: dict[str, Any]) -> dict[str, Any]:
-    """What of a prefill server's answer tells who it is."""
+    """The part of a prefill server's answer that identifies it."""
     params = answer.get("kv_transfer_params") or {}
     names = ("do_remote_prefill", "remote_engine_id", "remote_addresses")
     if any(name not in params for name in names):

@@ -24,7 +24,7 @@ NO_LIMIT_S = 1e6
 
 @dataclass
 class Outgoing:
-    """A request under way. `tx` is `None` where it could not even be begun."""
+    """A request in flight. `tx` is `None` where it could not be started."""
 
     tx: SendHandle | None
     blocks: list[int] = field(default_factory=list)
@@ -70,9 +70,10 @@ class Sending:
     def preempt(self, meta: Metadata) -> None:
         """End the transfers of requests whose blocks are about to be overwritten; wait until nothing reads them.
 
-        One of which all has left stays, as its blocks are not read again. But a consumer rank that lost one rank's part
-        asks every rank once more, so it stays on all ranks or on none; consumer ranks that lost nothing let the new
-        ones go (`Loading.repeated`). What a consumer gave up it does not ask for again: that stays ended.
+        A request that was sent in full stays, as its blocks are not read again. But a consumer rank that lost one
+        rank's part asks every rank once more, so the request stays on all ranks or on none; consumer ranks that lost
+        nothing let the new transfers go (`Loading.repeated`). A consumer does not ask again for what it gave up: that
+        stays ended.
         """
         if not meta.preempted:
             return

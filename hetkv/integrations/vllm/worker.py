@@ -1,4 +1,4 @@
-"""The worker's side: its caches as a pool, a sender and a receiver over it, and what the scheduler hears of them."""
+"""The worker's side: its caches as a pool, a sender and a receiver over it, and what it reports to the scheduler."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class WorkerSide:
             self._sending.begin_step(meta)
 
     def begin_loads(self, meta: Metadata) -> None:
-        """Once what else this step does to the caches is under way."""
+        """After the step's other writes to the caches have been started."""
         if self._loading is not None:
             self._loading.begin(meta)
 
