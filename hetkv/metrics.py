@@ -22,6 +22,7 @@ COUNTERS = {
     "payload_bytes": "Payload bytes of those frames.",
     "direct_frames": "Of those, frames that were stored straight into the receiver's window (paths device and shm).",
     "peer_frames": "Of those, frames that were stored into another GPU's memory (path device).",
+    "bundles": "Sender: bundles in which frames were committed; the frames of a bundle share a slot and a commit.",
     "saturated": "Elements that did not fit the narrower dtype and were clamped.",
     "stale_frames": "Frames that arrived for a request which had ended; they were dropped.",
     "failed_requests": "Requests that ended in an error.",

@@ -146,7 +146,7 @@ def rate(mib: float, seconds: list[float]) -> float:
 
 
 def attempt(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A result, or the error in its place: a probe goes on."""
+    """A result, or the error in its place: a probe continues."""
     try:
         return what()
     except HetkvError as error:

@@ -55,7 +55,7 @@ def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rope_text(config: Mapping[str, Any]) -> str:
-    """The rotary embedding in one line: `default, rope_theta 10000`. Empty where the config does not speak of one."""
+    """The rotary embedding in one line: `default, rope_theta 10000`. Empty where the config has none."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not parameters and config.get("rope_theta") is None:
         return ""

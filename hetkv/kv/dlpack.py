@@ -69,7 +69,7 @@ class Exported(NamedTuple):
 
 
 def read(source: Any) -> Exported:
-    """Ask an object for its capsule and read it. Raises `InputError` for what is no strided memory of a known device.
+    """Ask an object for its capsule and read it. Raises `InputError` for what is not strided memory of a known device.
 
     The capsule is left unconsumed, so that its own destructor gives the memory back.
     """

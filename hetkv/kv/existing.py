@@ -124,7 +124,7 @@ def _with_scales(memory: LayerMemory, scales: Mapping[str, Any], axes: str) -> L
     layout, arrays = memory.layout, dict(memory.tensors)
     for name, array in scales.items():
         if name not in layout.segments:
-            raise InputError(f"scales of {name!r}, which is no segment")
+            raise InputError(f"scales of {name!r}, which is not a segment")
         part = layout.segments[name]
         groups = dict(zip(axes.split(), Memory.of(array).shape, strict=False)).get("group", 1)
         if groups < 1 or part.channels % groups:

@@ -126,7 +126,7 @@ def _read(source: Any) -> _Array:
         strides = tuple(step * at.itemsize for step in at.strides)
         return _Array(at.address, at.shape, strides, at.dtype, at.itemsize, at.device, at.readonly, 0, at.capsule)
     raise InputError(
-        f"{type(source).__name__} is no memory: give a tensor of PyTorch, a NumPy array, an object with __dlpack__ or "
+        f"{type(source).__name__} is not memory: give a tensor of PyTorch, a NumPy array, an object with __dlpack__ or "
         "__cuda_array_interface__, or hetkv.Memory"
     )
 

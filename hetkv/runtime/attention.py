@@ -18,7 +18,7 @@ from hetkv.runtime.rope import Rotation
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of one sequence: `tokens[j]` sits at position `start + j`; all before are in `pages`."""
+    """Consecutive tokens of one sequence: `tokens[j]` is at position `start + j`; all before are in `pages`."""
 
     pages: Pages
     start: int

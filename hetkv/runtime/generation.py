@@ -57,7 +57,7 @@ def _bind(on_layer: OnChunkLayer | None, start: int, stop: int) -> Callable[[int
 def decode(
     model: Decoder, first: int, position: int, pages: Pages, max_new_tokens: int, eos_ids: Sequence[int] | None = None
 ) -> Iterator[int]:
-    """Yield `first`, which sits at `position`, and then greedy tokens: `max_new_tokens` in all, or up to an end token.
+    """Yield `first`, which is at `position`, and then greedy tokens: `max_new_tokens` in all, or up to an end token.
 
     Each token is yielded before its successor is computed. `eos_ids` default to the checkpoint's; the end token is
     yielded too. The last token's own KV is not computed, so `pages` need `position + max_new_tokens - 1` tokens.

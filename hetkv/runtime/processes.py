@@ -23,7 +23,7 @@ from hetkv.transport.config import TransferConfig
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that a user or a terminal ends a command with."""
 PATIENCE_S = 24 * 3600.0
-"""Lease of a request whose instances are processes that are watched: a long prefill is no fault."""
+"""Lease of a request whose instances are processes that are watched: a long prefill is not a fault."""
 JOIN_S, ERROR_S = 10.0, 2.0
 """Time that ranks have to close their links and end by themselves, at the end and after an error."""
 

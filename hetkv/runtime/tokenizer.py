@@ -47,7 +47,7 @@ class TextTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens. Bytes that are no whole UTF-8 character come out as the replacement mark."""
+        """Text without special tokens. Incomplete UTF-8 characters become the replacement character."""
         return str(self._tokenizer.decode(list(token_ids)))
 
 

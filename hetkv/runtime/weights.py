@@ -31,8 +31,9 @@ def load_weights(
     """A rank's slices of all tensors that it needs (default: everything) as `dtype` on `device`.
 
     Nothing else is read. Raises `InputError`, before anything is computed, that names the file or tensor: a missing
-    file or tensor, a wrong shape, a dtype that is no float, NaN or infinity, a value that `dtype` cannot hold, a tensor
-    that the decoder would silently ignore, a head of its own where the config ties it, a file that is not safetensors.
+    file or tensor, a wrong shape, a dtype that is not a float, NaN or infinity, a value that `dtype` cannot hold, a
+    tensor that the decoder would silently ignore, a head of its own where the config ties it, a file that is not
+    safetensors.
     """
     part = part or Part.of(config)
     expected, files = expected_tensors(config), _files(directory)
@@ -98,7 +99,7 @@ def _check_named(files: Mapping[str, Path]) -> None:
     """Every tensor in a shard is one that the index names there."""
     for path in sorted(set(files.values())):
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+            for name in file.keys():  # noqa: SIM118  (it is not a mapping)
                 if files.get(name) != path:
                     raise InputError(f"{path}: tensor {name!r} is not in the index as one of this file's")
 

@@ -116,7 +116,7 @@ class HazardPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 class FailurePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`requests`: what becomes of a failed instance's requests, computed again elsewhere or failed."""
+    """`requests`: what happens to a failed instance's requests: computed again elsewhere or failed."""
 
     outages: list[OutagePlan] = []
     random: list[HazardPlan] = []

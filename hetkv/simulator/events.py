@@ -33,7 +33,7 @@ class Events:
         heappush(self._heap, (time, self._serial, handler, argument))
 
     def aside(self, time: float, handler: Handler, argument: Any = None) -> None:
-        """As `at`, but `run` does not go on for the sake of such events alone."""
+        """As `at`, but `run` does not continue for such events alone."""
         self.at(time, self._handle_aside, (handler, argument))
         self._aside += 1
 

@@ -59,7 +59,7 @@ class Instance:
         self._settling = False  # a flight's prompts are being handed on: nothing is started meanwhile
 
     def report_to(self, changed: dict[Instance, None]) -> None:
-        """From now on be entered in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
+        """From now on, enter this instance in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
         self._changed = changed
 
     def _count(self, requests: int, prompt_tokens: int) -> None:
@@ -75,7 +75,7 @@ class Instance:
         return self.up and not self._busy
 
     def wake(self) -> None:
-        """There may be something new to run: start now if idle, else at the next step boundary."""
+        """There may be something new to run: start it now if idle, else at the next step boundary."""
         if self._settling:
             return
         if not self._busy:

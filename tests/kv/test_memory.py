@@ -328,7 +328,7 @@ def test_numbers_and_sequences_of_any_kind() -> None:
         with pytest.raises(InputError, match="num_blocks"):
             KVPool.allocate(SPEC, wrong)
     assert "3 blocks of 4 tokens" in repr(pool)
-    with pytest.raises(InputError, match="is no memory"):
+    with pytest.raises(InputError, match="is not memory"):
         KVPool.from_tensors(SPEC, ["x", "y"], AXES)
     with pytest.raises(InputError, match="tensors are given by layer index or by segment name"):
         KVPool.from_tensors(SPEC, {1.5: 1, "k": 2}, AXES)

@@ -39,7 +39,7 @@ def decisions(data: Path) -> str:
         "configuration with the highest predicted output tokens per second and GPU; regret is what its measured rate "
         "lacks of the best measured one that keeps the limit. A pick whose measured TPOT breaks the limit by more than "
         "10 % has regret 100 %. The whole group is held out of the fit (5 folds). Groups with fewer than 3 "
-        "alternatives, or where nothing keeps the limit, are no decisions.",
+        "alternatives, or where nothing keeps the limit, do not count.",
     ]
     for text, key, target in (
         ("Choices of TP, DP, workers and concurrency on one engine", one_engine, 0.10),

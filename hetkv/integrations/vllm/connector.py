@@ -83,7 +83,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         settings = Settings.parse(extra_config)
-        settings.secret()  # vLLM asks this before it loads a model: where that is read is no matter
+        settings.secret()  # vLLM asks this before it loads a model: it does not matter where that is read
         return settings.layerwise
 
     @classmethod

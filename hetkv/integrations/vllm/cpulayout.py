@@ -29,7 +29,7 @@ class Kernel(NamedTuple):
 
 
 def cpu_layout(tensor: torch.Tensor, kernel: Kernel, scales: dict[str, ScaleLayout | None]) -> KVLayout:
-    """Layout of a layer's cache `[block, head, token, 2 * channel]`. `InputError` where no strided map describes it."""
+    """Layout of a layer's cache `[block, head, token, 2 * channel]`. `InputError` where it is not a strided map."""
     _, heads, block_size, width = tensor.shape
     size, channels = tensor.element_size(), width // 2
     dense = (heads * block_size * width, block_size * width, width, 1)

@@ -56,7 +56,7 @@ class Loading:
         self._in: dict[str, Incoming] = {}
         self._links: dict[str, Future[None]] = {}
         self.repeated: set[str] = set()
-        """Requests that were asked for once more. Ranks that have theirs already must let the producer go for them."""
+        """Requests that were asked for once more. Ranks that have theirs already must release the producer for them."""
         self._pool = ThreadPoolExecutor(CONNECTS_AT_ONCE, "hetkv-connect")
 
     def begin(self, meta: Metadata) -> None:

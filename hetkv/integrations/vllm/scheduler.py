@@ -101,7 +101,7 @@ class SchedulerSide:
         if wanted is None or wanted.describe:
             return
         if not self._producer:
-            _log.warning("request %s: do_remote_decode, but this instance is no producer", request.request_id)
+            _log.warning("request %s: do_remote_decode, but this instance is not a producer", request.request_id)
             return
         sequence = Sequence.of(request.request_id)
         transfer_id = wanted.transfer_id or self._transfer_ids.of(sequence)
@@ -243,7 +243,7 @@ class SchedulerSide:
             remote = None
             _log.warning("request %s: %s; its prompt is computed here", request.request_id, error)
         if remote is not None and not self._consumer:
-            _log.warning("request %s: do_remote_prefill, but this instance is no consumer", request.request_id)
+            _log.warning("request %s: do_remote_prefill, but this instance is not a consumer", request.request_id)
             remote = None
         if remote is None:
             self._settled.add(request.request_id)

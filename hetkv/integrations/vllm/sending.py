@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 PREEMPTED = "preempted, will be computed again"
 """Why a transfer ends whose request will be computed and sent again under the same transfer id."""
 OVER = "the producer has sent the request, or given it up: its blocks are free"
-"""What a consumer hears that asks for a request later than that."""
+"""The answer to a consumer that asks for a request after that."""
 DRAIN_S = 60.0
 NO_LIMIT_S = 1e6
 
@@ -32,7 +32,7 @@ class Outgoing:
     sent: int = 0
     """Tokens whose layers were handed to `tx`."""
     held_since: float | None = None
-    """The scheduler holds the blocks since then, and waits to hear that they are free."""
+    """The scheduler holds the blocks since then, and waits for the report that they are free."""
     computed_at: float = 0.0
     """When its prefill was done."""
     ended_at: float | None = None
@@ -179,7 +179,7 @@ class Sending:
     def _end(self, request_id: str) -> bool:
         """Abort a transfer and wait for its end: only then can its id be sent again.
 
-        Whether it had ended before: well, or given up by its consumer. Raises `WaitTimeoutError`.
+        Returns whether it had ended before: in success, or given up by its consumer. Raises `WaitTimeoutError`.
         """
         out = self._out.get(request_id)
         if out is None or out.tx is None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 LOAD_WAIT_S = 0.002
-"""How long a step without tokens waits for a load that should end any moment. A longer wait costs more than it gives:
+"""How long a step without tokens waits for a load that should end any moment. A longer wait costs more than it gains:
 vLLM's engine process spins while a worker has not answered."""
 
 
