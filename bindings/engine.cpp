@@ -84,10 +84,10 @@ std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std:
   return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(mover), std::move(device)));
 }
 
-void send_layer(Sender& sender, std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group,
-                std::optional<std::uint64_t> stream) {
-  if (!stream) return sender.send_layer(std::move(batch), layer, group);
-  check(sender.send_layer(std::move(batch), layer, group, reinterpret_cast<void*>(*stream)));
+void send_layers(Sender& sender, std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers,
+                 std::optional<std::uint64_t> stream) {
+  if (!stream) return sender.send_layers(std::move(batch), std::move(layers));
+  check(sender.send_layers(std::move(batch), std::move(layers), reinterpret_cast<void*>(*stream)));
 }
 
 template <typename E>
@@ -276,16 +276,20 @@ void bind_engine(py::module_& m) {
             auto one = std::make_shared<SendBatch>();
             one->handles = {handle};
             one->tokens = {{{start, stop}}};
-            send_layer(self, std::move(one), layer, 0, stream);
+            send_layers(self, std::move(one), {{layer, 0}}, stream);
           },
           py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
           "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
       .def(
           "send_batch",
-          [](Sender& self, std::shared_ptr<SendBatch> batch, std::uint32_t layer, std::size_t group,
-             std::optional<std::uint64_t> stream) { send_layer(self, std::move(batch), layer, group, stream); },
-          py::arg("batch"), py::arg("layer"), py::arg("group"), py::arg("stream") = py::none(),
-          "`send_layer` for the tokens that the batch has of cache group `group`.")
+          [](Sender& self, std::shared_ptr<SendBatch> batch,
+             const std::vector<std::pair<std::uint32_t, std::size_t>>& layers, std::optional<std::uint64_t> stream) {
+            std::vector<LayerOf> named;
+            for (const auto& [layer, group] : layers) named.push_back({layer, group});
+            send_layers(self, std::move(batch), std::move(named), stream);
+          },
+          py::arg("batch"), py::arg("layers"), py::arg("stream") = py::none(),
+          "`send_layer` for the tokens that the batch has of each (layer, cache group).")
       .def(
           "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
           py::call_guard<py::gil_scoped_release>(), "Code of `Path` in csrc/engine/windows.h.")

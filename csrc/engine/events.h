@@ -38,11 +38,13 @@ struct Event {
 class EventQueue {
  public:
   void push(Event event) {
+    bool first = false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      first = events_.empty();
       events_.push_back(std::move(event));
     }
-    ready_.notify_one();
+    if (first) ready_.notify_one();  // whoever was woken for the first takes all that came since
   }
   // Sleeps until there are events or the queue is closed; empty then and only then.
   std::vector<Event> wait() {

@@ -78,16 +78,15 @@ void Sender::extend(std::uint64_t handle, std::size_t group, std::vector<std::in
   });
 }
 
-void Sender::send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group) {
-  post_layer(std::move(batch), layer, group, nullptr, nullptr);
+void Sender::send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers) {
+  post_layers(std::move(batch), std::move(layers), nullptr, nullptr);
 }
 
-Status Sender::send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group,
-                          void* stream) {
+Status Sender::send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, void* stream) {
   if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool lies in host memory: it has no streams");
   After after;
   if (auto status = device_->record_caller(stream, &after); !status.ok()) return status;
-  post_layer(std::move(batch), layer, group, std::move(after), stream);
+  post_layers(std::move(batch), std::move(layers), std::move(after), stream);
   return {};
 }
 
@@ -112,23 +111,23 @@ void Sender::abort(std::uint64_t handle, std::string reason) {
 
 // --- what is ready ---
 
-void Sender::post_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, After after,
-                        const void* stream) {
-  post([this, batch = std::move(batch), layer, group, after = std::move(after), stream] {
+void Sender::post_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, After after,
+                         const void* stream) {
+  post([this, batch = std::move(batch), layers = std::move(layers), after = std::move(after), stream] {
     std::shared_ptr<Wave> wave;
     if (after != nullptr && !after->happened()) {
       wave = std::make_shared<Wave>();
       wave->after = after;
       waves_[stream].push_back(wave);
     }
-    add_ready(*batch, layer, group, wave);
+    for (const LayerOf& at : layers) add_ready(*batch, at, wave);
   });
 }
 
-void Sender::add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t group,
-                       const std::shared_ptr<Wave>& wave) {
-  if (group >= batch.tokens.size() || layer >= kMostLayers) return;
-  const auto& ranges = batch.tokens[group];
+void Sender::add_ready(const SendBatch& batch, LayerOf at, const std::shared_ptr<Wave>& wave) {
+  const std::uint32_t layer = at.layer;
+  if (at.group >= batch.tokens.size() || layer >= kMostLayers) return;
+  const auto& ranges = batch.tokens[at.group];
   for (std::size_t i = 0; i < batch.handles.size(); ++i) {
     const auto found = requests_.find(batch.handles[i]);
     if (found == requests_.end() || !found->second.failure.ok() || ranges[i].start >= ranges[i].stop) continue;
@@ -141,7 +140,9 @@ void Sender::add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t 
       continue;
     }
     request.ready.push_back({layer, ranges[i].start, ranges[i].stop, wave});
-    if (wave != nullptr) wave->requests.push_back(request.handle);
+    if (wave != nullptr && (wave->requests.empty() || wave->requests.back() != request.handle)) {
+      wave->requests.push_back(request.handle);
+    }
     for (auto& lane : request.lanes) {
       if (lane.place == Lane::Place::kNone) place(lane);
       awaken(*lane.link);

@@ -38,6 +38,11 @@ struct SendBatch {
   std::vector<std::vector<wire::TokenRange>> tokens;  // per cache group: one range a handle; an empty one is skipped
 };
 
+struct LayerOf {
+  std::uint32_t layer = 0;  // global
+  std::size_t group = 0;    // its cache group
+};
+
 class Sender final : public Engine {
  public:
   Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
@@ -46,12 +51,12 @@ class Sender final : public Engine {
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
   std::uint64_t submit(Submission submission);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // The batch's tokens of a global layer of `group` are in the pool and stay there unchanged until kPacked or kFailed.
-  // Blocks for them were submitted before. One hand-over to the progress thread, whatever the number of requests.
-  void send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group);
+  // The batch's tokens of these layers are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
+  // them were submitted before. One hand-over to the progress thread, whatever the number of requests and layers.
+  void send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers);
   // The same, of a pool on a device: they will be in the pool once what `stream` holds now has ended. Does not wait.
   // kInvalid: a stream of another device, or one that captures a graph; nothing is sent then.
-  Status send_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, void* stream);
+  Status send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, void* stream);
   // How payloads get to the peer of a link, by its latest window.
   Path path(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
@@ -158,9 +163,9 @@ class Sender final : public Engine {
   Request* find(const wire::RequestId& id);
 
   // sender.cpp: what is ready
-  void post_layer(std::shared_ptr<const SendBatch> batch, std::uint32_t layer, std::size_t group, After after,
-                  const void* stream);
-  void add_ready(const SendBatch& batch, std::uint32_t layer, std::size_t group, const std::shared_ptr<Wave>& wave);
+  void post_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, After after,
+                   const void* stream);
+  void add_ready(const SendBatch& batch, LayerOf at, const std::shared_ptr<Wave>& wave);
   bool watch_waves();
   void place(Lane& lane);
   void unplace(Lane& lane);

@@ -48,12 +48,14 @@ class SendBatch:
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
+        self._send([(layer, group)], stream)
+
+    def send_layers(self, *, stream: Any = None) -> None:
+        """`send_layer` for every layer of the pool, in one call."""
+        self._send(list(self._group_of.items()), stream)
+
+    def _send(self, layers: list[tuple[int, int]], stream: Any) -> None:
         device = self._sender.device
         if device is None and stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
-        self._sender.engine.send_batch(self._core, layer, group, device.stream(stream) if device else None)
-
-    def send_layers(self, *, stream: Any = None) -> None:
-        """`send_layer` for every layer of the pool."""
-        for layer in self._group_of:
-            self.send_layer(layer, stream=stream)
+        self._sender.engine.send_batch(self._core, layers, device.stream(stream) if device else None)

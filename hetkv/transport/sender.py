@@ -81,8 +81,9 @@ class SendHandle(Handle):
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
-        for layer in self._group_of:
-            self.send_layer(layer, stream=stream)
+        if self.done() and self.future.exception() is None:
+            raise InputError(f"request {self.request_id!r} is complete, every layer of it was sent")
+        SendBatch(self.sender, [self]).send_layers(stream=stream)
 
     def tokens_of(self, group: int, tokens: tuple[int, int] | None, whole: bool = False) -> tuple[int, int]:
         """`tokens`, or all of them, as the engine takes them of a cache group. Raises `InputError`.
