@@ -1,4 +1,4 @@
-"""Pool to pool over request shapes and numbers of requests at once, two processes: GB/s, latency, and every byte compared.
+"""Pool to pool over request shapes and numbers of requests at once, two processes, with every byte compared.
 
 Run as `python bench/gpu/traffic.py FROM TO OUT.json`, on `cuda:0 cuda:1` or `cpu cpu`.
 
