@@ -13,7 +13,7 @@ constexpr std::uint64_t kTokenAlignment = 64;
 constexpr int kMostAhead = 4;
 // A link with so many bundles in flight is busy: what comes meanwhile is gathered until a slot is full.
 constexpr std::size_t kBusy = 2;
-// Below this a pack that stores across is faster than a pack and a copy.
+// Below this the pack stores across instead of leaving it to a copy engine. An estimate, not measured.
 constexpr std::size_t kCopyFrom = std::size_t{1} << 20;
 
 constexpr std::uint64_t aligned(std::uint64_t offset) {

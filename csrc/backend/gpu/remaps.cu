@@ -22,7 +22,7 @@ int multiprocessors_of(int device) {
   return count;
 }
 
-// Below so many chunks the blocks read the table over the bus, which is faster than to copy it first.
+// Up to so many chunks the blocks read the table over the bus instead of from a copy. An estimate, not measured.
 constexpr std::uint32_t kReadOverBus = 64;
 
 // What a slot's scratch is.
