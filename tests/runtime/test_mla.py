@@ -104,13 +104,13 @@ def test_tokens_through_a_transfer(
         [torch.randperm(pool.cache_groups[0][1], generator=torch.Generator().manual_seed(1)).tolist()] for pool in pools
     ]
     with connected(pools[:1], pools[1:]) as ([sender], [receiver]):
-        reception = receiver.receive("mla", tables[1], len(prompt))
+        receiving = receiver.receive("mla", tables[1], len(prompt))
         sending: SendHandle = sender.send("mla", tables[0], len(prompt))
         logits = prefill(
             model, prompt, Pages(pools[0], tables[0]), chunk=chunk,
             on_layer=lambda layer, start, stop: sending.send_layer(layer, (start, stop)),
         )  # fmt: skip
-        reception.wait(WAIT_S)
+        receiving.wait(WAIT_S)
         sending.wait(WAIT_S)
         mla = truth.config
         token_bytes = 4 * (mla.kv_lora_rank + mla.qk_rope_head_dim)

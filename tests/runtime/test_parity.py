@@ -82,7 +82,7 @@ def moved_tokens(
         size, num_blocks = pool.cache_groups[0]
         blocks.append(rng.sample(range(num_blocks), -(-tokens // size)))
     name = f"request-{seed}"
-    reception = receiver.receive(name, blocks[1], len(prompt))
+    receiving = receiver.receive(name, blocks[1], len(prompt))
     sending = sender.send(name, blocks[0], len(prompt))
     logits = prefill(
         model,
@@ -91,7 +91,7 @@ def moved_tokens(
         chunk=rng.choice([None, 7]),
         on_layer=lambda layer, start, stop: sending.send_layer(layer, (start, stop)),
     )
-    reception.wait(20)
+    receiving.wait(20)
     sending.wait(20)
     return list(decode(model, greedy(logits), len(prompt), Pages(dst, [blocks[1]]), count))
 

@@ -48,9 +48,9 @@ KINDS: dict[str, Callable[[KVLayout, KVPool, int], KVLayout]] = {
 def move(source: KVPool, destination: KVPool, blocks: list[int], tokens: int) -> int:
     """The wire's payload bytes of one request in the same blocks of both pools."""
     with connected([source], [destination]) as ([sender], [receiver]):
-        reception = receiver.receive("r", blocks, tokens)
+        receiving = receiver.receive("r", blocks, tokens)
         sender.send("r", blocks, tokens).send_layers()
-        reception.wait(WAIT_S)
+        receiving.wait(WAIT_S)
         return int(sender.stats()["payload_bytes"])
 
 

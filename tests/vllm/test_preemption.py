@@ -162,12 +162,12 @@ def test_a_request_that_was_given_up_stays_ended_when_it_is_preempted() -> None:
         first = Send("r", "t", CONTENT, TOKENS, HALF, (BLOCKS[0][: HALF // BLOCK],))
         producer.begin_step(Metadata(computing=[first]))
         producer.end_step()
-        reception = receiver.receive("t", BLOCKS, TOKENS, content=CONTENT)
+        receiving = receiver.receive("t", BLOCKS, TOKENS, content=CONTENT)
         deadline = time.monotonic() + WAIT_S
         while receiver.stats()["payload_bytes"] == 0:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        reception.abort()
+        receiving.abort()
         given_up = producer._out["r"].tx
         assert given_up is not None
         assert given_up.future.exception(WAIT_S) is not None

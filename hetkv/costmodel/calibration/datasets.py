@@ -21,7 +21,7 @@ RULES = {
     "bench-invalid": "latency or throughput missing, zero or not a number",
     "bench-warmup": "batch 1 at 128 tokens: the first run of a sweep includes warm-up",
     "bench-die": "MI250 stays, though a GPU there may be one die or both; it is never pooled with others",
-    "bench-thin": "hardware, framework and GPU count with fewer than 8 rows (Intel Max 1550 beside PVC)",
+    "bench-thin": "hardware, framework and GPU count with fewer than 8 rows (Intel Max 1550, next to PVC)",
     "bench-mismatch": "throughput differs from batch x (input + output) / latency by more than 2 %",
     "hopper-duplicate": "the same measurement (equal TTFT and TPOT) under several ids counts once",
     "hopper-workers": "disaggregated row without the number of prefill and decode workers",
