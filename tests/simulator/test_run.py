@@ -269,7 +269,7 @@ def test_a_constant_latency_has_readable_ticks():
     work = Traffic(rate=0.2, arrivals="constant", requests=30, prompt_tokens="500", output_tokens="20")
     result = simulate(parse_plan(plan, "plan"), work.build())
     ttft = result.summary["ttft_ms"]
-    assert 0 < ttft["p99"] - ttft["p50"] < 1e-6  # rounding of the clock
+    assert 0 <= ttft["p99"] - ttft["p50"] < 1e-6  # nothing but rounding of the clock, if that
     with matplotlib.rc_context(STYLE):
         figure = draw(result, Slo(), "")
         figure.canvas.draw()
