@@ -23,8 +23,8 @@ VECTORS = 20_000
 """Count vectors of a role that are listed, cheapest first."""
 
 
-def cheaper(trials: Trials, model: str, best: Candidate) -> Candidate:
-    """The cheapest plan found that meets the targets, `best` if there is none.
+def cheaper(trials: Trials, model: str, best: Candidate, most: float) -> Candidate:
+    """The cheapest plan below `most` USD/hour that meets this model's targets, `best` if none was found.
 
     The other models' instances stay. Pairs of a prefill and a decode pool, and aggregated pools, are tried in the order
     of their cost; each pool is simulated once, and the plan if both hold. A pool below one that failed is not tried:
@@ -50,8 +50,8 @@ def cheaper(trials: Trials, model: str, best: Candidate) -> Candidate:
             failed[role].append(counts)
         return good
 
-    for cost, parts in _by_cost(trials, model, best.cost - fixed):
-        if fixed + cost >= best.cost - 1e-9:
+    for cost, parts in _by_cost(trials, model, most - fixed):
+        if fixed + cost >= most - 1e-9:
             break
         if trials.effort.spent:
             break
@@ -62,7 +62,7 @@ def cheaper(trials: Trials, model: str, best: Candidate) -> Candidate:
         if not all(holds(role, part) for role, part in parts.items()):
             continue
         candidate = trials.simulate(plan, 1.0)
-        if candidate.meets:
+        if candidate.verdicts[model].meets:
             return candidate
     return best
 

@@ -19,7 +19,7 @@ from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
 from hetkv.planner.prune import prune
 from hetkv.planner.slo_checker import SloChecker
-from hetkv.planner.trials import Candidate, Trials
+from hetkv.planner.trials import NEAR, Candidate, Trials
 
 ITERATIONS = 6
 """Rounds of solving and simulating, at most."""
@@ -27,6 +27,9 @@ ITERATIONS = 6
 RESERVE = 0.02
 """Extra rate that is asked of the program, added up, in each round after the last one until the targets hold."""
 
+
+DEARER = 1.1
+"""Where no plan met the targets, the neighbours are asked up to this multiple of the dearest plan that was tried."""
 
 ROLE_OF = {"ttft": "prefill", "tpot": "decode"}
 """Which pool a target asks for more of."""
@@ -88,7 +91,8 @@ class Search:
         key = (lambda c: c.cost) if self.for_cost else (lambda c: -c.scale)
         self.best = min(left, key=key, default=None)
         if not self.for_cost:
-            self._rescale(failed, {"": 0.98 * failed.scale})
+            steps = 2 ** (len(self.trials.barred) - 1)  # the next attempt must not fail by as little
+            self._rescale(failed, {"": 0.98**steps * failed.scale})
         elif self.best is None:
             self.iterations = ITERATIONS
             self._rounds(1 + RESERVE)
@@ -97,16 +101,18 @@ class Search:
         return self
 
     def _finish(self) -> None:
-        if self.neighbours and self.for_cost and self.best is not None and not self.problem.pair_limits:
+        if self.neighbours and self.for_cost and not self.problem.pair_limits:
             self._improve()
 
     def _rounds(self, reserve: float = 1.0) -> None:
         """Solve, simulate and correct until nothing better comes, or a limit is met."""
         cuts = list(self.cut_off)
-        before = None
-        for _ in range(2 * ITERATIONS):
+        before: list[dict[Any, int]] = []  # that tell nothing more where they come again
+        new = 0
+        while new < 2 * ITERATIONS:
             late = self.iterations >= ITERATIONS or self.effort.spent
-            if late and (self.best is not None or not self.for_cost or reserve > 1.2):
+            found = self.best is not None or (not self.trials.barred and self.near() is not None)
+            if late and (found or not self.for_cost or reserve > 1.2):
                 break
             if late:
                 reserve += RESERVE
@@ -117,15 +123,21 @@ class Search:
                 break
             if solution is None:
                 break
+            if late and any(solution.counts == c.counts for c in self.seen):
+                continue  # nothing to learn from it again: more must be asked for
+            new += 1
             self.iterations += 1
             candidate = self.trials.simulate(solution.counts, 1.0 if self.for_cost else solution.scale)
             if self._better(candidate):
                 self.best, self.solution = candidate, solution
-            if solution.counts == before or (self.best and self.for_cost and solution.value >= self.best.cost + 1e-9):
+            if solution.counts in before or (self.best and self.for_cost and solution.value >= self.best.cost + 1e-9):
                 break
             if candidate.meets and self._small(candidate):
                 break  # the neighbours are asked one by one
-            before = solution.counts if candidate.meets or not self.for_cost else None
+            if self.for_cost:
+                before = [solution.counts] if candidate.meets else []
+            else:
+                before.append(solution.counts)
             scales = self._measure(candidate)
             if not self.for_cost:
                 self._rescale(candidate, scales)
@@ -230,8 +242,29 @@ class Search:
         return self.neighbours and self.for_cost and max(pools.values()) <= LARGEST
 
     def _improve(self) -> None:
-        assert self.best is not None
+        """Ask the neighbours of the plan, or where none met the targets those of one that is near, or else closest."""
         start = time.perf_counter()
+        plan = self.best or self.near() or min(self._left(), key=lambda c: c.used, default=None)
+        if plan is None:
+            return
+        dearest = plan.cost if plan.used <= NEAR else DEARER * max(c.cost for c in self.seen)
         for model in self.checkers:
-            self.best = cheaper(self.trials, model, self.best)
+            plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else dearest)
+        if self._better(plan):
+            self.best = plan
         self.verify_seconds += time.perf_counter() - start
+
+    def _left(self) -> list[Candidate]:
+        return [c for c in self.seen if not self.trials.is_barred(c.counts, c.scale)]
+
+    def near(self) -> Candidate | None:
+        """The best plan that misses by so little, or not at all, that held-out seeds may accept it."""
+        left = [c for c in self._left() if c.used <= NEAR]
+        return min(left, key=lambda c: (c.cost if self.for_cost else -c.scale, c.used), default=None)
+
+    def to_judge(self) -> Candidate | None:
+        """The plan; before the first judgement one that is cheaper and near, and where no plan is left any near one."""
+        near = self.near()
+        if self.best is None or near is None or self.trials.barred or not self.for_cost:
+            return self.best or near
+        return near if near.cost < self.best.cost - 1e-9 else self.best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Literal
 
@@ -106,10 +107,11 @@ ATTEMPTS = 3
 def _judge(search: Search) -> tuple[Candidate, Judgement, int]:
     """The plan, what held-out seeds say of it, and how many plans failed there before it."""
     failed: list[tuple[Candidate, Judgement]] = []
-    while search.best is not None and len(failed) < ATTEMPTS:
-        best = search.best
+    while len(failed) < ATTEMPTS and (best := search.to_judge()) is not None:
         judged = search.trials.judge(best, len(failed))
         if judged.holds:
+            if not best.meets:
+                best = search.best = replace(best, held=True)
             return best, judged, len(failed)
         failed.append((best, judged))
         search.again(best, {target for (_, target), a in judged.attained.items() if not a.holds})

@@ -30,7 +30,7 @@ class Candidate:
     """A plan that was simulated: at `scale` it `meets` all targets or not. `cost` is USD/hour, 0 without prices.
 
     Where it was near enough with the first seed, `verdicts` are what another seed is expected not to exceed.
-    `barred`: it failed on held-out seeds.
+    `barred`: it failed on held-out seeds. `held`: it held on them, which counts for more than what chose it.
     """
 
     counts: dict[Key, int]
@@ -38,10 +38,16 @@ class Candidate:
     cost: float
     verdicts: dict[str, Verdict]
     barred: bool = False
+    held: bool = False
 
     @property
     def meets(self) -> bool:
-        return not self.barred and all(v.meets for v in self.verdicts.values())
+        return self.held or (not self.barred and all(v.meets for v in self.verdicts.values()))
+
+    @property
+    def used(self) -> float:
+        """Of the target that is nearest to its limit, or furthest beyond it, the share that is used."""
+        return max(v.used() for v in self.verdicts.values())
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Trials:
         """Try a plan with the seeds that choose: the first, and where it is near enough the others."""
         begin = time.perf_counter()
         candidate = Candidate(dict(counts), scale, self.price(counts), self._verdicts(counts, scale, None))
-        if all(v.used() <= NEAR for v in candidate.verdicts.values()):
+        if candidate.used <= NEAR:
             several = {model: [v] for model, v in candidate.verdicts.items()}
             for seed in choosing_seeds(self.problem.seed, self._seeds(scale, CHOOSING_REQUESTS, 0))[1:]:
                 for model, verdict in self._verdicts(counts, scale, seed).items():
@@ -109,11 +115,15 @@ class Trials:
         return candidate
 
     def judge(self, candidate: Candidate, attempt: int) -> Judgement:
-        """Simulate a plan with seeds that chose nothing so far."""
+        """Simulate a plan with seeds that chose nothing so far; no more of them than it takes to see that it fails."""
         begin = time.perf_counter()
         count = self._seeds(candidate.scale, JUDGING_REQUESTS, 1)
         seeds = held_out_seeds(self.problem.seed, attempt, count)
-        each = [self._verdicts(candidate.counts, candidate.scale, seed) for seed in seeds]
+        each: list[dict[str, Verdict]] = []
+        for seed in seeds:
+            each.append(self._verdicts(candidate.counts, candidate.scale, seed))
+            if len(each) > 1 and self._lost(each, count):
+                break
         attained, latency = {}, {}
         for model in self.checkers:
             verdicts = [v[model] for v in each]
@@ -124,7 +134,17 @@ class Trials:
                         attained[spec.name, target] = attainment(shares, percentile)
                 latency[spec.name] = mean_of([v.latency[spec.name] for v in verdicts])
         self.seconds += time.perf_counter() - begin
-        return Judgement(seeds, latency, attained)
+        return Judgement(seeds[: len(each)], latency, attained)
+
+    def _lost(self, each: Sequence[Mapping[str, Verdict]], count: int) -> bool:
+        """Whether a target's mean over `count` seeds is missed even if the seeds to come have no late request."""
+        for model, checker in self.checkers.items():
+            for spec in checker.classes:
+                for target, percentile in (("ttft", spec.ttft_percentile), ("tpot", spec.tpot_percentile)):
+                    late = sum(1 - v[model].within.get((spec.name, target), 1.0) for v in each)
+                    if late > (1 - percentile / 100) * count + 1e-9:
+                        return True
+        return False
 
     def with_one_down(self, model: str, counts: Counts) -> list[dict[Key, int]]:
         """The plan with one instance of each of its columns down, where N+1 is asked for."""

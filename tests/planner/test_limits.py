@@ -48,7 +48,7 @@ def undecided_after(monkeypatch: Any, calls: int) -> None:
 
 
 def goodput() -> Any:
-    return small(objective={"goal": "goodput", "budget_usd_per_hour": 12.0})
+    return small(objective={"goal": "goodput", "budget_usd_per_hour": 4.0})
 
 
 def shown(show: Any, found: Any) -> str:
