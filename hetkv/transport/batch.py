@@ -36,6 +36,8 @@ class SendBatch:
         foreign = [tx.request_id for tx, _ in pairs if tx.sender is not sender]
         if foreign:
             raise InputError(f"requests {foreign} are another sender's")
+        for number, (tx, _) in enumerate(pairs):
+            tx.batched([spans[number] for spans in ranges])
         self._core = core.SendBatch([tx.handle for tx, _ in pairs], ranges)
 
     def send_layer(self, layer: int, *, stream: Any = None) -> None:

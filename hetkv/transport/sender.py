@@ -46,6 +46,8 @@ class SendHandle(Handle):
         self.sender = sender
         self._pool, self._device = sender.pool, sender.device
         self._tokens, self._blocks = tokens, blocks
+        self._batched = [0] * len(tokens)
+        """Tokens by cache group that are in batches: those hand them over in every layer."""
         self._given = dict.fromkeys(self._pool.layers, 0)
         """Tokens of each layer that were handed over, needed or not: other ranks or the receiver may have them."""
         self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
@@ -66,7 +68,7 @@ class SendHandle(Handle):
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
         complete = self.done() and self.future.exception() is None
-        if complete and self._given[layer] >= self._tokens[group].size:
+        if complete and self._given[layer] + self._batched[group] >= self._tokens[group].size:
             raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
             start, stop = self.tokens_of(group, tokens)
@@ -84,6 +86,11 @@ class SendHandle(Handle):
         if self.done() and self.future.exception() is None:
             raise InputError(f"request {self.request_id!r} is complete, every layer of it was sent")
         SendBatch(self.sender, [self]).send_layers(stream=stream)
+
+    def batched(self, spans: Sequence[tuple[int, int]]) -> None:
+        """A batch sends these tokens, one interval per cache group, in every layer of the group."""
+        for group, (start, stop) in enumerate(spans):
+            self._batched[group] += stop - start
 
     def tokens_of(self, group: int, tokens: tuple[int, int] | None, whole: bool = False) -> tuple[int, int]:
         """`tokens`, or all of them, as the engine takes them of a cache group. Raises `InputError`.
