@@ -95,7 +95,7 @@ def test_listen_after_close() -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ClosedError):
         sender.listen()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # fewer where an earlier test's node was collected
 
 
 def test_pools_that_cannot_be() -> None:
