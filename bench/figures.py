@@ -106,6 +106,24 @@ def device_table(file: Path) -> str:
     return "\n".join(lines) + f"\n\nHost-staged, of the pinned copy: {ratio}."
 
 
+def traffic_table(file: Path) -> str:
+    """Steps of many requests between two GPUs: all layers ready at once, and layer by layer."""
+    run = json.loads(file.read_text())
+    rows = {(row["name"], row["kind"]): row for row in run["results"]}
+    lines = [
+        "| between two GPUs, bf16, NHD 16 to HND 64: layers x heads, tokens, requests | GB/s, layer by layer "
+        "| GB/s, all ready | us until visible, all ready | us of `send_layer` for all requests |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in run["results"]):
+        step, ready = rows[name, "layers"], rows[name, "ready"]
+        lines.append(
+            f"| {name} | {step['gb_s']:.2f} | {ready['gb_s']:.2f} | {ready['visible_us']:,.0f} "
+            f"| {step['send_layer_us']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def overlap_table(file: Path) -> str:
     """What sending costs a prefill, by batch size and thread blocks of a pack."""
     run = json.loads(file.read_text())
@@ -183,6 +201,7 @@ def section() -> str:
     transfer = RESULTS / "transfer.json"
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
     more.append(("gpu-remap.json", gpu_remap_table))
+    more.append(("traffic-device.json", traffic_table))
     more.append(("overlap.json", overlap_table))
     more.append(("vllm_pd.json", vllm_table))
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]

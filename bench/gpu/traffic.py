@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hetkv.bench.environment import environment
+
 
 class Case(NamedTuple):
     name: str
@@ -176,7 +178,7 @@ def run(case: Case, devices: list[str], kind: str) -> dict[str, Any]:
 
 def main() -> None:
     devices, out = sys.argv[1:3], Path(sys.argv[3])
-    rows = []
+    facts, rows = environment(), []
     for case in CPU if devices[0] == "cpu" else DEVICE:
         for kind in ("layers", "ready"):
             try:
@@ -185,7 +187,7 @@ def main() -> None:
                 row = {"name": case.name, "kind": kind, "error": repr(error)}
             rows.append(row)
             print(json.dumps(row), flush=True)
-            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            out.write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
