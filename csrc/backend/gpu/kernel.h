@@ -83,7 +83,7 @@ __global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
   if constexpr (kTable) {
     constexpr std::uint32_t words = sizeof(Job) / sizeof(std::uint32_t);
     __shared__ std::uint32_t first_chunk[kHetkvMaxJobs];
-    __shared__ alignas(Job) std::uint32_t copied[words];
+    alignas(Job) __shared__ std::uint32_t copied[words];
     for (std::uint32_t i = thread_index(); i < launch.num_jobs; i += kThreads) {
       first_chunk[i] = launch.table->first_chunk[i];
     }
