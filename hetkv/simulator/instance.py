@@ -1,10 +1,9 @@
 """One engine: continuous batching with chunked prefill, paged KV memory and preemption.
 
-The scheduler is vLLM's (version 1): in each step running sequences come first, then prompts fill what is left of
-`max_num_batched_tokens`; when blocks run out, the sequence admitted last is preempted and recomputed later. Steps
-without prompts are not simulated one by one: `StepLine` gives the time of all steps up to the next completion, and an
-arrival that could join cuts that run at the next step boundary. With pipeline stages, steps of prompts alone follow
-each other by one stage, as many at once as there are stages; their prompts are computed once the last stage is through.
+`Scheduler` decides what a step runs. Steps without prompts are not simulated one by one: `StepLine` gives the time of
+all steps up to the next completion, and an arrival that could join cuts that run at the next step boundary. With
+pipeline stages, steps of prompts alone follow each other by one stage, as many at once as there are stages; their
+prompts are computed once the last stage is through.
 """
 
 from __future__ import annotations
@@ -12,17 +11,21 @@ from __future__ import annotations
 from collections import deque
 from math import isnan, nan
 
-from hetkv.simulator.batch import DecodeBatch
 from hetkv.simulator.events import Events
 from hetkv.simulator.kv import KVBlocks
 from hetkv.simulator.owner import Owner
 from hetkv.simulator.pool import PREFILL, Pool
 from hetkv.simulator.request import Request
+from hetkv.simulator.request_kv import RequestKV
+from hetkv.simulator.scheduler import Chunk, Scheduler
 from hetkv.simulator.series import Series
+
+End = tuple[Request, int]
+"""A request whose prompt a step completes, and its `run` by then."""
 
 
 class Instance:
-    """Runs requests. Times are simulated seconds, lengths tokens. The router may make `queue` a central one."""
+    """Runs requests. Times are simulated seconds, lengths tokens."""
 
     def __init__(self, name: str, pool: Pool, events: Events, owner: Owner, hash_tokens: int = 0) -> None:
         self.name = name
@@ -31,12 +34,8 @@ class Instance:
         self.owner = owner
         self.up = True
         self.kv = KVBlocks(pool.kv_blocks, pool.block_size, hash_tokens if pool.prefix_caching else 0)
-        self.queue: deque[Request] = deque()  # prompts to compute
-        self.queue_length = pool.waiting
-        self.resumed: deque[Request] = deque()  # preempted here, to be recomputed before anything else
-        self.ready: deque[Request] = deque()  # KV delivered, waiting for a place in the batch
-        self.prefilling: dict[Request, None] = {}  # admitted, in order of admission
-        self.batch = DecodeBatch(pool.block_size)
+        self.memory = RequestKV(self.kv, pool.state_blocks)
+        self.scheduler = Scheduler(pool, events, self.memory, lambda tokens: self._count(0, tokens))
         self.reserved: dict[Request, None] = {}  # blocks taken here for KV that is still elsewhere
         self.holding: dict[Request, None] = {}  # prefilled here, KV not yet delivered
         self.requests = 0  # those here or bound for here: what the router balances
@@ -49,10 +48,7 @@ class Instance:
         self._steps = 0  # of the run in progress
         self._growth = 0  # blocks its decode batch takes, accounted for at its end
         self._decodes = False  # the decode batch is part of it
-        self._preempted = False  # while it was planned
-        self._ends: list[tuple[Request, int]] = []  # prompts that the run in progress completes, with their `run`
-        self._joined: list[Request] = []  # delivered ones that have not decoded here yet
-        self._fresh: deque[Request] = deque()  # prompts computed here that decode from the next step on
+        self._ends: list[End] = []  # prompts that the run in progress completes
         self._flights = 0  # steps of prompts that the last stage has yet to end
         self._landed = 0.0  # when the latest of them ends
         self._life = 0  # a flight that was begun in an older life is void
@@ -81,21 +77,20 @@ class Instance:
         if not self._busy:
             if self.up:
                 self._plan()
-        elif not self._whole and self._places() > 0:
+        elif not self._whole and self.scheduler.places > 0:
             self._cut()
 
     def enqueue(self, request: Request) -> None:
         """Compute this request's prompt here, after those that wait already."""
         self._count(1, request.target)
         request.home = self
-        self.queue.append(request)
-        self.queue_length.add(self.events.now, 1)
-        if len(self.queue) == 1 or not self._busy:
+        self.scheduler.enqueue(request)
+        if len(self.scheduler.queue) == 1 or not self._busy:
             self.wake()
 
     def share_queue(self, queue: deque[Request], length: Series) -> None:
         """Take prompts from the head of `queue`, which other instances take from, too."""
-        self.queue, self.queue_length = queue, length
+        self.scheduler.share_queue(queue, length)
 
     def expect(self, request: Request) -> None:
         """The request's KV will come here; it counts among `requests`."""
@@ -108,10 +103,7 @@ class Instance:
 
     def drop_queue(self) -> list[Request]:
         """Remove and return the prompts that wait here."""
-        dropped = list(self.queue)
-        self.queue_length.add(self.events.now, -len(dropped))
-        self.queue.clear()
-        return dropped
+        return self.scheduler.drop_queue()
 
     def drop_reserved(self) -> list[Request]:
         """Release and return the requests that have reserved room. Only before `fail`: no blocks are given back."""
@@ -121,12 +113,10 @@ class Instance:
 
     def reserve(self, request: Request) -> bool:
         """Take blocks for KV of the request that will come over a link; False where there is no room."""
-        held: tuple[int, ...] = ()
-        if self.kv.hash_tokens and request.hashes:
-            held = request.hashes[: self.kv.match(request.hashes, request.target)]
-        blocks = self._blocks(request.target - (self.pool.first_token_at != PREFILL), held)
+        held = self.memory.cached_prefix(request)
+        blocks = self.memory.needed(request.target - (self.pool.first_token_at != PREFILL), held)
         self.kv.hold(held)
-        if not self._take_beside_run(blocks):
+        if not self._take_during_run(blocks):
             self.kv.drop(held)
             return False
         self.reserved[request] = None
@@ -150,10 +140,10 @@ class Instance:
         request.blocks, request.held = request.peer_blocks, request.peer_held
         request.forget_peer()
         request.visible = now
-        self._share(request)
-        self.ready.append(request)
+        self.memory.share(request)
+        self.scheduler.ready.append(request)
         self.pool.waiting.add(now, 1)
-        if len(self.ready) == 1 or not self._busy:
+        if len(self.scheduler.ready) == 1 or not self._busy:
             self.wake()
 
     def release(self, request: Request, blocks: int, held: tuple[int, ...]) -> None:
@@ -169,27 +159,20 @@ class Instance:
 
         Those of `drop_queue` and `drop_reserved`, whose KV is not here, are for the owner to route again.
         """
-        now = self.events.now
+        now, batch = self.events.now, self.scheduler.batch
         done = 0
         if self._busy and self._decodes and self._steps > 1:
-            line = self.pool.line(len(self.batch))
-            done = line.steps_until(self.batch.context, now - self._start, self._steps) - 1
-        self.pool.decode_tokens += self.batch.advance(done)
-        lost = [*self.resumed, *self.ready, *self.prefilling, *self._fresh, *self.batch.members, *self.holding]
-        for request in list(self.batch.members):
-            self.batch.leave(request)
+            done = self.pool.line(len(batch)).steps_until(batch.context, now - self._start, self._steps) - 1
+        self.pool.decode_tokens += batch.advance(done)
+        for request in batch.members:
             if request.first_token > now:
                 request.first_token = nan
-        self.pool.running.add(now, -(len(lost) - len(self.resumed) - len(self.ready) - len(self.holding)))
-        self.pool.waiting.add(now, -(len(self.resumed) + len(self.ready)))
+        lost = [*self.scheduler.drop_all(), *self.holding]
+        self.holding.clear()
         for request in lost:
             request.forget()
-        for group in (self.resumed, self.ready, self.prefilling, self._fresh, self.holding):
-            group.clear()
-        self.batch = DecodeBatch(self.pool.block_size)
         self.kv.reset()
         self._ends = []
-        self._joined = []
         self._flights, self._landed = 0, 0.0
         self._life += 1
         self._idle()
@@ -209,26 +192,14 @@ class Instance:
 
     def _plan(self) -> None:
         """Choose what runs next and start it."""
-        pool, batch, now = self.pool, self.batch, self.events.now
-        while self._fresh:
-            batch.join(self._fresh.popleft())
-        if self.ready:
-            self._join_ready()
-        self._preempted = False
-        while self.kv.free < len(batch) and batch.growth(1) > self.kv.available:
-            self._preempt(self._youngest())
-            if not batch:
-                self._join_ready()
-        chunks: list[tuple[Request, int]] = []
+        pool, scheduler, batch, now = self.pool, self.scheduler, self.scheduler.batch, self.events.now
+        scheduler.plan_decodes()
         size = len(batch)
-        some = self.prefilling or ((self.queue or self.resumed) and not self._preempted)
-        if some and self._flights < pool.stages:
-            claim = batch.growth(1)
-            self.kv.take(claim)
-            chunks = self._schedule()
-            if not chunks or not pool.chunked_prefill:
-                self.kv.give(claim)
-            if not chunks and not size and self.ready:
+        chunks: list[Chunk] = []
+        if self._flights < pool.stages:
+            chunks = scheduler.plan_prompts()
+            self._adopt()
+            if not chunks and not size and scheduler.ready:
                 self._plan()  # the prompt that had the last place was preempted: what is ready takes it
                 return
         self._decodes = size > 0 and (not chunks or pool.chunked_prefill)
@@ -248,23 +219,23 @@ class Instance:
         elif size:
             line = pool.line(size)
             # After a preemption the next step may admit what this one may not.
-            self._steps = batch.to_next_finish() if pool.skip_ahead and not self._preempted else 1
+            self._steps = batch.to_next_finish() if pool.skip_ahead and not scheduler.preempted else 1
             self._growth = batch.growth(self._steps)
             if self._growth > self.kv.free and self._growth > self.kv.available:
                 self._steps = batch.steps_within(self.kv.available, self._steps)
                 self._growth = batch.growth(self._steps)
             seconds = line.seconds(batch.context, self._steps)
-            first = line.seconds(batch.context, 1) if self._joined else seconds
+            first = line.seconds(batch.context, 1) if scheduler.joined else seconds
         else:
             self._idle()
             return
-        if self._decodes and self._joined:
-            for request in self._joined:
+        if self._decodes and scheduler.joined:
+            for request in scheduler.joined:
                 if request in batch.members:
                     request.decode_from = now
                     if isnan(request.first_token):
                         request.first_token = now + first
-            self._joined.clear()
+            scheduler.joined.clear()
         if not self._busy:
             self._busy = True
             pool.busy.add(now, 1)
@@ -282,10 +253,10 @@ class Instance:
             taken = self.kv.take(self._growth)
             assert taken, "a run was planned beyond the free blocks"
             self._growth = 0
-            self.pool.decode_tokens += self.batch.advance(self._steps)
-            finished = self.batch.pop_finished()
+            self.pool.decode_tokens += self.scheduler.batch.advance(self._steps)
+            finished = self.scheduler.batch.pop_finished()
             for request in finished:
-                self._sync_blocks(request)
+                self.memory.sync(request)
                 self._finish(request)
             if finished:
                 self.owner.on_room(self)
@@ -294,7 +265,16 @@ class Instance:
         self._computed(ends)
         self._plan()
 
-    def _advance(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+    def _adopt(self) -> None:
+        """Prompts out of a central queue become this instance's."""
+        for request in self.scheduler.taken:
+            if request.home is not self:
+                request.home = self
+                self._count(1, request.target)
+        if self.scheduler.taken and self.scheduler.queue:
+            self.owner.on_taken()
+
+    def _advance(self, chunks: list[Chunk]) -> list[End]:
         """Count the tokens of a step that starts now as computed; returns the prompts that it completes."""
         ends = []
         for request, tokens in chunks:
@@ -304,10 +284,10 @@ class Instance:
                 ends.append((request, request.run))
         return ends
 
-    def _computed(self, ends: list[tuple[Request, int]]) -> None:
+    def _computed(self, ends: list[End]) -> None:
         """Prompts are through, unless they were preempted meanwhile."""
         for request, run in ends:
-            if request.run == run and request in self.prefilling:
+            if request.run == run and request in self.scheduler.prefilling:
                 self._prefilled(request)
 
     def _fly(self, seconds: float, share: float) -> float:
@@ -321,7 +301,7 @@ class Instance:
         self._ends = []
         return interval
 
-    def _land(self, flight: tuple[int, list[tuple[Request, int]]]) -> None:
+    def _land(self, flight: tuple[int, list[End]]) -> None:
         """A step of prompts has left the last stage."""
         life, ends = flight
         if life != self._life:
@@ -332,20 +312,20 @@ class Instance:
         self._settling = False
         if not self._busy:
             self._plan()
-        elif self._fresh and not self._whole:
+        elif self.scheduler.fresh and not self._whole:
             self._cut()
 
     def _cut(self) -> None:
         """End the run of decode steps in progress at its next step boundary."""
         self._whole = True
-        line = self.pool.line(len(self.batch))
-        now = self.events.now
-        steps = line.steps_until(self.batch.context, now - self._start, self._steps)
+        batch, now = self.scheduler.batch, self.events.now
+        line = self.pool.line(len(batch))
+        steps = line.steps_until(batch.context, now - self._start, self._steps)
         if steps < self._steps:
             self._steps = steps
-            self._growth = self.batch.growth(steps)
+            self._growth = batch.growth(steps)
             self._epoch += 1
-            self.events.at(max(self._start + line.seconds(self.batch.context, steps), now), self._end, self._epoch)
+            self.events.at(max(self._start + line.seconds(batch.context, steps), now), self._end, self._epoch)
 
     def _idle(self) -> None:
         self._epoch += 1
@@ -355,86 +335,9 @@ class Instance:
             self._busy = False
             self.pool.busy.add(self.events.now, -1)
 
-    def _join_ready(self) -> None:
-        """Requests whose KV was delivered take the free places of the batch."""
-        now = self.events.now
-        while self.ready and self._places() > 0:
-            request = self.ready.popleft()
-            self.pool.waiting.add(now, -1)
-            self.pool.running.add(now, 1)
-            self.batch.join(request)
-            self._joined.append(request)
-
-    def _schedule(self) -> list[tuple[Request, int]]:
-        """Prompt tokens of the next step: those admitted before, then new ones while budget, places and blocks last."""
-        pool = self.pool
-        budget = pool.max_num_batched_tokens
-        if pool.chunked_prefill and self.batch:
-            budget = budget * pool.stages - len(self.batch)  # a round: one micro-batch for each stage
-        chunks: list[tuple[Request, int]] = []
-        taken = False
-        for request in list(self.prefilling):
-            if budget <= 0 or request not in self.prefilling:
-                break
-            tokens = min(request.target - request.computed, budget)
-            if not tokens:
-                continue  # on its way through the stages
-            while not self._grow(request, tokens):
-                victim = self._youngest()
-                self._preempt(victim)
-                if victim is request:
-                    return chunks
-            chunks.append((request, tokens))
-            budget -= tokens
-        while budget > 0 and not self._preempted and self._places() > 0:
-            source = self.resumed or self.queue
-            if not source:
-                break
-            request = source[0]
-            tokens = self._admit(request, budget, bool(chunks))
-            if not tokens:
-                break
-            source.popleft()
-            (self.queue_length if source is self.queue else pool.waiting).add(self.events.now, -1)
-            chunks.append((request, tokens))
-            budget -= tokens
-            taken = taken or source is self.queue
-        if taken and self.queue:
-            self.owner.on_taken()
-        return chunks
-
-    def _admit(self, request: Request, budget: int, full: bool) -> int:
-        """Start a prompt: its tokens for this step, 0 where it does not fit. `full`: the step has other work."""
-        pool, kv = self.pool, self.kv
-        held: tuple[int, ...] = ()
-        if kv.hash_tokens and request.hashes:
-            held = request.hashes[: kv.match(request.hashes, request.target)]
-        cached = len(held) * kv.hash_tokens
-        tokens = request.target - cached
-        if pool.chunked_prefill:
-            tokens = min(tokens, budget)
-        elif tokens > budget and full:
-            return 0
-        blocks = self._blocks(cached + tokens, held)
-        kv.hold(held)
-        if not kv.take(blocks):
-            kv.drop(held)
-            return 0
-        if request.home is not self:  # out of a central queue
-            request.home = self
-            self._count(1, request.target)
-        request.computed, request.held, request.blocks = cached, held, blocks
-        self._count(0, -cached)
-        if isnan(request.scheduled):
-            request.scheduled = self.events.now
-            request.cached = cached
-        self.prefilling[request] = None
-        pool.running.add(self.events.now, 1)
-        return tokens
-
     def _prefilled(self, request: Request) -> None:
-        del self.prefilling[request]
-        self._share(request)
+        del self.scheduler.prefilling[request]
+        self.memory.share(request)
         pool, now = self.pool, self.events.now
         hand_off = pool.role == PREFILL
         if not hand_off or pool.first_token_at == PREFILL:
@@ -452,83 +355,31 @@ class Instance:
             self.owner.on_prefilled(request)
         else:
             request.decode_from = now
-            self._fresh.append(request)
+            self.scheduler.fresh.append(request)
 
     def _finish(self, request: Request) -> None:
         now = self.events.now
         request.last_token = now
-        self._free(request)
+        self.memory.free(request)
         self._count(-1, 0)
         self.pool.running.add(now, -1)
         self.owner.on_finished(request)
 
-    def _preempt(self, request: Request) -> None:
-        self._preempted = True
-        if request in self.prefilling:
-            del self.prefilling[request]
-            self._count(0, request.computed)
-        else:
-            self.batch.leave(request)
-            self._sync_blocks(request)
-            self._count(0, request.prompt + request.generated)
-        self._free(request)
-        request.forget()
-        request.preemptions += 1
-        self.resumed.appendleft(request)
-        now = self.events.now
-        self.pool.running.add(now, -1)
-        self.pool.waiting.add(now, 1)
-
-    def _youngest(self) -> Request:
-        return next(reversed(self.prefilling or self.batch.members))
-
-    # -- places and blocks
-
-    def _places(self) -> int:
-        return self.pool.max_num_seqs - len(self.prefilling) - len(self._fresh) - len(self.batch)
-
-    def _blocks(self, tokens: int, held: tuple[int, ...]) -> int:
-        size = self.kv.block_size
-        return self.pool.state_blocks - (-tokens // size) - len(held) * self.kv.hash_tokens // size
-
-    def _grow(self, request: Request, tokens: int) -> bool:
-        more = self._blocks(request.computed + tokens, request.held) - request.blocks
-        if self.kv.take(more):
-            request.blocks += more
-            return True
-        return False
-
-    def _take_beside_run(self, blocks: int) -> bool:
+    def _take_during_run(self, blocks: int) -> bool:
         """Take blocks while a run of decode steps is in progress that accounts for its own only at its end."""
         spare = self.kv.available - self._growth
         if spare < blocks:
             if self._whole or not self._busy:
                 return False
-            line, batch = self.pool.line(len(self.batch)), self.batch
-            begun = line.steps_until(batch.context, self.events.now - self._start, self._steps)
+            batch = self.scheduler.batch
+            begun = self.pool.line(len(batch)).steps_until(batch.context, self.events.now - self._start, self._steps)
             if self.kv.available - batch.growth(begun) < blocks:
                 return False
             self._cut()
         return self.kv.take(blocks)
 
-    def _sync_blocks(self, request: Request) -> None:
-        """A decode batch takes blocks as a whole; work out how many of them are this request's."""
-        request.blocks = self._blocks(request.prompt + request.generated - 1, request.held)
-
-    def _share(self, request: Request) -> None:
-        if self.kv.hash_tokens and request.hashes:
-            held = len(request.held)
-            held += self.kv.share(request.hashes, held, min(request.prompt, request.computed))
-            request.blocks -= (held - len(request.held)) * self.kv.hash_tokens // self.kv.block_size
-            request.held = request.hashes[:held]
-
-    def _free(self, request: Request) -> None:
-        self.kv.give(request.blocks)
-        self.kv.drop(request.held)
-        request.blocks, request.held = 0, ()
-
     def _room(self) -> None:
         """Blocks became free outside a step: the owner's tickets come first, then whatever waits here."""
         self.owner.on_room(self)
-        if self.resumed or self.ready or self.queue:
+        if self.scheduler.resumed or self.scheduler.ready or self.scheduler.queue:
             self.wake()

@@ -44,7 +44,9 @@ def check_laws(case, cluster, columns):
     if not all(instance.up for instance in cluster.instances.values()):
         return
     for instance in cluster.instances.values():
-        assert not any([instance.queue, instance.resumed, instance.ready, instance.prefilling, instance.batch.members])
+        scheduler = instance.scheduler
+        assert not any([scheduler.queue, scheduler.resumed, scheduler.ready, scheduler.prefilling])
+        assert not any([scheduler.batch.members, scheduler.fresh])
         assert not any([instance.reserved, instance.holding])
         assert instance.kv.available == instance.kv.total, "KV leaked"
         assert (instance.requests, instance.prompt_tokens) == (0, 0)
