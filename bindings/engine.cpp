@@ -7,6 +7,7 @@
 #include "engine/device_mover.h"
 #include "engine/receiver.h"
 #include "engine/sender.h"
+#include "transport/ucx.h"
 
 namespace hetkv {
 using namespace engine;
@@ -75,13 +76,16 @@ using EngineClass = py::class_<E, std::unique_ptr<E, DeleteWhereMade>>;
 template <typename E>
 std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
   const py::gil_scoped_release release;  // here and not around the constructor, which registers the new object
-  std::unique_ptr<Mover> mover;
+  Parts parts;
+  parts.transport = std::make_unique<transport::UcxTransport>();
+  parts.clock = system_clock();
   if (device != nullptr) {
-    check(DeviceMover::create(device, config, &mover));
+    check(DeviceMover::create(device, config, parts.clock, &parts.mover));
   } else {
-    mover = std::make_unique<CpuMover>(config.threads);
+    parts.mover = std::make_unique<CpuMover>(config.threads, parts.clock);
   }
-  return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(mover), std::move(device)));
+  parts.device = std::move(device);
+  return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(parts)));
 }
 
 void send_layers(Sender& sender, std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers,

@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "engine/events.h"
-
 namespace hetkv::engine {
 namespace {
 
@@ -20,16 +18,18 @@ struct DeviceMover::Slot {
   HetkvRemapSlot report{};
 };
 
-Status DeviceMover::create(std::shared_ptr<Device> device, const EngineConfig& config, std::unique_ptr<Mover>* out) {
+Status DeviceMover::create(std::shared_ptr<Device> device, const EngineConfig& config,
+                           std::shared_ptr<const Clock> clock, std::unique_ptr<Mover>* out) {
   const CaptureGuard guard(*device);
-  std::unique_ptr<DeviceMover> self(new DeviceMover(device, config));
+  std::unique_ptr<DeviceMover> self(new DeviceMover(device, config, std::move(clock)));
   if (auto status = self->start(); !status.ok()) return status;
   *out = std::move(self);
   return {};
 }
 
-DeviceMover::DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config)
+DeviceMover::DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config, std::shared_ptr<const Clock> clock)
     : device_(std::move(device)),
+      clock_(std::move(clock)),
       max_blocks_(config.max_blocks),
       high_priority_(config.high_priority),
       timed_(config.trace) {}
@@ -73,7 +73,7 @@ void DeviceMover::enter() {
 }
 
 void DeviceMover::submit(RemapTask* task) {
-  task->start_ns = now_ns();
+  task->start_ns = clock_->now_ns();
   Launch made;
   Status status = launch(*task, &made);
   if (status.ok()) {
@@ -165,7 +165,7 @@ void DeviceMover::finish(Launch& made, Status status) {
     double us = 0;
     const HetkvBackend& backend = device_->backend();
     if (backend.event_elapsed_us(made.begun->handle(), made.done->handle(), &us) == kHetkvOk) {
-      task.start_ns = now_ns() - static_cast<std::uint64_t>(us * 1000);
+      task.start_ns = clock_->now_ns() - static_cast<std::uint64_t>(us * 1000);
     }
   }
   free_slots_.push_back(made.slot);
@@ -174,7 +174,7 @@ void DeviceMover::finish(Launch& made, Status status) {
 
 void DeviceMover::end(RemapTask& task, Status status) {
   task.status = std::move(status);
-  task.stop_ns = now_ns();
+  task.stop_ns = clock_->now_ns();
   task.done = true;
 }
 

@@ -16,7 +16,8 @@ namespace hetkv::engine {
 class DeviceMover final : public Mover {
  public:
   // Of the configuration: `max_blocks`, `high_priority`, and `trace`, with which tasks get the device's own times.
-  static Status create(std::shared_ptr<Device> device, const EngineConfig& config, std::unique_ptr<Mover>* out);
+  static Status create(std::shared_ptr<Device> device, const EngineConfig& config, std::shared_ptr<const Clock> clock,
+                       std::unique_ptr<Mover>* out);
   ~DeviceMover() override;
 
   void enter() override;
@@ -35,7 +36,7 @@ class DeviceMover final : public Mover {
     After packed;          // where a copy follows
     After done;
   };
-  DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config);
+  DeviceMover(std::shared_ptr<Device> device, const EngineConfig& config, std::shared_ptr<const Clock> clock);
   Status start();
   Status launch(RemapTask& task, Launch* launch);
   Status copy(const RemapTask& task, bool ready, Launch* made);
@@ -45,6 +46,7 @@ class DeviceMover final : public Mover {
   void end(RemapTask& task, Status status);
 
   const std::shared_ptr<Device> device_;
+  const std::shared_ptr<const Clock> clock_;
   const int max_blocks_;
   const bool high_priority_;
   const bool timed_;

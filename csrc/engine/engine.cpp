@@ -23,36 +23,39 @@ std::string silence(std::uint64_t ns) {
 
 }  // namespace
 
-Engine::Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
-    : config_(config), device_(std::move(device)), mover_(std::move(mover)), trace_(config.trace), process_(getpid()) {}
+Engine::Engine(const EngineConfig& config, Parts parts)
+    : config_(config),
+      clock_(std::move(parts.clock)),
+      device_(std::move(parts.device)),
+      transport_(std::move(parts.transport)),
+      mover_(std::move(parts.mover)),
+      trace_(config.trace),
+      process_(getpid()) {}
 
 Engine::~Engine() {
   if (wake_fd_ >= 0) close(wake_fd_);
   if (poll_fd_ >= 0) close(poll_fd_);
 }
 
-Status Engine::start() {
-  auto status = transport::Worker::create(
-      [this](std::uint64_t number, const std::uint8_t* data, std::size_t size) {
-        // One that is too long is kept long enough to be rejected as such.
-        incoming_.push_back({number, {data, data + std::min(size, wire::kMaxMessageBytes + 8)}});
-      },
-      &worker_);
-  if (!status.ok()) return status;
-  address_ = worker_->address();
-  wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
-  if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
-  for (int fd : {wake_fd_, worker_->event_fd()}) {
-    epoll_event event{};
-    event.events = EPOLLIN;
-    event.data.fd = fd;
-    if (epoll_ctl(poll_fd_, EPOLL_CTL_ADD, fd, &event) != 0) {
-      return Status::error(Code::kTransport, "cannot wait on the progress thread's descriptors");
+Status Engine::start(bool threaded) {
+  if (auto status = transport_->start(this); !status.ok()) return status;
+  address_ = transport_->address();
+  threaded_ = threaded;
+  if (threaded) {
+    wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
+    if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
+    for (int fd : {wake_fd_, transport_->event_fd()}) {
+      epoll_event event{};
+      event.events = EPOLLIN;
+      event.data.fd = fd;
+      if (epoll_ctl(poll_fd_, EPOLL_CTL_ADD, fd, &event) != 0) {
+        return Status::error(Code::kTransport, "cannot wait on the progress thread's descriptors");
+      }
     }
   }
-  accepting_ = true;
-  thread_ = std::thread([this] { run(); });
+  accepting_ = started_ = true;
+  if (threaded) thread_ = std::thread([this] { run(); });
   return {};
 }
 
@@ -61,9 +64,14 @@ bool Engine::made_here() const {
 }
 
 void Engine::stop() {
-  if (!thread_.joinable() || !made_here()) return;
-  post([this] { stopping_ = true; });
-  thread_.join();
+  if (!started_ || !made_here()) return;
+  started_ = false;
+  if (threaded_) {
+    post([this] { stopping_ = true; });
+    thread_.join();
+  } else {
+    end(Status::error(Code::kClosed, "this side was closed"));
+  }
   events_.close();
 }
 
@@ -80,6 +88,7 @@ bool Engine::post(std::function<void()> command) {
 }
 
 void Engine::call(std::function<void()> command) {
+  if (!threaded_) return command();
   auto done = std::make_shared<std::promise<void>>();  // broken, hence ready, if the engine stops before it runs
   auto future = done->get_future();
   post([command = std::move(command), done = std::move(done)] {
@@ -104,6 +113,10 @@ void Engine::run() noexcept {
       const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
     status = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
   }
+  end(status);
+}
+
+void Engine::end(const Status& status) noexcept {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     accepting_ = false;
@@ -111,22 +124,18 @@ void Engine::run() noexcept {
   try {
     drain_commands();
     close_all(status);
-  } catch (const std::exception&) {  // as above, while stopping; what is left is freed with the engine
+  } catch (const std::exception&) {  // as in run(), while stopping; what is left is freed with the engine
   }
   on_ended();
   mover_.reset();
-  worker_.reset();
+  transport_.reset();
 }
 
 void Engine::loop() {
   std::uint64_t busy_ns = now_ns();
   while (!stopping_) {
-    bool moved = drain_commands();
-    for (int i = 0; i < kProgressBurst && worker_->progress(); ++i) moved = true;
-    moved |= drain_messages();
+    const bool moved = turn();
     const std::uint64_t now = now_ns();
-    moved |= step(now);
-    moved |= check_links(now);
     if (moved) {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
@@ -135,6 +144,28 @@ void Engine::loop() {
       std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
   }
+}
+
+bool Engine::turn() {
+  bool moved = drain_commands();
+  for (int i = 0; i < kProgressBurst && transport_->progress(); ++i) moved = true;
+  moved |= drain_messages();
+  const std::uint64_t now = now_ns();
+  moved |= step(now);
+  moved |= check_links(now);
+  return moved;
+}
+
+void Engine::on_message(std::uint64_t number, const std::uint8_t* data, std::size_t size) {
+  // One that is too long is kept long enough to be rejected as such.
+  incoming_.push_back({number, {data, data + std::min(size, wire::kMaxMessageBytes + 8)}});
+}
+
+void* Engine::on_put(std::uint64_t number, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) {
+  const auto found = numbers_.find(number);
+  if (found == numbers_.end() || found->second->state == LinkState::kDraining) return nullptr;
+  found->second->heard_ns = now_ns();
+  return place(*found->second, slot, offset, bytes);
 }
 
 bool Engine::drain_commands() {
@@ -201,8 +232,8 @@ bool Engine::check_links(std::uint64_t now) {
       numbers_.erase(at.config.number);
       links_.erase(here);
       moved = true;
-    } else if (at.endpoint && at.endpoint->failed()) {
-      lose(at, Status::error(Code::kPeerLost, std::string("UCX: ") + ucs_status_string(at.endpoint->failure())));
+    } else if (!at.endpoint->failure().ok()) {
+      lose(at, at.endpoint->failure());
       moved = true;
     } else if (at.up()) {
       const std::uint64_t patience = (std::uint64_t{config_.peer_timeout_ms} + at.config.frame_ms) * kMs;
@@ -227,20 +258,9 @@ void Engine::sleep(std::uint64_t now) {
     std::lock_guard<std::mutex> lock(mutex_);
     pending = !commands_.empty();
   }
-  if (!pending && worker_->arm()) {
-    int wait_ms = busy() ? 1 : static_cast<int>(std::min<std::uint32_t>(config_.peer_timeout_ms, 60'000));
-    const auto until = [&](std::uint64_t due) {
-      if (due < now + static_cast<std::uint64_t>(wait_ms) * kMs)
-        wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
-    };
-    if (const std::uint64_t due = deadline(); due != 0) until(due);
-    for (auto& [id, at] : links_) {
-      if (at->up()) {
-        until(at->sent_ns + config_.heartbeat_ms * kMs);
-      } else if (at->state == LinkState::kDraining) {
-        wait_ms = std::min(wait_ms, 1);
-      }
-    }
+  if (!pending && transport_->arm()) {
+    const std::uint64_t due = next_ns(now);
+    int wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
     if (watching() && wait_ms > 0) {
       const timespec nap{0, static_cast<long>(mover_->nap_us()) * 1000};
       pollfd any{poll_fd_, POLLIN, 0};
@@ -258,6 +278,19 @@ void Engine::sleep(std::uint64_t now) {
   sleeping_.store(false);
 }
 
+std::uint64_t Engine::next_ns(std::uint64_t now) const {
+  std::uint64_t due = now + (busy() ? 1 : std::min<std::uint64_t>(config_.peer_timeout_ms, 60'000)) * kMs;
+  if (const std::uint64_t own = deadline(); own != 0) due = std::min(due, own);
+  for (const auto& [id, at] : links_) {
+    if (at->up()) {
+      due = std::min(due, at->sent_ns + config_.heartbeat_ms * kMs);
+    } else if (at->state == LinkState::kDraining) {
+      due = std::min(due, now + kMs);
+    }
+  }
+  return due;
+}
+
 std::shared_ptr<Link> Engine::link(std::uint32_t id) const {
   const auto found = links_.find(id);
   return found == links_.end() ? nullptr : found->second;
@@ -272,16 +305,16 @@ void Engine::send(Link& link, wire::Prelude prelude) {
 
 void Engine::transmit(Link& link, std::vector<std::uint8_t> message) {
   link.sent_ns = now_ns();
-  link.endpoint->send(link.config.number, std::move(message));
+  link.endpoint->send(std::move(message));
 }
 
 void Engine::lose(Link& link, const Status& status, bool tell) {
   if (link.state == LinkState::kDraining || link.state == LinkState::kGone) return;
-  if (tell && link.up() && !link.endpoint->failed()) {  // so that the peer need not wait for the heartbeat's end
+  if (tell && link.up() && link.endpoint->failure().ok()) {  // so that the peer need not wait for the heartbeat's end
     wire::Prelude prelude;
     prelude.type = wire::Type::kBye;
     send(link, prelude);
-    link.endpoint->flush(&link.farewell);
+    link.farewell = true;
   }
   link.state = LinkState::kDraining;
   link.lost_ns = now_ns();
@@ -319,7 +352,7 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
       return;
     }
     auto made = std::make_shared<Link>(next_link_, std::move(config));
-    result = transport::Endpoint::connect(*worker_, made->config.address, &made->endpoint);
+    result = transport_->connect({made->config.number, made->config.address}, &made->endpoint);
     if (!result.ok()) return;
     *id = next_link_++;
     numbers_[made->config.number] = made.get();
@@ -341,7 +374,7 @@ void Engine::activate_link(std::uint32_t id) {
 void Engine::drop_link(std::uint32_t id, Status status) {
   post([this, id, status = std::move(status)] {
     // What the peer said before it ended counts: that a request is verified, above all.
-    for (int i = 0; i < kProgressBurst && worker_->progress(); ++i) {
+    for (int i = 0; i < kProgressBurst && transport_->progress(); ++i) {
     }
     drain_messages();
     if (const auto at = link(id)) lose(*at, status);
@@ -353,7 +386,7 @@ void Engine::inject(std::uint32_t id, std::vector<std::uint8_t> bytes) {
     const auto at = link(id);
     if (at == nullptr || !at->up()) return;
     ++at->send_sequence;
-    at->endpoint->send(at->config.number, std::move(bytes));
+    at->endpoint->send(std::move(bytes));
   });
 }
 
@@ -367,8 +400,8 @@ std::uint64_t Engine::next_sequence(std::uint32_t id) {
 
 // No kernel of this side stores into the peer's memory, and the goodbye has left or has had its time.
 bool Engine::may_close(const Link& link, std::uint64_t now) const {
-  return link_drained(link) &&
-         (link.farewell.done || now > link.lost_ns + kFarewellMs * kMs || link.endpoint->failed());
+  return link_drained(link) && (!link.farewell || link.endpoint->drained() || now > link.lost_ns + kFarewellMs * kMs ||
+                                !link.endpoint->failure().ok());
 }
 
 void Engine::close_all(const Status& status) {
@@ -377,7 +410,7 @@ void Engine::close_all(const Status& status) {
   // Every operation must have ended before the memory under it goes; force-closed endpoints end them at once.
   const std::uint64_t limit = now_ns() + kStopMs * kMs;
   while ((!links_.empty() || busy()) && now_ns() < limit) {
-    const bool moved = worker_->progress();
+    const bool moved = transport_->progress();
     const std::uint64_t now = now_ns();
     step(now);
     check_links(now);
@@ -385,9 +418,9 @@ void Engine::close_all(const Status& status) {
   }
   mover_->drain();  // no kernel runs on memory that goes back now
   step(now_ns());
-  for (auto& [id, at] : links_) on_link_closed(*at);  // where UCX did not end an operation in time
-  worker_->close();  // it does now, while all that the operations refer to still exists
-  step(now_ns());    // and what had to wait for them ends
+  for (auto& [id, at] : links_) on_link_closed(*at);  // where an operation did not end in time
+  transport_->close();  // it does now, while all that the operations refer to still exists
+  step(now_ns());       // and what had to wait for them ends
   numbers_.clear();
   links_.clear();
   incoming_.clear();

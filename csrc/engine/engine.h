@@ -1,6 +1,6 @@
-// What sender and receiver share: a progress thread that owns a UCX worker and all links. Public calls may come from
-// any thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at
-// rest.
+// What sender and receiver share: a progress thread that owns a transport and all links. Public calls may come from any
+// thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at rest.
+// Time, transport and mover are given, so that a simulation can run the same engine turn by turn.
 #pragma once
 
 #include <atomic>
@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "clock.h"
 #include "engine/config.h"
 #include "engine/events.h"
 #include "engine/link.h"
@@ -36,24 +37,37 @@ struct EngineStats {
   std::atomic<std::uint64_t> lent_slots{0};       // receiver: lent or being unpacked now; sender: held now
 };
 
-class Engine {
+// What an engine is made of.
+struct Parts {
+  std::unique_ptr<transport::Transport> transport;
+  std::unique_ptr<Mover> mover;
+  std::shared_ptr<const Clock> clock;
+  std::shared_ptr<Device> device;  // the pool's; null where it lies in host memory
+};
+
+class Engine : private transport::Sink {
  public:
-  // `device`: the pool's; null where it lies in host memory.
-  Engine(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device);
+  Engine(const EngineConfig& config, Parts parts);
   virtual ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Starts UCX and the progress thread. Call once.
-  virtual Status start();
-  // Ends all links, fails all requests with kClosed, joins the thread and ends UCX. Derived destructors call it first.
-  // Idempotent.
+  // Starts the transport and the progress thread. Call once. Without `threaded` there is no such thread: all calls come
+  // from one thread of the caller's, which also calls `turn`.
+  virtual Status start(bool threaded = true);
+  // One turn of the progress thread: takes what was posted and what has come, and goes on with it. False: nothing
+  // moved, and nothing will before a message comes, a task of the mover's ends, or `next_ns`.
+  bool turn();
+  // When the next deadline, heartbeat or timeout is due.
+  std::uint64_t next_ns(std::uint64_t now) const;
+  // Ends all links, fails all requests with kClosed, joins the thread and ends the transport. Derived destructors call
+  // it first. Idempotent.
   void stop();
-  // False in a forked child of the process that made the engine. It has neither the thread nor UCX's, so that it must
+  // False in a forked child of the process that made the engine. It has no progress thread, so that it must
   // leave the engine as it is, undestroyed.
   bool made_here() const;
 
-  const std::vector<std::uint8_t>& address() const { return address_; }
+  const std::vector<std::uint8_t>& address() const { return address_; }  // of the transport
   const EngineConfig& config() const { return config_; }
   const Device* device() const { return device_.get(); }
   EngineStats& stats() { return stats_; }
@@ -76,6 +90,8 @@ class Engine {
  protected:
   // All below run on the progress thread.
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
+  // Where a put of this link's goes; null where it may not.
+  virtual void* place(Link& link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) = 0;
   virtual bool step(std::uint64_t now) = 0;    // true: something moved
   virtual bool busy() const = 0;               // work of this side is in flight
   virtual bool watching() const = 0;           // some of it is a device's, which wakes nobody when it ends
@@ -85,7 +101,7 @@ class Engine {
   virtual void on_link_lost(Link& link, const Status& status) = 0;
   virtual bool link_drained(const Link& link) const = 0;  // no kernel of this side stores into the peer's memory
   virtual bool link_idle(const Link& link) const = 0;     // nothing of this side refers to an operation of the link
-  virtual void on_link_closed(Link& link) = 0;            // all UCX operations of the link have ended; it goes away now
+  virtual void on_link_closed(Link& link) = 0;            // all operations of the link have ended; it goes away now
   virtual void on_stop(const Status& status) = 0;         // fails all requests
   virtual void on_ended() = 0;                            // all has drained: gives memory back
 
@@ -103,13 +119,16 @@ class Engine {
   }
   void send(Link& link, wire::Prelude prelude);
 
+  std::uint64_t now_ns() const { return clock_->now_ns(); }
+
   const EngineConfig config_;
+  const std::shared_ptr<const Clock> clock_;
   const std::shared_ptr<Device> device_;
+  std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<Mover> mover_;
   EngineStats stats_;
   EventQueue events_;
   Trace trace_;
-  std::unique_ptr<transport::Worker> worker_;
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
@@ -117,8 +136,11 @@ class Engine {
     std::uint64_t link;
     std::vector<std::uint8_t> bytes;
   };
+  void on_message(std::uint64_t link, const std::uint8_t* data, std::size_t size) override;
+  void* on_put(std::uint64_t link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) override;
   void run() noexcept;
   void loop();
+  void end(const Status& status) noexcept;
   bool drain_commands();
   bool drain_messages();
   void receive(const Incoming& message);
@@ -136,6 +158,8 @@ class Engine {
   std::vector<std::function<void()>> commands_;
   bool accepting_ = false;
   std::atomic<bool> sleeping_{false};
+  bool started_ = false;
+  bool threaded_ = true;
   bool stopping_ = false;
   int wake_fd_ = -1;
   int poll_fd_ = -1;

@@ -2,7 +2,6 @@
 // for pictures. Both are thread safe.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -13,10 +12,6 @@
 #include "status.h"
 
 namespace hetkv::engine {
-
-inline std::uint64_t now_ns() {
-  return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
-}
 
 enum class EventKind : std::uint8_t {
   kLayer = 1,        // receiver: `layer` of request `handle` is verified and in the pool

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "engine/config.h"
-#include "transport/ucx.h"
+#include "transport/transport.h"
 #include "wire/message.h"
 
 namespace hetkv::engine {
@@ -41,7 +41,7 @@ struct Link {
   std::uint64_t heard_ns = 0;
   std::uint64_t sent_ns = 0;
   std::uint64_t lost_ns = 0;
-  transport::Op farewell;  // flush behind the goodbye
+  bool farewell = false;  // a goodbye is on its way
 
   bool up() const { return state == LinkState::kUp; }
 

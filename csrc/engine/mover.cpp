@@ -3,7 +3,6 @@
 #include <cstring>
 #include <utility>
 
-#include "engine/events.h"
 #include "wire/message.h"
 
 namespace hetkv::engine {
@@ -83,7 +82,7 @@ void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& reco
 }
 
 void CpuMover::submit(RemapTask* task) {
-  task->start_ns = now_ns();
+  task->start_ns = clock_->now_ns();
   for (const remap::Job& job : task->jobs) {
     if (job.wire != remap::WireSide::kDestination) continue;
     const std::int64_t rows = job.tokens * job.heads;
@@ -96,7 +95,7 @@ void CpuMover::submit(RemapTask* task) {
     part.result = remap::remap_cpu(jobs, part.num_jobs, part.seed, threads_);
     jobs += part.num_jobs;
   }
-  task->stop_ns = now_ns();
+  task->stop_ns = clock_->now_ns();
   task->done = true;
 }
 

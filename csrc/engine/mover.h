@@ -2,8 +2,10 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "clock.h"
 #include "engine/config.h"
 #include "engine/device.h"
 #include "remap/remap.h"
@@ -57,12 +59,13 @@ class Mover {
 
 class CpuMover final : public Mover {
  public:
-  explicit CpuMover(int threads) : threads_(threads) {}
+  CpuMover(int threads, std::shared_ptr<const Clock> clock) : threads_(threads), clock_(std::move(clock)) {}
   void submit(RemapTask* task) override;
   void poll(std::vector<RemapTask*>*) override {}
 
  private:
-  int threads_;
+  const int threads_;
+  const std::shared_ptr<const Clock> clock_;
 };
 
 }  // namespace hetkv::engine

@@ -2,27 +2,26 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 
 #include "engine/ranges.h"
 
 namespace hetkv::engine {
 
-Receiver::Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
-    : Engine(config, std::move(mover), device),
-      slots_(config.slot_bytes, config.window_bytes, device),
-      gates_(device ? std::make_unique<StreamGates>(device) : nullptr),
+Receiver::Receiver(const EngineConfig& config, Parts parts)
+    : Engine(config, std::move(parts)),
+      slots_(config.slot_bytes, config.window_bytes, device_),
+      gates_(device_ ? std::make_unique<StreamGates>(device_) : nullptr),
       // Epochs rise over restarts too, so that frames for an earlier life of this receiver are stale.
-      next_epoch_(static_cast<std::uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())) {}
+      next_epoch_(clock_->wall_ns()) {}
 
 Receiver::~Receiver() {
   stop();
 }
 
-Status Receiver::start() {
-  if (auto status = Engine::start(); !status.ok() || device_ == nullptr) return status;
+Status Receiver::start(bool threaded) {
+  if (auto status = Engine::start(threaded); !status.ok() || device_ == nullptr) return status;
   auto status = Status::error(Code::kClosed, "the receiver's progress thread has ended");
-  call([&] { status = slots_.reserve(*worker_, Where::kDevice); });
+  call([&] { status = slots_.reserve(*transport_, Where::kDevice); });
   if (!status.ok()) stop();
   return status;
 }

@@ -32,9 +32,9 @@ struct Intake {
 
 class Receiver final : public Engine {
  public:
-  Receiver(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
+  Receiver(const EngineConfig& config, Parts parts);
   ~Receiver() override;
-  Status start() override;
+  Status start(bool threaded = true) override;
 
   // Both return at once. A handle is never reused; abort of one that has ended does nothing.
   std::uint64_t receive(Intake intake);
@@ -93,6 +93,7 @@ class Receiver final : public Engine {
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
+  void* place(Link& link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) override;
   bool step(std::uint64_t now) override;
   bool busy() const override { return !unpacks_.empty(); }
   bool watching() const override { return device_ != nullptr && busy(); }

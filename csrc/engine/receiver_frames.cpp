@@ -60,6 +60,14 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
   if (slots_moved_) grant();  // at once, so that the sender fills the slot while the next bundle is unpacked
 }
 
+void* Receiver::place(Link& link, wire::SlotName name, std::uint64_t offset, std::uint64_t bytes) {
+  const Slot* slot = slots_.at(name.slot);
+  const bool held = slot != nullptr && slot->state == SlotState::kLent && slot->link == link.id &&
+                    slot->generation == name.generation && slot->memory->where() == Where::kHost;
+  if (!held || offset > slot->memory->bytes() || bytes > slot->memory->bytes() - offset) return nullptr;
+  return reinterpret_cast<void*>(slot->memory->address() + offset);
+}
+
 Receiver::Part* Receiver::part_of(Request& request, const Link& link) {
   const auto found = std::find_if(request.parts.begin(), request.parts.end(),
                                   [&](const Part& part) { return part.link.get() == &link; });

@@ -112,14 +112,20 @@ bool Receiver::grant() {
     Link* at = *std::min_element(hungry.begin(), hungry.end(), [&](Link* a, Link* b) { return order(a) < order(b); });
     if (slots_.held_by(at->id) >= most) break;
     std::uint32_t id = 0;
-    const Slot* slot = slots_.lend(*worker_, at->id, where(*at), &id, &status);
+    const Slot* slot = slots_.lend(*transport_, at->id, where(*at), &id, &status);
     if (slot == nullptr) break;
     lent = true;
     Demand& demand = demands_[at->id];
     demand.served = ++grants_;
     wire::SlotGrant given{id, slot->generation, slot->memory->address(), slot->memory->bytes(), {}};
     const auto [known, fresh] = demand.keys.emplace(id, slot->generation);
-    if (fresh || known->second != slot->generation) given.rkey = slot->memory->key();
+    if (fresh || known->second != slot->generation) {
+      status = slot->memory->share(*at->endpoint, {id, slot->generation}, &given.rkey);
+      if (!status.ok()) {
+        lose(*at, std::exchange(status, {}));
+        break;
+      }
+    }
     known->second = slot->generation;
     auto& [grant, bytes] = grants[at];
     const std::size_t more = kSlotGrantBytes + given.rkey.size();

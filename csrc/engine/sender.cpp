@@ -28,9 +28,6 @@ bool Lane::find_next(wire::TokenRange* tokens) {
   return false;
 }
 
-Sender::Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device)
-    : Engine(config, std::move(mover), std::move(device)) {}
-
 Sender::~Sender() {
   stop();
 }

@@ -45,7 +45,7 @@ struct LayerOf {
 
 class Sender final : public Engine {
  public:
-  Sender(const EngineConfig& config, std::unique_ptr<Mover> mover, std::shared_ptr<Device> device = nullptr);
+  Sender(const EngineConfig& config, Parts parts) : Engine(config, std::move(parts)) {}
   ~Sender() override;
 
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
@@ -103,10 +103,9 @@ class Sender final : public Engine {
     RemapTask task;
     std::uint32_t slot = 0;
     std::unique_ptr<OwnWindow> staging;  // null: packed straight into the window
-    bool direct = true;                  // gets into the window by this side's own stores or copies, not by UCX
+    bool direct = true;                  // gets into the window by this side's own stores or copies
     bool ahead = false;                  // launched before the caller's work had ended
     transport::Op put;
-    transport::Op flush;
     std::list<std::unique_ptr<Bundle>>::iterator self;
   };
   struct PendingTicket {
@@ -127,6 +126,7 @@ class Sender final : public Engine {
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
+  void* place(Link&, wire::SlotName, std::uint64_t, std::uint64_t) override { return nullptr; }
   bool step(std::uint64_t now) override;
   bool busy() const override { return !bundles_.empty(); }
   bool watching() const override { return device_ != nullptr && (busy() || !waves_.empty()); }
@@ -195,7 +195,7 @@ class Sender final : public Engine {
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Bundle>> bundles_;
-  std::vector<Bundle*> putting_;                                    // packed, and on their way by UCX
+  std::vector<Bundle*> putting_;                                    // packed, and being put
   std::vector<RemapTask*> packed_;                                  // of one turn
   std::map<std::uint32_t, LinkWindows> windows_;                    // per link
   std::deque<std::uint32_t> awake_;                                 // links that may have something to start

@@ -75,15 +75,15 @@ Sender::Work Sender::ready_work(const LaneQueue& lanes, std::size_t most_bytes, 
   return work;
 }
 
-// Gives the bundle a buffer that UCX can put from, or a device copies from, into such a window. False: it has to wait
+// Gives the bundle a buffer that can be put from, or a device copies from, into such a window. False: it has to wait
 // for one, or the link was lost. Where the window can be stored into, a lack of memory for buffers is no failure.
 bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
-  const Where where = staging_for(*worker_, device_.get(), window, bundle->direct);
+  const Where where = staging_for(*transport_, device_.get(), window, bundle->direct);
   auto& unused = staging_[static_cast<int>(where)];
   int& made = staging_made_[static_cast<int>(where)];
   if (unused.empty() && made < config_.staging_slots) {
     std::unique_ptr<OwnWindow> memory;
-    const auto status = OwnWindow::make(*worker_, device_, where, config_.slot_bytes, &memory);
+    const auto status = OwnWindow::make(*transport_, device_, where, config_.slot_bytes, &memory);
     if (status.ok()) {
       unused.push_back(std::move(memory));
       ++made;
@@ -223,8 +223,7 @@ void Sender::on_packed(Bundle& bundle) {
   }
   if (!wanted || bundle.direct || !bundle.link->up()) return end(bundle);
   const auto* source = reinterpret_cast<const void*>(bundle.staging->address());
-  bundle.link->endpoint->put(source, bundle.bytes, windows.slots[bundle.slot].memory->remote(), 0, &bundle.put);
-  bundle.link->endpoint->flush(&bundle.flush);
+  bundle.link->endpoint->put(source, bundle.bytes, windows.slots[bundle.slot].memory->remote(), &bundle.put);
   putting_.push_back(&bundle);
 }
 
@@ -232,16 +231,13 @@ bool Sender::advance_puts() {
   bool moved = false;
   for (std::size_t i = 0; i < putting_.size();) {
     Bundle& bundle = *putting_[i];
-    if (!bundle.put.done || !bundle.flush.done) {
+    if (!bundle.put.done) {
       ++i;
       continue;
     }
     putting_.erase(putting_.begin() + static_cast<std::ptrdiff_t>(i));
     moved = true;
-    const transport::Op& op = bundle.put.status != UCS_OK ? bundle.put : bundle.flush;
-    if (op.status != UCS_OK && bundle.link->up()) {
-      lose(*bundle.link, Status::error(Code::kTransport, std::string("UCX put: ") + ucs_status_string(op.status)));
-    }
+    if (!bundle.put.status.ok() && bundle.link->up()) lose(*bundle.link, bundle.put.status);
     end(bundle);
   }
   return moved;

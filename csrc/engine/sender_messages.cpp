@@ -175,11 +175,8 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
     if (!given.rkey.empty()) {
       window.memory.reset();
       window.generation = given.generation;
-      if (auto status = PeerWindow::open(*link.endpoint, device_, given.rkey, given.address, given.bytes,
-                                         config_.direct, &window.memory);
-          !status.ok()) {
-        return lose(link, status);
-      }
+      auto status = PeerWindow::open(*link.endpoint, device_, given, config_.direct, &window.memory);
+      if (!status.ok()) return lose(link, status);
     } else if (!window.memory || window.generation != given.generation) {
       return lose(
           link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));

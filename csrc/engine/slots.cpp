@@ -10,11 +10,12 @@ SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared
       slots_(std::max<std::size_t>(budget_bytes / slot_bytes, 1)),
       free_(slots_.size()) {}
 
-Status SlotPool::reserve(transport::Worker& worker, Where where) {
-  return OwnWindow::make(worker, device_, where, slot_bytes_, &slots_.front().memory);
+Status SlotPool::reserve(transport::Transport& transport, Where where) {
+  return OwnWindow::make(transport, device_, where, slot_bytes_, &slots_.front().memory);
 }
 
-Slot* SlotPool::lend(transport::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status) {
+Slot* SlotPool::lend(transport::Transport& transport, std::uint32_t link, Where where, std::uint32_t* id,
+                     Status* status) {
   if (free_ == 0) return nullptr;
   // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory is of the
   // right kind; then one that has none yet.
@@ -35,7 +36,7 @@ Slot* SlotPool::lend(transport::Worker& worker, std::uint32_t link, Where where,
     ++best->generation;
   }
   if (!best->memory) {
-    *status = OwnWindow::make(worker, device_, where, slot_bytes_, &best->memory);
+    *status = OwnWindow::make(transport, device_, where, slot_bytes_, &best->memory);
     if (!status->ok()) return nullptr;
   }
   best->state = SlotState::kLent;

@@ -31,7 +31,7 @@ class SlotPool {
   SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device);
 
   // Makes the memory of one slot now, so that a lack of it shows at the start.
-  Status reserve(transport::Worker& worker, Where where);
+  Status reserve(transport::Transport& transport, Where where);
 
   std::size_t size() const { return slots_.size(); }
   std::size_t free_slots() const { return free_; }
@@ -44,7 +44,7 @@ class SlotPool {
   Slot* at(std::uint32_t id) { return id < slots_.size() ? &slots_[id] : nullptr; }
 
   // A free slot in that kind of memory, now lent to the link, or null where none is free (or memory ran out: `status`).
-  Slot* lend(transport::Worker& worker, std::uint32_t link, Where where, std::uint32_t* id, Status* status);
+  Slot* lend(transport::Transport& transport, std::uint32_t link, Where where, std::uint32_t* id, Status* status);
   void free(std::uint32_t id);  // of a slot that is lent or filled
   // The slots that the link holds and has not committed may still be written to.
   void quarantine(std::uint32_t link);

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "engine/device.h"
-#include "transport/ucx.h"
+#include "engine/window_key.h"
+#include "transport/transport.h"
 
 namespace hetkv::engine {
 
@@ -16,17 +18,17 @@ enum class Where : std::uint8_t { kHost = 0, kDevice = 1 };
 // How payloads get into a window.
 enum class Path : std::uint8_t {
   kNone = 0,    // no window yet
-  kRma = 1,     // packed into staging, put by UCX
+  kRma = 1,     // packed into staging, put from there
   kShm = 2,     // packed straight into host memory that both sides map
   kDevice = 3,  // packed straight into the memory of a device
 };
 
-// One slot or staging buffer, an allocation of its own, registered with UCX and mapped for the pool's device.
+// One slot or staging buffer, an allocation of its own, known to the transport and mapped for the pool's device.
 class OwnWindow {
  public:
   // `device`: the pool's, or null for a pool in host memory, which has windows there only.
-  static Status make(transport::Worker& worker, const std::shared_ptr<Device>& device, Where where, std::size_t bytes,
-                     std::unique_ptr<OwnWindow>* out);
+  static Status make(transport::Transport& transport, const std::shared_ptr<Device>& device, Where where,
+                     std::size_t bytes, std::unique_ptr<OwnWindow>* out);
   ~OwnWindow();
   OwnWindow(const OwnWindow&) = delete;
   OwnWindow& operator=(const OwnWindow&) = delete;
@@ -37,35 +39,35 @@ class OwnWindow {
 
   Where where() const { return where_; }
   std::size_t bytes() const { return bytes_; }
-  std::uint64_t address() const { return address_; }  // as UCX and the peer name it
+  std::uint64_t address() const { return address_; }  // as the peer names it
   std::uint64_t local() const { return local_; }      // as this side's remaps use it
-  const std::vector<std::uint8_t>& key() const { return key_; }
+  // Lets a peer reach it as this slot; `key` goes with the grant.
+  Status share(transport::Endpoint& peer, wire::SlotName slot, std::vector<std::uint8_t>* key) const;
 
  private:
   OwnWindow() = default;
-  Status make_device(transport::Worker& worker, const std::shared_ptr<Device>& device);
+  Status make_device(transport::Transport& transport, const std::shared_ptr<Device>& device);
   Where where_ = Where::kHost;
   std::size_t bytes_ = 0;
   std::uint64_t address_ = 0;
   std::uint64_t local_ = 0;
-  std::vector<std::uint8_t> key_;
+  std::optional<DeviceWindowKey> key_;  // of device memory
   // In this order, so that the registrations go before the memory.
   std::unique_ptr<DeviceBuffer> buffer_;
   std::unique_ptr<transport::Memory> memory_;
   std::unique_ptr<HostMapping> mapping_;
 };
 
-// Where a sender's staging must lie for such a window: where UCX can put from, or, with `direct`, where the device
-// copies from. `device` may be null.
-Where staging_for(const transport::Worker& worker, const Device* device, Where window, bool direct);
+// Where a sender's staging must lie for such a window: where the transport can put from, or, with `direct`, where the
+// device copies from. `device` may be null.
+Where staging_for(const transport::Transport& transport, const Device* device, Where window, bool direct);
 
 // A peer's slot. Destroyed before its endpoint, and after the last store into it.
 class PeerWindow {
  public:
   // `direct`: store into it where that is possible; otherwise it is put into.
-  static Status open(transport::Endpoint& endpoint, const std::shared_ptr<Device>& device,
-                     const std::vector<std::uint8_t>& key, std::uint64_t address, std::size_t bytes, bool direct,
-                     std::unique_ptr<PeerWindow>* out);
+  static Status open(transport::Endpoint& endpoint, const std::shared_ptr<Device>& device, const wire::SlotGrant& grant,
+                     bool direct, std::unique_ptr<PeerWindow>* out);
   ~PeerWindow();
   PeerWindow(const PeerWindow&) = delete;
   PeerWindow& operator=(const PeerWindow&) = delete;
@@ -74,16 +76,16 @@ class PeerWindow {
   std::size_t bytes() const { return bytes_; }
   Path path() const { return local_ == 0 ? Path::kRma : where_ == Where::kHost ? Path::kShm : Path::kDevice; }
   std::uint64_t local() const { return local_; }  // where this side's remaps store; 0 where it is put into
-  const transport::RemoteMemory& remote() const { return *remote_; }
+  const transport::PeerMemory& remote() const { return *remote_; }
 
  private:
   PeerWindow() = default;
-  Status open_device(const std::shared_ptr<Device>& device, const std::vector<std::uint8_t>& key, std::uint64_t address,
-                     std::size_t bytes, std::vector<std::uint8_t>* ucx_key);
+  Status open_device(const std::shared_ptr<Device>& device, const wire::SlotGrant& grant,
+                     std::vector<std::uint8_t>* transport_key);
   Where where_ = Where::kHost;
   std::size_t bytes_ = 0;
   std::uint64_t local_ = 0;
-  std::unique_ptr<transport::RemoteMemory> remote_;  // null where the window is stored into and UCX has no key
+  std::unique_ptr<transport::PeerMemory> remote_;  // null where the transport does not reach the window
   std::unique_ptr<HostMapping> mapping_;
   std::shared_ptr<Device> device_;  // of `opened_`
   HetkvIpcHandle handle_{};

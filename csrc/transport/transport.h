@@ -1,0 +1,119 @@
+// What an engine asks of a transport: links to peers, messages in order, puts into the slots that a peer lends. Every
+// call belongs to the engine's progress thread, except where a comment says otherwise; nothing blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "status.h"
+#include "wire/message.h"
+
+namespace hetkv::transport {
+
+// One asynchronous operation. Must stay where it is until `done`.
+struct Op {
+  bool done = true;
+  Status status;
+};
+
+// Where memory lies that a transport is asked to reach.
+enum class MemoryKind : std::uint8_t { kHost, kCuda, kRocm };
+
+// The engine, as the transport calls it from Transport::progress. `link` is the number that connect() was given.
+class Sink {
+ public:
+  virtual ~Sink() = default;
+  // One whole message, valid in the call.
+  virtual void on_message(std::uint64_t link, const std::uint8_t* data, std::size_t size) = 0;
+  // A peer's put of `bytes` at `offset` of a slot is about to be written: where to. What is returned stays valid until
+  // the endpoint is closed. Null: the peer may not write there, and its endpoint fails.
+  virtual void* on_put(std::uint64_t link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) = 0;
+};
+
+// Memory of this side that peers write to, or that this side puts from. Given back with the object.
+class Memory {
+ public:
+  virtual ~Memory() = default;
+  std::uint64_t address() const { return address_; }
+  std::size_t bytes() const { return bytes_; }
+
+ protected:
+  std::uint64_t address_ = 0;
+  std::size_t bytes_ = 0;
+};
+
+// A slot of a peer's. Destroyed before its endpoint.
+class PeerMemory {
+ public:
+  virtual ~PeerMemory() = default;
+  std::uint64_t local() const { return local_; }  // where this process may store into it; 0 where it cannot
+  bool rma() const { return rma_; }               // a put writes into it without the peer's help
+
+ protected:
+  std::uint64_t local_ = 0;
+  bool rma_ = false;
+};
+
+// One peer.
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+
+  // Takes the message over. The peer gets all messages, once each and in this order, or the endpoint fails.
+  virtual void send(std::vector<std::uint8_t> message) = 0;
+  // Writes `bytes` at `source` to the start of a peer's slot. `op` is done when `source` may be reused and a message
+  // that is sent from then on arrives behind the bytes.
+  virtual void put(const void* source, std::size_t bytes, const PeerMemory& target, Op* op) = 0;
+
+  // Lets the peer reach a slot of this side's; `key` is what its open() needs.
+  virtual Status share(wire::SlotName slot, const Memory& memory, std::vector<std::uint8_t>* key) = 0;
+  // The other end of share(): a slot of the peer's, which says that it lies at `address` there. `map`: for stores, too.
+  virtual Status open(wire::SlotName slot, const std::vector<std::uint8_t>& key, std::uint64_t address,
+                      std::size_t bytes, bool map, std::unique_ptr<PeerMemory>* out) = 0;
+
+  // All messages so far are on their way, so that closing loses none.
+  virtual bool drained() = 0;
+  // Ends the link. `closed()` turns true from Transport::progress once every op has ended and no byte of the peer's
+  // is written any more.
+  virtual void close() = 0;
+  virtual bool closed() const = 0;
+  // Not ok: the link is over, and why. It still has to be closed.
+  virtual const Status& failure() const = 0;
+};
+
+// What connect() needs to know of a peer.
+struct PeerAddress {
+  std::uint64_t link = 0;             // number of the link, equal on both sides
+  std::vector<std::uint8_t> address;  // the peer's Transport::address()
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // Before any other call, in any thread. `sink` outlives the transport.
+  virtual Status start(Sink* sink) = 0;
+  // Ends all endpoints and operations. Idempotent.
+  virtual void close() = 0;
+
+  // What a peer's transport needs to know of this one. Any thread.
+  virtual const std::vector<std::uint8_t>& address() const = 0;
+  virtual Status connect(const PeerAddress& peer, std::unique_ptr<Endpoint>* out) = 0;
+
+  // Moves what can be moved; false: nothing was.
+  virtual bool progress() = 0;
+  // True: nothing is pending, and `event_fd` becomes readable when something is; false: progress again before sleeping.
+  virtual bool arm() = 0;
+  virtual int event_fd() const = 0;
+
+  // Host memory, an allocation of its own, that peers of this host can map where there is a way.
+  virtual Status allocate(std::size_t bytes, std::unique_ptr<Memory>* out) = 0;
+  // Whether puts can start and end in memory of this kind.
+  virtual bool reaches(MemoryKind kind) const = 0;
+  // Memory of the caller's, which outlives the object, for puts from or into it.
+  virtual Status attach(std::uint64_t address, std::size_t bytes, MemoryKind kind, std::unique_ptr<Memory>* out) = 0;
+};
+
+}  // namespace hetkv::transport
