@@ -39,7 +39,7 @@ def compare(seed: int, python: str | None) -> dict[str, Any]:
     }
     begin = time.perf_counter()
     try:
-        plan = solve(problem, beside=False)
+        plan = solve(problem, alternatives=False)
         ours = plan.cost_per_hour if plan.meets else None
         row["planner"] = {"cost": plan.cost_per_hour, "meets": plan.meets}
     except InputError as error:

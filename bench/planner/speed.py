@@ -60,7 +60,7 @@ def random_problem(seed: int) -> Problem:
 
 def measure(seed: int) -> dict[str, Any]:
     """One problem's times, and what came out."""
-    plan = solve(random_problem(seed), beside=False)
+    plan = solve(random_problem(seed), alternatives=False)
     return {
         "seed": seed,
         "columns_seconds": plan.columns_seconds,

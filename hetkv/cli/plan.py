@@ -93,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFILL:DECODE",
         help="draw a fleet that prefills on one GPU type and decodes on another; repeat for more",
     )
-    many.add_argument("--trace", metavar="FILE", help="plan again for each window of a trace (formats: hetkv simulate)")
-    many.add_argument("--window", type=float, metavar="S", help="seconds of a window (default: a twelfth of the trace)")
+    many.add_argument("--trace", metavar="FILE", help="plan again for each period of a trace (formats: hetkv simulate)")
+    many.add_argument("--period", type=float, metavar="S", help="seconds of a period (default: a twelfth of the trace)")
     many.add_argument("--trace-plot", metavar="FILE", help="draw traffic, GPUs and their ratio over the trace")
     many.add_argument("--jobs", type=int, default=-1, help="processes (default: one per core)")
     many.add_argument("--backend", choices=("loky", "ray"), default="loky", help="ray: a Ray cluster, through joblib")
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("plot", "trace_plot"):
         if getattr(args, name):
             check_format(getattr(args, name))
-    for option, needed in (("window", "trace"), ("trace_plot", "trace")):
+    for option, needed in (("period", "trace"), ("trace_plot", "trace")):
         if getattr(args, option) and not args.trace:
             raise InputError(f"--{option.replace('_', '-')} belongs to --{needed}")
     for option in ("rates", "targets", "split"):
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     for pair in splits:
         split_fleet(problem, *pair)  # what is wrong with it is said before the search begins
     if args.trace:
-        rows_of(problem, args.trace, args.window)
+        rows_of(problem, args.trace, args.period)
     console = terminal.console(args.json)
     errors = Console(stderr=True)
     with errors.status("planning") if errors.is_terminal else _nothing():
@@ -233,8 +233,8 @@ def run(args: argparse.Namespace) -> int:
             found = frontier(problem, scales, targets, splits, args.jobs, args.backend, on_done)
         show.show_frontier(console, found)
     if args.trace:
-        with _bar(errors, "planning for each window") as on_done:
-            replanned = replan(problem, args.trace, args.window, args.jobs, args.backend, on_done)
+        with _bar(errors, "planning for each period") as on_done:
+            replanned = replan(problem, args.trace, args.period, args.jobs, args.backend, on_done)
         show.show_replan(console, replanned)
     nodes = {o.gpu: o.gpus_per_node for o in problem.gpus if o.gpus_per_node}
     _launch(console, plan, args.launch, nodes)
@@ -285,14 +285,14 @@ def _facts(problem: Any, plan: Any, found: Any, replanned: Any) -> dict[str, Any
 
 
 def _draw(args: argparse.Namespace, problem: Any, found: Any, replanned: Any) -> None:
-    from hetkv.planner import replay as trace
+    from hetkv.planner.output import replay_plot
     from hetkv.planner.output.plot import save, save_frontier
 
     names = ", ".join(m.name for m in problem.models)
     if args.plot:
         save_frontier(found, args.plot, names)
     if args.trace_plot:
-        save(trace.draw(replanned), args.trace_plot, f"{names}, {Path(args.trace).name}")
+        save(replay_plot.draw(replanned), args.trace_plot, f"{names}, {Path(args.trace).name}")
 
 
 def _launch(console: Any, plan: Any, which: str, nodes: dict[str, int]) -> None:

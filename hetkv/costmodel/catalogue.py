@@ -27,6 +27,7 @@ UNITS = {
     "host_speed": "single-thread speed relative to Sapphire Rapids",
 }
 TOPOLOGIES = ("switch", "mesh", "host")
+VENDORS = {"nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel", "huawei": "Huawei"}  # for people
 DTYPE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625, "fp4": 0.53125}
 """Bytes per weight or KV element, scales of a group included (int4: 16-bit scale per 32; fp4: 8-bit scale per 32)."""
 

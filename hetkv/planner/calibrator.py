@@ -104,19 +104,19 @@ class Calibrator:
         )
 
     def _share(self, column: Column, counts: Counts) -> float:
-        """The requests that one instance gets, relative to the one that gets most, among unlike aggregated ones."""
-        beside = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
-        if column.role != "aggregated" or len(beside) == 1:
+        """Requests of one aggregated instance, relative to the one that gets most, where they differ."""
+        alike = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
+        if column.role != "aggregated" or len(alike) == 1:
             return 1.0
         own = part_of(column, counts[column.key]) / counts[column.key]
-        return round(own / max(part_of(c, counts[c.key]) / counts[c.key] for c in beside), 3) or 0.001
+        return round(own / max(part_of(c, counts[c.key]) / counts[c.key] for c in alike), 3) or 0.001
 
     def _room(self, column: Column, counts: Counts) -> int | None:
         """KV tokens to offer: routing by requests over room then gives each instance the batch that it can carry."""
-        beside = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
-        if column.role != "decode" or len(beside) == 1 or min(c.batch for c in beside) <= 0:
+        alike = [self._by_key[k] for k in counts if k[:2] == column.key[:2]]
+        if column.role != "decode" or len(alike) == 1 or min(c.batch for c in alike) <= 0:
             return None
-        per_sequence = min(c.kv_tokens / c.batch for c in beside)
+        per_sequence = min(c.kv_tokens / c.batch for c in alike)
         longest = max(float((s.prompts + s.outputs).max()) for s in self.checkers[column.model].samples)
         return int(min(max(per_sequence * column.batch, 4 * longest), column.kv_tokens))
 

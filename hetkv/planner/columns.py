@@ -36,7 +36,7 @@ PORT_LOAD = 0.9
 """Share of a port's bandwidth that plans use: bursts take the rest."""
 
 BUDGETS = (512, 2048)
-"""Prompt tokens per step that an aggregated instance may be limited to, beside the engine's own."""
+"""Prompt tokens per step that an aggregated instance may be limited to, in addition to the engine's own limit."""
 
 
 @dataclass(frozen=True, eq=False)

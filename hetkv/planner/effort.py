@@ -15,8 +15,8 @@ from hetkv.planner.slo_checker import SloChecker
 PLAN_EVENTS = 1_500_000
 """For the plan itself; an event takes 6 to 10 microseconds on a core of 2025."""
 
-BESIDE_EVENTS = 600_000
-"""For each plan that is computed beside it, and for each plan of a sweep."""
+ALTERNATIVE_EVENTS = 600_000
+"""For each alternative to it, and for each plan of a sweep."""
 
 SAFETY_SECONDS = 3600.0
 """An outer limit by the clock. A plan that it cut short says so, and may be another one on a faster machine."""

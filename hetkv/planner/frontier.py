@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from hetkv.costmodel import load_catalogue
+from hetkv.costmodel.catalogue import VENDORS
 from hetkv.errors import InputError
-from hetkv.planner.effort import BESIDE_EVENTS
+from hetkv.planner.effort import ALTERNATIVE_EVENTS
 from hetkv.planner.milp import UndecidedError
-from hetkv.planner.output.explain import VENDORS, gpus, split
 from hetkv.planner.problem import Objective, PairLimit, Problem
+from hetkv.planner.result import gpus, split
 from hetkv.planner.solve import solve
 from hetkv.planner.traffic import samples
 from hetkv.simulator.sweep import run_all
@@ -133,7 +134,7 @@ def point(name: str, problem: Problem, scale: float, target: float) -> Point:
     problem = msgspec.structs.replace(problem, classes=classes)
     rate = sum(c.rate for c in classes)
     try:
-        plan = solve(problem, beside=False, events=BESIDE_EVENTS)
+        plan = solve(problem, alternatives=False, events=ALTERNATIVE_EVENTS)
     except InputError as error:
         return Point(name, scale, target, rate, why=str(error))
     except UndecidedError as error:

@@ -1,44 +1,40 @@
-"""Planning again as a trace goes on: windows of the traffic, a plan for each, and how prefill and decode move."""
+"""Planning again as a trace goes on: periods of the traffic, a plan for each, and how prefill and decode move."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from hetkv.errors import InputError
 from hetkv.planner.baselines.candidates import hourly
-from hetkv.planner.effort import BESIDE_EVENTS
+from hetkv.planner.effort import ALTERNATIVE_EVENTS
 from hetkv.planner.milp import UndecidedError
-from hetkv.planner.output.explain import split
-from hetkv.planner.output.plot import canvas
 from hetkv.planner.problem import Problem, WorkloadClass
-from hetkv.planner.result import Instances
+from hetkv.planner.result import Instances, split
 from hetkv.planner.slo_checker import Verdict, deployment, verdict
 from hetkv.planner.solve import solve
-from hetkv.simulator.output.plot import COLOURS, STYLE
 from hetkv.simulator.request import Request
 from hetkv.simulator.run import simulate
 from hetkv.simulator.sweep import run_all
 from hetkv.simulator.traffic.trace import Row, hash_tokens_of, read_rows
 
-WINDOWS = 12
+PERIODS = 12
 GROWTH, MOST = 1.25, 32
 """A pool whose target is missed grows by this factor, to `MOST` times its instances at the most."""
 
 FEWEST = 50
-"""Requests that a window needs for its lengths to be told."""
+"""Requests that a period needs for its lengths to be told."""
 
 
-class Window(msgspec.Struct, frozen=True):
-    """One window and its plan. GPUs by role; `ratio` is prefill over decode GPUs, None where nothing is split.
+class Period(msgspec.Struct, frozen=True):
+    """One period and its plan. GPUs by role; `ratio` is prefill over decode GPUs, None where nothing is split.
 
-    `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the window's own
+    `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the period's own
     requests: at their own times, which may come in bursts, and with their own prefixes. A plan is first made for
-    Poisson arrivals at the mean rate and costs `poisson_cost_per_hour`. Where the window's own requests miss a target
+    Poisson arrivals at the mean rate and costs `poisson_cost_per_hour`. Where the period's own requests miss a target
     with it, instances are added to the pools that are late, and those that can be spared are taken away again.
     `why` says why there is no plan; `cut` which limits ended the search for it early: a better one may exist.
     """
@@ -72,10 +68,10 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Replan(msgspec.Struct, frozen=True):
-    """The windows of a trace. `cost` is USD for the whole trace, replanned; `peak_cost` with the dearest plan held."""
+    """The periods of a trace. `cost` is USD for the whole trace, replanned; `peak_cost` with the dearest plan held."""
 
     trace: str
-    windows: list[Window]
+    periods: list[Period]
     cost: float | None
     peak_cost: float | None
 
@@ -93,65 +89,65 @@ class _Slice:
             yield Request(number, arrival - self.start, prompt, output, hashes)
 
 
-def rows_of(problem: Problem, path: str, window_s: float | None = None) -> list[Row]:
-    """The requests of the trace in `path`. `InputError` where they cannot be planned for in windows of `window_s`."""
+def rows_of(problem: Problem, path: str, period_s: float | None = None) -> list[Row]:
+    """The requests of the trace in `path`. `InputError` where they cannot be planned for in periods of `period_s`."""
     if len(problem.classes) != 1:
         raise InputError(
             f"--trace has one kind of request, but the problem has {len(problem.classes)} classes "
             f"({', '.join(c.name for c in problem.classes)}): keep the one whose targets it should meet"
         )
-    if window_s is not None and not window_s > 0:
-        raise InputError(f"--window must be greater than 0, got {window_s}")
+    if period_s is not None and not period_s > 0:
+        raise InputError(f"--period must be greater than 0, got {period_s}")
     return read_rows(path)
 
 
 def replan(
     problem: Problem,
     path: str,
-    window_s: float | None = None,
+    period_s: float | None = None,
     jobs: int = -1,
     backend: str = "loky",
     on_done: Callable[[int, int], None] = lambda done, of: None,
 ) -> Replan:
-    """Plan for each window of `window_s` seconds (default: a twelfth of the trace) of the trace in `path`.
+    """Plan for each period of `period_s` seconds (default: a twelfth of the trace) of the trace in `path`.
 
-    The problem's one class gives the targets; rate and lengths are the window's. `InputError` where the trace is broken
+    The problem's one class gives the targets; rate and lengths are the period's. `InputError` where the trace is broken
     or the problem has several classes.
     """
-    rows = rows_of(problem, path, window_s)
+    rows = rows_of(problem, path, period_s)
     begin, length = rows[0][0], rows[-1][0] - rows[0][0]
-    if window_s is None:
-        window_s = max(length / WINDOWS, 1.0)
-    count = max(1, ceil(length / window_s - 1e-9))
+    if period_s is None:
+        period_s = max(length / PERIODS, 1.0)
+    count = max(1, ceil(length / period_s - 1e-9))
     tasks = []
     for index in range(count):
-        start, end = index * window_s, min((index + 1) * window_s, length)
+        start, end = index * period_s, min((index + 1) * period_s, length)
         last = index == count - 1
         own = [r for r in rows if start <= r[0] - begin < end or (last and r[0] - begin == length)]
         tasks.append((problem, start, max(end, start + 1e-9), own, begin))
-    windows = run_all(window, tasks, jobs, backend, lambda done: on_done(done, len(tasks)))
-    costs = [w.cost_per_hour for w in windows]
+    periods = run_all(plan_period, tasks, jobs, backend, lambda done: on_done(done, len(tasks)))
+    costs = [w.cost_per_hour for w in periods]
     known = [c for c in costs if c is not None]
-    hours = [(w.end_s - w.start_s) / 3600 for w in windows]
+    hours = [(w.end_s - w.start_s) / 3600 for w in periods]
     total = sum(c * h for c, h in zip(costs, hours, strict=True) if c is not None)
-    return Replan(path, windows, total if known else None, max(known) * sum(hours) if known else None)
+    return Replan(path, periods, total if known else None, max(known) * sum(hours) if known else None)
 
 
-def window(problem: Problem, start: float, end: float, rows: list[Row], begin: float) -> Window:
-    """The plan of one window; runs in a worker."""
+def plan_period(problem: Problem, start: float, end: float, rows: list[Row], begin: float) -> Period:
+    """The plan of one period; runs in a worker."""
     prompts, outputs = (np.array([r[i] for r in rows], dtype=float) for i in (1, 2))
     rate = len(rows) / (end - start)
     if len(rows) < FEWEST:
         mean = [float(x.mean()) if x.size else 0.0 for x in (prompts, outputs)]
-        return Window(start, end, len(rows), rate, mean[0], 0.0, mean[1], 0.0, why=f"fewer than {FEWEST} requests")
+        return Period(start, end, len(rows), rate, mean[0], 0.0, mean[1], 0.0, why=f"fewer than {FEWEST} requests")
     shape = [(float(x.mean()), float(x.std() / x.mean())) for x in (prompts, outputs)]
     texts = [f"lognormal:{mean:.6g}:{cv:.4g}" if cv > 1e-3 else f"{mean:.0f}" for mean, cv in shape]
     spec: WorkloadClass = msgspec.structs.replace(
         problem.classes[0], rate=rate, prompt_tokens=texts[0], output_tokens=texts[1]
     )
-    found = Window(start, end, len(rows), rate, *shape[0], *shape[1])
+    found = Period(start, end, len(rows), rate, *shape[0], *shape[1])
     try:
-        plan = solve(msgspec.structs.replace(problem, classes=[spec]), beside=False, events=BESIDE_EVENTS)
+        plan = solve(msgspec.structs.replace(problem, classes=[spec]), alternatives=False, events=ALTERNATIVE_EVENTS)
     except InputError as error:
         return msgspec.structs.replace(found, why=str(error))
     except UndecidedError as error:
@@ -179,7 +175,7 @@ def window(problem: Problem, start: float, end: float, rows: list[Row], begin: f
 
 
 class _Own:
-    """A window's own requests on instances of the problem's one model."""
+    """A period's own requests on instances of the problem's one model."""
 
     def __init__(self, problem: Problem, spec: WorkloadClass, workload: _Slice) -> None:
         self.problem, self.spec, self.workload = problem, spec, workload
@@ -213,49 +209,3 @@ class _Own:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and value < float("inf") else None
-
-
-def draw(found: Replan) -> Any:
-    """A matplotlib figure over the trace's time: traffic, GPUs by role, and the ratio of prefill to decode GPUs."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure, (traffic, gpus, ratio) = canvas(3, 3.9)
-        end = max(w.end_s for w in found.windows)
-        unit, scale = ("hours", 3600.0) if end > 4 * 3600 else ("min", 60.0)
-        edges = [w.start_s / scale for w in found.windows] + [found.windows[-1].end_s / scale]
-        traffic.set_title("Traffic (tokens/s)")
-        for label, values, colour in (
-            ("prompt", [w.rate * w.prompt_mean for w in found.windows], COLOURS[0]),
-            ("output", [w.rate * w.output_mean for w in found.windows], COLOURS[1]),
-        ):
-            traffic.stairs(values, edges, label=label, color=colour, linewidth=1.8)
-        traffic.legend(loc="upper right")
-        gpus.set_title("GPUs of the plan")
-        below = np.zeros(len(found.windows))
-        for label, counts, colour in (
-            ("prefill", [w.prefill_gpus for w in found.windows], COLOURS[0]),
-            ("decode", [w.decode_gpus for w in found.windows], COLOURS[1]),
-            ("aggregated", [w.aggregated_gpus for w in found.windows], COLOURS[5]),
-        ):
-            if any(counts):
-                above = below + np.array(counts)
-                gpus.stairs(above, edges, baseline=below, label=label, color=colour, fill=True, alpha=0.75)
-                below = above
-        gpus.legend(loc="upper right")
-        ratio.set_title("Prefill to decode GPUs")
-        ratio.stairs(
-            [np.nan if w.ratio is None else w.ratio for w in found.windows],
-            edges,
-            baseline=None,
-            color=COLOURS[2],
-            linewidth=2,
-        )
-        if all(w.ratio is None for w in found.windows):
-            ratio.text(0.5, 0.5, "no window is disaggregated", transform=ratio.transAxes, ha="center")
-        for axis in (traffic, gpus, ratio):
-            axis.set_xlabel(f"time of the trace ({unit})")
-            axis.set_xlim(edges[0], edges[-1])
-            axis.set_ylim(bottom=0)
-            axis.margins(y=0.25)
-        return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ class Instances(msgspec.Struct, frozen=True):
 
     `budget` is the engine's `max_num_batched_tokens`. `usd_per_hour` is the price of one, None where the
     problem has no prices. `unstartable` says why the engine cannot start it; empty where it can.
-    `weight`: its share of the requests beside unlike aggregated instances.
+    `weight`: its share of the requests, where the aggregated instances differ.
     """
 
     role: Literal["prefill", "decode", "aggregated"]
@@ -35,6 +36,23 @@ class Instances(msgspec.Struct, frozen=True):
     def gpus(self) -> int:
         """GPUs of one instance."""
         return self.tp * self.pp * self.dp
+
+
+def split(instances: Sequence[Instances]) -> str:
+    """The instances in a few words."""
+    several = len({i.model for i in instances}) > 1
+
+    def one(i: Instances) -> str:
+        shape = f" TP{i.tp}" * (i.tp > 1) + f" PP{i.pp}" * (i.pp > 1) + f" DP{i.dp}" * (i.dp > 1)
+        mark = " (cannot be started)" if i.unstartable else ""
+        return f"{i.count} {i.role} on {i.gpu}{shape}{mark}" + f" for {i.model}" * several
+
+    return ", ".join(one(i) for i in instances) or "nothing"
+
+
+def gpus(instances: Iterable[Instances]) -> int:
+    """GPUs of all instances."""
+    return sum(i.count * i.gpus for i in instances)
 
 
 class ClassLatency(msgspec.Struct, frozen=True):
@@ -72,7 +90,7 @@ class Attainment(msgspec.Struct, frozen=True):
 
 
 class Option(msgspec.Struct, frozen=True):
-    """Another plan beside the winner: a baseline or a runner-up. Where `feasible` is false, `why` says what is missed.
+    """An alternative to the plan: a baseline or a runner-up. Where `feasible` is false, `why` says what is missed.
 
     `rate` is the requests/s of all classes together that it serves; `simulated` by class name, None if not simulated.
     """
@@ -116,9 +134,9 @@ class Plan(msgspec.Struct, frozen=True):
     the rates could still grow in the simulator before a target is missed (0.1: ten per cent), None where not measured.
 
     `rate` is the requests/s of all classes together and `scale` its multiple of the problem's rates.
-    It was chosen with `seed` and some beside it; `simulated` is the mean over `held_out_seeds`, which chose nothing,
-    and `attained` the share of each class's requests within its limits there, by class and target. `meets`: all hold.
-    Plans that failed there are counted in `judged_before`.
+    It was chosen with `seed` and seeds derived from it; `simulated` is the mean over `held_out_seeds`, which chose
+    nothing, and `attained` the share of each class's requests within its limits there, by class and target.
+    `meets`: all hold. Plans that failed there are counted in `judged_before`.
 
     `events` of the simulator were handled to find it. `cut` are those `notes` that say which limits ended a search
     early, so that a better plan may exist. `deployments` holds a plan for the simulator for each model.

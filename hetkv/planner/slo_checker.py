@@ -240,7 +240,7 @@ def verdict(columns: Columns, classes: Sequence[WorkloadClass], kinds: Any) -> V
 
 
 def latency_of(spec: WorkloadClass, ttft_ms: float | None, tpot_ms: float | None) -> ClassLatency:
-    """These latencies beside the targets of their class."""
+    """These latencies with the targets of their class."""
     return ClassLatency(ttft_ms, tpot_ms, spec.ttft_ms, spec.tpot_ms, spec.ttft_percentile, spec.tpot_percentile)
 
 

@@ -13,7 +13,7 @@ import msgspec
 from hetkv.costmodel import load_catalogue
 from hetkv.planner.calibrator import part_of
 from hetkv.planner.columns import Columns, build_columns, kv_bytes
-from hetkv.planner.effort import BESIDE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
+from hetkv.planner.effort import ALTERNATIVE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
 from hetkv.planner.infeasible import InfeasibleError, explain
 from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.predict import predict
@@ -25,13 +25,15 @@ from hetkv.planner.trials import Candidate, Judgement, runners_up
 from hetkv.simulator.scaled import ScaledStepModel
 
 
-def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, seconds: float = SAFETY_SECONDS) -> Plan:
+def solve(
+    problem: Problem, *, alternatives: bool = True, events: int = PLAN_EVENTS, seconds: float = SAFETY_SECONDS
+) -> Plan:
     """The best plan for `problem` (see `Objective`), verified in the simulator.
 
-    `beside` also plans for each vendor alone, disaggregated only and aggregated only, takes one of these plans where it
-    is better, and plans at the ends of the cost model's interval. After `events` of the simulator the search for the
-    plan begins no further measurement, neighbour or round, except rounds that ask for more rate while no plan meets the
-    targets; what is planned beside it and the slack have limits of their own. So one problem and seed give one plan
+    `alternatives`: also plan for each vendor alone, disaggregated only and aggregated only, take one of these plans
+    where it is better, and plan at the ends of the cost model's interval. After `events` of the simulator the search
+    for the plan begins no further measurement, neighbour or round, except rounds that ask for more rate while no plan
+    meets the targets; the alternatives and the slack have limits of their own. So one problem and seed give one plan
     (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met.
 
     `InfeasibleError` where there is no plan, `UndecidedError` where the integer program's limit left that open;
@@ -45,7 +47,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     search = Search(problem, found, checkers, events, begin + seconds).run()
     if not search.seen:
         raise search.undecided or explain(problem, found)
-    parts = _parts(problem, found) if beside else {}
+    parts = _parts(problem, found) if alternatives else {}
     others = {name: _search_part(search, *part) for name, part in parts.items()}
     best, judged, before = _judge(search)
     bound = search.bound()
@@ -64,7 +66,7 @@ def solve(problem: Problem, *, beside: bool = True, events: int = PLAN_EVENTS, s
     notes += _unstartable(search, best)
     notes += _fallbacks(search, best)
     options = [_alternative(name, *part, search, best, others[name]) for name, part in parts.items()]
-    sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if beside else []
+    sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if alternatives else []
     total = sum(c.rate for c in problem.classes)
     simulated = judged.latency
     return Plan(
@@ -284,7 +286,7 @@ def _columns_of(part: Problem, found: Columns) -> Columns:
 
 def _search_part(search: Search, problem: Problem, part: Columns) -> Search:
     """Search some of the columns alone and let `search` adopt what is found."""
-    other = Search(problem, part, search.checkers, BESIDE_EVENTS, search.deadline)
+    other = Search(problem, part, search.checkers, ALTERNATIVE_EVENTS, search.deadline)
     if search.best is None or not set(search.best.counts) <= {c.key for c in part.columns}:
         other.calibrator.learn(search.calibrator)
         search.adopt(other.run())

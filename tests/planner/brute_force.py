@@ -154,7 +154,7 @@ def compare(seed: int) -> dict[str, Any]:
     problem = random_problem(seed)
     begin = time.perf_counter()
     try:
-        plan = solve(problem, beside=False)
+        plan = solve(problem, alternatives=False)
     except ValueError as error:
         plan, why = None, str(error)
     middle = time.perf_counter()

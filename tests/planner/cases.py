@@ -46,7 +46,7 @@ def option(name: str, *instances: Instances, feasible: bool = True) -> Option:
     return Option(name, feasible, sum(i.count * (i.usd_per_hour or 0) for i in instances), 4.0, list(instances))
 
 
-def plan_of(problem: Problem, *instances: Instances, beside: tuple[Option, ...] = ()) -> Plan:
+def plan_of(problem: Problem, *instances: Instances, baselines: tuple[Option, ...] = ()) -> Plan:
     """A plan of these instances that meets its targets."""
     latency = ClassLatency(100.0, 20.0, 600.0, 40.0, 90.0, 90.0)
     cost = sum(i.count * (i.usd_per_hour or 0) for i in instances)
@@ -64,7 +64,7 @@ def plan_of(problem: Problem, *instances: Instances, beside: tuple[Option, ...] 
         simulated={"chat": latency},
         meets=True,
         tightest=Tightest("TPOT p90", "class chat", 0.5),
-        baselines=list(beside),
+        baselines=list(baselines),
         runners_up=[],
         sensitivity=[],
         columns_seconds=0.1,

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
         "report": "report.html",
     }
     words = [w for name, file in options.items() for w in (f"--{name}", str(folder / file))]
-    words += ["--rates", "2", "--targets", "1", "--split", "H100:MI300X", "--window", "300", "--jobs", "1"]
+    words += ["--rates", "2", "--targets", "1", "--split", "H100:MI300X", "--period", "300", "--jobs", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "hetkv", "plan", *words, "--launch", "all"], capture_output=True, text=True
     )
@@ -80,7 +80,15 @@ def test_json_has_what_was_asked_for(facts):
 
 def test_it_prints_the_deployment_the_reasons_and_the_launch_lines(folder):
     printed = (folder / "printed.txt").read_text()
-    for part in ("Why", "Beside it", "this plan", "vllm serve", "sglang.launch_server", "kind: StatefulSet", "Mixing"):
+    for part in (
+        "Why",
+        "Alternatives",
+        "this plan",
+        "vllm serve",
+        "sglang.launch_server",
+        "kind: StatefulSet",
+        "Mixing",
+    ):
         assert part in printed
 
 
@@ -134,7 +142,7 @@ def test_the_frontier_has_every_fleet_at_the_rate(facts):
 
 
 def test_prefill_gets_its_share_when_prompts_are_long(facts):
-    long, short = facts["trace"]["windows"]
+    long, short = facts["trace"]["periods"]
     assert (long["requests"], short["requests"]) == (300, 300)
     assert long["prompt_mean"] > 10 * short["prompt_mean"]
     assert long["prefill_gpus"] >= short["prefill_gpus"] >= 1
@@ -172,7 +180,7 @@ def test_the_report_holds_all_and_fetches_nothing(folder):
     assert "script" not in page.seen
     assert all(link.startswith("#") for link in page.links)
     assert not re.findall(r"url\((?!#)", text)
-    for part in ("Why this one", "Beside it", "Through the trace", "HetKVConnector", "usd_per_gpu_hour", "worth"):
+    for part in ("Why this one", "Alternatives", "Through the trace", "HetKVConnector", "usd_per_gpu_hour", "worth"):
         assert part in text
 
 
@@ -191,8 +199,8 @@ def test_pictures_are_pictures(folder):
         (["--plot", "p.gif"], "must end in"),
         (["--rates", "1,2"], "--rates belongs to --plot or --report"),
         (["--split", "L4:H100"], "--split belongs to --plot or --report"),
-        (["--window", "5"], "--window belongs to --trace"),
-        (["--trace", "azure.csv", "--window", "0"], "--window must be greater than 0"),
+        (["--period", "5"], "--period belongs to --trace"),
+        (["--trace", "azure.csv", "--period", "0"], "--period must be greater than 0"),
         (["--out", "nowhere/p.yaml"], "there is no folder"),
         (["--out", "."], "a folder"),
         (["--trace", "nowhere.csv"], "plan: nowhere.csv: No such file"),

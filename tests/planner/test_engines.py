@@ -77,7 +77,7 @@ def test_sglang_prefills_on_pipelines() -> None:
 
 
 def test_a_plan_of_the_example_has_no_line_that_cannot_be_started() -> None:
-    plan = solve(large(), beside=False, events=100_000)
+    plan = solve(large(), alternatives=False, events=100_000)
     for deployment in plan.deployments.values():
         assert "CANNOT BE STARTED" not in vllm_lines(deployment)
 
@@ -131,4 +131,4 @@ def test_each_gpu_type_may_have_its_own_engine_and_dtype() -> None:
 )
 def test_a_size_that_cannot_be_says_why(model: dict[str, Any], says: str) -> None:
     with pytest.raises(InfeasibleError, match=says):
-        solve(small(models=[{"name": "Llama-3.1-8B", "pp": [1], **model}]), beside=False)
+        solve(small(models=[{"name": "Llama-3.1-8B", "pp": [1], **model}]), alternatives=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from hetkv.planner.output.explain import link_use, others, phase_values, reasons, split, worth
+from hetkv.planner.output.explain import link_use, others, phase_values, reasons, worth
 from hetkv.planner.problem import parse_problem
+from hetkv.planner.result import split
 from tests.planner.cases import option, plan_of, small, some
 
 SPLIT = (some("prefill", "H100-SXM", 1), some("decode", "MI300X", 1))
@@ -14,19 +15,19 @@ TOGETHER = some("aggregated", "MI300X", 4)
 
 
 def test_a_split_over_vendors_says_what_both_are_worth():
-    beside = (
+    baselines = (
         option("aggregated only", TOGETHER),
         option("amd only", some("prefill", "MI300X", 2), some("decode", "MI300X", 1)),
     )
-    said = worth(small(), plan_of(small(), *SPLIT, beside=beside))
+    said = worth(small(), plan_of(small(), *SPLIT, baselines=baselines))
     assert "31% less cost" in said["disaggregation"]  # 5.49 against 7.96
     assert "8% less cost" in said["mixing"]  # 5.49 against 5.97
     assert "4 aggregated on MI300X" in said["disaggregation"]
 
 
 def test_a_plan_that_is_no_better_says_nothing_in_so_many_words():
-    beside = (option("disaggregated only", *SPLIT), option("nvidia only", some("aggregated", "H100-SXM", 3)))
-    said = worth(small(), plan_of(small(), some("aggregated", "MI300X", 2), beside=beside))
+    baselines = (option("disaggregated only", *SPLIT), option("nvidia only", some("aggregated", "H100-SXM", 3)))
+    said = worth(small(), plan_of(small(), some("aggregated", "MI300X", 2), baselines=baselines))
     assert said["disaggregation"].startswith("Disaggregation is worth nothing here")
     assert "38% more" in said["disaggregation"]
     assert said["mixing"].startswith("Mixing vendors is worth nothing here: the best plan buys AMD alone")
@@ -34,14 +35,14 @@ def test_a_plan_that_is_no_better_says_nothing_in_so_many_words():
 
 def test_an_equal_rival_is_worth_nothing_too():
     same = option("aggregated only", some("aggregated", "H100-SXM", 1), some("aggregated", "MI300X", 1))
-    said = worth(small(), plan_of(small(), *SPLIT, beside=(same,)))
+    said = worth(small(), plan_of(small(), *SPLIT, baselines=(same,)))
     assert "worth nothing" in said["disaggregation"]
     assert "is as good" in said["disaggregation"]
 
 
 def test_a_rival_that_misses_its_targets_is_no_rival():
     late = option("aggregated only", some("aggregated", "MI300X", 1), feasible=False)
-    said = worth(small(), plan_of(small(), *SPLIT, beside=(late,)))
+    said = worth(small(), plan_of(small(), *SPLIT, baselines=(late,)))
     assert "makes the plan possible" in said["disaggregation"]
 
 
@@ -56,19 +57,19 @@ def test_restricted_roles_are_said():
 
 
 def test_reasons_name_the_limit_the_link_the_bound_and_the_next_best():
-    text = " ".join(reasons(small(), plan_of(small(), *SPLIT, beside=(option("aggregated only", TOGETHER),))))
+    text = " ".join(reasons(small(), plan_of(small(), *SPLIT, baselines=(option("aggregated only", TOGETHER),))))
     for part in ("TPOT p90 (class chat), 50%", "The KV link carries it", "costs less than 4.94", "4 aggregated", "10%"):
         assert part in text
 
 
 def test_the_same_deployment_is_named_once():
     twice = (option("amd only", TOGETHER), option("aggregated only", TOGETHER), option("none", feasible=False))
-    assert [o.name for o in others(plan_of(small(), *SPLIT, beside=twice))] == ["amd only", "none"]
+    assert [o.name for o in others(plan_of(small(), *SPLIT, baselines=twice))] == ["amd only", "none"]
 
 
 def test_runners_up_are_numbered_as_they_are_listed():
     after = [option(f"runner-up {i + 1}", some("aggregated", gpu, 3)) for i, gpu in enumerate(("MI300X", "H100-SXM"))]
-    plan = plan_of(small(), *SPLIT, beside=(option("amd only", *after[0].instances),))
+    plan = plan_of(small(), *SPLIT, baselines=(option("amd only", *after[0].instances),))
     listed = others(msgspec.structs.replace(plan, runners_up=after))
     assert [(o.name, o.instances[0].gpu) for o in listed] == [("amd only", "MI300X"), ("runner-up 1", "H100-SXM")]
 
@@ -103,7 +104,7 @@ def test_several_vendors_of_one_are_types():
     rival = option("amd only", some("aggregated", "MI300X", 3))
     assert (
         "the best single-type plan (3 aggregated on MI300X)"
-        in worth(problem, plan_of(problem, *both, beside=(rival,)))["mixing"]
+        in worth(problem, plan_of(problem, *both, baselines=(rival,)))["mixing"]
     )
 
 

@@ -25,7 +25,7 @@ OTHERS = range(7_000_000, 7_000_008)
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return solve(random_problem(3), beside=False)
+    return solve(random_problem(3), alternatives=False)
 
 
 def test_no_seed_both_chooses_and_judges() -> None:
@@ -114,7 +114,7 @@ def test_a_mixed_aggregated_plan_shares_the_requests_by_what_each_carries() -> N
     best = {g: max(float(c.rates[0]) for c in columns if c.gpu == g) for g in ("H100-SXM", "L4")}
     spec = {**{k: getattr(problem.classes[0], k) for k in problem.classes[0].__struct_fields__}}
     spec["rate"] = best["H100-SXM"] + 0.4 * best["L4"]
-    plan = solve(mixed(classes=[spec]), beside=False)
+    plan = solve(mixed(classes=[spec]), alternatives=False)
     assert plan.meets
     (deployment,) = plan.deployments.values()
     if len(plan.instances) > 1:
@@ -123,7 +123,7 @@ def test_a_mixed_aggregated_plan_shares_the_requests_by_what_each_carries() -> N
 
 
 def test_a_small_problem_is_chosen_by_several_seeds() -> None:
-    plan = solve(small(), beside=False)
+    plan = solve(small(), alternatives=False)
     assert plan.meets
     assert min(one.worst for targets in plan.attained.values() for one in targets.values()) > 0.85
 
@@ -136,7 +136,7 @@ def test_a_plan_that_fails_on_every_block_of_held_out_seeds_is_said_to(monkeypat
         return judge(trials, replace(candidate, scale=10 * candidate.scale), attempt)
 
     monkeypatch.setattr(Trials, "judge", harder)
-    plan = solve(small(), beside=False)
+    plan = solve(small(), alternatives=False)
     assert not plan.meets
     assert plan.simulated_slack is None
     assert plan.judged_before >= 1

@@ -23,7 +23,7 @@ from hetkv.planner.milp import UndecidedError, optimise
 from hetkv.planner.output.explain import reasons
 from hetkv.planner.output.html import html
 from hetkv.planner.output.terminal import CUT, show_frontier, show_replan
-from hetkv.planner.replay import Replan, window
+from hetkv.planner.replay import Replan, plan_period
 from hetkv.planner.search import Search
 from hetkv.planner.slo_checker import SloChecker
 from hetkv.planner.solve import solve
@@ -65,7 +65,7 @@ def test_nodes_that_run_out_prove_nothing(monkeypatch: Any) -> None:
         optimise(problem(), columns, {"Llama-3.1-8B": 61.0}, SENT)
     (chat,) = small().classes
     with pytest.raises(UndecidedError) as raised:
-        solve(msgspec.structs.replace(small(), classes=[msgspec.structs.replace(chat, rate=200.0)]), beside=False)
+        solve(msgspec.structs.replace(small(), classes=[msgspec.structs.replace(chat, rate=200.0)]), alternatives=False)
     assert not isinstance(raised.value, InfeasibleError)
 
 
@@ -74,14 +74,14 @@ def test_a_cap_that_is_too_small_is_still_infeasible() -> None:
     (chat,) = small().classes
     asked = msgspec.structs.replace(small(), gpus=offers, classes=[msgspec.structs.replace(chat, rate=500.0)])
     with pytest.raises(InfeasibleError, match="GPU caps"):
-        solve(asked, beside=False)
+        solve(asked, alternatives=False)
 
 
 def test_a_plan_outlives_a_later_round_that_is_not_decided(monkeypatch: Any) -> None:
-    whole = solve(goodput(), beside=False)
+    whole = solve(goodput(), alternatives=False)
     assert whole.cut == []
     undecided_after(monkeypatch, 1)
-    plan = solve(goodput(), beside=False)
+    plan = solve(goodput(), alternatives=False)
     assert plan.meets
     assert plan.cut == ["no answer: the search ended there"]
     assert set(plan.cut) <= set(plan.notes)
@@ -90,7 +90,7 @@ def test_a_plan_outlives_a_later_round_that_is_not_decided(monkeypatch: Any) -> 
     assert any("no bound is known" in text for text in reasons(goodput(), plan))
 
 
-def test_what_is_planned_beside_it_may_be_undecided(monkeypatch: Any) -> None:
+def test_an_alternative_may_be_undecided(monkeypatch: Any) -> None:
     whole = solve(small())
     undecided_after(monkeypatch, 1)
     plan = solve(small())
@@ -110,23 +110,23 @@ def test_a_point_that_is_undecided_leaves_the_others(monkeypatch: Any) -> None:
     assert (found.cost_per_hour, found.why, found.cut) == (None, "no answer", "no answer")
     assert "none *" in shown(show_frontier, Frontier([found], []))
     rows: Any = [(0.1 * i, 800, 64, ()) for i in range(60)]
-    assert window(small(), 0.0, 6.0, rows, 0.0).why == "no answer"
+    assert plan_period(small(), 0.0, 6.0, rows, 0.0).why == "no answer"
 
 
 def test_a_point_that_was_cut_short_is_marked(monkeypatch: Any) -> None:
     whole = point("mixed", small(), 1.0, 1.0)
     assert whole.cut == ""
     for module in (sweep, trace):
-        monkeypatch.setattr(module, "BESIDE_EVENTS", 0)
+        monkeypatch.setattr(module, "ALTERNATIVE_EVENTS", 0)
     found = point("mixed", small(), 1.0, 1.0)
     assert found.cost_per_hour is not None
     assert "limit of 0 simulated events" in found.cut
     for points, marked in ((found, True), (whole, False)):
         assert (f"{points.cost_per_hour:,.2f} *" in shown(show_frontier, Frontier([points], []))) is marked
-        page = html(small(), solve(small(), beside=False), Frontier([points], [points]))
+        page = html(small(), solve(small(), alternatives=False), Frontier([points], [points]))
         assert (CUT in page) is marked
     rows: Any = [(0.1 * i, 800, 64, ()) for i in range(60)]
-    cut = window(small(), 0.0, 6.0, rows, 0.0)
+    cut = plan_period(small(), 0.0, 6.0, rows, 0.0)
     assert cut.cut == found.cut
     assert CUT in shown(show_replan, Replan("trace.csv", [cut], None, None))
     single = Point("AMD only", 1.0, 1.0, 4.0, 0.5)
@@ -135,7 +135,7 @@ def test_a_point_that_was_cut_short_is_marked(monkeypatch: Any) -> None:
 
 
 def test_a_slack_that_was_not_measured_to_the_end_is_none() -> None:
-    plan = solve(small(), beside=False, events=0)
+    plan = solve(small(), alternatives=False, events=0)
     assert plan.meets
     assert plan.simulated_slack is None
     assert any("slack was not measured to the end: at least 0%" in note for note in plan.notes)

@@ -114,10 +114,10 @@ def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) ->
 
 
 def test_a_search_that_a_limit_ended_says_which() -> None:
-    plan = solve(small(), beside=False, events=0)
+    plan = solve(small(), alternatives=False, events=0)
     assert plan.meets
     assert any("limit of 0 simulated events" in note for note in plan.notes)
-    plan = solve(small(), beside=False, seconds=0.0)
+    plan = solve(small(), alternatives=False, seconds=0.0)
     assert plan.meets
     assert any("clock stopped the search after 0 s" in note for note in plan.notes)
 
@@ -126,7 +126,7 @@ def test_one_seed_gives_one_plan_on_a_slow_machine_too(base: Plan, monkeypatch: 
     """Where everything takes ten thousand times as long."""
     now = time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: 10_000 * now())
-    slow = solve(problem(), beside=False, seconds=1e12)
+    slow = solve(problem(), alternatives=False, seconds=1e12)
     assert slow.verify_seconds > 1000
     assert slow.instances == base.instances
     assert slow.simulated == base.simulated
@@ -166,7 +166,7 @@ def test_more_rate_and_tighter_targets_cost_more() -> None:
         asked = msgspec.structs.replace(
             asked, classes=[msgspec.structs.replace(asked.classes[0], rate=rate, tpot_ms=tpot)]
         )
-        plan = solve(asked, beside=False)
+        plan = solve(asked, alternatives=False)
         check(plan)
         return cost(plan)
 
@@ -176,11 +176,11 @@ def test_more_rate_and_tighter_targets_cost_more() -> None:
 def test_goodput_spends_the_budget_and_split_the_fleet() -> None:
     goal = {"goal": "goodput", "budget_usd_per_hour": 7.5}
     models = [{"name": "Llama-3.1-8B", "tp": [1], "pp": [1]}]
-    plan = solve(problem(objective=goal, models=models), beside=False)
+    plan = solve(problem(objective=goal, models=models), alternatives=False)
     check(plan)
     assert 0 < cost(plan) <= 7.5
     gpus = [{"gpu": "H100", "cap": 3}, {"gpu": "MI300X", "cap": 0}]
-    split = solve(problem(objective={"goal": "split"}, gpus=gpus, models=models), beside=False)
+    split = solve(problem(objective={"goal": "split"}, gpus=gpus, models=models), alternatives=False)
     check(split)
     assert split.cost_per_hour is None
     assert sum(i.count * i.gpus for i in split.instances) <= 3
@@ -190,7 +190,7 @@ def test_goodput_spends_the_budget_and_split_the_fleet() -> None:
 
 def test_one_spare_instance_keeps_the_targets_when_any_is_down(base: Plan) -> None:
     asked = problem(spare_instances=1)
-    plan = solve(asked, beside=False)
+    plan = solve(asked, alternatives=False)
     check(plan)
     assert cost(plan) > cost(base)
     checker = SloChecker(asked, asked.models[0])
@@ -204,7 +204,7 @@ def test_caps_and_nodes_are_kept() -> None:
         {"gpu": "H100", "usd_per_gpu_hour": 2.5, "basis": "on_demand", "as_of": "2026-05", "rent": "node"},
         {"gpu": "MI300X", "usd_per_gpu_hour": 2.0, "basis": "on_demand", "as_of": "2026-05", "cap": 1},
     ]
-    plan = solve(problem(gpus=gpus), beside=False)
+    plan = solve(problem(gpus=gpus), alternatives=False)
     assert plan.meets
     used = {g: sum(i.count * i.gpus for i in plan.instances if i.gpu == g) for g in ("H100-SXM", "MI300X")}
     assert used["MI300X"] <= 1
@@ -220,7 +220,7 @@ def test_two_models_share_a_cap() -> None:
         models=[{"name": "Llama-3.1-8B", "tp": [1], "pp": [1]}, {"name": "Qwen3-8B", "tp": [1], "pp": [1]}],
         classes=msgspec.to_builtins(classes),
     )
-    plan = solve(asked, beside=False)
+    plan = solve(asked, alternatives=False)
     check(plan)
     assert plan.deployments.keys() == {"Llama-3.1-8B", "Qwen3-8B"}
     assert {i.model for i in plan.instances} == plan.deployments.keys()

@@ -1,4 +1,4 @@
-"""A window of a trace: its own requests decide, with their bursts and their prefixes."""
+"""A period of a trace: its own requests decide, with their bursts and their prefixes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import msgspec
 
 from hetkv.planner.problem import Problem
-from hetkv.planner.replay import window
+from hetkv.planner.replay import plan_period
 from hetkv.simulator.traffic.trace import Row
 from tests.planner.cases import small
 
@@ -25,16 +25,16 @@ def bursts(of: int, every: float) -> list[Row]:
     return [(at, 1500, 64, None) for at in times]
 
 
-def test_a_window_that_comes_in_bursts_gets_a_plan_that_holds() -> None:
-    found = window(one_type(), 0.0, SPAN, bursts(40, 10.0), 0.0)
+def test_a_period_that_comes_in_bursts_gets_a_plan_that_holds() -> None:
+    found = plan_period(one_type(), 0.0, SPAN, bursts(40, 10.0), 0.0)
     assert found.replay_meets
     assert found.cost_per_hour is not None
     assert found.poisson_cost_per_hour is not None
     assert found.cost_per_hour > found.poisson_cost_per_hour
 
 
-def test_a_calm_window_keeps_its_plan() -> None:
-    found = window(one_type(), 0.0, SPAN, bursts(1, 0.5), 0.0)
+def test_a_calm_period_keeps_its_plan() -> None:
+    found = plan_period(one_type(), 0.0, SPAN, bursts(1, 0.5), 0.0)
     assert found.replay_meets
     assert found.cost_per_hour == found.poisson_cost_per_hour
 
@@ -43,7 +43,7 @@ def test_the_prefixes_of_a_trace_are_found_in_the_cache() -> None:
     """All prompts share all but their last block: with prefix caching the replay computes little of them."""
     numbers = itertools.count(100)
     rows: list[Row] = [(0.25 * i, 4096, 32, (1, 2, 3, 4, 5, 6, 7, next(numbers))) for i in range(200)]
-    cold, warm = (window(one_type(prefix_caching=on), 0.0, SPAN, rows, 0.0) for on in (False, True))
+    cold, warm = (plan_period(one_type(prefix_caching=on), 0.0, SPAN, rows, 0.0) for on in (False, True))
     assert cold.replayed_ttft_ms is not None
     assert warm.replayed_ttft_ms is not None
     assert warm.replayed_ttft_ms < 0.5 * cold.replayed_ttft_ms

@@ -44,14 +44,14 @@ def test_a_trace_of_a_production_service_is_replanned(tmp_path: Path) -> None:
     lines = TRACE.read_text(encoding="utf-8").splitlines()
     assert lines[0] == HEAD
     (tmp_path / "part.csv").write_text("\n".join(lines[:2001]) + "\n", encoding="utf-8")
-    found = replan(one_type(), str(tmp_path / "part.csv"), window_s=240.0, jobs=1)
-    assert sum(w.requests for w in found.windows) == 2000
-    assert len(found.windows) >= 2
+    found = replan(one_type(), str(tmp_path / "part.csv"), period_s=240.0, jobs=1)
+    assert sum(w.requests for w in found.periods) == 2000
+    assert len(found.periods) >= 2
     assert found.cost is not None
     assert found.peak_cost is not None
     assert 0 < found.cost <= found.peak_cost
-    for window in found.windows:
-        assert window.why == ""
-        assert window.gpus > 0
-        assert 100 < window.prompt_mean < 5000
-        assert window.served_rate == pytest.approx(window.rate)
+    for period in found.periods:
+        assert period.why == ""
+        assert period.gpus > 0
+        assert 100 < period.prompt_mean < 5000
+        assert period.served_rate == pytest.approx(period.rate)

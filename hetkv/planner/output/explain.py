@@ -8,14 +8,12 @@ from math import isinf
 import msgspec
 
 from hetkv.costmodel import load_catalogue
+from hetkv.costmodel.catalogue import VENDORS
 from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.problem import Problem
-from hetkv.planner.result import Instances, Option, Plan, Sensitivity
+from hetkv.planner.result import Instances, Option, Plan, Sensitivity, split
 from hetkv.planner.traffic import samples
 from hetkv.simulator.deployment import build_pools, port_bytes_per_second
-
-VENDORS = {"nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel", "huawei": "Huawei"}
-"""As they write themselves."""
 
 NOTHING = 0.005
 """A difference below this share counts as none."""
@@ -43,23 +41,6 @@ class LinkUse(msgspec.Struct, frozen=True):
     send_share: float
     receive_share: float
     port_gb_s: float
-
-
-def split(instances: Sequence[Instances]) -> str:
-    """The instances in a few words."""
-    several = len({i.model for i in instances}) > 1
-
-    def one(i: Instances) -> str:
-        shape = f" TP{i.tp}" * (i.tp > 1) + f" PP{i.pp}" * (i.pp > 1) + f" DP{i.dp}" * (i.dp > 1)
-        mark = " (cannot be started)" if i.unstartable else ""
-        return f"{i.count} {i.role} on {i.gpu}{shape}{mark}" + f" for {i.model}" * several
-
-    return ", ".join(one(i) for i in instances) or "nothing"
-
-
-def gpus(instances: Iterable[Instances]) -> int:
-    """GPUs of all instances."""
-    return sum(i.count * i.gpus for i in instances)
 
 
 def vendors(problem: Problem, instances: Iterable[Instances]) -> set[str]:

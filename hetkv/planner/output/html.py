@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from hetkv.planner import replay as trace
 from hetkv.planner.frontier import Frontier, Point
+from hetkv.planner.output import replay_plot
 from hetkv.planner.output import terminal as show
-from hetkv.planner.output.explain import gpus, others, own_option, phase_values, reasons, split, worth
+from hetkv.planner.output.explain import others, own_option, phase_values, reasons, worth
 from hetkv.planner.output.kubernetes import kubernetes_yaml
 from hetkv.planner.output.launch import sglang_lines, vllm_lines
 from hetkv.planner.output.plot import draw, svg
 from hetkv.planner.problem import Problem, dump_problem
-from hetkv.planner.replay import Replan, Window
-from hetkv.planner.result import ClassLatency, Plan
+from hetkv.planner.replay import Period, Replan
+from hetkv.planner.result import ClassLatency, Plan, gpus, split
 from hetkv.simulator.deployment import dump_plan
 from hetkv.simulator.output.html import STYLE, milliseconds
 
@@ -51,11 +51,11 @@ def html(
     parts.append(f'<ul class="why">{"".join(f"<li>{escape(r)}</li>" for r in reasons(problem, plan))}</ul>')
     parts += ["<h2>Deployment</h2>", _deployment(plan), "<h2>Targets</h2>", _targets(plan)]
     parts += ["<h2>What each GPU is worth</h2>", _values(problem, plan)]
-    parts += ["<h2>Beside it</h2>", _others(plan)]
+    parts += ["<h2>Alternatives</h2>", _others(plan)]
     if found is not None:
         parts += ["<h2>Other rates, other targets</h2>", svg(draw(found)), _frontier(found)]
     if replanned is not None:
-        parts += ["<h2>Through the trace</h2>", svg(trace.draw(replanned)), _windows(replanned)]
+        parts += ["<h2>Through the trace</h2>", svg(replay_plot.draw(replanned)), _periods(replanned)]
     parts += ["<h2>To start it</h2>", *_launch(plan, gpus_per_node)]
     parts += ["<h2>Asked</h2>", f"<pre>{escape(dump_problem(problem))}</pre>"]
     parts.append(
@@ -202,7 +202,7 @@ def _frontier(found: Frontier) -> str:
     return f"<details><summary>All {len(rows)} plans</summary>{table}{said}</details>"
 
 
-def _cut(points: Iterable[Point | Window]) -> str:
+def _cut(points: Iterable[Point | Period]) -> str:
     texts = dict.fromkeys(p.cut for p in points if p.cut)
     return "".join(f'<p class="small">{escape(f"{show.CUT} ({text})")}</p>' for text in texts)
 
@@ -211,9 +211,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def _windows(found: Replan) -> str:
+def _periods(found: Replan) -> str:
     rows = []
-    for w in found.windows:
+    for w in found.periods:
         ratio = "" if w.ratio is None else f"{w.prefill_gpus}:{w.decode_gpus}"
         rows.append(
             f'<tr><td class="s">{w.start_s / 60:.0f} to {w.end_s / 60:.0f} min</td><td class="n">{w.rate:.3g}</td>'
@@ -221,17 +221,17 @@ def _windows(found: Replan) -> str:
             f"<td>{escape(w.split or w.why)}</td><td class=n>{_number(w.cost_per_hour)}{show.mark(w)}</td>"
             f'<td class="{"bad" if w.replay_meets is False else ""}">{show.replayed(w)}</td></tr>'
         )
-    head = [("window", ""), ("requests/s", "n"), ("prompt", "n"), ("output", "n"), ("P:D GPUs", "n"), ("plan", "")]
-    text = "The last column replays the window's own requests, bursts and prefixes included. Where a plan for Poisson "
+    head = [("period", ""), ("requests/s", "n"), ("prompt", "n"), ("output", "n"), ("P:D GPUs", "n"), ("plan", "")]
+    text = "The last column replays the period's own requests, bursts and prefixes included. Where a plan for Poisson "
     text += "arrivals at their mean rate misses a target, the plan shown is the cheapest one found that holds."
     if found.cost is not None and found.peak_cost is not None:
         text += (
-            f" {found.cost:,.2f} USD with a plan for each window, {found.peak_cost:,.2f} USD with the dearest one held."
+            f" {found.cost:,.2f} USD with a plan for each period, {found.peak_cost:,.2f} USD with the dearest one held."
         )
     return (
         _rows([*head, ("USD/hour", "n"), ("own requests", "")], rows)
         + f'<p class="small">{text}</p>'
-        + _cut(found.windows)
+        + _cut(found.periods)
     )
 
 

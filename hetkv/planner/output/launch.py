@@ -183,7 +183,7 @@ def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> st
     for server in found:
         command = ["vllm", "serve", '"$MODEL"', *_quoted(server.arguments), "--host 0.0.0.0", f"--port {server.port}"]
         if server.nodes > 1:
-            # `--node-rank` 0 serves; the others take part in it and have `--headless` besides.
+            # `--node-rank` 0 serves; the others take part in it and also have `--headless`.
             command += [f"--nnodes {server.nodes}", '--node-rank "$RANK"', '--master-addr "$HEAD"']
         parts.append(_command(server, command, "add --headless where RANK is not 0"))
     if plan.disaggregated:

@@ -11,18 +11,16 @@ from hetkv.planner.frontier import Frontier, Point
 from hetkv.planner.output.explain import (
     aggregated,
     figure,
-    gpus,
     others,
     own_option,
     phase_values,
     reasons,
-    split,
     worse_by,
     worth,
 )
 from hetkv.planner.problem import Problem
-from hetkv.planner.replay import Replan, Window
-from hetkv.planner.result import ClassLatency, Option, Plan
+from hetkv.planner.replay import Period, Replan
+from hetkv.planner.result import ClassLatency, Option, Plan, gpus, split
 from hetkv.simulator.output.html import milliseconds
 
 
@@ -125,7 +123,7 @@ def _values(console: Console, problem: Problem, plan: Plan) -> None:
 
 
 def _others(console: Console, plan: Plan) -> None:
-    table = _table("Beside it", "plan", "", "instances", figure_head(plan), "against this", left=3)
+    table = _table("Alternatives", "plan", "", "instances", figure_head(plan), "against this", left=3)
     for option in [own_option(plan), *others(plan)]:
         table.add_row(
             option.name, verdict(option), option_split(option), option_figure(plan, option), against(plan, option)
@@ -190,18 +188,18 @@ def _cost(point: Point | None) -> str:
 CUT = "* a limit ended the search early: a better plan may exist"
 
 
-def mark(row: Point | Window) -> str:
+def mark(row: Point | Period) -> str:
     """What stands behind the figure of a plan that was cut short; `CUT` says what it means."""
     return " *" if row.cut else ""
 
 
-def _say_cut(console: Console, rows: Sequence[Point | Window]) -> None:
+def _say_cut(console: Console, rows: Sequence[Point | Period]) -> None:
     for text in dict.fromkeys(row.cut for row in rows if row.cut):
         console.print(f"{CUT} ({text})", highlight=False, soft_wrap=True)
 
 
 def show_replan(console: Console, found: Replan) -> None:
-    """Print a trace's windows."""
+    """Print a trace's periods."""
     table = _table(
         f"Over {found.trace}",
         "minutes",
@@ -213,7 +211,7 @@ def show_replan(console: Console, found: Replan) -> None:
         "USD/hour",
         "own requests",
     )
-    for w in found.windows:
+    for w in found.periods:
         ratio = "" if w.why else "none" if w.ratio is None else f"{w.prefill_gpus}:{w.decode_gpus}"
         cost = ("" if w.cost_per_hour is None else f"{w.cost_per_hour:,.2f}") + mark(w)
         table.add_row(
@@ -227,19 +225,19 @@ def show_replan(console: Console, found: Replan) -> None:
             replayed(w) or w.why,
         )
     console.print(table)
-    _say_cut(console, found.windows)
+    _say_cut(console, found.periods)
     if found.cost is not None and found.peak_cost is not None:
         console.print(
-            f"{found.cost:,.2f} USD replanned for each window, {found.peak_cost:,.2f} USD with the dearest plan held",
+            f"{found.cost:,.2f} USD replanned for each period, {found.peak_cost:,.2f} USD with the dearest plan held",
             highlight=False,
         )
     console.print()
 
 
-def replayed(window: Window) -> str:
-    """What the replay of a window's own requests said, and what their bursts cost."""
-    text = {None: "", True: "meet", False: "miss"}[window.replay_meets]
-    poisson = window.poisson_cost_per_hour
-    if poisson is not None and window.cost_per_hour is not None and window.cost_per_hour > poisson:
+def replayed(period: Period) -> str:
+    """What the replay of a period's own requests said, and what their bursts cost."""
+    text = {None: "", True: "meet", False: "miss"}[period.replay_meets]
+    poisson = period.poisson_cost_per_hour
+    if poisson is not None and period.cost_per_hour is not None and period.cost_per_hour > poisson:
         text += f", with {poisson:,.2f} they miss"
     return text
