@@ -18,11 +18,12 @@ class ControlTimeoutError(ControlError, TimeoutError):
 
 
 class PeerLostError(ControlError, ConnectionError):
-    """The connection to the peer ended, or could not be made. `orderly` is true where the peer said goodbye first."""
+    """The connection to the peer ended, or could not be made. `orderly` is true where the peer said goodbye first;
+    `errno` is the system's, where it gave one."""
 
-    def __init__(self, text: str, *, orderly: bool = False) -> None:
+    def __init__(self, text: str, *, orderly: bool = False, errno: int | None = None) -> None:
         super().__init__(text)
-        self.orderly = orderly
+        self.orderly, self.errno = orderly, errno
 
 
 class MessageError(ControlError):

@@ -364,7 +364,12 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
 void Engine::activate_link(std::uint32_t id) {
   post([this, id] {
     const auto at = link(id);
-    if (at == nullptr || at->state != LinkState::kOpening) return;
+    if (at == nullptr || at->state == LinkState::kDraining) {  // whoever did not know the link yet when it was lost
+      events_.push({EventKind::kLinkLost, 0, id, -1, Status::error(Code::kPeerLost, "the link was lost at once")});
+      if (at == nullptr) events_.push({EventKind::kLinkDrained, 0, id, -1, {}});
+      return;
+    }
+    if (at->state != LinkState::kOpening) return;
     at->state = LinkState::kUp;
     at->heard_ns = now_ns();
     on_link_up(*at);

@@ -77,7 +77,8 @@ class Engine : private transport::Sink {
   // Blocks until the endpoint exists. From then on messages of the link are taken. kInvalid where a plan cannot be
   // served.
   Status add_link(LinkConfig config, std::uint32_t* id);
-  // The peer has added its side of the link: messages may be sent.
+  // The peer has added its side of the link: messages may be sent. Where the link was lost before, kLinkLost and
+  // kLinkDrained are told again, as whoever added it may not have known it the first time.
   void activate_link(std::uint32_t id);
   // The link is over (`status` says why): the peer is told where it can be; kLinkLost and, once nothing is in flight,
   // kLinkDrained follow. Idempotent.

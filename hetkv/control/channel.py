@@ -1,4 +1,6 @@
-"""Bytes over one TCP or TLS socket with deadlines (`Channel`), and authenticated records on top of it (`Records`)."""
+"""Bytes over one TCP or TLS socket with deadlines (`Channel`), and authenticated records on top of it (`Records`).
+
+What reads or writes is `Steps` of `hetkv/control/reactor.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from hetkv.errors import AuthenticationError, ControlError, ControlTimeoutError, MessageError, PeerLostError
+from hetkv.control.reactor import Steps, Wait
+from hetkv.errors import AuthenticationError, ControlError, MessageError, PeerLostError
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest payload of one control record. A description of 128 unlike layers with 128 scales each takes 0.4 MiB."""
 
 _HEADER = struct.Struct("<IIQ")
 MAC_BYTES = 32
+_PROBES = 3
 _T = TypeVar("_T")
 
 
@@ -40,9 +44,22 @@ class Channel:
         self._lock = threading.Lock()
         self._life = threading.Lock()
 
+    def end_when_silent(self, seconds: float) -> None:
+        """The kernel ends the connection where the peer's host has not answered for about so long: it lost its power,
+        or the network its way."""
+        step = max(1, round(seconds / (_PROBES + 1)))
+        with self._life, contextlib.suppress(OSError):  # the peer may have ended it already
+            for option, value in (
+                (socket.TCP_KEEPIDLE, step),
+                (socket.TCP_KEEPINTVL, step),
+                (socket.TCP_KEEPCNT, _PROBES),
+                (socket.TCP_USER_TIMEOUT, round(seconds * 1000)),
+            ):
+                socket.socket.setsockopt(self._sock, socket.IPPROTO_TCP, option, value)
+
     def start_tls(
         self, context: ssl.SSLContext, server_side: bool, hostname: str | None, deadline: float | None
-    ) -> None:
+    ) -> Steps[None]:
         """TLS handshake. Raises `AuthenticationError` where the certificates or versions do not fit."""
         try:
             with self._life:
@@ -52,13 +69,13 @@ class Channel:
                 self._sock = sock
         except OSError as error:
             raise PeerLostError(f"{self.peer}: {error.strerror or error}") from None
-        self._until(sock.do_handshake, select.POLLIN, deadline, "TLS handshake")
+        yield from self._until(sock.do_handshake, select.POLLIN, deadline, "TLS handshake")
 
-    def read(self, size: int, deadline: float | None, what: str) -> bytes:
+    def read(self, size: int, deadline: float | None, what: str) -> Steps[bytes]:
         """Exactly `size` bytes; `PeerLostError` at the end, `ControlTimeoutError` when late. `what` is for the text."""
         data = bytearray()
         while len(data) < size:
-            part = self._until(partial(self._sock.recv, size - len(data)), select.POLLIN, deadline, what)
+            part = yield from self._until(partial(self._sock.recv, size - len(data)), select.POLLIN, deadline, what)
             if not part:
                 raise PeerLostError(
                     f"{self.peer}: connection closed" + (f" inside its {what}" if data else f" before its {what}")
@@ -66,19 +83,20 @@ class Channel:
             data += part
         return bytes(data)
 
-    def write(self, data: bytes, deadline: float | None) -> None:
+    def write(self, data: bytes, deadline: float | None) -> Steps[None]:
         """All of `data`, or `PeerLostError`, or `ControlTimeoutError` where the peer does not take it in time."""
         view = memoryview(data)
         while view:
-            view = view[self._until(partial(self._sock.send, view), select.POLLOUT, deadline, "reading") :]
+            sent = yield from self._until(partial(self._sock.send, view), select.POLLOUT, deadline, "reading")
+            view = view[sent:]
 
-    def linger(self, seconds: float) -> None:
+    def linger(self, seconds: float) -> Steps[None]:
         """End writing; discard what comes until the peer ends too, as unread bytes would reset the last message."""
         deadline = time.monotonic() + seconds
         try:
             # The TCP half alone: a TLS close_notify is a courtesy, and unwrap() would wait for the peer's.
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
-            while self._until(lambda: self._sock.recv(4096), select.POLLIN, deadline, "end"):
+            while (yield from self._until(lambda: self._sock.recv(4096), select.POLLIN, deadline, "end")):
                 pass
         except (OSError, ControlError):
             pass  # the peer has gone, or takes too long
@@ -93,8 +111,8 @@ class Channel:
         with self._life:
             self._sock.close()
 
-    def _until(self, operation: Callable[[], _T], event: int, deadline: float | None, what: str) -> _T:
-        """Retry a non-blocking operation, asleep in between, until it succeeds or the deadline passes."""
+    def _until(self, operation: Callable[[], _T], event: int, deadline: float | None, what: str) -> Steps[_T]:
+        """Try a non-blocking operation, waiting in between, until it succeeds or the deadline passes."""
         while True:
             try:
                 with self._lock:
@@ -110,18 +128,11 @@ class Channel:
             except ssl.SSLError as error:
                 raise AuthenticationError(f"{self.peer}: TLS failed: {error}") from None
             except OSError as error:
-                raise PeerLostError(f"{self.peer}: {error.strerror or error}") from None
-            self._wait(wait, deadline, what)
-
-    def _wait(self, event: int, deadline: float | None, what: str) -> None:
-        remaining = None if deadline is None else deadline - time.monotonic()
-        descriptor = self._sock.fileno()
-        if descriptor < 0:
-            raise PeerLostError(f"{self.peer}: this side closed the connection")
-        poll = select.poll()
-        poll.register(descriptor, event)
-        if (remaining is not None and remaining <= 0) or not poll.poll(None if remaining is None else remaining * 1000):
-            raise ControlTimeoutError(f"{self.peer}: timed out waiting for its {what}")
+                raise PeerLostError(f"{self.peer}: {error.strerror or error}", errno=error.errno) from None
+            descriptor = self._sock.fileno()
+            if descriptor < 0:
+                raise PeerLostError(f"{self.peer}: this side closed the connection")
+            yield Wait(descriptor, wait, deadline, f"{self.peer}: timed out waiting for its {what}")
 
 
 class Records:
@@ -135,22 +146,22 @@ class Records:
         self._send_key, self._receive_key = send_key, receive_key
         self._sent = self._received = 0
 
-    def write(self, payload: bytes, deadline: float | None) -> None:
+    def write(self, payload: bytes, deadline: float | None) -> Steps[None]:
         """One record. Raises `MessageError` where the payload is larger than `MAX_MESSAGE_BYTES`."""
         if len(payload) > MAX_MESSAGE_BYTES:
             raise MessageError(f"a control message of {len(payload)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
         body = _HEADER.pack(len(payload), 0, self._sent) + payload
         self._sent += 1
-        self._channel.write(body + hmac.digest(self._send_key, body, "sha256"), deadline)
+        yield from self._channel.write(body + hmac.digest(self._send_key, body, "sha256"), deadline)
 
-    def read(self, deadline: float | None, what: str = "next message") -> bytes:
+    def read(self, deadline: float | None, what: str = "next message") -> Steps[bytes]:
         """Payload of the next record, once its length, sequence number and MAC are right."""
         peer = self._channel.peer
-        header = self._channel.read(_HEADER.size, deadline, what)
+        header = yield from self._channel.read(_HEADER.size, deadline, what)
         length, reserved, sequence = _HEADER.unpack(header)
         if length > MAX_MESSAGE_BYTES:
             raise MessageError(f"{peer}: control message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-        rest = self._channel.read(length + MAC_BYTES, deadline, what)
+        rest = yield from self._channel.read(length + MAC_BYTES, deadline, what)
         payload, mac = rest[:length], rest[length:]
         if not hmac.compare_digest(mac, hmac.digest(self._receive_key, header + payload, "sha256")):
             raise AuthenticationError(f"{peer}: control message {self._received} has a wrong MAC")

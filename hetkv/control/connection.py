@@ -6,7 +6,7 @@ It carries the handshake and both descriptions, then stays open so that its end 
 
 from __future__ import annotations
 
-import logging
+import random
 import socket
 import ssl
 import threading
@@ -19,7 +19,8 @@ from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
 from hetkv.control.compat import check_minor
 from hetkv.control.description import Accept, Bye, Description, Message, Ready, Rejection, decode, encode, for_minor
-from hetkv.control.handshake import Keys, Role, authenticate, check_secret, other_role
+from hetkv.control.handshake import Dropped, Keys, Role, authenticate, check_secret, other_role
+from hetkv.control.reactor import Steps, call, run, shared
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
@@ -30,11 +31,13 @@ from hetkv.errors import (
 )
 
 DEFAULT_TIMEOUT_S = 10.0
+SILENCE_S = 10.0
 MAX_UNREAD_MESSAGES = 256
 LINGER_S = 1.0
+RETRY_S, MAX_RETRY_S = 0.05, 1.0
 
 Describe = Callable[[], Description]
-_log = logging.getLogger(__name__)
+Admit = Callable[[Description], None]
 _M = TypeVar("_M")
 
 
@@ -70,7 +73,7 @@ class DataKeys(NamedTuple):
 
 
 class ControlConnection:
-    """An authenticated connection to one peer whose description fits. Owns its socket and one reading thread.
+    """An authenticated connection to one peer whose description fits. Owns its socket; the process's `Reactor` reads.
 
     Any thread may call any method. Call `close` when done, also after a loss.
     """
@@ -94,8 +97,7 @@ class ControlConnection:
         self._lost: ControlError | None = None
         self._failed_send: ControlError | None = None
         self._closed = False
-        self._reader = threading.Thread(target=self._read, name=f"hetkv-control-{channel.peer}", daemon=True)
-        self._reader.start()
+        self._reader = shared().start(self._read(), self._end)
 
     @property
     def lost(self) -> ControlError | None:
@@ -125,9 +127,9 @@ class ControlConnection:
     def on_lost(self, callback: Callable[[ControlError], None]) -> None:
         """Call `callback` exactly once when the connection ends, with the reason; at once where it has ended already.
 
-        It is called in the reading thread (or here) and may call `close`. A `close` of this side is no loss. The
-        reason is a `PeerLostError` (`orderly` where the peer closed), a `MessageError`, an `AuthenticationError`, or
-        the `ControlTimeoutError` of a `send` that stalled.
+        It is called in the reactor's thread (or here), must not wait, and may call `close`. A `close` of this side is
+        no loss. The reason is a `PeerLostError` (`orderly` where the peer closed), a `MessageError`, an
+        `AuthenticationError`, or the `ControlTimeoutError` of a `send` that stalled.
         """
         with self._state:
             if self._lost is None or self._closed:
@@ -137,7 +139,7 @@ class ControlConnection:
         callback(lost)
 
     def close(self, reason: str = "") -> None:
-        """Say goodbye, end the thread, free the descriptor. May be called again, and from an `on_lost` callback."""
+        """Say goodbye, stop reading, free the descriptor. May be called again, and from an `on_lost` callback."""
         with self._state:
             if self._closed:
                 return
@@ -145,16 +147,16 @@ class ControlConnection:
             standing = self._lost is None
             self._callbacks.clear()
             self._state.notify_all()
-        if standing and self._sending.acquire(timeout=LINGER_S):
+        linger = 0.0 if shared().in_thread() else LINGER_S
+        if standing and self._sending.acquire(timeout=linger):
             try:
-                self._write(Bye(reason[:512]), time.monotonic() + LINGER_S)
+                self._write(Bye(reason[:512]), time.monotonic() + linger)
             except ControlError:
                 pass  # the peer is gone: nothing left to tell it
             finally:
                 self._sending.release()
         self._channel.wake()
-        if threading.current_thread() is not self._reader:
-            self._reader.join()
+        shared().stop(self._reader)
         with self._sending:
             self._channel.close()
 
@@ -173,19 +175,21 @@ class ControlConnection:
     def _write(self, message: Message, deadline: float) -> None:
         """Under `_sending`. A record that was cut short makes the stream useless, so a failure ends the connection."""
         try:
-            self._records.write(encode(message), deadline)
+            run(self._records.write(encode(message), deadline))
         except (PeerLostError, ControlTimeoutError) as error:
             self._failed_send = self._failed_send or error
             self._channel.wake()
             raise
 
-    def _read(self) -> None:
-        """Body of the reading thread."""
-        try:
-            while True:
-                self._take(decode(self._records.read(None), self.peer_address))
-        except ControlError as error:
-            lost = error
+    def _read(self) -> Steps[None]:
+        """What the reactor runs."""
+        while True:
+            payload = yield from self._records.read(None)
+            self._take(decode(payload, self.peer_address))
+
+    def _end(self, _: object, error: BaseException | None) -> None:
+        """Reading has ended, and with it the connection."""
+        lost = error if isinstance(error, ControlError) else MessageError(f"{self.peer_address}: {error!r}")
         self._channel.wake()
         with self._state:
             if self._closed:
@@ -194,10 +198,7 @@ class ControlConnection:
             callbacks, self._callbacks = self._callbacks, []
             self._state.notify_all()
         for callback in callbacks:
-            try:
-                callback(lost)
-            except Exception:
-                _log.exception("%s: on_lost callback failed", self.peer_address)
+            call(callback, lost)
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Bye):
@@ -223,26 +224,52 @@ def connect(
     timeout: float = DEFAULT_TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
     tls_hostname: str | None = None,
+    silence: float = SILENCE_S,
+    admit: Admit | None = None,
 ) -> ControlConnection:
     """Connect to a `Listener` and run the handshake, at most `timeout` seconds for each step of it.
 
-    `describe` makes this side's description, after the peer is authenticated. With `tls` the certificate is checked as
-    the context says, against `tls_hostname` (default: the address's host). Raises `InputError`, `PeerLostError` (nobody
-    listens, or the peer ended), `ControlTimeoutError`, `AuthenticationError`, `MessageError`, `HandshakeError` with its
-    subclasses `VersionError` and `IncompatibleError`.
+    A listener that has too many handshakes ends some: this tries again, with growing random pauses, for `timeout`
+    seconds. `describe` makes this side's description, after the peer is authenticated. With `tls` the certificate is
+    checked as the context says, against `tls_hostname` (default: the address's host). `silence` and `admit` are as for
+    `Listener`.
+
+    Raises `InputError`, `PeerLostError` (nobody listens, or the peer ended), `ControlTimeoutError`,
+    `AuthenticationError`, `MessageError`, `HandshakeError` with its subclasses `VersionError` and `IncompatibleError`.
     """
     check_secret(secret)
     target = Address.parse(address)
     if not target.host or not target.port:
         raise InputError(f"address {address!r}: to connect, name a host and a port")
+    deadline, pause = time.monotonic() + timeout, RETRY_S
+    while True:
+        channel = _reach(target, timeout)
+        steps = establish(
+            channel, role, secret, describe, True, timeout, tls, tls_hostname or target.host, silence, admit
+        )
+        try:
+            return run(steps)
+        except Dropped:
+            wait = random.uniform(pause / 2, pause)
+            if time.monotonic() + wait > deadline:
+                raise
+            time.sleep(wait)
+            pause = min(2 * pause, MAX_RETRY_S)
+
+
+def _reach(target: Address, timeout: float) -> Channel:
+    """A TCP connection."""
     try:
         sock = socket.create_connection(target, timeout)
     except TimeoutError:
         raise ControlTimeoutError(f"{target}: no connection within {timeout:g} s") from None
     except (OSError, UnicodeError) as error:
         raise PeerLostError(f"{target}: cannot connect: {getattr(error, 'strerror', None) or error}") from None
-    channel = _owned(sock, str(target))
-    return establish(channel, role, secret, describe, True, timeout, tls, tls_hostname or target.host)
+    try:
+        return Channel(sock, str(target))
+    except OSError as error:  # the peer may have reset it already
+        sock.close()
+        raise PeerLostError(f"{target}: {error.strerror or error}") from None
 
 
 def establish(
@@ -254,22 +281,29 @@ def establish(
     timeout: float = DEFAULT_TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
     tls_hostname: str | None = None,
-) -> ControlConnection:
+    silence: float = SILENCE_S,
+    admit: Admit | None = None,
+    on_authenticated: Callable[[], None] | None = None,
+) -> Steps[ControlConnection]:
     """The whole handshake over a connected channel, which the connection then owns; it is closed on failure."""
     try:
         try:
             if tls is not None:
-                channel.start_tls(tls, not connecting, tls_hostname if connecting else None, time.monotonic() + timeout)
-            keys = authenticate(channel, secret, role, connecting, timeout)
+                hostname = tls_hostname if connecting else None
+                yield from channel.start_tls(tls, not connecting, hostname, time.monotonic() + timeout)
+            keys = yield from authenticate(channel, secret, role, connecting, timeout)
+            if on_authenticated is not None:
+                on_authenticated()
+            channel.end_when_silent(silence)
             records = Records(channel, keys.control_send, keys.control_receive)
             mine = describe()
             if mine.role != role:
                 raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
-            agreement = _agree(records, channel.peer, mine, connecting, timeout, keys.minor)
+            agreement = yield from _agree(records, channel.peer, mine, connecting, timeout, keys.minor, admit)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:
-            channel.linger(min(LINGER_S, timeout))
+            yield from channel.linger(min(LINGER_S, timeout))
             raise
         return ControlConnection(channel, records, keys, agreement, timeout)
     except BaseException:
@@ -277,53 +311,54 @@ def establish(
         raise
 
 
-def _agree(records: Records, peer: str, mine: Description, connecting: bool, timeout: float, minor: int) -> Agreement:
+def _agree(
+    records: Records,
+    peer: str,
+    mine: Description,
+    connecting: bool,
+    timeout: float,
+    minor: int,
+    admit: Admit | None,
+) -> Steps[Agreement]:
     """Exchange descriptions and verdicts. The connecting side describes first, so that no two large writes meet."""
 
-    def write(message: Message) -> None:
-        records.write(encode(message), time.monotonic() + timeout)
+    def write(message: Message) -> Steps[None]:
+        yield from records.write(encode(message), time.monotonic() + timeout)
 
-    def read(kind: type[_M], what: str) -> _M:
-        message = decode(records.read(time.monotonic() + timeout, what), peer)
+    def read(kind: type[_M], what: str) -> Steps[_M]:
+        message = decode((yield from records.read(time.monotonic() + timeout, what)), peer)
         if isinstance(message, Rejection):
             raise IncompatibleError(message.field, message.theirs, message.mine, message.why)
         if not isinstance(message, kind):
             raise MessageError(f"{peer}: message {type(message).__name__} instead of its {what}")
         return message
 
-    def describe() -> None:
+    def describe() -> Steps[None]:
         try:
             check_minor(mine, minor)
         except IncompatibleError as error:
-            write(Rejection(error.field, error.mine, error.theirs, error.why))
+            yield from write(Rejection(error.field, error.mine, error.theirs, error.why))
             raise
-        write(for_minor(mine, minor))
+        yield from write(for_minor(mine, minor))
 
     if connecting:
-        describe()
+        yield from describe()
     try:
-        theirs = read(Description, "description")
+        theirs = yield from read(Description, "description")
         if theirs.role != other_role(mine.role):
             raise MessageError(f"{peer}: authenticated as {other_role(mine.role)}, describes itself as {theirs.role}")
     except MessageError as error:
-        write(Rejection("description", "a well-formed description expected", "a malformed one", str(error)))
+        yield from write(Rejection("description", "a well-formed description expected", "a malformed one", str(error)))
         raise
     if not connecting:
-        describe()
+        yield from describe()
     try:
         agreement = Agreement.of(mine, theirs, minor)
+        if admit is not None:
+            admit(theirs)
     except IncompatibleError as error:
-        write(Rejection(error.field, error.mine, error.theirs, error.why))
+        yield from write(Rejection(error.field, error.mine, error.theirs, error.why))
         raise
-    write(Accept())
-    read(Accept, "verdict")
+    yield from write(Accept())
+    yield from read(Accept, "verdict")
     return agreement
-
-
-def _owned(sock: socket.socket, peer: str) -> Channel:
-    """A channel over the socket, which is closed where that fails: the peer may have reset it already."""
-    try:
-        return Channel(sock, peer)
-    except OSError as error:
-        sock.close()
-        raise PeerLostError(f"{peer}: {error.strerror or error}") from None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -14,7 +15,8 @@ from typing import Literal, NamedTuple
 
 from hetkv._version import __version__
 from hetkv.control.channel import Channel
-from hetkv.errors import AuthenticationError, HandshakeError, InputError, VersionError
+from hetkv.control.reactor import Steps
+from hetkv.errors import AuthenticationError, HandshakeError, InputError, PeerLostError, VersionError
 
 Role = Literal["sender", "receiver"]
 
@@ -31,6 +33,10 @@ _PROOF = struct.Struct("<B3x32s")
 _PROVE, _ALERT = 1, 2
 _ROLES: dict[Role, int] = {"sender": 1, "receiver": 2}
 WRONG_SECRET = "authentication failed: the two sides do not have the same secret"
+
+
+class Dropped(PeerLostError):
+    """The listener ended the handshake before anything was proved: it has too many at once."""
 
 
 class Hello(NamedTuple):
@@ -116,32 +122,40 @@ def check_secret(secret: bytes) -> None:
         raise InputError(f"the shared secret must be bytes, {MIN_SECRET_BYTES} or more")
 
 
-def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float) -> Keys:
+def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float) -> Steps[Keys]:
     """Run the handshake up to the keys. Each step may take `timeout` seconds, however slowly the bytes trickle.
 
     The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from.
-    Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`.
+    Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`; on the
+    connecting side `Dropped` where trying again may help.
     """
     mine = Hello(MAJOR, MINOR, role, os.urandom(NONCE_BYTES), __version__)
     sent = mine.encode()
-    channel.write(sent, time.monotonic() + timeout)
-    theirs, received = read_hello(channel, time.monotonic() + timeout)
-    if hmac.compare_digest(theirs.nonce, mine.nonce):
-        raise AuthenticationError(f"{channel.peer}: handshake was reflected: the peer sent this side's own nonce")
-    if theirs.role == role:
-        raise HandshakeError(f"{channel.peer}: both sides are {role}s")
-    schedule = Schedule(secret, *((sent, received) if role == "sender" else (received, sent)))
-    if connecting:
-        _prove(channel, schedule.proof(role), timeout)
-    _verify(channel, schedule.proof(other_role(role)), timeout)
-    if not connecting:
-        _prove(channel, schedule.proof(role), timeout)
+    greeted = False
+    try:
+        yield from channel.write(sent, time.monotonic() + timeout)
+        theirs, received = yield from read_hello(channel, time.monotonic() + timeout)
+        greeted = True
+        if hmac.compare_digest(theirs.nonce, mine.nonce):
+            raise AuthenticationError(f"{channel.peer}: handshake was reflected: the peer sent this side's own nonce")
+        if theirs.role == role:
+            raise HandshakeError(f"{channel.peer}: both sides are {role}s")
+        schedule = Schedule(secret, *((sent, received) if role == "sender" else (received, sent)))
+        if connecting:
+            yield from _prove(channel, schedule.proof(role), timeout)
+        yield from _verify(channel, schedule.proof(other_role(role)), timeout)
+        if not connecting:
+            yield from _prove(channel, schedule.proof(role), timeout)
+    except PeerLostError as error:
+        if connecting and (greeted or error.errno == errno.ECONNRESET):
+            raise Dropped(str(error), errno=error.errno) from None
+        raise
     return schedule.keys(role, min(mine.minor, theirs.minor))
 
 
-def read_hello(channel: Channel, deadline: float) -> tuple[Hello, bytes]:
+def read_hello(channel: Channel, deadline: float) -> Steps[tuple[Hello, bytes]]:
     """The peer's hello, checked, and its bytes."""
-    start = channel.read(_FIXED.size, deadline, "hello")
+    start = yield from channel.read(_FIXED.size, deadline, "hello")
     magic, major, minor, length = _FIXED.unpack(start)
     if magic != MAGIC:
         raise HandshakeError(f"{channel.peer}: not a hetkv control channel: the peer began with {magic!r}")
@@ -151,7 +165,7 @@ def read_hello(channel: Channel, deadline: float) -> tuple[Hello, bytes]:
         )
     if length != _HELLO.size:
         raise HandshakeError(f"{channel.peer}: hello of {length} bytes, expected {_HELLO.size}")
-    data = start + channel.read(length - len(start), deadline, "hello")
+    data = start + (yield from channel.read(length - len(start), deadline, "hello"))
     code, nonce, version = _HELLO.unpack(data)[4:]
     role = next((name for name, number in _ROLES.items() if number == code), None)
     if role is None:
@@ -163,15 +177,15 @@ def read_hello(channel: Channel, deadline: float) -> tuple[Hello, bytes]:
     return hello, data
 
 
-def _prove(channel: Channel, proof: bytes, timeout: float) -> None:
-    channel.write(_PROOF.pack(_PROVE, proof), time.monotonic() + timeout)
+def _prove(channel: Channel, proof: bytes, timeout: float) -> Steps[None]:
+    yield from channel.write(_PROOF.pack(_PROVE, proof), time.monotonic() + timeout)
 
 
-def _verify(channel: Channel, expected: bytes, timeout: float) -> None:
+def _verify(channel: Channel, expected: bytes, timeout: float) -> Steps[None]:
     """Read the peer's proof; on a wrong one say so, so that both sides report the same."""
-    kind, proof = _PROOF.unpack(channel.read(_PROOF.size, time.monotonic() + timeout, "proof"))
+    kind, proof = _PROOF.unpack((yield from channel.read(_PROOF.size, time.monotonic() + timeout, "proof")))
     if kind == _PROVE and hmac.compare_digest(proof, expected):
         return
     if kind == _PROVE:
-        channel.write(_PROOF.pack(_ALERT, bytes(32)), time.monotonic() + timeout)
+        yield from channel.write(_PROOF.pack(_ALERT, bytes(32)), time.monotonic() + timeout)
     raise AuthenticationError(f"{channel.peer}: {WRONG_SECRET}")

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import logging
-import os
+import resource
 import select
 import socket
 import ssl
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 from hetkv.control.channel import Channel
-from hetkv.control.connection import DEFAULT_TIMEOUT_S, Address, ControlConnection, Describe, establish
+from hetkv.control.connection import (
+    DEFAULT_TIMEOUT_S,
+    SILENCE_S,
+    Address,
+    Admit,
+    ControlConnection,
+    Describe,
+    establish,
+)
 from hetkv.control.handshake import Role, check_secret
+from hetkv.control.reactor import Steps, Task, Wait, call, shared
 from hetkv.errors import ControlError, HetkvError, InputError, PeerLostError
 
-MAX_HANDSHAKES = 64
-_BACK_OFF_MS = 200
+MAX_HANDSHAKES = 512
+MAX_HANDOVERS = 16
+BACKLOG = 4096
+BURST, REST_S = 64, 0.03
+"""So many clients are accepted between rests: strangers in a flood take turns with the process's own work."""
+_BACK_OFF_S = 0.2
+_QUIET_S = 60.0
+_MAX_NOTED = 1024
 _log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Listens from construction until `close`. Each handshake runs in a thread of its own and harms no other.
+    """Listens from construction until `close`. Handshakes run in the process's `Reactor`; none holds up another.
 
-    `on_connection` gets every connection that passed, in its handshake's thread, and owns it: `close` of the listener
-    leaves it open. `on_rejected` gets (peer address, error) of every one that did not; by default the error is logged.
-    `describe` is called for each peer after it is authenticated. At most `max_handshakes` run at once: a further client
-    ends the oldest one, so that silent clients cannot keep a peer out.
+    `on_connection` gets every connection that passed, in one of at most 16 short-lived threads, and owns it: `close` of
+    the listener leaves it open. `on_rejected` gets (peer address, error) of every one that did not, in the reactor's
+    thread, and must not wait; by default the first of a kind from a host within a minute is logged. `describe` is
+    called for each peer after it is authenticated, and `admit` with the peer's description after it is found to fit:
+    it may raise `IncompatibleError`. A peer whose host does not answer for `silence` seconds is lost.
+
+    At most `max_handshakes` clients that have proved nothing may wait at once (and no more than a quarter of the
+    descriptors that the process may have): a further one ends the oldest, so that silent clients cannot keep a peer
+    out, and a peer that was ended so tries again.
 
     Raises `InputError` where the address is malformed or cannot be listened on, or the secret is too short.
     """
@@ -43,22 +65,25 @@ class Listener:
         timeout: float = DEFAULT_TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
         max_handshakes: int = MAX_HANDSHAKES,
+        silence: float = SILENCE_S,
+        admit: Admit | None = None,
     ) -> None:
         check_secret(secret)
-        self._role, self._secret, self._describe = role, secret, describe
-        self._on_connection, self._on_rejected = on_connection, on_rejected or _log_rejection
-        self._timeout, self._tls, self._max = timeout, tls, max_handshakes
+        self._role, self._secret, self._describe, self._admit = role, secret, describe, admit
+        self._on_connection, self._on_rejected = on_connection, on_rejected or _Complaints().log
+        self._timeout, self._tls, self._silence = timeout, tls, silence
+        self._max = max(1, min(max_handshakes, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._sock = _bind(Address.parse(address))
         name = self._sock.getsockname()
         self.address = str(Address(name[0], name[1]))
         """Where it listens, with the port that the system chose for port 0."""
-        self._wake_read, self._wake_write = os.pipe()
         self._lock = threading.Lock()
-        self._handshakes: dict[Channel, None] = {}
-        self._threads: list[threading.Thread] = []  # the accepting thread's own, until it has ended
+        self._strangers: dict[Channel, None] = {}
+        self._handshakes: dict[Channel, Task] = {}
+        self._passed: deque[ControlConnection] = deque()
+        self._handovers: set[threading.Thread] = set()
         self._closing = False
-        self._acceptor = threading.Thread(target=self._accept, name=f"hetkv-listen-{self.address}", daemon=True)
-        self._acceptor.start()
+        self._acceptor = shared().start(self._accept(), lambda *_: None)
 
     def close(self) -> None:
         """Stop listening, end running handshakes, join the threads. May be called again, and from a callback."""
@@ -66,16 +91,13 @@ class Listener:
             if self._closing:
                 return
             self._closing = True
-            os.write(self._wake_write, b"x")
-            for channel in self._handshakes:
-                channel.wake()
-        self._acceptor.join()
-        for thread in self._threads:
+        shared().stop(self._acceptor)
+        self._sock.close()
+        for task in list(self._handshakes.values()):
+            shared().stop(task)
+        for thread in list(self._handovers):
             if thread is not threading.current_thread():
                 thread.join()
-        self._sock.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     def __enter__(self) -> Listener:
         return self
@@ -83,98 +105,130 @@ class Listener:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _accept(self) -> None:
-        """Body of the accepting thread."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.register(self._wake_read, select.POLLIN)
-        woken = select.poll()
-        woken.register(self._wake_read, select.POLLIN)
-        while not self._closing:
-            poll.poll()
-            if self._closing:
-                return
-            try:
-                sock, name = self._sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue
-            except OSError as error:
-                _log.error("%s: cannot accept: %s", self.address, error)
-                woken.poll(_BACK_OFF_MS)  # out of descriptors: the client stays readable, so wait instead of spinning
-                continue
-            self._start(sock, str(Address(name[0], name[1])))
+    def _accept(self) -> Steps[None]:
+        while True:
+            yield Wait(self._sock.fileno(), select.POLLIN, None)
+            rest = REST_S
+            for _ in range(BURST):
+                try:
+                    sock, name = self._sock.accept()
+                except BlockingIOError:
+                    rest = 0.0
+                    break
+                except ConnectionAbortedError:
+                    continue
+                except OSError as error:
+                    _log.error("%s: cannot accept: %s", self.address, error)
+                    rest = _BACK_OFF_S  # out of descriptors: the client stays readable, so wait instead of spinning
+                    break
+                self._start(sock, str(Address(name[0], name[1])))
+            if rest > 0:
+                yield Wait(-1, 0, time.monotonic() + rest)
 
     def _start(self, sock: socket.socket, peer: str) -> None:
         try:
             channel = Channel(sock, peer)
-            thread = threading.Thread(target=self._serve, args=(channel,), name=f"hetkv-handshake-{peer}", daemon=True)
-            with self._lock:
-                if len(self._handshakes) >= self._max:
-                    oldest = next(iter(self._handshakes))
-                    del self._handshakes[oldest]
-                    oldest.wake()
-                self._handshakes[channel] = None
-            try:
-                thread.start()
-            except RuntimeError:
-                self._forget(channel)
-                raise
-            self._threads = [thread, *(other for other in self._threads if other.is_alive())]
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             sock.close()
-            self._reject(peer, PeerLostError(f"{peer}: {error}"))
+            self._on_end(None, peer, PeerLostError(f"{peer}: {error}"))
+            return
+        if len(self._strangers) >= self._max:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.wake()
+        self._strangers[channel] = None
+        steps = establish(
+            channel,
+            self._role,
+            self._secret,
+            self._describe,
+            False,
+            self._timeout,
+            self._tls,
+            silence=self._silence,
+            admit=self._admit,
+            on_authenticated=lambda: self._strangers.pop(channel, None),
+        )
 
-    def _serve(self, channel: Channel) -> None:
-        """Body of a handshake's thread."""
-        try:
-            connection = establish(channel, self._role, self._secret, self._describe, False, self._timeout, self._tls)
-        except HetkvError as error:
-            self._forget(channel)
-            if not self._closing:
-                self._reject(channel.peer, error)
-        except Exception:
-            self._forget(channel)
-            _log.exception("%s: handshake failed", channel.peer)
-        else:
-            self._forget(channel)
+        def done(connection: ControlConnection | None, error: BaseException | None) -> None:
+            self._handshakes.pop(channel, None)
+            self._strangers.pop(channel, None)
+            self._on_end(connection, peer, error)
+
+        task = shared().start(steps, done)
+        if not task.ended.is_set():
+            self._handshakes[channel] = task
+
+    def _on_end(self, connection: ControlConnection | None, peer: str, error: BaseException | None) -> None:
+        """A handshake has ended."""
+        if connection is not None:
             self._hand_over(connection)
+        elif isinstance(error, HetkvError):
+            call(self._on_rejected, peer, error)
+        elif error is not None:
+            _log.error("%s: handshake failed", peer, exc_info=error)
 
     def _hand_over(self, connection: ControlConnection) -> None:
-        if self._closing:
-            connection.close("the listener closed")
-            return
-        try:
-            self._on_connection(connection)
-        except Exception:
-            _log.exception("%s: on_connection callback failed", connection.peer_address)
-            connection.close("this side failed")
-
-    def _reject(self, peer: str, error: HetkvError) -> None:
-        try:
-            self._on_rejected(peer, error)
-        except Exception:
-            _log.exception("%s: on_rejected callback failed", peer)
-
-    def _forget(self, channel: Channel) -> None:
-        """The channel's handshake has ended: neither `close` nor a newer client may end it any more."""
+        """What the owner does with it may take a while."""
         with self._lock:
-            self._handshakes.pop(channel, None)
+            if not self._closing:
+                self._passed.append(connection)
+                if len(self._handovers) < MAX_HANDOVERS:
+                    thread = threading.Thread(target=self._work, name="hetkv-handover", daemon=True)
+                    self._handovers.add(thread)
+                    thread.start()
+                return
+        connection.close("the listener closed")
+
+    def _work(self) -> None:
+        """Body of a thread: hands connections over while there are any."""
+        while True:
+            with self._lock:
+                if not self._passed:
+                    self._handovers.discard(threading.current_thread())
+                    return
+                connection, closing = self._passed.popleft(), self._closing
+            if closing:
+                connection.close("the listener closed")
+                continue
+            try:
+                self._on_connection(connection)
+            except BaseException:
+                _log.exception("%s: on_connection callback failed", connection.peer_address)
+                connection.close("this side failed")
 
 
 def _bind(address: Address) -> socket.socket:
     """A non-blocking listening socket; all interfaces, IPv4 and IPv6 where there is one, for an empty host."""
     try:
         if not address.host and socket.has_dualstack_ipv6():
-            sock = socket.create_server(("::", address.port), family=socket.AF_INET6, dualstack_ipv6=True)
+            sock = socket.create_server(
+                ("::", address.port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+            )
         else:
             found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[0]
-            sock = socket.create_server(found[4], family=found[0])
+            sock = socket.create_server(found[4], family=found[0], backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         raise InputError(f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}") from None
     sock.setblocking(False)
     return sock
 
 
-def _log_rejection(peer: str, error: HetkvError) -> None:
-    level = logging.WARNING if isinstance(error, ControlError) else logging.ERROR
-    _log.log(level, "control connection rejected: %s", error if peer in str(error) else f"{peer}: {error}")
+class _Complaints:
+    """Logs what was rejected; the same from one host once a minute, with the number of those in between."""
+
+    def __init__(self) -> None:
+        self._noted: dict[tuple[str, str], list[float]] = {}
+
+    def log(self, peer: str, error: HetkvError) -> None:
+        kind, now = (peer.rpartition(":")[0], type(error).__name__), time.monotonic()
+        last = self._noted.get(kind)
+        if last is not None and now - last[0] < _QUIET_S:
+            last[1] += 1
+            return
+        if len(self._noted) >= _MAX_NOTED:
+            self._noted.clear()
+        self._noted[kind] = [now, 0]
+        level = logging.WARNING if isinstance(error, ControlError) else logging.ERROR
+        more = f" ({last[1]:.0f} more from there since the last such line)" if last is not None and last[1] else ""
+        _log.log(level, "control connection rejected: %s%s", error if peer in str(error) else f"{peer}: {error}", more)

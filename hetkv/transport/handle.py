@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from hashlib import blake2b
 from typing import Any
 
+from hetkv.control.reactor import call
 from hetkv.errors import HetkvError, InputError, WaitTimeoutError
 from hetkv.transport.telemetry import begin
 
@@ -74,13 +75,20 @@ class Handle:
         if kind not in (COMPLETE, FAILED):
             return
         if self._finish is not None:
-            self._finish(error)
+            call(self._finish, error)
         settle(self.future, error)
+
+
+class Ending(Future[None]):
+    """A future whose callbacks harm nobody: what one raises, also `SystemExit`, is logged, and the next one runs."""
+
+    def add_done_callback(self, fn: Callable[[Future[None]], object]) -> None:
+        super().add_done_callback(lambda future: call(fn, future))
 
 
 def running() -> Future[None]:
     """A future that its holders cannot cancel, so that it always tells how the request ended."""
-    future: Future[None] = Future()
+    future = Ending()
     future.set_running_or_notify_cancel()
     return future
 

@@ -15,6 +15,7 @@ from hetkv.control.connection import Address, ControlConnection, connect
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.handshake import Role, check_secret
 from hetkv.control.listener import Listener
+from hetkv.control.reactor import call
 from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
@@ -24,7 +25,7 @@ from hetkv.transport.device import device_of
 from hetkv.transport.handle import Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
-from hetkv.transport.peer import Peer
+from hetkv.transport.peer import Peer, Peers
 from hetkv.transport.ranks import instance_shards_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
 _GOODBYE = "the peer ended the link"
 """The engine's text for a link whose peer said `bye` (`csrc/engine/engine.cpp`)."""
 
-_log = logging.getLogger(__name__)
 P = TypeVar("P", bound=Handle)
 SLOWEST_BYTES_PER_MS = 32 << 10
 """Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
@@ -108,7 +108,7 @@ class Node(ABC, Generic[P]):
             raise InputError("window='device' needs a pool on a device")
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
-        self._peers: dict[int, Peer] = {}
+        self._peers = Peers()
         self._pending: dict[int, P] = {}
         self._keys: set[bytes] = set()
         self._listeners: list[Listener] = []
@@ -166,6 +166,8 @@ class Node(ABC, Generic[P]):
             on_connection=self._accept,
             timeout=self.config.handshake_timeout_s,
             tls=self._tls,
+            silence=3 * self.config.peer_timeout_s,
+            admit=self._peers.admit,
         )
         with self._lock:
             closed = self._closed
@@ -201,14 +203,15 @@ class Node(ABC, Generic[P]):
             describe=lambda: self.description,
             timeout=self.config.handshake_timeout_s,
             tls=self._tls,
+            silence=3 * self.config.peer_timeout_s,
+            admit=self._peers.admit,
         )
         return self._link(connection)
 
     @property
     def peers(self) -> list[Peer]:
         """Linked peers that are not lost. One that has just connected appears here a moment later than on its side."""
-        with self._lock:
-            return [peer for peer in self._peers.values() if peer.ready and peer.lost is None]
+        return [peer for peer in self._peers.all() if peer.ready and peer.lost is None]
 
     def disconnect(self, peer: Peer, reason: str = "disconnected") -> None:
         """End one link; requests that need it fail with `ClosedError`."""
@@ -237,18 +240,17 @@ class Node(ABC, Generic[P]):
             if self._closed:
                 return
             self._closed = True
-            listeners, peers = list(self._listeners), list(self._peers.values())
+            listeners = list(self._listeners)
         self.engine.stop()
         if threading.current_thread() is not self._dispatcher:  # in a future's callback
             self._dispatcher.join()
         # The end of a connection says that this side touches nothing any more, so the engine comes before it; and it
         # ends handshakes that a listener would wait for.
-        for peer in peers:
+        for peer in self._peers.all():
             peer.connection.close("closed")
+            self._peers.pop(peer.link)
         for listener in listeners:
             listener.close()
-        with self._lock:
-            self._peers.clear()
         lifetime.opened.discard(self)
 
     def disown(self) -> None:
@@ -269,8 +271,8 @@ class Node(ABC, Generic[P]):
         """Link a peer that has connected. A failure is the peer's to see; it closes the connection."""
         try:
             self._link(connection)
-        except HetkvError:
-            connection.close()
+        except HetkvError as error:
+            connection.close(str(error))
 
     def _link(self, connection: ControlConnection) -> Peer:
         from hetkv.core import core
@@ -295,25 +297,30 @@ class Node(ABC, Generic[P]):
                 )
             )
             peer = Peer(connection, link, plans)
-            with self._lock:
-                if self._closed:
-                    raise ClosedError("this side was closed")
-                self._peers[link] = peer
             try:
+                self._register(peer)
                 connection.send(Ready())
                 connection.recv(self.config.handshake_timeout_s)
             except HetkvError as error:
                 self._on_connection_lost(peer, error)
                 raise
-        except BaseException:
-            connection.close()
+        except BaseException as error:
+            connection.close(str(error))
             raise
-        self.engine.activate_link(link)
+        self.engine.activate_link(link)  # tells again where the link was lost before the peer was known
         peer.ready = True  # what is posted from now on comes after the activation
         log.info("%s: linked to %s at %s", self.role, peer.name, connection.peer_address)
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
-        _log.info("%s %s/%d is linked to %s, %d layers", self.role, self.instance, self.rank, peer, len(plans))
         return peer
+
+    def _register(self, peer: Peer) -> None:
+        """Make the peer known. A link that the same engine had before is over."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("this side was closed")
+            before = self._peers.add(peer)
+        if before is not None:
+            self.engine.drop_link(before.link, to_code(ClosedError()), f"{before.name} has linked again")
 
     def _device_windows(self, theirs: Description) -> bool:
         """Whether this side lends that peer slots in device memory: where its device can store into them."""
@@ -333,13 +340,13 @@ class Node(ABC, Generic[P]):
         """Note and log the first reason why a peer is gone; a warning where it did not say goodbye."""
         if peer.lost is None and error is not None:
             peer.lost = error
-            orderly = str(error) == _GOODBYE or (isinstance(error, PeerLostError) and error.orderly)
+            said = isinstance(error, ClosedError) or str(error) == _GOODBYE
+            orderly = said or (isinstance(error, PeerLostError) and error.orderly)
             log.log(logging.INFO if orderly else logging.WARNING, "%s: lost %s: %s", self.role, peer.name, error)
 
     def _forget(self, peer: Peer) -> None:
         peer.connection.close(str(peer.lost or ""))
-        with self._lock:
-            self._peers.pop(peer.link, None)
+        self._peers.pop(peer.link)
 
     @abstractmethod
     def _retire(self, peer: Peer) -> None:
@@ -384,13 +391,12 @@ class Node(ABC, Generic[P]):
                     if ended and pending is not None:
                         self._keys.discard(pending.key)
                 if pending is not None:
-                    pending.on_event(kind, layer, error)
+                    call(pending.on_event, kind, layer, error)
                     if ended:
                         self._finished.append(pending)
 
     def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
-        with self._lock:
-            peer = self._peers.get(link)
+        peer = self._peers.get(link)
         if peer is None:
             return
         if kind == LINK_LOST:

@@ -1,14 +1,15 @@
-"""One connected rank of the other side: `Peer`."""
+"""One connected rank of the other side: `Peer`; all that a node has: `Peers`."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hetkv.control.agreement import Agreement
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, host_id
-from hetkv.errors import HetkvError
+from hetkv.errors import HetkvError, IncompatibleError
 
 if TYPE_CHECKING:
     import hetkv._core as _core
@@ -55,3 +56,53 @@ class Peer:
 
     def __repr__(self) -> str:
         return f"Peer({self.name!r}, {self.address}" + (f", lost: {self.lost})" if self.lost else ")")
+
+
+class Peers:
+    """Peers of a node, by link. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_link: dict[int, Peer] = {}
+
+    def admit(self, theirs: Description) -> None:
+        """Raise `IncompatibleError` where another engine of this name is linked: their requests would meet."""
+        with self._lock:
+            self._of_name(theirs)
+
+    def add(self, peer: Peer) -> Peer | None:
+        """Make the peer known; returns the one that the same engine was before, which is over. Raises as `admit`."""
+        with self._lock:
+            before = self._of_name(peer.description)
+            self._by_link[peer.link] = peer
+            return before
+
+    def get(self, link: int) -> Peer | None:
+        with self._lock:
+            return self._by_link.get(link)
+
+    def pop(self, link: int) -> None:
+        """Forget a peer."""
+        with self._lock:
+            self._by_link.pop(link, None)
+
+    def all(self) -> list[Peer]:
+        """Lost ones too, until they are forgotten."""
+        with self._lock:
+            return list(self._by_link.values())
+
+    def _of_name(self, theirs: Description) -> Peer | None:
+        """The standing peer of that name, if it is this engine. Under the lock."""
+        for peer in self._by_link.values():
+            if peer.lost is not None or (peer.instance, peer.rank) != (theirs.instance, theirs.rank):
+                continue
+            if peer.description.worker_address == theirs.worker_address:
+                return peer
+            raise IncompatibleError(
+                "instance",
+                f"{peer.name} linked already, process {peer.description.pid} at {peer.address}",
+                f"{peer.name}, process {theirs.pid}",
+                "each rank of each instance has a name of its own; one that died is forgotten once its connection ends "
+                "or it was silent for peer_timeout_s",
+            )
+        return None

@@ -17,6 +17,7 @@ from hetkv.control.channel import MAX_MESSAGE_BYTES, Channel, Records
 from hetkv.control.connection import MAX_UNREAD_MESSAGES, connect
 from hetkv.control.description import Accept, Ready, Rejection, decode, encode
 from hetkv.control.handshake import MAJOR, MINOR, WRONG_SECRET, Hello, authenticate
+from hetkv.control.reactor import run
 from hetkv.errors import (
     AuthenticationError,
     ControlTimeoutError,
@@ -232,7 +233,7 @@ def test_a_repeated_record_closes():
 
 def test_an_oversized_record_is_rejected_before_it_is_read():
     with linked() as (client, peer):
-        client._channel.write(struct.pack("<IIQ", MAX_MESSAGE_BYTES + 1, 0, 2), time.monotonic() + 5)
+        run(client._channel.write(struct.pack("<IIQ", MAX_MESSAGE_BYTES + 1, 0, 2), time.monotonic() + 5))
         lost = loss_of(peer)
         assert isinstance(lost, MessageError)
         assert f"{MAX_MESSAGE_BYTES + 1} bytes is over the limit of {MAX_MESSAGE_BYTES}" in str(lost)
@@ -252,7 +253,7 @@ def test_an_oversized_record_is_rejected_before_it_is_read():
 )
 def test_a_message_that_cannot_be_is_named(payload, text):
     with linked() as (client, peer):
-        client._records.write(payload, time.monotonic() + 5)
+        run(client._records.write(payload, time.monotonic() + 5))
         lost = loss_of(peer)
         assert isinstance(lost, MessageError)
         assert text in str(lost)
@@ -273,7 +274,7 @@ def test_a_peer_that_floods_is_closed():
 def test_an_oversized_message_is_not_sent():
     with linked() as (client, peer):
         with pytest.raises(MessageError, match="over the limit"):
-            client._records.write(bytes(MAX_MESSAGE_BYTES + 1), None)
+            run(client._records.write(bytes(MAX_MESSAGE_BYTES + 1), None))
         client.send(Ready())
         assert peer.recv(5) == Ready()
 
@@ -283,7 +284,7 @@ def test_a_peer_that_does_not_read_stalls_a_write_only_until_the_deadline():
         channel = Channel(raw_client(address), address)
         start = time.monotonic()
         with pytest.raises(ControlTimeoutError):
-            channel.write(bytes(64 << 20), time.monotonic() + 0.3)
+            run(channel.write(bytes(64 << 20), time.monotonic() + 0.3))
         assert time.monotonic() - start < 0.9
         channel.close()
 
@@ -331,11 +332,11 @@ def test_a_rejection_by_one_side_alone_reaches_the_other(monkeypatch):
 def test_a_malformed_description_is_named_on_both_sides(change, text):
     with serving() as server:
         channel = Channel(raw_client(server.address), "server")
-        keys = authenticate(channel, SECRET, "sender", True, 5)
+        keys = run(authenticate(channel, SECRET, "sender", True, 5))
         records = Records(channel, keys.control_send, keys.control_receive)
         raw = msgspec.msgpack.decode(encode(describe("sender"))) | change
-        records.write(msgspec.msgpack.encode(raw), time.monotonic() + 5)
-        answer = decode(records.read(time.monotonic() + 5), "server")
+        run(records.write(msgspec.msgpack.encode(raw), time.monotonic() + 5))
+        answer = decode(run(records.read(time.monotonic() + 5)), "server")
         channel.close()
         assert isinstance(answer, Rejection)
         assert answer.field == "description"
