@@ -17,7 +17,7 @@ _MODULES = {
     "ParallelGroup": "hetkv.runtime.parallel_group",
     "Part": "hetkv.runtime.part",
     "PoolFull": "hetkv.runtime.paged",
-    "Span": "hetkv.runtime.attention",
+    "Span": "hetkv.runtime.batch",
     "TextTokenizer": "hetkv.runtime.tokenizer",
     "choose": "hetkv.runtime.generation",
     "decode": "hetkv.runtime.generation",
@@ -47,7 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hetkv.models import ModelConfig
-    from hetkv.runtime.attention import Span
+    from hetkv.runtime.batch import Span
     from hetkv.runtime.checkpoint import read_checkpoint
     from hetkv.runtime.generation import choose, decode, generate, greedy, prefill
     from hetkv.runtime.model import Decoder

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from hetkv.models import ModelConfig
+from hetkv.runtime.batch import Batch
 from hetkv.runtime.linear import Linear
 from hetkv.runtime.norm import Norm
-from hetkv.runtime.paged import Pages
 from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.part import Part
 from hetkv.runtime.rope import Rotation
-
-
-class Span(NamedTuple):
-    """Consecutive tokens of one sequence: `tokens[j]` is at position `start + j`; all before are in `pages`."""
-
-    pages: Pages
-    start: int
-    tokens: Sequence[int]
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.tokens)
 
 
 class AttentionLayer(Protocol):
@@ -38,7 +26,7 @@ class AttentionLayer(Protocol):
     def project(self, x: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, and the two segments to cache, `[tokens, heads, channels]` each, of `[tokens, hidden]`."""
 
-    def attend(self, spans: Sequence[Span], query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
         """Attention of every span over its own pages: what `output` takes, `[tokens, channels]`."""
 
 
@@ -75,30 +63,26 @@ class Attention:
         flat = norm.split(x.flatten(1), heads * self.config.head_dim, replicas, self.group)
         return flat.view(x.shape)
 
-    def attend(self, spans: Sequence[Span], query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
-        first = 0
-        for span in spans:
-            last = first + len(span.tokens)
-            begin = 0 if self.window is None else max(0, span.start - self.window + 1)
-            k, v = span.pages.read(self.index, span.stop, query.dtype, begin)
-            mask = causal_mask(span, begin, self.window, query.device)
-            out[first:last] = self._product(query[first:last], k, v, mask)
-            first = last
+        for number, part in enumerate(batch.parts):
+            k, v, mask = batch.read(number, self.index, query.dtype, self.window)
+            q = query[part.rows].view(len(part.spans), part.queries, *query.shape[1:])
+            out[part.rows] = self._product(q, k, v, mask).flatten(0, 1)
         return out.flatten(1)
 
     def _product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if self.config.attention_softcap is not None or self.sinks is not None:
             return capped(q, k, v, mask, self.scale, self.config.attention_softcap, self.sinks)
         return F.scaled_dot_product_attention(
-            q[None].transpose(1, 2),
-            k[None].transpose(1, 2),
-            v[None].transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and len(q) > 1,
+            is_causal=mask is None and q.shape[1] > 1,
             scale=self.scale,
             enable_gqa=True,
-        ).transpose(1, 2)[0]
+        ).transpose(1, 2)
 
 
 def capped(
@@ -112,27 +96,18 @@ def capped(
 ) -> torch.Tensor:
     """Attention with logits bounded by `cap * tanh(logit / cap)`, and with sinks: a logit per head that has no value.
 
-    `q` `[queries, heads, channels]`, `k` and `v` `[keys, KV heads, channels]`; no mask: causal from the first key on.
+    `q` `[spans, queries, heads, channels]`, `k` and `v` `[spans, keys, KV heads, channels]`; no mask: causal from the
+    first key on.
     """
-    group = q.shape[1] // k.shape[1]
-    logits = torch.einsum("qhc,khc->hqk", q, k.repeat_interleave(group, 1)) * scale
+    group, queries, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    logits = torch.einsum("sqhc,skhc->shqk", q, k.repeat_interleave(group, 2)) * scale
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     if mask is None:
-        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     logits = logits.float().masked_fill(~mask, float("-inf"))
     if sinks is not None:
-        logits = torch.cat((logits, sinks.float()[:, None, None].expand(-1, len(q), 1)), dim=-1)
-    weights = logits.softmax(dim=-1)[..., : len(k)].to(q.dtype)
-    return torch.einsum("hqk,khc->qhc", weights, v.repeat_interleave(group, 1))
-
-
-def causal_mask(span: Span, begin: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """`[queries, keys from begin]`, True where a query may look; None where plain causal attention says the same."""
-    count = len(span.tokens)
-    if count == 1 or (span.start == 0 and (window is None or span.stop <= window)):
-        return None
-    queries = torch.arange(span.start, span.stop, device=device)[:, None]
-    keys = torch.arange(begin, span.stop, device=device)[None]
-    mask = keys <= queries
-    return mask if window is None else mask & (queries - keys < window)
+        extra = sinks.float()[None, :, None, None].expand(len(q), -1, queries, 1)
+        logits = torch.cat((logits, extra), dim=-1)
+    weights = logits.softmax(dim=-1)[..., :keys].to(q.dtype)
+    return torch.einsum("shqk,skhc->sqhc", weights, v.repeat_interleave(group, 2))

@@ -8,13 +8,13 @@ its result comes back out. This is the paper's "absorbed" form, for prefill and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from hetkv.models import Latent, ModelConfig
-from hetkv.runtime.attention import Span, causal_mask
+from hetkv.runtime.batch import Batch
 from hetkv.runtime.linear import Linear
 from hetkv.runtime.norm import Norm
 from hetkv.runtime.rope import Rotation, yarn_scale
@@ -55,24 +55,23 @@ class LatentAttention:
         latent, key = torch.split_with_sizes(self.latent_down(x)[:, None], [mla.rank, mla.rope_dim], dim=-1)
         return torch.cat((absorbed, turn(turned)), dim=-1), self.latent_norm(latent), turn(key)
 
-    def attend(self, spans: Sequence[Span], query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
         """Attention of every span over its own latents; `[tokens, heads * value_dim]`."""
-        out = []
-        first = 0
-        for span in spans:
-            last = first + len(span.tokens)
-            latent, key = span.pages.read(self.index, span.stop, query.dtype)
-            mask = causal_mask(span, 0, None, query.device)
-            out.append(
+        out = query.new_empty(*query.shape[:-1], self.mla.rank)
+        for number, part in enumerate(batch.parts):
+            latent, key, mask = batch.read(number, self.index, query.dtype)
+            q = query[part.rows].view(len(part.spans), part.queries, *query.shape[1:])
+            out[part.rows] = (
                 F.scaled_dot_product_attention(
-                    query[None, first:last].transpose(1, 2),
-                    torch.cat((latent, key), dim=-1)[None].transpose(1, 2),
-                    latent[None].transpose(1, 2),
+                    q.transpose(1, 2),
+                    torch.cat((latent, key), dim=-1).transpose(1, 2),
+                    latent.transpose(1, 2),
                     attn_mask=mask,
-                    is_causal=mask is None and len(span.tokens) > 1,
+                    is_causal=mask is None and part.queries > 1,
                     scale=self.scale,
                     enable_gqa=True,
-                )[0]
+                )
+                .transpose(1, 2)
+                .flatten(0, 1)
             )
-            first = last
-        return torch.einsum("htr,hvr->thv", torch.cat(out, dim=1), self.value_up).flatten(1)
+        return torch.einsum("thr,hvr->thv", out, self.value_up).flatten(1)

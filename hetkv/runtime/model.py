@@ -1,7 +1,7 @@
 """The decoder: layers of attention and MLPs in plain PyTorch, keys and values in a paged pool.
 
 One forward pass takes any number of `Span`s (a prompt, a chunk of one, or one token to decode from) and runs the dense
-products over all their tokens at once; attention is per sequence, over keys and values gathered from its pages.
+products over all their tokens at once; attention is over keys and values gathered from each sequence's pages.
 
 A model may be split over the ranks of a `ParallelGroup`: each has its `Part`, makes the same calls with the same
 arguments, and keeps its part's keys and values. Products into heads and channels are split by output; those out of
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from hetkv.errors import InputError
 from hetkv.kv.spec import KVSpec, Shard
 from hetkv.models import ModelConfig
-from hetkv.runtime.attention import Attention, AttentionLayer, Span
+from hetkv.runtime.attention import Attention, AttentionLayer
+from hetkv.runtime.batch import Batch, Span
 from hetkv.runtime.checkpoint import read_checkpoint
 from hetkv.runtime.mla import LatentAttention
 from hetkv.runtime.mlp import Mixture, Mlp, mlp_of
@@ -129,20 +130,18 @@ class Decoder:
         """
         for span in spans:
             self._check(span)
-        ids = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
-        positions = torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
-        full = self._rotary.at(positions, self.dtype)
-        local = full if self._window_rotary is self._rotary else self._window_rotary.at(positions, self.dtype)
-        shape = (len(ids), self.config.hidden_size)
-        x = self._embed(ids) if self.part.first else self.group.receive(shape, self.dtype)
+        batch = Batch(spans)
+        full = self._rotary.at(batch.positions, self.dtype)
+        local = full if self._window_rotary is self._rotary else self._window_rotary.at(batch.positions, self.dtype)
+        shape = (len(batch.ids), self.config.hidden_size)
+        x = self._embed(batch.ids) if self.part.first else self.group.receive(shape, self.dtype)
         for index, layer in self.layers.items():
             turn = full if self.config.windows[index] is None else local
-            x = self._run(index, layer, x, spans, turn, on_layer)
+            x = self._run(index, layer, x, batch, turn, on_layer)
         if not self.part.last:
             self.group.send(x)
             return None
-        ends = torch.tensor([len(span.tokens) for span in spans], device=self.device).cumsum(0) - 1
-        return self._logits(x[ends])
+        return self._logits(x[batch.ends])
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[tokens, hidden]`: each rank looks up the ids that it has rows of."""
@@ -168,18 +167,14 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _run(
-        self, index: int, layer: Layer, x: torch.Tensor, spans: Sequence[Span], turn: Rotation, on_layer: OnLayer | None
+        self, index: int, layer: Layer, x: torch.Tensor, batch: Batch, turn: Rotation, on_layer: OnLayer | None
     ) -> torch.Tensor:
         """One layer's hidden states, its keys and values written."""
         q, k, v = layer.attention.project(_normed(layer.before_attention, x), turn)
-        first = 0
-        for span in spans:
-            last = first + len(span.tokens)
-            span.pages.write(index, span.start, k[first:last], v[first:last])
-            first = last
+        batch.write(index, k, v)
         if on_layer is not None:
             on_layer(index)
-        out = self.group.sum(layer.attention.output(layer.attention.attend(spans, q)))
+        out = self.group.sum(layer.attention.output(layer.attention.attend(batch, q)))
         x = self._add(x, _normed(layer.after_attention, out))
         out = self.group.sum(layer.mlp(_normed(layer.before_mlp, x)))
         return self._add(x, _normed(layer.after_mlp, out))
@@ -216,9 +211,10 @@ class Decoder:
             raise InputError("the pool was made for another model: its KV spec differs from the checkpoint's")
         if span.pages.pool.shard != self.part.shard:
             raise InputError("the pool was made for another rank: its layers and heads are not those computed here")
-        for token in span.tokens:
-            if not 0 <= token < self.config.vocab_size:
-                raise InputError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")
+        low, high = min(span.tokens), max(span.tokens)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise InputError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
 
 
 def _normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""Paged KV of one sequence: which blocks it owns (`BlockAllocator`), and reading and writing them (`Pages`).
-
-Every access goes through `KVPool.view`, so it is the same code for every layout: index by block, then by token.
-"""
+"""Paged KV of one sequence: which blocks it owns (`BlockAllocator`), and reading and writing them (`Pages`)."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ import torch
 
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.pool import KVPool
-from hetkv.kv.scale import ScaleLayout
-from hetkv.kv.segment import SegmentLayout
+from hetkv.runtime.pool_views import PoolViews
 
 
 class PoolFull(HetkvError):
@@ -74,90 +70,41 @@ class BlockAllocator:
 class Pages:
     """One sequence's blocks in a pool. It borrows both: whoever allocated the blocks frees them.
 
-    `block_ids`: one list per cache group, in token order. Values are cast to the pool's dtype when written (saturating
-    for FP8, divided by the segment's static scale) and cast up when read.
+    `block_ids`: one list per cache group, in token order.
     """
 
     def __init__(self, pool: KVPool, block_ids: Sequence[Sequence[int]]) -> None:
         if len(block_ids) != pool.spec.num_groups:
             raise InputError(f"the model has {pool.spec.num_groups} cache groups, got block ids for {len(block_ids)}")
-        self.pool = pool
-        self.block_ids = [list(ids) for ids in block_ids]
-        device = pool.view(
-            *next((layer, name) for layer, at in pool.layers.items() for name in at.layout.segments)
-        ).device
-        self._tables = [torch.tensor(ids, dtype=torch.long, device=device) for ids in self.block_ids]
-        self._views: dict[tuple[int, str], torch.Tensor] = {}
-        self._last: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in pool.cache_groups.items())
+        self.pool, self.views = pool, PoolViews.of(pool)
+        self.block_ids: list[list[int]] = [[] for _ in block_ids]
+        self.capacity = 0
         """Tokens that the blocks hold, in the cache group of this pool that holds fewest."""
-        for group, (size, _) in pool.cache_groups.items():
-            pool.check_blocks(group, self.block_ids[group], 0, len(self.block_ids[group]) * size)
-        for layer, memory in pool.layers.items():
-            for name, part in memory.layout.segments.items():
-                if not part.dtype.torch.is_floating_point:
-                    raise InputError(
-                        f"layer {layer}, segment {name!r}: the runtime does not compute with {part.dtype.value} KV"
-                    )
-                if part.scale is not None and not part.scale.values:
-                    raise InputError(
-                        f"layer {layer}, segment {name!r}: the runtime does not read scales kept in the block"
-                    )
-                view = pool.view(layer, name)
-                # FP8 has no indexed copy on every device; moves of one-byte codes need no arithmetic.
-                self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
+        self.extend(block_ids)
+
+    def extend(self, block_ids: Sequence[Sequence[int]]) -> None:
+        """More blocks, one list per cache group. `InputError` for a block that the pool does not have, or twice."""
+        groups = self.pool.cache_groups
+        for group, (size, _) in groups.items():
+            self.pool.check_blocks(group, block_ids[group], 0, len(block_ids[group]) * size)
+        for mine, more in zip(self.block_ids, block_ids, strict=True):
+            mine += more
+        self.capacity = min(len(self.block_ids[group]) * size for group, (size, _) in groups.items())
 
     def write(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence.
-
-        Of a `latent` layer they are the latent and its rotary key: the two segments of a layer's spec, in order.
-        """
-        blocks, offsets = self._slots(self.pool.spec.group_of(layer), start, k.shape[0])
-        for (name, _, _), values in zip(self.pool.spec.layers[layer].segments, (k, v), strict=True):
-            part, view = self.pool.layers[layer].layout.segments[name], self._views[layer, name]
-            view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
+        """Store keys and values `[tokens, heads, channels]` of tokens `start`, `start + 1`, ... of the sequence."""
+        size, table = self._table(layer)
+        tokens = torch.arange(start, start + k.shape[0], device=table.device)
+        self.views.write(layer, table[tokens // size], tokens % size, k, v)
 
     def read(self, layer: int, stop: int, dtype: torch.dtype, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What `write` stored, `[stop - start, heads, channels]`, of tokens `start` to `stop`. One gather each."""
-        memory = self.pool.layers[layer]
-        size = memory.layout.block_size
+        size, table = self._table(layer)
         first = start // size
-        blocks = self._tables[self.pool.spec.group_of(layer)][first : -(-stop // size)]
-        gathered = []
-        for name, _, _ in self.pool.spec.layers[layer].segments:
-            part = memory.layout.segments[name]
-            rows = self._views[layer, name][blocks].reshape(-1, part.heads, part.channels)
-            gathered.append(_decode(rows[start - first * size : stop - first * size], part, dtype))
-        return gathered[0], gathered[1]
+        k, v = self.views.gather(layer, table[first : -(-stop // size)], dtype)
+        return k[start - first * size : stop - first * size], v[start - first * size : stop - first * size]
 
-    def _slots(self, group: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block id and place inside the block of each token; kept, because every layer of a pass asks for the same."""
-        key = (group, start, count)
-        if self._last is None or self._last[0] != key:
-            size, _ = self.pool.cache_groups[group]
-            table = self._tables[group]
-            tokens = torch.arange(start, start + count, device=table.device)
-            self._last = (key, (table[tokens // size], tokens % size))
-        return self._last[1]
-
-
-def _encode(values: torch.Tensor, part: SegmentLayout) -> torch.Tensor:
-    target = part.dtype.torch
-    if part.scale is not None:
-        values = values.float() / _scale(part.scale, values)
-    if target.itemsize == 1:
-        limit = torch.finfo(target).max
-        return values.float().clamp(-limit, limit).to(target).view(torch.uint8)
-    return values.to(target)
-
-
-def _decode(codes: torch.Tensor, part: SegmentLayout, dtype: torch.dtype) -> torch.Tensor:
-    values = codes.view(part.dtype.torch) if part.dtype.itemsize == 1 else codes
-    if part.scale is not None:
-        return (values.float() * _scale(part.scale, values)).to(dtype)
-    return values.to(dtype)
-
-
-def _scale(scale: ScaleLayout, like: torch.Tensor) -> torch.Tensor:
-    """Static scale as `[1 or heads, 1]`, to go with `[tokens, heads, channels]`."""
-    return torch.tensor(scale.values, dtype=torch.float32, device=like.device)[:, None]
+    def _table(self, layer: int) -> tuple[int, torch.Tensor]:
+        group = self.pool.spec.group_of(layer)
+        table = torch.tensor(self.block_ids[group], dtype=torch.long, device=self.views.device)
+        return self.pool.cache_groups[group].block_size, table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import secrets
 import signal
 import tempfile
@@ -10,18 +9,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.models import ModelConfig
+from hetkv.runtime.forkserver import forkserver_context, interrupt_later
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.worker import WorkerConfig, serve
 from hetkv.transport.config import TransferConfig
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a user or a terminal ends a command with."""
 PATIENCE_S = 24 * 3600.0
 """Lease of a request whose instances are processes that are watched: a long prefill is not a fault."""
 JOIN_S, ERROR_S = 10.0, 2.0
@@ -40,12 +37,12 @@ class Instance:
 
     def start(self) -> None:
         """Start the processes; `ready` waits for them."""
-        context = _context()
+        context = forkserver_context()
         for config in self._ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(config, theirs), name=config.name, daemon=True)
             self._pipes.append(ours)
-            with _interrupt_later():  # a process that is not in the list would not be ended
+            with interrupt_later():  # a process that is not in the list would not be ended
                 process.start()
                 self._processes.append(process)
             theirs.close()
@@ -166,33 +163,3 @@ def link(instances: Sequence[Instance]) -> None:
             for destination in instances:
                 if destination.plan.role == "decode":
                     destination.call("connect", source.plan, addresses)
-
-
-def _context() -> Any:
-    """Ranks are forked from a server that has imported torch once and started no thread: it saves seconds a rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hetkv.runtime.worker"])
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server and the ranks inherit it: see `serve`
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
-    return context
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Defer signals that end the parent until the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # their handlers do not run here
-        yield
-        return
-    held: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for late in held:
-        signal.raise_signal(late)

@@ -6,7 +6,6 @@ every rank of an instance the same operations in the same order. KV never passes
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
 from hetkv.models import ModelConfig
 from hetkv.runtime.clock import WorkClock
+from hetkv.runtime.forkserver import end_with_parent
 from hetkv.runtime.generation import choose, decode, prefill
 from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
@@ -227,7 +227,7 @@ class Worker:
 def serve(config: WorkerConfig, pipe: Connection) -> None:
     """Body of a rank's process: answer `("ok", result)` or `("error", kind, text)` to each call until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its ranks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and nobody else should reach them
     with suppress(EOFError, OSError):  # the parent has hung up
         _serve(config, pipe)
@@ -256,11 +256,3 @@ def _failure(error: HetkvError | torch.OutOfMemoryError) -> tuple[str, str, str]
     if isinstance(error, torch.OutOfMemoryError):
         return "error", InputError.__name__, str(error).partition("\n")[0]
     return "error", type(error).__name__, str(error)
-
-
-def _end_with_parent() -> None:
-    """A rank must not outlive a parent that was killed, whatever it waits for."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -12,6 +12,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.runtime import BlockAllocator, Decoder, Pages, Span, decode, generate, greedy, prefill
+from hetkv.runtime.batch import Batch
 from hetkv.runtime.mla import LatentAttention
 from hetkv.runtime.part import Part
 from hetkv.runtime.rope import Rotation
@@ -152,7 +153,7 @@ def test_ranks_add_up(name: str, tp: int, checkpoints: dict[str, tuple[Path, Dee
         span.pages.write(index, 0, latent, key)
         output = layer.attention.output if bias else layer.attention.output._replace(bias=None)
         memory = pool.layers[index].tensors["latent"].clone()
-        return output(layer.attention.attend([span], q)), layer.mlp(hidden), memory
+        return output(layer.attention.attend(Batch([span]), q)), layer.mlp(hidden), memory
 
     parts_of = [Part.of(whole.config, tp, rank) for rank in range(tp)]
     cuts = [load_weights(directory, whole.config, torch.float32, part=part) for part in parts_of]
