@@ -73,7 +73,7 @@ class _Prefill:
 
     def run(self, request: str) -> Run:
         """One prefill of the whole batch; its KV is sent where `request` is given."""
-        from hetkv.runtime.attention import Span
+        from hetkv.runtime.batch import Span
         from hetkv.runtime.clock import WorkClock
 
         sending = []

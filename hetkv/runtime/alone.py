@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hetkv.runtime.rank import Event, Facts, Order, Rank, RankConfig
+from hetkv.runtime.rank import Event, Facts, Moved, Order, Rank, RankConfig
 from hetkv.runtime.sampling import Token
 from hetkv.transport.instance import Instance
 
@@ -36,6 +36,10 @@ class Alone:
 
     def link(self, source: Instance) -> None:
         self.rank.link(source)
+
+    def trace(self) -> list[Moved]:
+        """See `Rank.trace`."""
+        return self.rank.trace()
 
     def close(self) -> None:
         self.rank.close()

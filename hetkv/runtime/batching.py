@@ -1,6 +1,6 @@
 """Which tokens an instance computes next: `Batching`, continuous batching with chunked prefill and preemption.
 
-The rules are those of `hetkv.simulator.instance`, which a test holds this to step by step: sequences that decode come
+The rules are those of `hetkv.simulator.scheduler`, which a test holds this to step by step: sequences that decode come
 first, then prompts fill what is left of `max_num_batched_tokens`, in their order. Sequences and blocks are admitted
 while there are places (`max_num_seqs`) and free blocks. Where blocks run out, the sequence admitted last is preempted:
 it gives up its blocks and is computed again before anything that waits. Other than there, a prompt whose KV goes to

@@ -41,6 +41,11 @@ class BlockManager:
         """Blocks that `take` can hand out now."""
         return len(self._free) + len(self._idle) * self._per_unit
 
+    @property
+    def hashes(self) -> list[int]:
+        """All that are cached, held or idle."""
+        return list(self._blocks)
+
     def blocks_of(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)

@@ -51,7 +51,11 @@ class Link(msgspec.Struct, frozen=True, tag=True):
     addresses: tuple[str, ...]
 
 
-Command = Compute | Expect | Begin | Abort | Link
+class Reset(msgspec.Struct, frozen=True, tag=True):
+    """Give everything up, and tell which prefixes are cached. Answered by a report with `reset`."""
+
+
+Command = Compute | Expect | Begin | Abort | Link | Reset
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -107,6 +111,7 @@ class Report(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=
     """Tokens of prompts computed so far, of those that made some in this step."""
     came: list[int] = []
     gone: list[int] = []
-    """Hashes of prefixes that the cache has got and lost."""
+    """Hashes of prefixes that the cache has got and lost; after a `reset`: all that it has."""
+    reset: bool = False
     error: str = ""
     """Why the engine has ended."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from hetkv.errors import HetkvError
 from hetkv.runtime.batching import Batching, Chunk, Limits
 from hetkv.runtime.block_manager import BlockManager, prefix_hashes
-from hetkv.runtime.commands import Abort, Begin, Command, Compute, Expect, Link, Linked, Load, Output, Report
+from hetkv.runtime.commands import Abort, Begin, Command, Compute, Expect, Link, Linked, Load, Output, Report, Reset
 from hetkv.runtime.rank import Announce, Event, Order, Piece, Receive
 from hetkv.runtime.sampling import Draw, Token
 from hetkv.runtime.sequence import Sequence
@@ -77,6 +77,7 @@ class _News:
         self.linked: list[Linked] = []
         self.progress: dict[str, int] = {}
         self.error = ""
+        self.reset = False
 
 
 class Engine:
@@ -157,6 +158,10 @@ class Engine:
                 self._deliver(transfer)
         elif isinstance(message, Abort):
             self._on_abort(message)
+        elif isinstance(message, Reset):
+            for name in list(self._sequences):
+                self._on_abort(Abort(name, "the scheduler has changed"))
+            self._news.reset = True
 
     def _step(self) -> bool:
         """Do all that can be done now; whether anything was computed."""
@@ -355,9 +360,11 @@ class Engine:
     def _report(self) -> None:
         news, self._news = self._news, _News()
         came, gone = self._blocks.news()
+        if news.reset:
+            came, gone = self._blocks.hashes, []
         report = Report(
             load=self.load(), outputs=news.outputs, failed=news.failed, arrived=news.arrived, linked=news.linked,
-            progress=news.progress, came=came, gone=gone, error=news.error,
+            progress=news.progress, came=came, gone=gone, reset=news.reset, error=news.error,
         )  # fmt: skip
         self._on_report(report)
 

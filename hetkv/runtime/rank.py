@@ -6,6 +6,7 @@ rank of the instance gets the same orders. Ends of transfers are told as events,
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -25,14 +26,18 @@ from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.sampling import Draw, Token, sample
 from hetkv.runtime.synthetic import random_decoder
+from hetkv.runtime.timeline import engine_spans
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.exchange import Exchange
+from hetkv.transport.handle import Handle
 from hetkv.transport.instance import Instance
 from hetkv.transport.receiver import RecvHandle
 from hetkv.transport.sender import SendHandle
 
 PATIENCE_S = 24 * 3600.0
 """Lease and hold of a transfer: the scheduler sees the instances, and gives transfers up where one is gone."""
+MOST_NAMES = 4096
+"""Transfers whose names are kept for their trace."""
 CPU_POOL_BYTES = 256 << 20
 """KV memory of a rank on a host whose size nobody gave."""
 
@@ -59,6 +64,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where it listens for instances that its KV goes to, as they reach it."""
     transfer: TransferConfig = TransferConfig(lease_s=PATIENCE_S, hold_s=PATIENCE_S)
     fingerprint: dict[str, str] = {}
+    trace: bool = False
+    """Record when which layer of which transfer moved: see `Rank.trace`."""
 
     @property
     def name(self) -> str:
@@ -132,6 +139,17 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
 
 
+class Moved(msgspec.Struct, frozen=True, array_like=True):
+    """One layer's pack, wire or unpack of one transfer, as the transport recorded it. Times are CLOCK_MONOTONIC."""
+
+    kind: str
+    transfer: str
+    layer: int
+    start_ns: int
+    stop_ns: int
+    num_bytes: int
+
+
 class Rank:
     """See the module. `on_event` is called in a thread of the transport, and must return at once."""
 
@@ -166,11 +184,12 @@ class Rank:
                 instance=plan.name,
                 rank=config.rank,
                 instance_shards=plan.shards(self.model.config),
-                config=config.transfer,
+                config=msgspec.structs.replace(config.transfer, trace=config.trace),
                 fingerprint=config.fingerprint,
             )
         )
         self.address = self.exchange.sender.listen(f"{config.host}:0")
+        self._names: tuple[OrderedDict[int, str], OrderedDict[int, str]] = OrderedDict(), OrderedDict()
         self._pages: dict[str, Pages] = {}
         self._sending: dict[str, SendHandle] = {}
         self._receiving: dict[str, RecvHandle] = {}
@@ -226,6 +245,7 @@ class Rank:
         groups = [begin.blocks] * self.pool.spec.num_groups
         sending = self.exchange.sender.send(begin.transfer, groups, begin.tokens, content=begin.content)
         self._sending[begin.transfer] = sending
+        self._remember(0, sending, begin.transfer)
         sending.packed.add_done_callback(lambda done: self._tell("packed", begin.transfer, done))
         sending.future.add_done_callback(lambda done: self._ended(self._sending, "sent", begin.transfer, done))
 
@@ -243,7 +263,27 @@ class Rank:
             self._on_event(Event("received", ticket.transfer, f"{type(error).__name__}: {error}"))
             return
         self._receiving[ticket.transfer] = receiving
+        self._remember(1, receiving, ticket.transfer)
         receiving.future.add_done_callback(lambda done: self._ended(self._receiving, "received", ticket.transfer, done))
+
+    def _remember(self, end: int, handle: Handle, transfer: str) -> None:
+        names = self._names[end]
+        if self.config.trace:
+            names[handle.handle] = transfer
+            if len(names) > MOST_NAMES:
+                names.popitem(last=False)
+
+    def trace(self) -> list[Moved]:
+        """What the transport did since the last call, where the configuration says `trace`. Any thread may call it."""
+        found = []
+        engines: list[Any] = [self.exchange.sender.engine, self.exchange.receiver.engine]
+        for names, engine in zip(self._names, engines, strict=True):
+            spans = engine.take_trace()
+            for span, (_, handle, *_) in zip(engine_spans(spans), spans, strict=True):
+                found.append(
+                    Moved(span.row, names.get(handle, ""), span.layer, span.start_ns, span.stop_ns, span.num_bytes)
+                )
+        return found
 
     def _ended(self, table: dict[str, Any], kind: str, transfer: str, done: Future[None]) -> None:
         table.pop(transfer, None)

@@ -19,7 +19,7 @@ import torch
 from hetkv.errors import HetkvError, InputError, PeerLostError
 from hetkv.runtime.forkserver import end_with_parent, forkserver_context, interrupt_later
 from hetkv.runtime.processes import ERROR_S, JOIN_S
-from hetkv.runtime.rank import Event, Facts, Order, Rank, RankConfig
+from hetkv.runtime.rank import Event, Facts, Moved, Order, Rank, RankConfig
 from hetkv.runtime.sampling import Token
 from hetkv.transport.instance import Instance
 
@@ -64,6 +64,10 @@ class Team:
 
     def link(self, source: Instance) -> None:
         self._call("link", source)
+
+    def trace(self) -> list[Moved]:
+        """See `Rank.trace`; of all ranks."""
+        return [moved for rank in self._call("trace") for moved in rank]
 
     def close(self) -> None:
         """End the processes."""

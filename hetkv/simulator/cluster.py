@@ -272,13 +272,13 @@ class Cluster:
         self._cancel_flows(request)
         peer = request.peer
         if request.granted and peer is not None:
-            peer.expect_no_more()
+            peer.expect_no_more(request)
             peer.unreserve(request)
         elif request.seeking:
             tickets = self.tickets[peer.name] if peer is not None else next(iter(self.tickets.values()))
             tickets.remove(request)
             if peer is not None:
-                peer.expect_no_more()
+                peer.expect_no_more(request)
         request.forget_peer()
 
     def _cancel_flows(self, request: Request) -> None:

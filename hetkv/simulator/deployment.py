@@ -29,7 +29,9 @@ from hetkv.simulator.measured_link import with_measured_link
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
 Role = Literal["aggregated", "prefill", "decode"]
-Discipline = Literal["central_queue", "join_shortest_queue", "least_loaded", "prefix_aware", "round_robin", "weighted"]
+Discipline = Literal[
+    "balanced", "central_queue", "join_shortest_queue", "least_loaded", "prefix_aware", "round_robin", "weighted"
+]
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -40,6 +40,8 @@ class Instance:
         self.holding: dict[Request, None] = {}  # prefilled here, KV not yet delivered
         self.requests = 0  # those here or bound for here: what the router balances
         self.prompt_tokens = 0  # still to be computed here
+        self.coming_tokens = 0  # of KV that is bound for this instance
+        self._coming: dict[Request, int] = {}
         self._changed: dict[Instance, None] = {}
         self._epoch = 0  # an end of run scheduled in an older epoch is void
         self._busy = False
@@ -95,10 +97,13 @@ class Instance:
     def expect(self, request: Request) -> None:
         """The request's KV will come here; it counts among `requests`."""
         request.peer = self
+        self._coming[request] = request.target
+        self.coming_tokens += request.target
         self._count(1, 0)
 
-    def expect_no_more(self) -> None:
+    def expect_no_more(self, request: Request) -> None:
         """A request that was expected goes elsewhere."""
+        self.coming_tokens -= self._coming.pop(request)
         self._count(-1, 0)
 
     def drop_queue(self) -> list[Request]:
@@ -137,6 +142,7 @@ class Instance:
         now = self.events.now
         del self.reserved[request]
         request.home = self
+        self.coming_tokens -= self._coming.pop(request)
         request.blocks, request.held = request.peer_blocks, request.peer_held
         request.forget_peer()
         request.visible = now
@@ -177,6 +183,8 @@ class Instance:
         self._life += 1
         self._idle()
         self._count(-self.requests, -self.prompt_tokens)
+        self._coming.clear()
+        self.coming_tokens = 0
         self.up = False
         self.pool.down.add(now, 1)
         return lost

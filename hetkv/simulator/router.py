@@ -1,18 +1,17 @@
-"""Which instance gets a request.
+"""Which instance gets a request: here, and in the global scheduler of a running deployment (`hetkv.serve`).
 
 Instances of one pool differ in their load alone, so each pool keeps a heap of loads and only its head is looked at.
 An instance whose load has fallen is entered again when the next request comes, one whose load has risen when its entry
-comes to the head. With a prefix to match, all instances are looked at.
+comes to the head. With a prefix to match, and where more than one number is the load, all instances are looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import Any, Generic, Protocol, TypeVar
 
-from hetkv.simulator.instance import Instance
-from hetkv.simulator.request import Request
-
+BALANCED = "balanced"
 CENTRAL_QUEUE = "central_queue"
 JOIN_SHORTEST_QUEUE = "join_shortest_queue"
 LEAST_LOADED = "least_loaded"
@@ -21,6 +20,7 @@ ROUND_ROBIN = "round_robin"
 WEIGHTED = "weighted"
 
 DISCIPLINES = {
+    BALANCED: "prompts as prefix_aware; for decode, the least share taken of places, KV blocks and link, together",
     CENTRAL_QUEUE: "one queue for all; an instance takes from its head when it can run it",
     JOIN_SHORTEST_QUEUE: "the instance with the fewest requests",
     LEAST_LOADED: "the least time for the prompts in line; for decode, the fewest requests per KV block",
@@ -29,18 +29,81 @@ DISCIPLINES = {
     WEIGHTED: "the instance with the fewest requests for the weight of its pool",
 }
 
+
+class Routed(Protocol):
+    """What the router sees of a request. Lengths are tokens."""
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute."""
+
+    @property
+    def hashes(self) -> tuple[int, ...] | None:
+        """Of its prefixes."""
+
+
+class PoolFacts(Protocol):
+    """What instances of one pool have in common."""
+
+    name: str
+    weight: float
+    max_num_seqs: int
+    seconds_per_prompt_token: float
+
+
+class Blocks(Protocol):
+    """What the router sees of an instance's KV memory. `hash_tokens` 0: it caches no prefixes."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def available(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def hash_tokens(self) -> int: ...
+    def match(self, hashes: tuple[int, ...], tokens: int) -> int:
+        """How many leading hashes are there, at least one of the `tokens` left to compute."""
+
+
+class Candidate(Protocol):
+    """What the router sees of an instance, simulated or real."""
+
+    @property
+    def up(self) -> bool: ...
+    @property
+    def pool(self) -> PoolFacts: ...
+    @property
+    def kv(self) -> Blocks: ...
+    @property
+    def requests(self) -> int:
+        """Those there or bound for it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Still to be computed there."""
+
+    @property
+    def coming_tokens(self) -> int:
+        """Of KV that is bound for it and not there."""
+
+    def report_to(self, changed: dict[Any, None]) -> None:
+        """From now on, enter it in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
+
+
+T = TypeVar("T", bound=Candidate)
 Load = tuple[float, ...]
-Entry = tuple[Load, int, Instance]
 
 
-class Router:
+class Router(Generic[T]):
     """Picks among `instances` that are up. `for_decode` routes KV to decode instances, else prompts to compute."""
 
-    def __init__(self, instances: Sequence[Instance], discipline: str, for_decode: bool = False) -> None:
-        self.instances = list(instances)
+    def __init__(self, instances: Iterable[T], discipline: str, for_decode: bool = False) -> None:
+        self.instances: list[T] = []
         self.central = discipline == CENTRAL_QUEUE
-        self._next = 0
-        costs: dict[str, Callable[[Instance, Request], float]] = {
+        self._next = self._number = 0
+        costs: dict[str, Callable[[T, Routed], float]] = {
+            BALANCED: _shares_taken if for_decode else _prompt_seconds_beside_prefix,
             CENTRAL_QUEUE: lambda instance, _: instance.requests,
             JOIN_SHORTEST_QUEUE: lambda instance, _: instance.requests,
             LEAST_LOADED: _requests_per_block if for_decode else _prompt_seconds,
@@ -48,37 +111,57 @@ class Router:
             WEIGHTED: lambda instance, _: (instance.requests + 1) / instance.pool.weight,
         }
         self._cost = costs.get(discipline)
-        by_prompts = not for_decode and discipline in (LEAST_LOADED, PREFIX_AWARE)
-        self._load: Callable[[Instance], Load] = _prompts_in_line if by_prompts else _requests
-        self._by_prefix = discipline == PREFIX_AWARE
-        self._order = {instance: i for i, instance in enumerate(self.instances)}
-        self._changed: dict[Instance, None] = dict.fromkeys(self.instances)
-        self._least: dict[Instance, Load] = {}  # the least load that an instance is entered with
-        self._heaps: dict[str, list[Entry]] = {i.pool.name: [] for i in self.instances}
-        for instance in self.instances:
-            instance.report_to(self._changed)
+        by_prompts = not for_decode and discipline in (BALANCED, LEAST_LOADED, PREFIX_AWARE)
+        self._load: Callable[[T], Load] = _prompts_in_line if by_prompts else _requests
+        self._by_prefix = discipline in (BALANCED, PREFIX_AWARE)
+        self._by_many = discipline == BALANCED and for_decode
+        self._order: dict[T, int] = {}
+        self._changed: dict[T, None] = {}
+        self._least: dict[T, Load] = {}  # the least load that an instance is entered with
+        self._heaps: dict[str, list[tuple[Load, int, T]]] = {}
+        for instance in instances:
+            self.add(instance)
 
-    def choose(self, request: Request) -> Instance | None:
+    def add(self, instance: T) -> None:
+        """One more to pick."""
+        self.instances.append(instance)
+        self._number += 1
+        self._order[instance] = self._number
+        self._heaps.setdefault(instance.pool.name, [])
+        self._changed[instance] = None
+        instance.report_to(self._changed)
+
+    def remove(self, instance: T) -> None:
+        """One less, for good."""
+        self.instances.remove(instance)
+        instance.report_to({})
+        for table in (self._order, self._changed, self._least):
+            table.pop(instance, None)
+        heap = self._heaps[instance.pool.name]
+        heap[:] = [entry for entry in heap if entry[2] is not instance]
+        heapify(heap)
+
+    def choose(self, request: Routed) -> T | None:
         """The instance for a request, the first of equals; None where all are down."""
         if self._cost is None:
             return self._in_turn()
-        cost, every = self._cost, self._by_prefix and request.hashes
+        cost, every = self._cost, self._by_many or (self._by_prefix and request.hashes)
         candidates = [i for i in self.instances if i.up] if every else self._heads()
         return min(candidates, key=lambda i: (cost(i, request), self._order[i]), default=None)
 
-    def by_load(self) -> list[Instance]:
+    def by_load(self) -> list[T]:
         """The instances that are up, fewest requests first."""
         return sorted((i for i in self.instances if i.up), key=lambda i: i.requests)
 
-    def _in_turn(self) -> Instance | None:
+    def _in_turn(self) -> T | None:
         for _ in self.instances:
-            instance = self.instances[self._next]
+            instance = self.instances[self._next % len(self.instances)]
             self._next = (self._next + 1) % len(self.instances)
             if instance.up:
                 return instance
         return None
 
-    def _heads(self) -> list[Instance]:
+    def _heads(self) -> list[T]:
         """The least loaded instance of each pool."""
         for instance in self._changed:
             if instance.up:
@@ -111,32 +194,43 @@ class Router:
         return found
 
 
-def _requests(instance: Instance) -> Load:
+def _requests(instance: Candidate) -> Load:
     return (instance.requests,)
 
 
-def _prompts_in_line(instance: Instance) -> Load:
+def _prompts_in_line(instance: Candidate) -> Load:
     return instance.prompt_tokens, instance.requests
 
 
-def _prompt_seconds(instance: Instance, request: Request) -> float:
+def _prompt_seconds(instance: Candidate, request: Routed) -> float:
     return (instance.prompt_tokens + request.target) * instance.pool.seconds_per_prompt_token + 1e-9 * instance.requests
 
 
-def _prompt_seconds_beside_prefix(instance: Instance, request: Request) -> float:
-    cached = 0
-    if instance.kv.hash_tokens and request.hashes:
-        cached = instance.kv.match(request.hashes, request.target) * instance.kv.hash_tokens
-    return _prompt_seconds(instance, request) - cached * instance.pool.seconds_per_prompt_token
+def _prompt_seconds_beside_prefix(instance: Candidate, request: Routed) -> float:
+    return _prompt_seconds(instance, request) - _held(instance, request) * instance.pool.seconds_per_prompt_token
 
 
-def _requests_per_block(instance: Instance, request: Request) -> float:
+def _requests_per_block(instance: Candidate, request: Routed) -> float:
     return (instance.requests + 1) / instance.kv.total
 
 
-def _bytes_to_move(instance: Instance, request: Request) -> float:
+def _bytes_to_move(instance: Candidate, request: Routed) -> float:
     """Tokens to receive, then load: a prefix that the decoder holds is not sent."""
-    held = 0
-    if instance.kv.hash_tokens and request.hashes:
-        held = instance.kv.match(request.hashes, request.target) * instance.kv.hash_tokens
-    return (request.target - held) + request.target * instance.requests / instance.pool.max_num_seqs
+    to_come = request.target - _held(instance, request)
+    return to_come + request.target * instance.requests / instance.pool.max_num_seqs
+
+
+def _shares_taken(instance: Candidate, request: Routed) -> float:
+    """Of its places and of its KV memory with this request, and of that memory's worth of KV on the way to it."""
+    room = instance.kv.total * instance.kv.block_size
+    used = room - instance.kv.available * instance.kv.block_size
+    to_come = request.target - _held(instance, request)
+    places = (instance.requests + 1) / instance.pool.max_num_seqs
+    return places + (used + to_come) / room + (instance.coming_tokens + to_come) / room
+
+
+def _held(instance: Candidate, request: Routed) -> int:
+    """Tokens of its prefix that the instance has."""
+    if not (instance.kv.hash_tokens and request.hashes):
+        return 0
+    return instance.kv.match(request.hashes, request.target) * instance.kv.hash_tokens
