@@ -1,5 +1,12 @@
 """Every exception that hetkv raises on purpose. All are `HetkvError`; each message names the thing that is wrong."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hetkv.planner.result import Tightest
+
 
 class HetkvError(Exception):
     """Base of all hetkv errors. Its text is one line that a user can act on."""
@@ -112,6 +119,34 @@ class ClosedError(TransferError):
 
 class WaitTimeoutError(HetkvError, TimeoutError):
     """A wait ended before the thing waited for; the request goes on."""
+
+
+class PoolFullError(HetkvError):
+    """Runtime: a cache group has too few free blocks. Nothing was allocated; try again once a sequence has ended."""
+
+
+class BenchmarkError(HetkvError):
+    """Benchmarks: a process that is measured failed, or what arrived is not what was sent."""
+
+
+class UcxToolError(BenchmarkError):
+    """A program of UCX is missing, failed, or printed what this version does not read."""
+
+
+class UndecidedError(HetkvError):
+    """Planner: a limit ended the integer program before it had counts, or a proof that there are none."""
+
+
+class InfeasibleError(InputError):
+    """Planner: no deployment of the offered GPUs meets the targets. The text names the tightest constraint."""
+
+    def __init__(self, text: str, tightest: Tightest) -> None:
+        self.tightest = tightest
+        super().__init__(text)
+
+
+class NotCoveredError(HetkvError):
+    """Planner: another planner that is compared cannot be asked this question; the text says why."""
 
 
 _BY_CODE: dict[int, type[HetkvError]] = {

@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def compare(seed: int, python: str | None) -> dict[str, Any]:
     """One fleet: the planner's plan and every method's."""
-    from hetkv.errors import InputError
+    from hetkv.errors import InputError, NotCoveredError
     from hetkv.planner import baselines
-    from hetkv.planner.baselines.aic_tool import AicTool, NotCoveredError
+    from hetkv.planner.baselines.aic_tool import AicTool
     from hetkv.planner.solve import solve
     from tests.planner.brute_force import random_problem
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetkv.errors import HetkvError, InputError
+from hetkv.errors import BenchmarkError, InputError
 from hetkv.interrupt import kept_from_children
 from hetkv.transport.config import TransferConfig
 
@@ -31,10 +31,6 @@ TOKEN_BYTES = HEADS * HEAD_DIM * 2
 TICKET_S = 0.005
 """Time for the ticket to reach the sender before the clock starts."""
 REPLY_S = 120.0
-
-
-class PairError(HetkvError):
-    """One of the two processes failed."""
 
 
 class Shape(NamedTuple):
@@ -249,7 +245,7 @@ class _ReceiverSide(_Side):
                 for segment in "kv":
                     found = pool.view(layer, segment)[self.blocks].flatten(3).flatten(0, 1)[: self.shape.tokens]
                     if not torch.equal(found, part(base, layer, segment)[:, heads]):
-                        raise PairError(f"layer {layer}, {segment}: the receiver's pool differs from the sender's")
+                        raise BenchmarkError(f"layer {layer}, {segment}: the receiver's pool differs from the sender's")
                     compared += found.numel() * found.element_size()
         return compared
 
@@ -305,13 +301,13 @@ class _Child:
     def answer(self) -> Any:
         try:
             if not self.pipe.poll(REPLY_S):
-                raise PairError(f"the {self.name} did not answer within {REPLY_S:.0f} s")
+                raise BenchmarkError(f"the {self.name} did not answer within {REPLY_S:.0f} s")
             done, value = self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join(5)
-            raise PairError(f"the {self.name} ended with exit code {self.process.exitcode}") from None
+            raise BenchmarkError(f"the {self.name} ended with exit code {self.process.exitcode}") from None
         if not done:
-            raise PairError(f"the {self.name}: {value}")
+            raise BenchmarkError(f"the {self.name}: {value}")
         return value
 
     def ask(self, *message: Any) -> Any:

@@ -10,17 +10,13 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from hetkv.errors import HetkvError
+from hetkv.errors import UcxToolError
 
 SETTINGS = {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
 """hetkv's own UCX settings (csrc/transport/ucx.cpp, docs/decisions/0001-ucx-through-its-c-api.md)."""
 
 CONNECT_S = 10.0
 RUN_S = 120.0
-
-
-class UcxToolError(HetkvError):
-    """A program of UCX is missing, failed, or printed what this version does not read."""
 
 
 def tool(name: str) -> tuple[str, dict[str, str]]:

@@ -8,9 +8,8 @@ import msgspec
 
 from hetkv.costmodel import load_catalogue
 from hetkv.costmodel.catalogue import VENDORS
-from hetkv.errors import InputError
+from hetkv.errors import InputError, UndecidedError
 from hetkv.planner.effort import ALTERNATIVE_EVENTS
-from hetkv.planner.milp import UndecidedError
 from hetkv.planner.problem import Objective, PairLimit, Problem
 from hetkv.planner.result import gpus, split
 from hetkv.planner.solve import solve

@@ -6,23 +6,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hetkv.errors import InputError
+from hetkv.errors import InfeasibleError, UndecidedError
 from hetkv.planner.capacity import prompt_times
 from hetkv.planner.columns import Column, Columns, build_columns, kv_bytes
-from hetkv.planner.milp import UndecidedError, optimise
+from hetkv.planner.milp import optimise
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import Tightest
 
 FREE = 1e12
 """A target, in ms, that never binds."""
-
-
-class InfeasibleError(InputError):
-    """No deployment of the offered GPUs meets the targets. The text names the tightest constraint."""
-
-    def __init__(self, text: str, tightest: Tightest) -> None:
-        self.tightest = tightest
-        super().__init__(text)
 
 
 def explain(problem: Problem, found: Columns) -> InfeasibleError:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from hetkv.errors import HetkvError
+from hetkv.errors import UndecidedError
 from hetkv.planner.columns import PORT_LOAD, Column
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
@@ -32,10 +32,6 @@ or `UndecidedError` is raised."""
 
 SAFETY_SECONDS = 600.0
 """An outer limit by the clock, with the same effect."""
-
-
-class UndecidedError(HetkvError):
-    """A limit ended the integer program before it had counts, or a proof that there are none."""
 
 
 @dataclass(frozen=True)

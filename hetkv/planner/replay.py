@@ -8,10 +8,9 @@ from math import ceil
 import msgspec
 import numpy as np
 
-from hetkv.errors import InputError
+from hetkv.errors import InputError, UndecidedError
 from hetkv.planner.baselines.candidates import hourly
 from hetkv.planner.effort import ALTERNATIVE_EVENTS
-from hetkv.planner.milp import UndecidedError
 from hetkv.planner.problem import Problem, WorkloadClass
 from hetkv.planner.result import Instances, split
 from hetkv.planner.slo_checker import Verdict, deployment, verdict

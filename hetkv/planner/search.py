@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hetkv.errors import UndecidedError
 from hetkv.planner.calibrator import Calibrator, Reach
 from hetkv.planner.columns import Column, Columns, kv_bytes
 from hetkv.planner.effort import PLAN_EVENTS, Effort
-from hetkv.planner.milp import Cut, Solution, UndecidedError, optimise
+from hetkv.planner.milp import Cut, Solution, optimise
 from hetkv.planner.neighbours import LARGEST, cheaper
 from hetkv.planner.problem import Problem
 from hetkv.planner.prune import prune

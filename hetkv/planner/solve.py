@@ -11,11 +11,12 @@ from typing import Literal
 import msgspec
 
 from hetkv.costmodel import load_catalogue
+from hetkv.errors import UndecidedError
 from hetkv.planner.calibrator import part_of
 from hetkv.planner.columns import Columns, build_columns, kv_bytes
 from hetkv.planner.effort import ALTERNATIVE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
-from hetkv.planner.infeasible import InfeasibleError, explain
-from hetkv.planner.milp import UndecidedError, optimise
+from hetkv.planner.infeasible import explain
+from hetkv.planner.milp import optimise
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
 from hetkv.planner.result import Attainment, ClassLatency, Option, Plan, Sensitivity, Tightest
@@ -329,6 +330,3 @@ def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal
         return Sensitivity(end, found, meets, None, None, why)
     cost = search.trials.price(solution.counts) if problem.prices else None
     return Sensitivity(end, found, meets, cost, total * solution.scale)
-
-
-__all__ = ["InfeasibleError", "solve"]

@@ -16,7 +16,6 @@ _MODULES = {
     "Pages": "hetkv.runtime.paged",
     "ParallelGroup": "hetkv.runtime.parallel_group",
     "Part": "hetkv.runtime.part",
-    "PoolFull": "hetkv.runtime.paged",
     "Span": "hetkv.runtime.batch",
     "TextTokenizer": "hetkv.runtime.tokenizer",
     "choose": "hetkv.runtime.generation",
@@ -34,7 +33,6 @@ __all__ = [
     "Pages",
     "ParallelGroup",
     "Part",
-    "PoolFull",
     "Span",
     "TextTokenizer",
     "choose",
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
     from hetkv.runtime.checkpoint import read_checkpoint
     from hetkv.runtime.generation import choose, decode, generate, greedy, prefill
     from hetkv.runtime.model import Decoder
-    from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
+    from hetkv.runtime.paged import BlockAllocator, Pages
     from hetkv.runtime.parallel_group import ParallelGroup
     from hetkv.runtime.part import Part
     from hetkv.runtime.tokenizer import TextTokenizer

@@ -17,9 +17,10 @@ class WorkClock:
         """CLOCK_MONOTONIC, when the clock was made; a device must be idle then."""
         self._begin = self._event() if device.type == "cuda" else None
 
-    def mark(self) -> None:
-        """The end of what has been issued so far."""
+    def mark(self) -> int:
+        """The end of what has been issued so far; its number in `times`."""
         self._marks.append(time.monotonic_ns() if self._begin is None else self._event())
+        return len(self._marks) - 1
 
     def times(self) -> list[int]:
         """When each marked point was reached, in ns of CLOCK_MONOTONIC. Waits for the last."""

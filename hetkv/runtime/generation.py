@@ -6,12 +6,13 @@ Of a model that is split over ranks, every rank makes the same calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
-from hetkv.runtime.model import Decoder
+from hetkv.runtime.model import AroundLayer, Decoder
 from hetkv.runtime.paged import BlockAllocator, Pages
 
 OnChunkLayer = Callable[[int, int, int], None]
@@ -30,7 +31,7 @@ def choose(model: Decoder, logits: torch.Tensor | None) -> int:
 
 def prefill(
     model: Decoder, tokens: Sequence[int], pages: Pages, *, start: int = 0, chunk: int | None = None,
-    on_layer: OnChunkLayer | None = None,
+    on_layer: OnChunkLayer | None = None, around_layer: AroundLayer = nullcontext,
 ) -> torch.Tensor | None:  # fmt: skip
     """Run a prompt, `chunk` tokens a pass (default: one pass); logits `[vocab]` after its last token.
 
@@ -46,7 +47,7 @@ def prefill(
     logits = None
     for begin in range(start, len(tokens), step):
         end = min(begin + step, len(tokens))
-        logits = model.prefill(tokens[begin:end], begin, pages, _bind(on_layer, begin, end))
+        logits = model.prefill(tokens[begin:end], begin, pages, _bind(on_layer, begin, end), around_layer)
     return logits
 
 
@@ -83,7 +84,8 @@ def generate(
 ) -> list[int]:
     """Greedy continuation of a prompt in one process; the end token, where there is one, included.
 
-    Blocks come from `allocator` (default: the whole pool is free) and go back when done. `PoolFull` if it has too few.
+    Blocks come from `allocator` (default: the whole pool is free) and go back when done. `PoolFullError` if it has too
+    few.
     """
     if not prompt_ids or max_new_tokens < 1:
         raise InputError(f"a prompt of {len(prompt_ids)} tokens, {max_new_tokens} new tokens: both must be at least 1")

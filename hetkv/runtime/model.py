@@ -12,6 +12,7 @@ pipeline stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,9 @@ from hetkv.runtime.weights import load_weights
 
 OnLayer = Callable[[int], None]
 """Called with layer `i` once its keys and values of this pass are in the pool, before its attention is computed."""
+
+AroundLayer = Callable[[int], AbstractContextManager[object]]
+"""Called with layer `i`; everything that the pass computes of that layer, and nothing else, runs inside its context."""
 
 
 class Layer(NamedTuple):
@@ -106,10 +110,15 @@ class Decoder:
         return self.part.shard
 
     def prefill(
-        self, tokens: Sequence[int], start: int, pages: Pages, on_layer: OnLayer | None = None
+        self,
+        tokens: Sequence[int],
+        start: int,
+        pages: Pages,
+        on_layer: OnLayer | None = None,
+        around_layer: AroundLayer = nullcontext,
     ) -> torch.Tensor | None:
         """Run `tokens` (a prompt or a chunk of one) from position `start`; logits `[vocab]` after the last of them."""
-        logits = self.forward([Span(pages, start, tokens)], on_layer)
+        logits = self.forward([Span(pages, start, tokens)], on_layer, around_layer)
         return None if logits is None else logits[0]
 
     def decode_step(
@@ -120,7 +129,9 @@ class Decoder:
         return None if logits is None else logits[0]
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span], on_layer: OnLayer | None = None) -> torch.Tensor | None:
+    def forward(
+        self, spans: Sequence[Span], on_layer: OnLayer | None = None, around_layer: AroundLayer = nullcontext
+    ) -> torch.Tensor | None:
         """One pass over a ragged batch; logits `[spans, vocab]` after the last token of each span.
 
         Every rank of the last stage has all logits; a rank of another stage has `None`.
@@ -137,7 +148,8 @@ class Decoder:
         x = self._embed(batch.ids) if self.part.first else self.group.receive(shape, self.dtype)
         for index, layer in self.layers.items():
             turn = full if self.config.windows[index] is None else local
-            x = self._run(index, layer, x, batch, turn, on_layer)
+            with around_layer(index):
+                x = self._run(index, layer, x, batch, turn, on_layer)
         if not self.part.last:
             self.group.send(x)
             return None

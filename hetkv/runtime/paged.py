@@ -6,13 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hetkv.errors import HetkvError, InputError
+from hetkv.errors import InputError, PoolFullError
 from hetkv.kv.pool import KVPool
 from hetkv.runtime.pool_views import PoolViews
-
-
-class PoolFull(HetkvError):
-    """A cache group has too few free blocks. Nothing was allocated; try again once a sequence has ended."""
 
 
 class BlockAllocator:
@@ -31,21 +27,21 @@ class BlockAllocator:
         return len(self._free[group])
 
     def allocate(self, num_tokens: int) -> list[list[int]]:
-        """Block ids for `num_tokens` tokens, one list per cache group. `PoolFull` if any group is short.
+        """Block ids for `num_tokens` tokens, one list per cache group. `PoolFullError` if any group is short.
 
         Empty for a group that has no layers in this pool (it is another pipeline stage's).
         """
         return self.extend([[] for _ in self._block_size], num_tokens)
 
     def extend(self, block_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """`block_ids`, followed by what `num_tokens` tokens need more. `PoolFull` if any group is short."""
+        """`block_ids`, followed by what `num_tokens` tokens need more. `PoolFullError` if any group is short."""
         wanted = [
             max(0, -(-num_tokens // size) - len(ids)) if size else 0
             for size, ids in zip(self._block_size, block_ids, strict=True)
         ]
         for group, count in enumerate(wanted):
             if count > len(self._free[group]):
-                raise PoolFull(
+                raise PoolFullError(
                     f"{num_tokens} tokens need {count} blocks of {self._block_size[group]} in cache group {group}, "
                     f"{len(self._free[group])} are free"
                 )

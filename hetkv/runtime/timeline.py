@@ -25,7 +25,12 @@ class Span(msgspec.Struct, frozen=True):
     stop_ns: int
     num_bytes: int = 0
     process: str = ""
-    """Instance name; default: the row's process in `ROWS`."""
+    """`instance/rank`; default: the row's process in `ROWS`."""
+
+    @property
+    def owner(self) -> str:
+        """Whose work it is."""
+        return self.process or ROWS[self.row]
 
 
 def engine_spans(trace: Sequence[tuple[int, int, int, int, int, int]], process: str = "") -> list[Span]:
@@ -39,7 +44,7 @@ def write_perfetto(path: Path | str, spans: Sequence[Span]) -> None:
     processes: dict[str, int] = {}
     origin = min((span.start_ns for span in spans), default=0)
     for span in spans:
-        name = span.process or ROWS[span.row]
+        name = span.owner
         if name not in processes:
             processes[name] = len(processes) + 1
             events.append({"ph": "M", "name": "process_name", "pid": processes[name], "args": {"name": name}})
@@ -81,8 +86,15 @@ def read_perfetto(path: Path | str) -> list[Span]:
         raise InputError(f"{path}: not a trace of hetkv: {error}") from None
 
 
+def picture_rows(spans: Sequence[Span]) -> list[tuple[str, str]]:
+    """(process, kind of work) of each row of the picture, from top to bottom: no two ranks share one."""
+    found = {(span.owner, span.row) for span in spans}
+    sides = {owner: ROWS[row] for owner, row in found}
+    return sorted(found, key=lambda at: (sides[at[0]] != "prefill", at[0], list(ROWS).index(at[1])))
+
+
 def draw(path: Path | str, spans: Sequence[Span], title: str) -> None:
-    """The layer timeline as a picture (`.svg`, `.png` or `.pdf`): a row a kind of work, a colour a layer."""
+    """The layer timeline as a picture (`.svg`, `.png`, `.pdf`): a row a process and kind of work, a colour a layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,16 +106,17 @@ def draw(path: Path | str, spans: Sequence[Span], title: str) -> None:
     origin = min(span.start_ns for span in spans)
     layers = max(span.layer for span in spans) + 1
     colours = pyplot.get_cmap("viridis")
-    rows = [row for row in ROWS if any(span.row == row for span in spans)]
-    figure, axes = pyplot.subplots(figsize=(11, 0.75 * len(rows) + 1.6), layout="constrained")
+    rows = picture_rows(spans)
+    height = 0.75 if len(rows) <= 8 else 0.45
+    figure, axes = pyplot.subplots(figsize=(11, height * len(rows) + 1.6), layout="constrained")
     total = (max(span.stop_ns for span in spans) - origin) / 1e6
     for span in spans:
         # A pack of microseconds next to a compute of milliseconds is drawn wide enough to be seen.
         left, width = (span.start_ns - origin) / 1e6, max((span.stop_ns - span.start_ns) / 1e6, total * 0.004)
         colour = colours(span.layer / max(layers - 1, 1))
-        axes.barh(rows.index(span.row), width, left=left, height=0.72, color=colour)
-    axes.set_yticks(range(len(rows)), [f"{row}\n({ROWS[row]} process)" for row in rows], fontsize=9)
-    axes.invert_yaxis()
+        axes.barh(rows.index((span.owner, span.row)), width, left=left, height=0.72, color=colour)
+    axes.set_yticks(range(len(rows)), [f"{row}\n{owner}" for owner, row in rows], fontsize=9 if len(rows) <= 8 else 7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("milliseconds since the first layer began")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -54,7 +54,7 @@ class Station:
         """Tokens of the conversation whose KV is in the pool."""
 
     def reserve(self, num_tokens: int) -> Pages:
-        """Pages with room for `num_tokens` tokens of the conversation. Raises `PoolFull`."""
+        """Pages with room for `num_tokens` tokens of the conversation. Raises `PoolFullError`."""
         self.blocks = self.allocator.extend(self.blocks, num_tokens)
         return Pages(self.pool, self.blocks)
 

@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -147,7 +148,9 @@ class Worker:
     def prefill(self, request_id: str, prompt: list[int]) -> PrefillResult:
         """Compute a prompt; its KV leaves layer by layer. Returns when the compute is done: see `finish`."""
         blocks = self.allocator.allocate(len(prompt))
-        clock, layers = WorkClock(self.model.device), []
+        clock = WorkClock(self.model.device)
+        handed_over: list[int] = []
+        computed: list[tuple[int, int, int]] = []  # layer, and the marks of its beginning and end
         try:
             sending: SendHandle = self.node.send(request_id, blocks, len(prompt))
         except BaseException:
@@ -156,20 +159,27 @@ class Worker:
         self.sending[request_id] = (sending, blocks)
 
         def on_layer(layer: int, first: int, last: int) -> None:
-            layers.append(layer)
-            clock.mark()
+            handed_over.append(clock.mark())
             sending.send_layer(layer, (first, last))
 
+        @contextmanager
+        def around_layer(layer: int) -> Iterator[None]:
+            begin = clock.mark()
+            yield
+            computed.append((layer, begin, clock.mark()))
+
         try:
-            logits = prefill(self.model, prompt, Pages(self.pool, blocks), chunk=self.config.chunk, on_layer=on_layer)
+            logits = prefill(
+                self.model, prompt, Pages(self.pool, blocks), chunk=self.config.chunk, on_layer=on_layer,
+                around_layer=around_layer,
+            )  # fmt: skip
             token = choose(self.model, logits)
         except BaseException:
             sending.abort("the prefill failed")
             raise
         stop, times = time.monotonic_ns(), clock.times()
-        edges = [clock.start_ns, *times[:-1], stop]
-        spans = [self._span(layer, edges[i], edges[i + 1]) for i, layer in enumerate(layers)]
-        return PrefillResult(token, clock.start_ns, times[0], stop, spans)
+        spans = [self._span(layer, times[begin], times[end]) for layer, begin, end in computed]
+        return PrefillResult(token, clock.start_ns, times[handed_over[0]], stop, spans)
 
     def finish(self, request_id: str) -> list[Span]:
         """Wait until the receivers have verified the request, and free its blocks. Spans of its transfer."""

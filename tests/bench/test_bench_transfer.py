@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hetkv.bench import peers, ucx
-from hetkv.bench.pair import Pair, PairError, Shape
+from hetkv.bench.pair import BenchmarkError, Pair, Shape
 from hetkv.cli import main
 from hetkv.errors import HetkvError, InputError
 from hetkv.transport.config import TransferConfig
@@ -119,14 +119,14 @@ def test_verify_sees_a_pool_that_differs() -> None:
         pair.send()
         assert pair.receivers[0].ask("verify") == 2 * 100 * 2048
         pair.receivers[0].ask("clear")
-        with pytest.raises(PairError, match="differs from the sender's"):
+        with pytest.raises(BenchmarkError, match="differs from the sender's"):
             pair.receivers[0].ask("verify")
 
 
 def test_a_child_that_dies_is_reported() -> None:
     with Pair(Shape(1, 16)) as pair:
         pair.senders[0].process.kill()
-        with pytest.raises(PairError, match="the sender ended with exit code -9"):
+        with pytest.raises(BenchmarkError, match="the sender ended with exit code -9"):
             pair.send()
 
 

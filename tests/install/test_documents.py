@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -35,6 +36,22 @@ def test_every_error_has_its_advice() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     names = [n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.HetkvError)]
     assert not [name for name in names if f"`{name}`" not in text]
+
+
+def test_every_exception_is_in_errors() -> None:
+    """What a module catches itself may be its own, under a name with `_`."""
+    elsewhere = []
+    for file in sorted((ROOT / "hetkv").rglob("*.py")):
+        classes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)]
+        bases = {node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases] for node in classes}
+        elsewhere += [
+            f"{file.relative_to(ROOT)}: {name}"
+            for name, above in bases.items()
+            if any(re.search(r"(Error|Exception)$", base) for base in above)
+            and not name.startswith("_")
+            and file != ROOT / "hetkv" / "errors.py"
+        ]
+    assert not elsewhere
 
 
 def test_every_environment_variable_is_listed() -> None:

@@ -8,8 +8,9 @@ from math import inf
 import numpy as np
 import pytest
 
+from hetkv.errors import NotCoveredError
 from hetkv.planner import baselines
-from hetkv.planner.baselines.aic_tool import AicTool, NotCoveredError
+from hetkv.planner.baselines.aic_tool import AicTool
 from hetkv.planner.baselines.aiconfigurator import AIConfigurator, Worker, match
 from hetkv.planner.baselines.candidates import candidates, hourly
 from hetkv.planner.baselines.distserve import DistServe, attains, goodput

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from hetkv.engines import CONNECTOR_VLLM, Use, obstacle
-from hetkv.errors import InputError
+from hetkv.errors import InfeasibleError, InputError
 from hetkv.planner.columns import build_columns
-from hetkv.planner.infeasible import InfeasibleError
 from hetkv.planner.output.launch import sglang_lines, vllm_lines
 from hetkv.planner.problem import Problem, parse_problem
 from hetkv.planner.solve import solve

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from hetkv.errors import InfeasibleError, UndecidedError
 from hetkv.planner import frontier as sweep
 from hetkv.planner import milp as program
 from hetkv.planner import replay as trace
@@ -18,8 +19,7 @@ from hetkv.planner.calibrator import Calibrator
 from hetkv.planner.columns import build_columns
 from hetkv.planner.effort import Effort
 from hetkv.planner.frontier import Frontier, Point, point
-from hetkv.planner.infeasible import InfeasibleError
-from hetkv.planner.milp import UndecidedError, optimise
+from hetkv.planner.milp import optimise
 from hetkv.planner.output.explain import reasons
 from hetkv.planner.output.html import html
 from hetkv.planner.output.terminal import CUT, show_frontier, show_replan

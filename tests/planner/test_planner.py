@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hetkv.planner.infeasible import InfeasibleError
+from hetkv.errors import InfeasibleError
 from hetkv.planner.problem import parse_problem
 from hetkv.planner.result import Plan
 from hetkv.planner.search import Search

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetkv.errors import InputError
+from hetkv.errors import InputError, PoolFullError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, LayerSpec, Shard
-from hetkv.runtime import BlockAllocator, Decoder, ModelConfig, Pages, PoolFull, prefill
+from hetkv.runtime import BlockAllocator, Decoder, ModelConfig, Pages, prefill
 from hetkv.runtime.tensors import expected_tensors
 
 LAYOUTS = ["nhd", "hnd", "nhd_interleaved", "hnd_interleaved", "packed_nhd", "packed_hnd", "rocm"]
@@ -132,7 +132,7 @@ def test_allocator_hands_out_each_block_once() -> None:
     assert [len(ids) for ids in second] == [3, 2]
     for group, count in enumerate((6, 4)):
         assert sorted(first[group] + second[group]) == list(range(count))
-    with pytest.raises(PoolFull, match="1 tokens need 1 blocks of 16 in cache group 0, 0 are free"):
+    with pytest.raises(PoolFullError, match="1 tokens need 1 blocks of 16 in cache group 0, 0 are free"):
         allocator.allocate(1)
     allocator.free(first)
     assert (allocator.free_blocks(0), allocator.free_blocks(1)) == (3, 2)
@@ -140,7 +140,7 @@ def test_allocator_hands_out_each_block_once() -> None:
         allocator.free(first)
     with pytest.raises(InputError, match="given back twice"):
         allocator.free([[second[0][0], second[0][0]], []])
-    with pytest.raises(PoolFull):
+    with pytest.raises(PoolFullError):
         allocator.allocate(49)
     assert (allocator.free_blocks(0), allocator.free_blocks(1)) == (3, 2), "a rejected allocation takes nothing"
     allocator.allocate(48)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hetkv.errors import InputError
+from hetkv.errors import InputError, PoolFullError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import Shard, head_interval
-from hetkv.runtime import BlockAllocator, Decoder, Pages, ParallelGroup, Part, PoolFull, read_checkpoint
+from hetkv.runtime import BlockAllocator, Decoder, Pages, ParallelGroup, Part, read_checkpoint
 from hetkv.runtime.part import query_heads
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.tensors import expected_tensors
@@ -122,7 +122,7 @@ def test_a_group_of_another_stage_takes_no_blocks(tmp_path: Path) -> None:
     spec = Decoder.load(tmp_path).kv_spec
     allocator = BlockAllocator(KVPool.allocate(spec, 3, shard=Shard.of(spec, pp=2, pp_rank=1)))
     assert allocator.allocate(33) == [[], [0, 1, 2]]
-    with pytest.raises(PoolFull, match="1 tokens need 1 blocks of 16 in cache group 1, 0 are free"):
+    with pytest.raises(PoolFullError, match="1 tokens need 1 blocks of 16 in cache group 1, 0 are free"):
         allocator.allocate(1)
 
 

@@ -40,11 +40,11 @@ REST_S = 10.0
 """How long a server that could not be reached gets no requests, as long as there is another one."""
 
 
-class Rejected(Exception):
+class _Rejected(Exception):
     """A server answered with an error, or not at all."""
 
 
-class Gone(Exception):
+class _Gone(Exception):
     """A decode server could not be reached, or was lost before it answered anything."""
 
     def __init__(self, server: Server, text: str) -> None:
@@ -119,7 +119,7 @@ class Router:
             prefill, decode = self.choose(tried)
             try:
                 return await half(prefill, decode, path, body, headers)
-            except Gone as error:
+            except _Gone as error:
                 error.server.rest()
                 tried.append(decode)
                 _log.warning("%s", error)
@@ -135,7 +135,7 @@ class Router:
             with prefill.busy():
                 answer = await self._ask(prefill, path, prefill_body(body, order), headers)
             params = answer.get("kv_transfer_params")
-        except Rejected as error:
+        except _Rejected as error:
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             params = None
         return await self._decode(decode, path, body, params, headers)
@@ -146,7 +146,7 @@ class Router:
         """Both at once. Where the prefill fails, decode is asked again without it: it has sent nothing so far."""
         try:
             identity = await self.identity(prefill, headers)
-        except Rejected as error:
+        except _Rejected as error:
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             return await self._decode(decode, path, body, None, headers)
         transfer = uuid.uuid4().hex
@@ -170,7 +170,7 @@ class Router:
             if failure is None:
                 given = await decoding
                 return given
-            if not isinstance(failure, Rejected):
+            if not isinstance(failure, _Rejected):
                 raise failure
             prefill.identity = None
             _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
@@ -206,26 +206,26 @@ class Router:
         return known
 
     async def _ask(self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
-        """A whole JSON answer. Raises `Rejected`."""
+        """A whole JSON answer. Raises `_Rejected`."""
         try:
             response = await self.client.post(server.url + path, json=body, headers=headers)
         except httpx.HTTPError as error:
             server.rest()
-            raise Rejected(f"{type(error).__name__}: {error}") from None
+            raise _Rejected(f"{type(error).__name__}: {error}") from None
         if response.status_code >= 400:
-            raise Rejected(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
+            raise _Rejected(f"HTTP {response.status_code}: {response.text[:TEXT_LIMIT]}")
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Rejected("its answer is not a JSON object")
+            raise _Rejected("its answer is not a JSON object")
         return answer
 
     async def _decode(
         self, server: Server, path: str, body: dict[str, Any], params: dict[str, Any] | None, headers: dict[str, str]
     ) -> Response:
-        """The decode server's answer, passed on as it comes. Raises `Gone`."""
+        """The decode server's answer, passed on as it comes. Raises `_Gone`."""
         if params is not None:
             body = dict(body, kv_transfer_params=params)
         stack = contextlib.AsyncExitStack()
@@ -244,7 +244,7 @@ class Router:
             first = await anext(pieces, b"")
         except httpx.HTTPError as error:
             await stack.aclose()
-            raise Gone(server, f"{type(error).__name__}: {error}") from None
+            raise _Gone(server, f"{type(error).__name__}: {error}") from None
         except BaseException:
             await stack.aclose()
             raise
@@ -293,7 +293,7 @@ def _identity(answer: dict[str, Any]) -> dict[str, Any]:
     params = answer.get("kv_transfer_params") or {}
     names = ("do_remote_prefill", "remote_engine_id", "remote_addresses")
     if any(name not in params for name in names):
-        raise Rejected("its answer has no kv_transfer_params of HetKVConnector: is it a producer?")
+        raise _Rejected("its answer has no kv_transfer_params of HetKVConnector: is it a producer?")
     return {name: params[name] for name in names}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from hetkv.costmodel import load_catalogue
 from hetkv.costmodel.models import model_config
+from hetkv.errors import NotCoveredError
 from hetkv.planner.baselines.aiconfigurator import one_size
 from hetkv.planner.baselines.candidates import hourly
 from hetkv.planner.problem import ModelSpec, Problem
@@ -68,10 +69,6 @@ for names in task["pairs"]:
         answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 json.dump({"version": version("aiconfigurator"), "answers": answers}, sys.stdout)
 """
-
-
-class NotCoveredError(Exception):
-    """The tool cannot be asked this question; the text says why."""
 
 
 class AicTool:
