@@ -120,7 +120,7 @@ def vllm(name: str, folder: Path, model: str, block: int, transfer: dict[str, An
 
 def proxy(name: str, folder: Path, prefill: Server, decode: Server, mode: str) -> Server:
     """hetkv's proxy before a pair of servers."""
-    arguments = ["hetkv.integrations.vllm.proxy", "--prefill", prefill.url, "--decode", decode.url, "--mode", mode]
+    arguments = ["hetkv", "proxy", "--prefill", prefill.url, "--decode", decode.url, "--mode", mode]
     return Server(name, folder, arguments)
 
 

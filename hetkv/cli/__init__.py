@@ -47,6 +47,11 @@ COMMANDS: dict[str, Command] = {
         "plan",
         ("yaml", "joblib", "rich"),
     ),
+    "proxy": Command(
+        "route requests to vLLM servers that prefill and vLLM servers that decode",
+        "proxy",
+        ("fastapi", "httpx", "uvicorn"),
+    ),
 }
 
 OUTPUTS = ("json", "plot", "report")

@@ -35,6 +35,7 @@ def hetkv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("plan --problem x.yaml --spare 0", "--spare: not with --problem x.yaml"),
     ("plan --problem x.yaml --model llama-3-70b", "--model: not with --problem x.yaml"),
     ("probe --mib nan", "--mib nan: more than 0, at most 4096"),
+    ("proxy --prefill http://a --decode b:1", "'b:1' is not a URL: write http://host:port"),
     ("bench transfer --device cuda:0,cuda:99", "device cuda:"),
 ])  # fmt: skip
 def test_one_line_before_the_work(

@@ -117,7 +117,7 @@ def cluster(model: str, folder: Path, policy: str = "recompute") -> Iterator[dic
             process.wait()
         urls = ["--prefill", servers["prefill"].url, "--decode", servers["decode"].url]
         for mode in MODES:
-            servers[mode] = Process(folder / f"{mode}.log", ["hetkv.integrations.vllm.proxy", *urls, "--mode", mode])
+            servers[mode] = Process(folder / f"{mode}.log", ["hetkv", "proxy", *urls, "--mode", mode])
             servers[mode].wait()
         yield servers
     finally:

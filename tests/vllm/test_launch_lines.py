@@ -104,7 +104,7 @@ def test_the_proxy_starts_from_its_line(name: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = " ".join([sys.executable, *words[1:], f"--port {port}"])  # its loops are the shell's
+    line = " ".join([sys.executable, "-m", *words, f"--port {port}"])  # its loops are the shell's
     process = subprocess.Popen(["bash", "-c", f"exec {line}"], stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):

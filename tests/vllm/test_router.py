@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hetkv.integrations.vllm.proxy import MODES, Passed, Router, drop
+from hetkv.cli.proxy import MODES
+from hetkv.integrations.vllm.proxy import Passed, Router, drop
 
 PATH, WAIT_S = "/v1/completions", 10.0
 
@@ -180,17 +177,3 @@ def test_dead_prefill_server_rests(mode: str) -> None:
         router = Router([gone, prefill], [decode], mode, WAIT_S)
         assert [answer.status_code for answer in ask(router, 8)] == [200] * 8
         assert [server.rests for server in router.prefill] == [True, False]
-
-
-def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
-    (tmp_path / "httpx.py").write_text("raise ModuleNotFoundError('no', name='httpx')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    found = subprocess.run(
-        [sys.executable, "-m", "hetkv.integrations.vllm.proxy"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 1
-    assert found.stderr.strip() == "the proxy needs httpx: pip install 'hetkv[proxy]'"

@@ -1,4 +1,4 @@
-"""A small router for disaggregated vLLM: `python -m hetkv.integrations.vllm.proxy --prefill URL --decode URL`.
+"""A small router for disaggregated vLLM: `hetkv proxy --prefill URL --decode URL`.
 
 Takes OpenAI-compatible requests and sends each to one prefill and one decode server, in one of two ways:
 
@@ -11,7 +11,6 @@ server is gone before it has said anything is given to another one, and the serv
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -22,16 +21,12 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-try:
-    import httpx
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.responses import JSONResponse, Response, StreamingResponse
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"the proxy needs {missing.name}: pip install 'hetkv[proxy]'") from None
+import httpx
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 _log = logging.getLogger("hetkv.proxy")
-MODES = ("prefill_first", "concurrent")
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
                "accept-encoding"}  # fmt: skip
@@ -363,25 +358,7 @@ async def gone(request: Request) -> None:
             return
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m hetkv.integrations.vllm.proxy", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--prefill", nargs="+", required=True, metavar="URL", help="prefill servers")
-    parser.add_argument("--decode", nargs="+", required=True, metavar="URL", help="decode servers")
-    parser.add_argument("--mode", choices=MODES, default="prefill_first")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of a server, in seconds")
-    options = parser.parse_args(arguments)
-    for url in (*options.prefill, *options.decode):
-        if not url.startswith(("http://", "https://")):
-            parser.error(f"{url!r} is not a URL: write http://host:port")
-    prefill, decode = ([url.rstrip("/") for url in urls] for urls in (options.prefill, options.decode))
-    router = Router(prefill, decode, options.mode, options.timeout)
+def serve(router: Router, host: str, port: int) -> None:
+    """Serve until a signal ends the process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    uvicorn.run(application(router), host=options.host, port=options.port, log_level="warning")
-
-
-if __name__ == "__main__":
-    main()
+    uvicorn.run(application(router), host=host, port=port, log_level="warning")

@@ -189,7 +189,7 @@ def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> st
     if plan.disaggregated:
         assert plan.link is not None
         mode = "concurrent" if plan.link.overlap == "layerwise" else "prefill_first"
-        proxy = ["python", "-m", "hetkv.integrations.vllm.proxy", f"--mode {mode}", f"--port {ROUTER_PORT}"]
+        proxy = ["hetkv", "proxy", f"--mode {mode}", f"--port {ROUTER_PORT}"]
         for role in KV_ROLES:
             proxy += [f"--{role}", *_peers(found, role)]
         parts.append("# The proxy; hosts are named after pool and instance here.\n" + _join(proxy))
