@@ -33,6 +33,10 @@ class PeerLostError(ControlError, ConnectionError):
         self.orderly, self.errno = orderly, errno
 
 
+class ListenerBusyError(PeerLostError):
+    """The listener ended the handshake before anything was proved: it has too many at once."""
+
+
 class MessageError(ControlError):
     """The peer sent a control message that is oversized, malformed, out of sequence, or of an unknown type or field."""
 

@@ -25,9 +25,14 @@ def console(json_file: object = None) -> Console:
     """Where tables go: standard output, or standard error where the JSON goes to standard output."""
     from rich.console import Console
 
+    from hetkv.whole_tables import WholeTables
+
     stderr = str(json_file) == "-"
     found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+    if not found.is_terminal:
+        found = Console(stderr=stderr, highlight=False, width=WIDTH)
+    found.push_render_hook(WholeTables())
+    return found
 
 
 def progress(text: str) -> AbstractContextManager[object]:

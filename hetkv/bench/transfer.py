@@ -357,7 +357,7 @@ def show(
         "rest",
     )
     for head in heads:
-        table.add_column(head, no_wrap=True)
+        table.add_column(head)
     for row in results:
         table.add_row(
             row["destination"],

@@ -187,7 +187,7 @@ def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None
     console = terminal.console(json_file)
     if entries:
         table = Table()
-        table.add_column("GPU/engine/version/dtype", no_wrap=True)
+        table.add_column("GPU/engine/version/dtype")
         for name in ("rows", "median error", "decode, 90 %", "prompts, 90 %"):
             table.add_column(name)
         for entry in sorted(entries, key=lambda e: str(e.key)):

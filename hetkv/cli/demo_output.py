@@ -113,7 +113,7 @@ def add_times(table: Table, result: DemoResult | TimingResult, of: str = "") -> 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True)
+        table.add_column(column)
     return table
 
 

@@ -19,13 +19,14 @@ from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
 from hetkv.control.compat import check_minor
 from hetkv.control.description import Accept, Bye, Description, Message, Ready, Rejection, decode, encode, for_minor
-from hetkv.control.handshake import Dropped, Keys, Role, authenticate, check_secret, other_role
+from hetkv.control.handshake import Keys, Role, authenticate, check_secret, other_role
 from hetkv.control.reactor import Steps, call, run, shared
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
     IncompatibleError,
     InputError,
+    ListenerBusyError,
     MessageError,
     PeerLostError,
 )
@@ -249,7 +250,7 @@ def connect(
         )
         try:
             return run(steps)
-        except Dropped:
+        except ListenerBusyError:
             wait = random.uniform(pause / 2, pause)
             if time.monotonic() + wait > deadline:
                 raise

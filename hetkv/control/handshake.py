@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from hetkv._version import __version__
 from hetkv.control.channel import Channel
 from hetkv.control.reactor import Steps
-from hetkv.errors import AuthenticationError, HandshakeError, InputError, PeerLostError, VersionError
+from hetkv.errors import AuthenticationError, HandshakeError, InputError, ListenerBusyError, PeerLostError, VersionError
 
 Role = Literal["sender", "receiver"]
 
@@ -33,10 +33,6 @@ _PROOF = struct.Struct("<B3x32s")
 _PROVE, _ALERT = 1, 2
 _ROLES: dict[Role, int] = {"sender": 1, "receiver": 2}
 WRONG_SECRET = "authentication failed: the two sides do not have the same secret"
-
-
-class Dropped(PeerLostError):
-    """The listener ended the handshake before anything was proved: it has too many at once."""
 
 
 class Hello(NamedTuple):
@@ -127,7 +123,7 @@ def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, 
 
     The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from.
     Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`; on the
-    connecting side `Dropped` where trying again may help.
+    connecting side `ListenerBusyError` where trying again may help.
     """
     mine = Hello(MAJOR, MINOR, role, os.urandom(NONCE_BYTES), __version__)
     sent = mine.encode()
@@ -148,7 +144,7 @@ def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, 
             yield from _prove(channel, schedule.proof(role), timeout)
     except PeerLostError as error:
         if connecting and (greeted or error.errno == errno.ECONNRESET):
-            raise Dropped(str(error), errno=error.errno) from None
+            raise ListenerBusyError(str(error), errno=error.errno) from None
         raise
     return schedule.keys(role, min(mine.minor, theirs.minor))
 
