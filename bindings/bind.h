@@ -14,6 +14,7 @@ namespace hetkv {
 void check(const Status& status);
 
 void bind_engine(py::module_& m);
+void bind_outcome(py::module_& m);
 void bind_device(py::module_& m);
 void bind_backend(py::module_& m);
 

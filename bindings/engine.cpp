@@ -133,6 +133,10 @@ void bind_common(EngineClass<E>& type) {
             return out;
           },
           "Blocks until something happened; an empty list means that the engine has stopped.")
+      .def(
+          "take_ended", [](E& self) { return self.outcomes().take_ended(); },
+          "Handles of the requests that have ended since the last call.")
+      .def_property_readonly("open_requests", [](E& self) { return self.outcomes().size(); })
       .def("take_trace",
            [](E& self) {
              py::list out;
@@ -156,7 +160,7 @@ void bind_common(EngineClass<E>& type) {
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
              out["wakeups"] = at.wakeups.load();
-             out["open_requests"] = at.open_requests.load();
+             out["open_requests"] = self.outcomes().size();
              out["pending_tickets"] = at.pending_tickets.load();
              out["lent_slots"] = at.lent_slots.load();
              return out;
@@ -185,6 +189,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("bundle_frames", &EngineConfig::bundle_frames)
+      .def_readwrite("num_layers", &EngineConfig::num_layers)
       .def_readwrite("trace", &EngineConfig::trace);
 
   py::class_<SegmentPlan>(m, "SegmentPlan")
@@ -262,11 +267,13 @@ void bind_engine(py::module_& m) {
           "submit",
           [](Sender& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& tokens,
              const std::vector<py::buffer>& blocks, std::uint64_t hold_ms, const std::optional<py::bytes>& content) {
-            return self.submit(
-                {to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms, to_content(content)});
+            std::shared_ptr<Outcome> outcome;
+            check(self.submit(
+                {to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms, to_content(content)},
+                &outcome));
+            return outcome;
           },
-          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"), py::arg("content") = py::none(),
-          "Handle of the request; 0: the engine has ended.")
+          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"), py::arg("content") = py::none())
       .def(
           "extend",
           [](Sender& self, std::uint64_t handle, std::size_t group, const py::buffer& blocks) {
@@ -314,20 +321,23 @@ void bind_engine(py::module_& m) {
           [](Receiver& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& want,
              const std::vector<py::buffer>& blocks, std::vector<std::uint32_t> links, std::uint32_t lease_ms,
              const std::optional<py::bytes>& content) {
-            return self.receive({to_array<16>(id, "request id"), to_ranges(want), to_tables(blocks), std::move(links),
-                                 lease_ms, to_content(content)});
+            std::shared_ptr<Outcome> outcome;
+            check(self.receive({to_array<16>(id, "request id"), to_ranges(want), to_tables(blocks), std::move(links),
+                                lease_ms, to_content(content)},
+                               &outcome));
+            return outcome;
           },
           py::arg("id"), py::arg("want"), py::arg("blocks"), py::arg("links"), py::arg("lease_ms"),
-          py::arg("content") = py::none(), "Handle of the request; 0: the engine has ended.")
+          py::arg("content") = py::none())
       .def("abort", &Receiver::abort, py::arg("handle"), py::arg("reason"))
       .def("epoch", &Receiver::epoch, py::arg("handle"), py::call_guard<py::gil_scoped_release>(),
            "For tests: the epoch of a request's ticket; 0 where it has ended.")
       .def(
           "wait_stream",
-          [](Receiver& self, std::uint64_t handle, std::int32_t layer, std::uint64_t stream) {
-            check(self.wait_stream(handle, layer, reinterpret_cast<void*>(stream)));
+          [](Receiver& self, Outcome& outcome, std::int32_t layer, std::uint64_t stream) {
+            check(self.wait_stream(outcome, layer, reinterpret_cast<void*>(stream)));
           },
-          py::arg("handle"), py::arg("layer"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          py::arg("outcome"), py::arg("layer"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
           "Makes a stream wait for a layer, or with -1 for the whole request.")
       .def("retire_link", &Receiver::retire_link, py::arg("link"));
 }

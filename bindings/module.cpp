@@ -19,6 +19,7 @@ PYBIND11_MODULE(_core, m) {
   bind_remap(m);
   bind_wire(m);
   hetkv::bind_device(m);
+  hetkv::bind_outcome(m);
   hetkv::bind_engine(m);
   hetkv::bind_backend(m);
 }

@@ -20,14 +20,15 @@ struct EngineConfig {
   int max_slots_per_link = 8;           // receiver: most slots that one sender may hold
   int threads = 1;                      // per remap on the CPU
   int max_blocks = 0;                   // thread blocks of a remap on a device; 0: as many as fit
-  std::uint32_t spin_us = 1000;         // how long the progress thread spins while there is work, before it sleeps
+  std::uint32_t spin_us = 1000;         // how long the progress thread, and who waits for it, spins before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
-  bool copy_engine = true;    // into a window on another device: pack beside the pool, then copy, so that few
-                              // multiprocessors are taken; otherwise the pack stores over the link itself
-  bool high_priority = true;  // of remaps on a device, over other work of the process
-  bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
-  int bundle_frames = 64;     // sender: most frames of a bundle
+  bool copy_engine = true;     // into a window on another device: pack beside the pool, then copy, so that few
+                               // multiprocessors are taken; otherwise the pack stores over the link itself
+  bool high_priority = true;   // of remaps on a device, over other work of the process
+  bool direct = true;          // store into the peer's window where it can be mapped (reach `shared`, `peer`)
+  int bundle_frames = 64;      // sender: most frames of a bundle
+  std::size_t num_layers = 0;  // global layers of the pool are below this
   bool trace = false;
 };
 

@@ -29,6 +29,7 @@ Engine::Engine(const EngineConfig& config, Parts parts)
       device_(std::move(parts.device)),
       transport_(std::move(parts.transport)),
       mover_(std::move(parts.mover)),
+      outcomes_(config.num_layers, std::uint64_t{config.spin_us} * 1000),
       trace_(config.trace),
       process_(getpid()) {}
 
@@ -127,6 +128,7 @@ void Engine::end(const Status& status) noexcept {
   } catch (const std::exception&) {  // as in run(), while stopping; what is left is freed with the engine
   }
   on_ended();
+  outcomes_.end_all(status);  // what the failure left behind; nobody waits for ever
   mover_.reset();
   transport_.reset();
 }
@@ -320,6 +322,26 @@ void Engine::lose(Link& link, const Status& status, bool tell) {
   link.lost_ns = now_ns();
   on_link_lost(link, status);
   events_.push({EventKind::kLinkLost, 0, link.id, -1, status});
+}
+
+void Engine::tell_layer(Outcome& outcome, std::uint32_t layer) {
+  outcome.arrive(layer);
+  const auto at = static_cast<std::int32_t>(layer);
+  if (outcome.watched(Outcome::kWatchStreams)) on_arrived(outcome, at);
+  if (outcome.watched(Outcome::kWatchLayers)) events_.push({EventKind::kLayer, outcome.handle, 0, at, {}});
+}
+
+void Engine::tell_packed(Outcome& outcome) {
+  outcome.advance(Phase::kPacked);
+  if (outcome.watched(Outcome::kWatchPacked)) events_.push({EventKind::kPacked, outcome.handle, 0, -1, {}});
+}
+
+void Engine::tell_end(Outcome& outcome, Status failure) {
+  const EventKind kind = failure.ok() ? EventKind::kComplete : EventKind::kFailed;
+  outcomes_.end(outcome, failure);
+  if (outcome.watched(Outcome::kWatchStreams)) on_arrived(outcome, -1);
+  if (!failure.ok() || outcome.watched(Outcome::kWatchEvents))
+    events_.push({kind, outcome.handle, 0, -1, std::move(failure)});
 }
 
 Status Engine::add_link(LinkConfig config, std::uint32_t* id) {

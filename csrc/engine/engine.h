@@ -18,6 +18,7 @@
 #include "engine/events.h"
 #include "engine/link.h"
 #include "engine/mover.h"
+#include "engine/outcome.h"
 
 namespace hetkv::engine {
 
@@ -32,7 +33,6 @@ struct EngineStats {
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
-  std::atomic<std::uint64_t> open_requests{0};    // under way now
   std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
   std::atomic<std::uint64_t> lent_slots{0};       // receiver: lent or being unpacked now; sender: held now
 };
@@ -72,6 +72,7 @@ class Engine : private transport::Sink {
   const Device* device() const { return device_.get(); }
   EngineStats& stats() { return stats_; }
   EventQueue& events() { return events_; }
+  Outcomes& outcomes() { return outcomes_; }
   Trace& trace() { return trace_; }
 
   // Blocks until the endpoint exists. From then on messages of the link are taken. kInvalid where a plan cannot be
@@ -100,11 +101,17 @@ class Engine : private transport::Sink {
   virtual std::uint64_t deadline() const = 0;  // the next time at which step() has something to do; 0: none
   virtual void on_link_up(Link& link) = 0;
   virtual void on_link_lost(Link& link, const Status& status) = 0;
-  virtual bool link_drained(const Link& link) const = 0;  // no kernel of this side stores into the peer's memory
-  virtual bool link_idle(const Link& link) const = 0;     // nothing of this side refers to an operation of the link
-  virtual void on_link_closed(Link& link) = 0;            // all operations of the link have ended; it goes away now
-  virtual void on_stop(const Status& status) = 0;         // fails all requests
-  virtual void on_ended() = 0;                            // all has drained: gives memory back
+  virtual bool link_drained(const Link& link) const = 0;    // no kernel of this side stores into the peer's memory
+  virtual bool link_idle(const Link& link) const = 0;       // nothing of this side refers to an operation of the link
+  virtual void on_link_closed(Link& link) = 0;              // all operations of the link have ended; it goes away now
+  virtual void on_stop(const Status& status) = 0;           // fails all requests
+  virtual void on_ended() = 0;                              // all has drained: gives memory back
+  virtual void on_arrived(const Outcome&, std::int32_t) {}  // a layer, or with -1 the request's end; streams may wait
+
+  // Tell the request's callers, and those who watch.
+  void tell_layer(Outcome& outcome, std::uint32_t layer);
+  void tell_packed(Outcome& outcome);
+  void tell_end(Outcome& outcome, Status failure = {});
 
   bool post(std::function<void()> command);  // false: the engine is closed, the command is dropped
   void call(std::function<void()> command);  // post and wait
@@ -129,6 +136,7 @@ class Engine : private transport::Sink {
   std::unique_ptr<Mover> mover_;
   EngineStats stats_;
   EventQueue events_;
+  Outcomes outcomes_;
   Trace trace_;
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 

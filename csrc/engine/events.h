@@ -1,5 +1,5 @@
-// What the progress thread tells Python: completions through a queue that a waiting thread sleeps on, and spans of time
-// for pictures. Both are thread safe.
+// What the progress thread tells: what somebody watches for (outcome.h), failures and ends of links, through a queue
+// that a thread sleeps on; and spans of time for pictures. Both are thread safe.
 #pragma once
 
 #include <condition_variable>

@@ -14,6 +14,7 @@
 #include "engine/device.h"
 #include "engine/link.h"
 #include "engine/mover.h"
+#include "engine/outcome.h"
 #include "engine/ranges.h"
 
 namespace hetkv::engine {
@@ -64,6 +65,7 @@ struct Lane {
 };
 
 struct SendRequest {
+  std::shared_ptr<Outcome> outcome;
   std::uint64_t handle = 0;
   wire::RequestId id{};
   std::vector<wire::TokenRange> tokens;

@@ -26,22 +26,21 @@ Status Receiver::start(bool threaded) {
   return status;
 }
 
-std::uint64_t Receiver::receive(Intake intake) {
-  const std::uint64_t handle = next_handle_.fetch_add(1);
-  if (gates_) gates_->open(handle);
-  const bool posted = post([this, handle, intake = std::move(intake)]() mutable {
-    const auto reject = [&](Status status) { tell(EventKind::kFailed, handle, -1, std::move(status)); };
-    if (handles_.count(intake.id) != 0) {
-      return reject(Status::error(Code::kInvalid, "a request with this id is in progress already"));
-    }
+Status Receiver::receive(Intake intake, std::shared_ptr<Outcome>* out) {
+  const auto outcome = outcomes_.open(intake.id);
+  if (outcome == nullptr) return Status::error(Code::kInvalid, "a request with this id is under way already");
+  *out = outcome;
+  const bool posted = post([this, outcome, intake = std::move(intake)]() mutable {
+    const std::uint64_t handle = outcome->handle;
     for (const auto id : intake.links) {
       const auto at = link(id);
       if (at == nullptr || !at->up()) {
-        return reject(
-            Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) + ": the link is not up"));
+        return tell_end(*outcome, Status::error(Code::kPeerLost, (at ? at->config.name : std::string("a peer")) +
+                                                                     ": the link is not up"));
       }
     }
     Request& request = requests_[handle];
+    request.outcome = outcome;
     request.handle = handle;
     request.id = intake.id;
     request.epoch = ++next_epoch_;
@@ -73,19 +72,20 @@ std::uint64_t Receiver::receive(Intake intake) {
       send(*part.link, prelude, wire::Ticket{intake.lease_ms, intake.content, request.want});
     }
     for (std::size_t layer = 0; layer < request.missing.size(); ++layer) {
-      if (request.missing[layer] == 0) tell(EventKind::kLayer, handle, static_cast<std::int32_t>(layer));
+      if (request.missing[layer] == 0) tell_layer(*outcome, static_cast<std::uint32_t>(layer));
     }
     slots_moved_ = true;
     grant();
     complete(request);  // where nothing is wanted
   });
-  if (!posted && gates_) gates_->close(handle);
-  return posted ? handle : 0;
+  if (posted) return {};
+  outcomes_.forget(**out);
+  return Status::error(Code::kClosed, "the receiver's progress thread has ended");
 }
 
-Status Receiver::wait_stream(std::uint64_t handle, std::int32_t layer, void* stream) {
+Status Receiver::wait_stream(Outcome& outcome, std::int32_t layer, void* stream) {
   if (!gates_) return Status::error(Code::kInvalid, "the pool lies in host memory: no stream has to wait for it");
-  return gates_->wait(handle, layer, stream);
+  return gates_->wait(outcome, layer, stream);
 }
 
 // What an RDMA device has put into a GPU's memory is visible to kernels only after a flush, on devices that say so.
@@ -95,11 +95,10 @@ void Receiver::flush_rdma() {
   }
 }
 
-// Tells Python, and the streams that wait.
-void Receiver::tell(EventKind kind, std::uint64_t handle, std::int32_t layer, Status status) {
-  if (gates_ && kind == EventKind::kLayer) gates_->arrived(handle, layer);
-  if (gates_ && kind != EventKind::kLayer) gates_->close(handle);
-  events_.push({kind, handle, 0, layer, std::move(status)});
+void Receiver::on_arrived(const Outcome& outcome, std::int32_t layer) {
+  if (!gates_) return;
+  if (layer >= 0) gates_->arrived(outcome, layer);
+  if (layer < 0) gates_->close(outcome);
 }
 
 void Receiver::abort(std::uint64_t handle, std::string reason) {

@@ -37,13 +37,14 @@ class Receiver final : public Engine {
   Status start(bool threaded = true) override;
 
   // Both return at once. A handle is never reused; abort of one that has ended does nothing.
-  std::uint64_t receive(Intake intake);
+  // kInvalid: a request with this id is under way; kClosed: the engine has ended.
+  Status receive(Intake intake, std::shared_ptr<Outcome>* out);
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
   // Makes a stream of the pool's device wait for a layer (StreamGates::kAll: for the whole request) to be verified and
   // in the pool, or for the request's end. Returns at once.
-  Status wait_stream(std::uint64_t handle, std::int32_t layer, void* stream);
+  Status wait_stream(Outcome& outcome, std::int32_t layer, void* stream);
   // For tests: the epoch of a request's ticket; 0 where it has ended.
   std::uint64_t epoch(std::uint64_t handle);
 
@@ -59,6 +60,7 @@ class Receiver final : public Engine {
     bool done = false;
   };
   struct Request {
+    std::shared_ptr<Outcome> outcome;
     std::uint64_t handle = 0;
     wire::RequestId id{};
     std::uint64_t epoch = 0;
@@ -106,6 +108,7 @@ class Receiver final : public Engine {
   void on_link_closed(Link& link) override;
   void on_stop(const Status& status) override;
   void on_ended() override;
+  void on_arrived(const Outcome& outcome, std::int32_t layer) override;
 
   void on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame);
   void on_release(Link& link, const wire::Release& release);
@@ -126,12 +129,10 @@ class Receiver final : public Engine {
   Request* find(const wire::RequestId& id, std::uint64_t epoch);
 
   void flush_rdma();
-  void tell(EventKind kind, std::uint64_t handle, std::int32_t layer, Status status = {});
   Where where(const Link& link) const { return link.config.device_windows ? Where::kDevice : Where::kHost; }
 
   SlotPool slots_;
   std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device
-  std::atomic<std::uint64_t> next_handle_{1};
   std::uint64_t next_epoch_;
   std::unordered_map<std::uint64_t, Request> requests_;
   std::map<wire::RequestId, std::uint64_t> handles_;

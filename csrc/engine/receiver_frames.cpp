@@ -143,7 +143,7 @@ void Receiver::finish(const Unpack& unpack, const Piece& piece, const remap::Res
   part.remaining -= tokens;
   std::uint64_t& missing = request.missing[frame.layer];
   missing -= tokens;
-  if (missing == 0) tell(EventKind::kLayer, request.handle, static_cast<std::int32_t>(frame.layer));
+  if (missing == 0) tell_layer(*request.outcome, frame.layer);
   if (part.remaining > 0) return;
   close_part(part);
   complete(request);
@@ -166,8 +166,9 @@ void Receiver::complete(Request& request) {
     }
   }
   if (!all) return;
-  tell(EventKind::kComplete, request.handle, -1);
+  const auto outcome = request.outcome;
   erase(request);
+  tell_end(*outcome);
 }
 
 }  // namespace hetkv::engine

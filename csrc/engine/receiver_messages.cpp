@@ -82,7 +82,6 @@ bool Receiver::step(std::uint64_t now) {
   moved |= sweep(now);
   if (slots_moved_) moved |= grant();
   stats_.lent_slots = slots_.in_use();
-  stats_.open_requests = requests_.size();
   return moved;
 }
 
@@ -198,8 +197,10 @@ bool Receiver::sweep(std::uint64_t now) {
       draining.push_back(handle);
       continue;
     }
-    tell(EventKind::kFailed, handle, -1, request.failure);
+    const auto outcome = request.outcome;
+    Status failure = std::move(request.failure);
     erase(request);
+    tell_end(*outcome, std::move(failure));
     moved = true;
   }
   failed_.insert(failed_.end(), draining.begin(), draining.end());

@@ -32,16 +32,15 @@ Sender::~Sender() {
   stop();
 }
 
-std::uint64_t Sender::submit(Submission submission) {
-  const std::uint64_t handle = next_handle_.fetch_add(1);
-  const bool posted = post([this, handle, submission = std::move(submission)]() mutable {
-    if (handles_.count(submission.id) != 0) {
-      events_.push({EventKind::kFailed, handle, 0, -1,
-                    Status::error(Code::kInvalid, "a request with this id is in progress already")});
-      return;
-    }
+Status Sender::submit(Submission submission, std::shared_ptr<Outcome>* out) {
+  const auto outcome = outcomes_.open(submission.id);
+  if (outcome == nullptr) return Status::error(Code::kInvalid, "a request with this id is under way already");
+  *out = outcome;
+  const bool posted = post([this, outcome, submission = std::move(submission)]() mutable {
+    const std::uint64_t handle = outcome->handle;
     ended_.erase(submission.id);
     Request& request = requests_[handle];
+    request.outcome = std::move(outcome);
     request.handle = handle;
     request.id = submission.id;
     request.tokens = std::move(submission.tokens);
@@ -62,7 +61,9 @@ std::uint64_t Sender::submit(Submission submission) {
       if (ticket.link->up()) release_idle(*ticket.link);
     }
   });
-  return posted ? handle : 0;
+  if (posted) return {};
+  outcomes_.forget(**out);
+  return Status::error(Code::kClosed, "the sender's progress thread has ended");
 }
 
 void Sender::extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks) {
@@ -189,7 +190,6 @@ void Sender::place(Lane& lane) {
   if (!computed && !wave->admitted) return;
   LinkWindows& windows = windows_[lane.link->id];
   lane.place = computed ? Lane::Place::kReady : Lane::Place::kAhead;
-  if (computed && windows.ready.empty()) ++loaded_;
   (computed ? windows.ready : windows.ahead).add(lane);
   awaken(*lane.link);
 }
@@ -199,7 +199,6 @@ void Sender::unplace(Lane& lane) {
   LinkWindows& windows = windows_[lane.link->id];
   const bool computed = lane.place == Lane::Place::kReady;
   (computed ? windows.ready : windows.ahead).remove(lane);
-  if (computed && windows.ready.empty()) --loaded_;
   lane.place = Lane::Place::kNone;
 }
 
@@ -216,7 +215,6 @@ bool Sender::step(std::uint64_t now) {
   moved |= watch_waves();
   moved |= feed_links();
   moved |= sweep(now);
-  stats_.open_requests = requests_.size();
   stats_.pending_tickets = pending_.size();
   return moved;
 }

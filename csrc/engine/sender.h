@@ -49,7 +49,8 @@ class Sender final : public Engine {
   ~Sender() override;
 
   // All return at once. A handle is never reused; calls with a handle that has ended do nothing.
-  std::uint64_t submit(Submission submission);
+  // kInvalid: a request with this id is under way; kClosed: the engine has ended.
+  Status submit(Submission submission, std::shared_ptr<Outcome>* out);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
   // The batch's tokens of these layers are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
   // them were submitted before. One hand-over to the progress thread, whatever the number of requests and layers.
@@ -130,7 +131,7 @@ class Sender final : public Engine {
   bool step(std::uint64_t now) override;
   bool busy() const override { return !bundles_.empty(); }
   bool watching() const override { return device_ != nullptr && (busy() || !waves_.empty()); }
-  bool expecting() const override { return loaded_ > 0; }
+  bool expecting() const override { return !requests_.empty(); }
   std::uint64_t deadline() const override;
   void on_link_up(Link& link) override;
   void on_link_lost(Link& link, const Status& status) override;
@@ -187,7 +188,6 @@ class Sender final : public Engine {
   void commit(Bundle& bundle);
   void send_commit(Link& link, wire::Bundle body);
 
-  std::atomic<std::uint64_t> next_handle_{1};
   std::uint64_t next_arrival_ = 0;
   std::unordered_map<std::uint64_t, Request> requests_;
   std::map<wire::RequestId, std::uint64_t> handles_;
@@ -200,7 +200,6 @@ class Sender final : public Engine {
   std::map<std::uint32_t, LinkWindows> windows_;                    // per link
   std::deque<std::uint32_t> awake_;                                 // links that may have something to start
   std::vector<std::uint32_t> short_of_staging_;                     // links that wait for a staging buffer
-  std::size_t loaded_ = 0;                                          // links with lanes whose next layer is computed
   std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];              // unused, by `Where`
   int staging_made_[2] = {0, 0};

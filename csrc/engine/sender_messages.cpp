@@ -317,11 +317,12 @@ void Sender::conclude(Request& request) {
     ++served;
   }
   if (served == 0 || served < request.lanes.back().link->config.instance_links) return;
-  if (!request.packed) events_.push({EventKind::kPacked, request.handle, 0, -1, {}});
+  if (!request.packed) tell_packed(*request.outcome);
   request.packed = true;
   if (!delivered || !idle) return;
-  events_.push({EventKind::kComplete, request.handle, 0, -1, {}});
+  const auto outcome = request.outcome;
   erase(request);
+  tell_end(*outcome);
 }
 
 void Sender::erase(Request& request) {
@@ -355,8 +356,10 @@ bool Sender::sweep(std::uint64_t now) {
       draining.push_back(handle);
       continue;
     }
-    events_.push({EventKind::kFailed, handle, 0, -1, request.failure});
+    const auto outcome = request.outcome;
+    Status failure = std::move(request.failure);
     erase(request);
+    tell_end(*outcome, std::move(failure));
     moved = true;
   }
   failed_.insert(failed_.end(), draining.begin(), draining.end());

@@ -10,20 +10,15 @@ constexpr std::size_t kPageBytes = 4096;
 
 }  // namespace
 
-void StreamGates::open(std::uint64_t handle) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  requests_[handle];
-}
-
-Status StreamGates::wait(std::uint64_t handle, std::int32_t layer, void* stream) {
+Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
   const CaptureGuard guard(*device_);
   if (!device_->can(kHetkvCapStreamWaitValue)) {
     return Status::error(Code::kUnsupported, std::string(device_->info().name) +
                                                  ": its streams cannot wait for the host; wait() on the host instead");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = requests_.find(handle);
-  if (found == requests_.end() || found->second.arrived.count(layer) != 0) return {};
+  outcome.watch(Outcome::kWatchStreams);  // what happens from now on comes here, behind the lock
+  if (outcome.ended() || (layer != kAll && outcome.arrived(static_cast<std::size_t>(layer)))) return {};
   Word word;
   if (auto status = take(&word); !status.ok()) return status;
   ++word.value;
@@ -33,16 +28,15 @@ Status StreamGates::wait(std::uint64_t handle, std::int32_t layer, void* stream)
     release(word);
     return status;
   }
-  found->second.waiting.emplace_back(layer, word);
+  waiting_[outcome.handle].emplace_back(layer, word);
   return {};
 }
 
-void StreamGates::arrived(std::uint64_t handle, std::int32_t layer) {
+void StreamGates::arrived(const Outcome& outcome, std::int32_t layer) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = requests_.find(handle);
-  if (found == requests_.end()) return;
-  found->second.arrived.insert(layer);
-  auto& waiting = found->second.waiting;
+  const auto found = waiting_.find(outcome.handle);
+  if (found == waiting_.end()) return;
+  Waiting& waiting = found->second;
   for (std::size_t i = 0; i < waiting.size();) {
     if (waiting[i].first != layer) {
       ++i;
@@ -54,20 +48,20 @@ void StreamGates::arrived(std::uint64_t handle, std::int32_t layer) {
   }
 }
 
-void StreamGates::close(std::uint64_t handle) {
+void StreamGates::close(const Outcome& outcome) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = requests_.find(handle);
-  if (found == requests_.end()) return;
-  for (auto& [layer, word] : found->second.waiting) release(word);
-  requests_.erase(found);
+  const auto found = waiting_.find(outcome.handle);
+  if (found == waiting_.end()) return;
+  for (const auto& [layer, word] : found->second) release(word);
+  waiting_.erase(found);
 }
 
 void StreamGates::close_all() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& [handle, request] : requests_) {
-    for (auto& [layer, word] : request.waiting) release(word);
+  for (const auto& [handle, waiting] : waiting_) {
+    for (const auto& [layer, word] : waiting) release(word);
   }
-  requests_.clear();
+  waiting_.clear();
 }
 
 Status StreamGates::take(Word* word) {

@@ -3,14 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
-#include <set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "engine/device.h"
+#include "engine/outcome.h"
 
 namespace hetkv::engine {
 
@@ -20,13 +20,12 @@ class StreamGates {
 
   explicit StreamGates(std::shared_ptr<Device> device) : device_(std::move(device)) {}
 
-  // A request whose layers may be waited for.
-  void open(std::uint64_t handle);
   // The stream goes on once the layer has arrived, or once the request has ended, however it ended. At once where that
   // has happened.
-  Status wait(std::uint64_t handle, std::int32_t layer, void* stream);
-  void arrived(std::uint64_t handle, std::int32_t layer);
-  void close(std::uint64_t handle);
+  Status wait(Outcome& outcome, std::int32_t layer, void* stream);
+  // Progress thread, behind the outcome's own change, and only where it is watched for streams.
+  void arrived(const Outcome& outcome, std::int32_t layer);
+  void close(const Outcome& outcome);
   // No stream waits for ever.
   void close_all();
 
@@ -36,16 +35,13 @@ class StreamGates {
     std::uint32_t* host = nullptr;
     std::uint32_t value = 0;
   };
-  struct Request {
-    std::set<std::int32_t> arrived;
-    std::vector<std::pair<std::int32_t, Word>> waiting;
-  };
+  using Waiting = std::vector<std::pair<std::int32_t, Word>>;  // by layer
   Status take(Word* word);
   void release(Word word);
 
   const std::shared_ptr<Device> device_;
   std::mutex mutex_;
-  std::map<std::uint64_t, Request> requests_;
+  std::unordered_map<std::uint64_t, Waiting> waiting_;  // by request
   std::vector<std::unique_ptr<DeviceBuffer>> pages_;
   std::vector<Word> unused_;
 };

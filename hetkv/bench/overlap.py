@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetkv.bench.pair import REPLY_S, TICKET_S, _Child, synchronize, use_device
+from hetkv.bench.pair import REPLY_S, TICKET_S, Child, synchronize, use_device
 from hetkv.errors import InputError
 from hetkv.transport.config import TransferConfig
 
@@ -207,8 +207,8 @@ def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
     """One batch size: medians over `reps` prefills with sending and as many without, in turns."""
     config = TransferConfig(trace=True, **WAYS[way])
     secret = os.urandom(32)
-    prefill = _Child("prefill", _Prefill, (args.shape, args.prompt, batch, args.device[0], config, secret))
-    decode = _Child("decode", _Decode, (args.shape, args.prompt, batch, args.device[1], config, secret))
+    prefill = Child("prefill", _Prefill, (args.shape, args.prompt, batch, args.device[0], config, secret))
+    decode = Child("decode", _Decode, (args.shape, args.prompt, batch, args.device[1], config, secret))
     try:
         for child in (prefill, decode):
             child.answer()

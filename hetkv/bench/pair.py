@@ -284,7 +284,7 @@ def _serve(
     side.close()
 
 
-class _Child:
+class Child:
     """A child process with a pipe to it."""
 
     def __init__(
@@ -341,9 +341,9 @@ class Pair:
         self.requests = 0
         arguments = (shape, config or TransferConfig(), os.urandom(32))
 
-        def children(name: str, make: Callable[..., Any], tp: int) -> list[_Child]:
+        def children(name: str, make: Callable[..., Any], tp: int) -> list[Child]:
             ranks = [list(range(tp))] if together else [[rank] for rank in range(tp)]
-            return [_Child(name, make, (*arguments, held), environment) for held in ranks]
+            return [Child(name, make, (*arguments, held), environment) for held in ranks]
 
         self.senders = children("sender", _SenderSide, shape.tp[0])
         self.receivers = children("receiver", _ReceiverSide, shape.tp[1])
@@ -405,7 +405,7 @@ class Pair:
         self.close()
 
 
-def ask_all(children: Sequence[_Child], *message: Any) -> list[Any]:
+def ask_all(children: Sequence[Child], *message: Any) -> list[Any]:
     """The same question to several processes at once; their answers in order."""
     for child in children:
         child.pipe.send(message)

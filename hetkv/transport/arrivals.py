@@ -6,18 +6,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
-from hetkv.errors import HetkvError
-from hetkv.transport.handle import running, settle
+from hetkv.transport.handle import WATCH_LAYERS, Handle, running, settle
 
 
 class Arrivals(Mapping[int, "Future[None]"]):
     """Futures by global layer: done when that layer is verified and in the pool, or when the request has failed."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], handle: Handle) -> None:
         self._layers = layers
-        self._arrived: set[int] = set()
-        self._ended = False
-        self._error: HetkvError | None = None
+        self._handle = handle
+        self._watched = False
         self._futures: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
 
@@ -33,28 +31,31 @@ class Arrivals(Mapping[int, "Future[None]"]):
     def __getitem__(self, layer: int) -> Future[None]:
         if layer not in self._layers:
             raise KeyError(layer)
+        if not self._watched:
+            self._handle.watch(WATCH_LAYERS)
+            self._watched = True
         with self._lock:
-            future = self._futures.get(layer)
-            if future is None:
-                future = self._futures[layer] = running()
-                if layer in self._arrived:
-                    settle(future)
-                elif self._ended:
-                    settle(future, self._error)
-            return future
+            future = self._futures.setdefault(layer, running())
+        self._look(layer, future)
+        return future
 
     def arrive(self, layer: int) -> None:
         """The layer is there; called in the dispatching thread."""
         with self._lock:
-            self._arrived.add(layer)
             future = self._futures.get(layer)
         if future is not None:
             settle(future)
 
-    def end(self, error: HetkvError | None) -> None:
+    def end(self) -> None:
         """The request has ended; called in the dispatching thread."""
         with self._lock:
-            self._ended, self._error = True, error
-            futures = list(self._futures.values())
-        for future in futures:
-            settle(future, error)
+            futures = list(self._futures.items())
+        for layer, future in futures:
+            self._look(layer, future)
+
+    def _look(self, layer: int, future: Future[None]) -> None:
+        outcome = self._handle.outcome
+        if outcome.arrived(layer):
+            settle(future)
+        elif outcome.ended:
+            settle(future, None if outcome.arrived(layer) else self._handle.error)

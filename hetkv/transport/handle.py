@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetkv.control.reactor import call
-from hetkv.errors import HetkvError, InputError, WaitTimeoutError
+from hetkv.errors import HetkvError, InputError, WaitTimeoutError, from_code
 from hetkv.transport.telemetry import begin
 
+if TYPE_CHECKING:
+    import hetkv._core as _core
+
 RequestId = uuid.UUID | bytes | str
-COMPLETE, FAILED = 2, 4
+LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
+"""Kinds of events of the engine (`csrc/engine/events.h`)."""
+IS_PACKED, HAS_ENDED = 1, 2
+"""Phases of a request (`csrc/engine/outcome.h`): its blocks are free; complete or failed."""
+WATCH_END, WATCH_PACKED, WATCH_LAYERS = 1, 2, 4
+"""What the engine tells events of, where it is asked to."""
+
+making = threading.Lock()
 
 
 def request_key(request_id: RequestId) -> bytes:
@@ -36,47 +47,87 @@ class Handle:
 
     Giving up waiting is not giving up the request: a `wait` that times out and an `await` that is cancelled leave it
     under way and its futures as they are. `abort` ends it.
+
+    `wait` and `done` read what the engine keeps of the request, and no other thread of Python's runs for them. Futures,
+    which a thread of the node resolves, exist once they are asked for.
     """
 
-    def __init__(self, request_id: RequestId, engine: Any, handle: int) -> None:
+    def __init__(self, request_id: RequestId, node: Any, outcome: _core.Outcome) -> None:
         self.request_id = request_id
-        self.handle = handle
-        self.key = request_key(request_id)
-        self.future = running()
-        """Done when the request is complete on all its routes. It cannot be cancelled: see `abort`."""
-        self._engine = engine
-        self._finish = begin(type(self).__name__, {"hetkv.request": str(request_id)})
+        self.handle: int = outcome.handle
+        self.outcome = outcome
+        self._node = node
+        self._future: Future[None] | None = None
+        self._error: HetkvError | None = None
+        self._finish = begin(type(self).__name__, request_id)
+        if self._finish is not None:
+            self.watch(WATCH_END)
 
     def __repr__(self) -> str:
         if not self.done():
             state = "under way"
         else:
-            error = self.future.exception()
+            error = self.error
             state = "complete" if error is None else f"{type(error).__name__}: {error}"
         return f"{type(self).__name__}({self.request_id!r}, {state})"
 
+    @property
+    def future(self) -> Future[None]:
+        """Done when the request is complete on all its routes. It cannot be cancelled: see `abort`."""
+        if self._future is None:
+            with making:
+                if self._future is None:
+                    self._future = running()
+            self.watch(WATCH_END)
+        if self.done():
+            settle(self._future, self.error)
+        return self._future
+
+    @property
+    def error(self) -> HetkvError | None:
+        """Why the request failed; `None` where it has not."""
+        if self._error is None:
+            failure = self.outcome.failure
+            if failure is not None:
+                self._error = from_code(*failure)
+        return self._error
+
     def wait(self, timeout: float | None = None) -> None:
         """Block until the request is complete. Raises its `HetkvError`; `WaitTimeoutError` after `timeout` seconds."""
-        wait_for(self.future, timeout)
+        self._wait(HAS_ENDED, timeout)
 
     def done(self) -> bool:
         """Whether the request has ended, well or not."""
-        return self.future.done()
+        return self.outcome.ended
 
     def __await__(self) -> Generator[Any, None, None]:
         return asyncio.wrap_future(self.future).__await__()
 
     def abort(self, reason: str = "aborted by the caller") -> None:
         """Give the request up on both sides. `future` fails once nothing of this side touches its blocks any more."""
-        self._engine.abort(self.handle, reason.encode(errors="replace").decode())
+        self._node.engine.abort(self.handle, reason.encode(errors="replace").decode())
 
-    def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
-        """Take an event of the engine; called in the dispatching thread."""
+    def _wait(self, phase: int, timeout: float | None) -> None:
+        if not self.outcome.wait(phase, timeout):
+            raise timed_out(timeout)
+        error = self.error
+        if error is not None:
+            raise error
+
+    def watch(self, what: int) -> None:
+        """Have `on_event` called for what happens from now on, and for an end that has happened."""
+        self._node.watch(self, what)
+
+    def on_event(self, kind: int, layer: int) -> None:
+        """Take an event of the engine; called in the dispatching thread. An end may be told twice."""
         if kind not in (COMPLETE, FAILED):
             return
-        if self._finish is not None:
-            call(self._finish, error)
-        settle(self.future, error)
+        with making:
+            finish, self._finish = self._finish, None
+        if finish is not None:
+            call(finish, self.error)
+        if self._future is not None:
+            settle(self._future, self.error)
 
 
 class Ending(Future[None]):
@@ -94,17 +145,18 @@ def running() -> Future[None]:
 
 
 def settle(future: Future[None], error: HetkvError | None = None) -> None:
-    """Resolve a future; one that is resolved stays as it is. Only the dispatching thread calls this."""
+    """Resolve a future; one that is resolved stays as it is."""
     if future.done():
         return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    try:
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    except InvalidStateError:
+        pass  # another thread was first
 
 
-def wait_for(future: Future[None], timeout: float | None) -> None:
-    """`future.result` with hetkv's timeout error."""
-    if not wait([future], timeout).done:
-        raise WaitTimeoutError(f"not complete within {timeout:g} s; the request goes on")
-    future.result()
+def timed_out(timeout: float | None) -> WaitTimeoutError:
+    """The error of a wait that gave up."""
+    return WaitTimeoutError(f"not complete within {timeout or 0:g} s; the request goes on")

@@ -22,7 +22,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.transport import lifetime
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
-from hetkv.transport.handle import Handle, RequestId
+from hetkv.transport.handle import COMPLETE, FAILED, LINK_DRAINED, LINK_LOST, Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
 from hetkv.transport.peer import Peer, Peers
@@ -38,17 +38,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hetkv.transport")
 
-LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
-"""Kinds of events of the engine (`csrc/engine/events.h`)."""
-
 _GOODBYE = "the peer ended the link"
 """The engine's text for a link whose peer said `bye` (`csrc/engine/engine.cpp`)."""
 
 P = TypeVar("P", bound=Handle)
 SLOWEST_BYTES_PER_MS = 32 << 10
 """Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
-MOST_FINISHED = 1 << 12
-"""Handles that are kept for the next `Node.poll`."""
+MOST_UNASKED = 1 << 12
+"""Ended requests that are kept for the first `Node.poll`; once it has been called, all are."""
 
 
 class Node(ABC, Generic[P]):
@@ -109,15 +106,19 @@ class Node(ABC, Generic[P]):
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._peers = Peers()
-        self._pending: dict[int, P] = {}
-        self._keys: set[bytes] = set()
+        self._unpolled: dict[int, P] = {}
+        """Requests that no `poll` has returned."""
+        self._watched: dict[int, P] = {}
+        """Requests that have futures, until their ends."""
+        self._finished: deque[P] = deque(maxlen=MOST_UNASKED)
+        self._polled, self._dropped, self._reap_at = False, 0, MOST_UNASKED
+        self.layers = tuple(pool.layers)
         self._listeners: list[Listener] = []
-        self._finished: deque[P] = deque(maxlen=MOST_FINISHED)
         self._closed = False
         on_device = self.device is not None
-        self.engine: Any = self._make_engine(
-            self.config.engine(on_device, self.role), self.device.core if self.device is not None else None
-        )
+        config_of_engine = self.config.engine(on_device, self.role)
+        config_of_engine.num_layers = max(self.layers, default=-1) + 1
+        self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
         lifetime.starting.add(self)
         try:
             self.engine.start()
@@ -220,14 +221,27 @@ class Node(ABC, Generic[P]):
     def poll(self) -> list[P]:
         """Requests that have ended, well or not, since the last call: what an engine asks at each step. Never waits.
 
-        Each handle is `done`; its `wait` returns or raises at once. The last 4,096 are kept for the next call.
+        Each handle is `done`; its `wait` returns or raises at once. From the first call on every request is returned
+        once. The first call returns the last 4,096 and logs a warning where there were more, as a node that nobody
+        polls must not keep all.
         """
-        found: list[P] = []
-        try:
-            while True:
-                found.append(self._finished.popleft())
-        except IndexError:
-            return found
+        ended = self.engine.take_ended()
+        if self._polled and not ended:
+            return []
+        with self._lock:
+            found = [*self._finished, *(self._unpolled.pop(handle) for handle in ended)]
+            self._finished.clear()
+            self._polled, dropped, self._dropped = True, self._dropped, 0
+        if dropped:
+            _log.warning("%s: %d requests that ended before the first poll are not returned", self.role, dropped)
+        return found
+
+    def watch(self, handle: P, what: int) -> None:
+        """Have `handle.on_event` called for `what` (`WATCH_...`), and for its end, also where that has happened."""
+        self._watched[handle.handle] = handle
+        handle.outcome.watch(what)
+        if handle.done() and self._watched.pop(handle.handle, None) is not None:
+            handle.on_event(COMPLETE if handle.error is None else FAILED, -1)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is there now, by name: see `hetkv.metrics`."""
@@ -258,7 +272,7 @@ class Node(ABC, Generic[P]):
         self._lock, self._closed = threading.Lock(), True
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self.peers)} peers, {len(self._pending)} requests under way"
+        state = "closed" if self._closed else f"{len(self.peers)} peers, {self.engine.open_requests} requests under way"
         return f"{type(self).__name__}({self.instance}/{self.rank} of {len(self.description.shards)}, {state})"
 
     def __enter__(self) -> Self:
@@ -360,40 +374,43 @@ class Node(ABC, Generic[P]):
                 f"or name its file in {SECRET_ENV}"
             )
 
-    def _submit(self, request_id: RequestId, key: bytes, make: Callable[[], P]) -> P:
-        """Register a request while no event of it can be dispatched."""
+    def _submit(self, request_id: RequestId, make: Callable[[], P]) -> P:
+        """Register a request before `poll` can find it."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
-            if key in self._keys:
-                raise InputError(f"request {request_id!r} is under way already")
             self.pool.check_alive()
-            pending = make()
-            if not pending.handle:
-                raise ClosedError(f"the {self.role}'s progress thread has ended")
-            self._pending[pending.handle] = pending
-            self._keys.add(key)
-            return pending
+            if len(self._unpolled) >= self._reap_at and not self._polled:
+                self._reap()
+            try:
+                made = make()
+            except InputError:
+                raise InputError(f"request {request_id!r} is under way already") from None
+            self._unpolled[made.handle] = made
+            return made
+
+    def _reap(self) -> None:
+        """Let go of what ended, where nobody polls. The lock is held."""
+        for handle in self.engine.take_ended():
+            self._dropped += len(self._finished) == MOST_UNASKED
+            self._finished.append(self._unpolled.pop(handle))
+        self._reap_at = len(self._unpolled) + MOST_UNASKED
 
     def _dispatch(self) -> None:
         """Body of the dispatching thread: ends when the engine has stopped and its events are told."""
         while events := self.engine.wait_events():
             for kind, handle, link, layer, code, detail in events:
-                error = from_code(code, detail) if code else None
-                if error is not None and kind == FAILED:
-                    log.info("%s: a request failed: %s", self.role, error)
                 if kind in (LINK_LOST, LINK_DRAINED):
-                    self._on_link_event(kind, link, error)
+                    self._on_link_event(kind, link, from_code(code, detail) if code else None)
                     continue
-                with self._lock:
-                    ended = kind in (COMPLETE, FAILED)
-                    pending = self._pending.pop(handle, None) if ended else self._pending.get(handle)
-                    if ended and pending is not None:
-                        self._keys.discard(pending.key)
-                if pending is not None:
-                    call(pending.on_event, kind, layer, error)
-                    if ended:
-                        self._finished.append(pending)
+                if kind == FAILED:
+                    log.info("%s: a request failed: %s", self.role, detail)
+                ended = kind in (COMPLETE, FAILED)
+                watched = self._watched.pop(handle, None) if ended else self._watched.get(handle)
+                if watched is not None:
+                    call(watched.on_event, kind, layer)
+        for watched in [*self._watched.values()]:  # where the engine ended without telling
+            self.watch(watched, 0)
 
     def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
         peer = self._peers.get(link)

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from hetkv.errors import HetkvError, InputError, PeerLostError, UnsupportedError
+from hetkv.errors import InputError, PeerLostError, UnsupportedError
 from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group, state_groups
 from hetkv.transport.content import check_content
-from hetkv.transport.handle import Handle, RequestId, request_key, wait_for
+from hetkv.transport.handle import LAYER, Handle, RequestId, making, request_key, timed_out
 from hetkv.transport.link_plan import wanted
-from hetkv.transport.node import LAYER, Node
+from hetkv.transport.node import Node
 from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
@@ -31,12 +31,16 @@ CONTENT_SINCE = 2
 class RecvHandle(Handle):
     """A request that this side receives. Complete when every layer is verified and in the pool."""
 
-    def __init__(self, request_id: RequestId, receiver: Receiver, handle: int, layers: Sequence[int]) -> None:
-        super().__init__(request_id, receiver.engine, handle)
-        self._device = receiver.device
-        self._arrivals = Arrivals(layers)
-        self.layers: Mapping[int, Future[None]] = self._arrivals
+    _arrivals: Arrivals | None = None
+
+    @property
+    def layers(self) -> Mapping[int, Future[None]]:
         """By global layer: done when that layer is verified and in the pool."""
+        if self._arrivals is None:
+            with making:
+                if self._arrivals is None:
+                    self._arrivals = Arrivals(self._node.layers, self)
+        return self._arrivals
 
     def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
         """Block until the request is complete, or make `stream` wait for that while the host goes on.
@@ -55,24 +59,28 @@ class RecvHandle(Handle):
 
     def wait_layer(self, layer: int, timeout: float | None = None, *, stream: Any = None) -> None:
         """As `wait`, for one layer: a decoder can start on it while others travel."""
-        if layer not in self.layers:
-            raise InputError(f"layer {layer}: the pool holds layers {list(self.layers)}")
-        if stream is None:
-            wait_for(self.layers[layer], timeout)
-        else:
-            self._stream_waits(stream, layer)
+        if layer not in self._node.layers:
+            raise InputError(f"layer {layer}: the pool holds layers {list(self._node.layers)}")
+        if stream is not None:
+            return self._stream_waits(stream, layer)
+        if not self.outcome.wait_layer(layer, timeout):
+            raise timed_out(timeout)
+        if not self.outcome.arrived(layer) and (error := self.error) is not None:
+            raise error
 
     def _stream_waits(self, stream: Any, layer: int) -> None:
-        if self._device is None:
+        device = self._node.device
+        if device is None:
             raise InputError("the pool lies in host memory: wait on the host")
-        self._engine.wait_stream(self.handle, layer, self._device.stream(stream))
+        self._node.engine.wait_stream(self.outcome, layer, device.stream(stream))
 
-    def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
-        if kind == LAYER:
-            self._arrivals.arrive(layer)
-        else:
-            self._arrivals.end(error)
-        super().on_event(kind, layer, error)
+    def on_event(self, kind: int, layer: int) -> None:
+        if self._arrivals is not None:
+            if kind == LAYER:
+                self._arrivals.arrive(layer)
+            else:
+                self._arrivals.end()
+        super().on_event(kind, layer)
 
 
 class Receiver(Node[RecvHandle]):
@@ -125,10 +133,9 @@ class Receiver(Node[RecvHandle]):
         lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
 
         def make() -> RecvHandle:
-            handle = self.engine.receive(key, want, blocks, links, lease_ms, digest)
-            return RecvHandle(request_id, self, handle, list(self.pool.layers))
+            return RecvHandle(request_id, self, self.engine.receive(key, want, blocks, links, lease_ms, digest))
 
-        return self._submit(request_id, key, make)
+        return self._submit(request_id, make)
 
     def _sources(self, src_instance: str | None) -> list[Peer]:
         """Every rank of the source instance that holds something this rank holds too."""

@@ -12,17 +12,27 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
-from hetkv.errors import HetkvError, InputError
+from hetkv.errors import InputError
 from hetkv.kv.spec import Interval
 from hetkv.transport.batch import SendBatch
 from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group
 from hetkv.transport.content import check_content
-from hetkv.transport.handle import Handle, RequestId, request_key, running, settle, wait_for
+from hetkv.transport.handle import (
+    IS_PACKED,
+    WATCH_PACKED,
+    Handle,
+    RequestId,
+    making,
+    request_key,
+    running,
+    settle,
+)
 from hetkv.transport.link_plan import wanted
-from hetkv.transport.node import COMPLETE, FAILED, PACKED, Node
+from hetkv.transport.node import Node
 from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
@@ -37,12 +47,17 @@ _PATHS: tuple[Path | None, ...] = (None, "rma", "shm", "device")
 class SendHandle(Handle):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
+    _packed: Future[None] | None = None
+
     def __init__(
-        self, request_id: RequestId, sender: Sender, handle: int, tokens: list[Interval], blocks: list[array[int]]
+        self,
+        request_id: RequestId,
+        sender: Sender,
+        outcome: _core.Outcome,
+        tokens: list[Interval],
+        blocks: list[array[int]],
     ) -> None:
-        super().__init__(request_id, sender.engine, handle)
-        self.packed = running()
-        """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
+        super().__init__(request_id, sender, outcome)
         self.sender = sender
         self._pool, self._device = sender.pool, sender.device
         self._tokens, self._blocks = tokens, blocks
@@ -67,8 +82,8 @@ class SendHandle(Handle):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        complete = self.done() and self.future.exception() is None
-        if complete and self._given[layer] + self._batched[group] >= self._tokens[group].size:
+        complete = self.done() and self.error is None
+        if complete and self._sent_whole(layer):
             raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
             start, stop = self.tokens_of(group, tokens)
@@ -79,13 +94,17 @@ class SendHandle(Handle):
         self._given[layer] += stop - start
         if stop > start and not complete:
             behind = self._device.stream(stream) if self._device else None
-            self._engine.send_layer(self.handle, layer, start, stop, behind)
+            self.sender.engine.send_layer(self.handle, layer, start, stop, behind)
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
-        if self.done() and self.future.exception() is None:
+        if self.done() and self.error is None and all(map(self._sent_whole, self._given)):
             raise InputError(f"request {self.request_id!r} is complete, every layer of it was sent")
         SendBatch(self.sender, [self]).send_layers(stream=stream)
+
+    def _sent_whole(self, layer: int) -> bool:
+        group = self._group_of[layer]
+        return self._given[layer] + self._batched[group] >= self._tokens[group].size
 
     def batched(self, spans: Sequence[tuple[int, int]]) -> None:
         """A batch sends these tokens, one interval per cache group, in every layer of the group."""
@@ -121,19 +140,28 @@ class SendHandle(Handle):
         blocks = self._blocks[group] + more
         span, room = self._tokens[group], len(blocks) * self._pool.cache_groups[group][0]
         self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
-        self._engine.extend(self.handle, group, more)
+        self.sender.engine.extend(self.handle, group, more)
         self._blocks[group] = blocks  # only now may a thread send layers that lie in them
+
+    @property
+    def packed(self) -> Future[None]:
+        """Done when the request's blocks are not read any more: they may be freed though the transfer goes on."""
+        if self._packed is None:
+            with making:
+                self._packed = self._packed or running()
+            self.watch(WATCH_PACKED)
+        if self.outcome.phase >= IS_PACKED:
+            settle(self._packed, self.error)
+        return self._packed
 
     def wait_packed(self, timeout: float | None = None) -> None:
         """Block until the request's blocks may be freed."""
-        wait_for(self.packed, timeout)
+        self._wait(IS_PACKED, timeout)
 
-    def on_event(self, kind: int, layer: int, error: HetkvError | None) -> None:
-        if kind in (PACKED, COMPLETE):
-            settle(self.packed)
-        elif kind == FAILED:
-            settle(self.packed, error)
-        super().on_event(kind, layer, error)
+    def on_event(self, kind: int, layer: int) -> None:
+        if self._packed is not None:
+            settle(self._packed, self.error)
+        super().on_event(kind, layer)
 
 
 class Sender(Node[SendHandle]):
@@ -175,10 +203,11 @@ class Sender(Node[SendHandle]):
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> SendHandle:
-            handle = self.engine.submit(key, spans, blocks, hold_ms, digest)
-            return SendHandle(request_id, self, handle, spans, blocks)
+            return SendHandle(
+                request_id, self, self.engine.submit(key, spans, blocks, hold_ms, digest), spans, blocks
+            )
 
-        return self._submit(request_id, key, make)
+        return self._submit(request_id, make)
 
     def batch(self, items: Iterable[SendHandle | tuple[SendHandle, tuple[int, int] | None]]) -> SendBatch:
         """Requests of this sender that one step computes together, each with the tokens that it computes (all of them

@@ -12,18 +12,17 @@ from typing import Any
 Finish = Callable[[BaseException | None], None]
 
 
-def begin(name: str, attributes: dict[str, str | int]) -> Finish | None:
-    """Begin a range and a span; what is returned ends them. `None` where nobody watches."""
-    ends: list[Finish] = []
-    nvtx = sys.modules.get("nvtx")
-    if nvtx is not None:
-        started = nvtx.start_range(message=f"{name} {attributes.get('hetkv.request', '')}", domain="hetkv")
-        ends.append(lambda _: nvtx.end_range(started))
-    tracing = sys.modules.get("opentelemetry.trace")
-    if tracing is not None:
-        ends.append(_span(tracing, name, attributes))
-    if not ends:
+def begin(name: str, request_id: object) -> Finish | None:
+    """Begin a range and a span of a request; what is returned ends them. `None` where nobody watches."""
+    nvtx, tracing = sys.modules.get("nvtx"), sys.modules.get("opentelemetry.trace")
+    if nvtx is None and tracing is None:
         return None
+    ends: list[Finish] = []
+    if nvtx is not None:
+        started = nvtx.start_range(message=f"{name} {request_id}", domain="hetkv")
+        ends.append(lambda _: nvtx.end_range(started))
+    if tracing is not None:
+        ends.append(_span(tracing, name, {"hetkv.request": str(request_id)}))
 
     def finish(error: BaseException | None) -> None:
         for end in ends:

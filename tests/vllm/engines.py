@@ -209,7 +209,7 @@ class Core:
             "scheduler": [len(self.scheduler.requests), len(side._producing), len(side._held), len(side._loading)],
             "sending": len(worker._sending._out) if worker._sending else 0,
             "loading": len(worker._loading._in) if worker._loading else 0,
-            "nodes": [[len(node._pending), len(node._keys)] for node in nodes],
+            "nodes": [[node.engine.open_requests] for node in nodes],
             "transport": [
                 {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")} for node in nodes
             ],
