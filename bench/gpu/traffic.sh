@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Bundles and batches between two GPUs of a CUDA host, in one call: builds in place, runs the GPU tests, and measures the
-# shapes of bench/gpu/traffic.py. Each step has a time limit and goes on where another failed; under 8 minutes in all.
-#   usage: bench/gpu/traffic.sh DIR
+# Steps of many requests, and small ones, between two GPUs of a CUDA host, in one call: builds in place, then the PARTS
+# that are named. Each part has a time limit and goes on where another failed; without `peers` under 9 minutes in all.
+#   usage: bench/gpu/traffic.sh DIR [tests traffic transfer peers]...     (default: tests traffic transfer)
+# `peers` needs nixl-cu13 beside this Python (`PY`), and 9 minutes of its own.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=$1
+shift
+parts=${*:-tests traffic transfer}
 mkdir -p "$out"
 PY=${PY:-python3}
-export PY PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PY PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" COLUMNS=150
 
 step() {  # step NAME SECONDS COMMAND...
   local name=$1 limit=$2 began=$SECONDS
@@ -24,6 +27,24 @@ build() {
 }
 export -f build
 LINES_SHOWN=4 step build 200 bash -c build
-LINES_SHOWN=40 step kernels 60 "$PY" -m pytest -q tests/remap/test_remap_gpu.py -k "frames_of or several or fills or nothing" -p no:cacheprovider
-LINES_SHOWN=40 step tests 90 "$PY" -m pytest -q tests/device/test_gpu.py -m gpu -p no:cacheprovider
-LINES_SHOWN=30 step traffic 120 "$PY" bench/gpu/traffic.py cuda:0 cuda:1 "$out/traffic-device.json"
+for part in $parts; do
+  case $part in
+    tests)
+      LINES_SHOWN=30 step kernels 60 "$PY" -m pytest -q tests/remap/test_remap_gpu.py \
+        -k "frames_of or several or fills or nothing" -p no:cacheprovider
+      LINES_SHOWN=30 step tests 90 "$PY" -m pytest -q tests/device/test_gpu.py -m gpu -p no:cacheprovider
+      ;;
+    traffic)
+      LINES_SHOWN=60 step traffic 280 "$PY" -m hetkv bench traffic --device --peers none --json "$out/traffic-device.json"
+      ;;
+    transfer)
+      LINES_SHOWN=20 step transfer 100 "$PY" -m hetkv bench transfer --device --peers none --rounds 3 \
+        --json "$out/transfer-device.json"
+      ;;
+    peers)
+      LINES_SHOWN=40 step peers 560 "$PY" -m hetkv bench traffic --device --peers-only --json "$out/traffic-peers.json"
+      ;;
+    *) echo "unknown part $part" ;;
+  esac
+done
+(cd "$out" && tar -czf logs.tgz ./*.log && rm -f ./*.log)

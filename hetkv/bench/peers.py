@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,14 +76,18 @@ def measure(
     reps: int,
     device: bool = False,
     threads: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One run of an adapter: `{gb_s, variant, variants, version, how}`, or `{error}`. `device`: from GPU 0 to GPU 1."""
+    """One run of an adapter: `{gb_s, variant, variants, version, how}`, or `{error}`. `device`: from GPU 0 to GPU 1.
+    `environment`: set for the adapter beside this process's own."""
     options = {"--layers": layers, "--layer-mib": layer_mib, "--block-kib": block_kib, "--reps": reps}
     options["--threads"] = threads
     command = [python, str(SCRIPTS / f"{name}_peer.py"), *(str(word) for pair in options.items() for word in pair)]
     command += ["--device"] if device else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **(environment or {})}
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"no result within {TIMEOUT_S:.0f} s"}
     try:

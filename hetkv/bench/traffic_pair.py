@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.bench.pair import REPLY_S, Child, PairError, ask_all, synchronize, use_device
@@ -235,29 +235,36 @@ class TrafficPair:
         self.close()
 
 
-def measure(case: Case, kind: str, devices: tuple[str, str], settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One row: medians over the case's repetitions, after three that warm up, and the bytes that were wrong."""
-    settings = {**({"spin_us": SPIN_US} if kind == "latency" else {}), **(settings or {})}
+def measure(
+    case: Case, kinds: Sequence[str], devices: tuple[str, str], settings: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each kind: medians over the case's repetitions, after three that warm up, and the bytes that were
+    wrong."""
+    settings = {**({"spin_us": SPIN_US} if "latency" in kinds else {}), **(settings or {})}
     with TrafficPair(case, devices, settings) as pair:
-        for _ in range(3):
-            pair.move(kind)
-        before, cpu = pair.stats(), pair.cpu()
-        moved = [pair.move(kind) for _ in range(case.reps)]
-        after, later = pair.stats(), pair.cpu()
-        wrong = pair.verify(kind)
+        return [_row(pair, kind) for kind in kinds]
+
+
+def _row(pair: TrafficPair, kind: str) -> dict[str, Any]:
+    case = pair.case
+    for _ in range(3):
+        pair.move(kind)
+    before, cpu = pair.stats(), pair.cpu()
+    moved = [pair.move(kind) for _ in range(case.reps)]
+    after, later = pair.stats(), pair.cpu()
     visible = sorted(max(one.visible) for one in moved)
     middle = statistics.median(visible)
     frames, bundles = (after[0][name] - before[0][name] for name in ("frames", "bundles"))
     per = 1e6 / (case.reps * case.requests)
     return {
         **case._asdict(),
-        "kinds": None,
+        "kinds": list(case.kinds),
         "kind": kind,
         "layer_bytes": case.layer_bytes,
         "bytes": case.payload_bytes,
-        "wrong_bytes": wrong,
+        "wrong_bytes": pair.verify(kind),
         "visible_us": round(middle * 1e6, 1),
-        "visible_us_best": round(visible[0] * 1e6, 1),
+        "visible_us_least": round(visible[0] * 1e6, 1),
         "acked_us": round(statistics.median(one.acked for one in moved) * 1e6, 1),
         "gb_s": round(case.payload_bytes / middle / 1e9, 3),
         "call_us": round(statistics.median(call for one in moved for call in one.calls) * 1e6, 2),

@@ -151,13 +151,21 @@ def span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
     return sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) + itemsize
 
 
-def probe(source: Any) -> Callable[[], object] | None:
-    """A cheap indication of where an array's memory is now; `None` where it cannot move."""
-    if is_torch(source):
-        return lambda: (source.data_ptr(), source.untyped_storage().nbytes())
-    if hasattr(source, "__array_interface__") and not isinstance(source, Memory):
-        return lambda: source.__array_interface__["data"]
-    return None
+def probe(sources: Sequence[Any]) -> Callable[[], list[object]]:
+    """A cheap indication of where arrays' memory is now."""
+    tensors = [source for source in sources if is_torch(source)]
+    arrays = [at for at in sources if hasattr(at, "__array_interface__") and not is_torch(at)]
+    arrays = [source for source in arrays if not isinstance(source, Memory)]
+    if not tensors:
+        return lambda: [source.__array_interface__["data"] for source in arrays]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    start, size = sys.modules["torch"].Tensor.data_ptr, type(storages[0]).nbytes
+
+    def where() -> list[object]:
+        found = [*map(start, tensors), *map(size, storages)]
+        return found + [source.__array_interface__["data"] for source in arrays]
+
+    return where
 
 
 def check_mapped(parts: Sequence[tuple[str, int, int]], write: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, Literal, NamedTuple
 
 from hetkv.errors import InputError
@@ -44,7 +45,8 @@ class KVPool:
         self._memory = {
             (layer, name): read[id(tensor)] for layer, at in self.layers.items() for name, tensor in at.tensors.items()
         }
-        self._probes = [(at, at()) for at in map(probe, every.values()) if at is not None]
+        self._where = probe([*every.values()])
+        self._known, self._looked = self._where(), 0.0
         devices = sorted({memory.device for memory in self._memory.values()})
         if len(devices) > 1:
             raise InputError(f"a pool is on one device, not on {', '.join(devices)}")
@@ -147,9 +149,16 @@ class KVPool:
         """(layer, segment) to the address of its array, each array once."""
         return {place: address for address, place in {at.address: place for place, at in self._memory.items()}.items()}
 
-    def check_alive(self) -> None:
-        """Raise `InputError` where an array's memory was freed, resized or replaced since the pool was made."""
-        if any(where() != known for where, known in self._probes):
+    def check_alive(self, within_s: float = 0.0) -> None:
+        """Raise `InputError` where an array's memory was freed, resized or replaced since the pool was made.
+
+        Nothing is looked at where that was done `within_s` seconds ago or less.
+        """
+        now = monotonic()
+        if within_s and now - self._looked <= within_s:
+            return
+        self._looked = now
+        if self._where() != self._known:
             raise InputError("the pool's memory was freed or replaced while it was in use")
 
     def check_source(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import index
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
@@ -75,7 +76,7 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls("state", tuple(Segment(name, heads, size) for name, size in parts.items()), group)
 
 
-class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """KV geometry of a model: its layers in order. Equal on both sides, or the handshake rejects."""
 
     layers: tuple[LayerSpec, ...]
@@ -93,10 +94,25 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A model whose layers are all alike and in one cache group (Llama, Mistral, Qwen)."""
         return cls((LayerSpec.kv(num_kv_heads, head_dim, v_head_dim),) * num_layers)
 
-    @property
+    @cached_property
     def num_groups(self) -> int:
         """Cache groups; a request has one list of block ids for each."""
         return max((layer.group for layer in self.layers), default=-1) + 1
+
+    @cached_property
+    def state_groups(self) -> frozenset[int]:
+        """Cache groups whose layers hold one record a request."""
+        return frozenset(layer.group for layer in self.layers if layer.kind == "state")
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """By cache group the widest sliding window; `None` where a layer of it has none."""
+        found: list[int | None] = []
+        for group in range(self.num_groups):
+            windows = [layer.window for layer in self.layers if layer.group == group]
+            bounded = [window for window in windows if window is not None]
+            found.append(max(bounded) if bounded and len(bounded) == len(windows) else None)
+        return tuple(found)
 
     def group_of(self, layer: int) -> int:
         """Cache group of a global layer index."""

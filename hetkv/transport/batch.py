@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hetkv.errors import InputError
-from hetkv.transport.blocks import state_groups
 
 if TYPE_CHECKING:
     from hetkv.transport.sender import Sender, SendHandle
@@ -28,8 +27,8 @@ class SendBatch:
         from hetkv.core import core
 
         self._sender = sender
-        self._group_of = {layer: sender.pool.spec.group_of(layer) for layer in sender.pool.layers}
-        states = state_groups(sender.pool.spec)
+        self._group_of = sender.group_of
+        states = sender.pool.spec.state_groups
         pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
         ranges = [[tx.tokens_of(group, tokens, group in states) for tx, tokens in pairs]
                   for group in range(sender.pool.spec.num_groups)]  # fmt: skip

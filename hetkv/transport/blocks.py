@@ -31,7 +31,7 @@ def per_group(spec: KVSpec, num_tokens: int | Sequence[int], block_ids: BlockIds
         raise InputError(
             f"the model has {groups} cache groups; got block ids of {len(blocks)}, token counts of {len(tokens)}"
         )
-    for group in state_groups(spec):
+    for group in spec.state_groups:
         tokens[group] = 1
     if any(not 1 <= count < MAX_TOKENS for count in tokens):
         raise InputError(f"a request has 1 to {MAX_TOKENS - 1} tokens, not {num_tokens}")
@@ -40,6 +40,8 @@ def per_group(spec: KVSpec, num_tokens: int | Sequence[int], block_ids: BlockIds
 
 def integers(name: str, value: Any, count: int) -> list[int]:
     """One integer for each of `count` cache groups, or each one's own. Raises `InputError`."""
+    if type(value) is int:
+        return [value] * count
     value = plain(value)
     try:
         return [index(value)] * count if isinstance(value, SupportsIndex) else [index(at) for at in value]
@@ -49,6 +51,8 @@ def integers(name: str, value: Any, count: int) -> list[int]:
 
 def _lists(block_ids: BlockIds) -> list[Any]:
     """One list for each cache group that was given."""
+    if type(block_ids) is list and block_ids and type(block_ids[0]) is int:
+        return [block_ids]
     if isinstance(block_ids, (set, frozenset, Mapping, str, bytes)) or not isinstance(block_ids, Iterable):
         raise InputError(f"block ids are in token order, so not in a {type(block_ids).__name__}")
     if hasattr(block_ids, "ndim"):
@@ -58,11 +62,6 @@ def _lists(block_ids: BlockIds) -> list[Any]:
     lists = block_ids if isinstance(block_ids, (list, tuple, range)) else list(block_ids)
     nested = len(lists) > 0 and (not isinstance(lists[0], SupportsIndex) or getattr(lists[0], "ndim", 0) > 0)
     return list(lists) if nested else [lists]
-
-
-def state_groups(spec: KVSpec) -> set[int]:
-    """Cache groups whose layers hold one record a request."""
-    return {layer.group for layer in spec.layers if layer.kind == "state"}
 
 
 def block_array(block_ids: Any) -> array[int]:

@@ -76,12 +76,8 @@ def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.Lay
 def wanted(mine: Description, stops: list[int], cached: list[int]) -> list[Interval]:
     """Tokens to ask for, per cache group: what is not cached, and of a sliding-window group only the window's reach."""
     ranges = []
-    for group, (stop, start) in enumerate(zip(stops, cached, strict=True)):
-        members = [layer for layer in mine.spec.layers if layer.group == group]
-        windows = [layer.window for layer in members]
-        first = start
-        if windows and all(window is not None for window in windows):
-            # The next token, number `stop`, sees keys from `stop - window + 1` on.
-            first = max(start, stop + 1 - max(window for window in windows if window is not None))
+    for stop, start, window in zip(stops, cached, mine.spec.windows, strict=True):
+        # The next token, number `stop`, sees keys from `stop - window + 1` on.
+        first = start if window is None else max(start, stop + 1 - window)
         ranges.append(Interval(min(first, stop), stop))
     return ranges

@@ -44,6 +44,8 @@ _GOODBYE = "the peer ended the link"
 P = TypeVar("P", bound=Handle)
 SLOWEST_BYTES_PER_MS = 32 << 10
 """Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
+LOOK_S = 0.001
+"""Requests of one step look once whether the pool's memory is still there."""
 MOST_UNASKED = 1 << 12
 """Ended requests that are kept for the first `Node.poll`; once it has been called, all are."""
 
@@ -113,6 +115,7 @@ class Node(ABC, Generic[P]):
         self._finished: deque[P] = deque(maxlen=MOST_UNASKED)
         self._polled, self._dropped, self._reap_at = False, 0, MOST_UNASKED
         self.layers = tuple(pool.layers)
+        self.group_of = {layer: pool.spec.group_of(layer) for layer in self.layers}
         self._listeners: list[Listener] = []
         self._closed = False
         on_device = self.device is not None
@@ -379,7 +382,7 @@ class Node(ABC, Generic[P]):
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
-            self.pool.check_alive()
+            self.pool.check_alive(LOOK_S)
             if len(self._unpolled) >= self._reap_at and not self._polled:
                 self._reap()
             try:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from hetkv.errors import InputError, PeerLostError, UnsupportedError
 from hetkv.transport.arrivals import Arrivals
-from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group, state_groups
+from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group
 from hetkv.transport.content import check_content
 from hetkv.transport.handle import LAYER, Handle, RequestId, making, request_key, timed_out
 from hetkv.transport.link_plan import wanted
@@ -62,7 +63,8 @@ class RecvHandle(Handle):
         if layer not in self._node.layers:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._node.layers)}")
         if stream is not None:
-            return self._stream_waits(stream, layer)
+            self._stream_waits(stream, layer)
+            return
         if not self.outcome.wait_layer(layer, timeout):
             raise timed_out(timeout)
         if not self.outcome.arrived(layer) and (error := self.error) is not None:
@@ -118,18 +120,17 @@ class Receiver(Node[RecvHandle]):
         key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         kept = integers("num_cached_tokens", num_cached_tokens, len(tokens))
-        if isinstance(num_cached_tokens, SupportsIndex):
-            kept = [0 if group in state_groups(self.pool.spec) else count for group, count in enumerate(kept)]
+        if self.pool.spec.state_groups and isinstance(num_cached_tokens, SupportsIndex):
+            kept = [0 if group in self.pool.spec.state_groups else count for group, count in enumerate(kept)]
         if len(kept) != len(tokens) or any(not 0 <= a <= b for a, b in zip(kept, tokens, strict=True)):
             raise InputError(f"num_cached_tokens is {num_cached_tokens} of {num_tokens} tokens")
         want = wanted(self.description, tokens, kept)
         for group, ids in enumerate(blocks):
             self.pool.check_blocks(group, ids, *want[group])
-        sources = self._sources(src_instance)
-        for peer in sources:
-            if digest is not None and peer.minor < CONTENT_SINCE:
+        sources, links = self._sources(src_instance)
+        for peer in sources if digest is not None else ():
+            if peer.minor < CONTENT_SINCE:
                 raise UnsupportedError(f"{peer.name} speaks version 1.{peer.minor}, which does not compare contents")
-        links = [peer.link for peer in sources]
         lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
 
         def make() -> RecvHandle:
@@ -137,9 +138,22 @@ class Receiver(Node[RecvHandle]):
 
         return self._submit(request_id, make)
 
-    def _sources(self, src_instance: str | None) -> list[Peer]:
-        """Every rank of the source instance that holds something this rank holds too."""
+    def _sources(self, src_instance: str | None) -> tuple[list[Peer], list[int]]:
+        """Every rank of the source instance that holds something this rank holds too, and their links."""
         peers = self.peers
+        known = self._chosen.get(src_instance)
+        if known is None or known[0] != peers:
+            chosen = self._choose(peers, src_instance)
+            known = self._chosen[src_instance] = peers, chosen, [peer.link for peer in chosen]
+        return known[1], known[2]
+
+    @cached_property
+    def _chosen(self) -> dict[str | None, tuple[list[Peer], list[Peer], list[int]]]:
+        """By source instance: the peers at the time, and what `_sources` made of them."""
+        return {}
+
+    @staticmethod
+    def _choose(peers: list[Peer], src_instance: str | None) -> list[Peer]:
         names = sorted({peer.instance for peer in peers})
         if not names:
             raise PeerLostError(

@@ -63,9 +63,9 @@ class SendHandle(Handle):
         self._tokens, self._blocks = tokens, blocks
         self._batched = [0] * len(tokens)
         """Tokens by cache group that are in batches: those hand them over in every layer."""
-        self._given = dict.fromkeys(self._pool.layers, 0)
+        self._given: dict[int, int] = {}
         """Tokens of each layer that were handed over, needed or not: other ranks or the receiver may have them."""
-        self._group_of = {layer: self._pool.spec.group_of(layer) for layer in self._pool.layers}
+        self._group_of = sender.group_of
 
     def send_layer(self, layer: int, tokens: tuple[int, int] | None = None, *, stream: Any = None) -> None:
         """The KV of a global layer is in the pool, for `tokens` `[start, stop)` or the whole request; returns at once.
@@ -91,20 +91,20 @@ class SendHandle(Handle):
             raise InputError(f"layer {layer}: {error}") from None
         if self._device is None and stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
-        self._given[layer] += stop - start
+        self._given[layer] = self._given.get(layer, 0) + stop - start
         if stop > start and not complete:
             behind = self._device.stream(stream) if self._device else None
             self.sender.engine.send_layer(self.handle, layer, start, stop, behind)
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
-        if self.done() and self.error is None and all(map(self._sent_whole, self._given)):
+        if self.done() and self.error is None and all(map(self._sent_whole, self._group_of)):
             raise InputError(f"request {self.request_id!r} is complete, every layer of it was sent")
         SendBatch(self.sender, [self]).send_layers(stream=stream)
 
     def _sent_whole(self, layer: int) -> bool:
         group = self._group_of[layer]
-        return self._given[layer] + self._batched[group] >= self._tokens[group].size
+        return self._given.get(layer, 0) + self._batched[group] >= self._tokens[group].size
 
     def batched(self, spans: Sequence[tuple[int, int]]) -> None:
         """A batch sends these tokens, one interval per cache group, in every layer of the group."""
@@ -203,9 +203,7 @@ class Sender(Node[SendHandle]):
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> SendHandle:
-            return SendHandle(
-                request_id, self, self.engine.submit(key, spans, blocks, hold_ms, digest), spans, blocks
-            )
+            return SendHandle(request_id, self, self.engine.submit(key, spans, blocks, hold_ms, digest), spans, blocks)
 
         return self._submit(request_id, make)
 

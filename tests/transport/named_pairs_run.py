@@ -25,7 +25,6 @@ from hetkv.kv.reshard import overlap, routes
 from hetkv.kv.scale import ScaleLayout
 from hetkv.kv.spec import KVSpec, Shard
 from hetkv.reference.remap import bits
-from hetkv.transport.blocks import state_groups
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver
@@ -65,7 +64,7 @@ class Instance(NamedTuple):
     def make(cls, spec: KVSpec, side: Side, tokens: int, seed: int) -> Instance:
         """Random bytes, equal on replicas; room for two requests of `tokens` and three blocks more."""
         sizes = [side.block] * spec.num_groups if isinstance(side.block, int) else list(side.block)
-        states = state_groups(spec)
+        states = spec.state_groups
         sizes = [1 if group in states else size for group, size in enumerate(sizes)]
         blocks = [2 * (1 if group in states else -(-tokens // size)) + 3 for group, size in enumerate(sizes)]
 
@@ -121,7 +120,7 @@ class Flow:
     def start(self, from_blocks: Blocks, to_blocks: Blocks) -> None:
         """Tickets first; then every rank's layers, chunk by chunk."""
         pair, spec = self.pair, self.ours.whole.spec
-        states = state_groups(spec)
+        states = spec.state_groups
         counts = [1 if group in states else pair.tokens for group in range(spec.num_groups)]
         held = [0 if group in states else pair.held for group in range(spec.num_groups)]
         self.expected = [duplicate(pool) for pool in self.theirs.ranks]
@@ -173,7 +172,7 @@ def run(pair: Pair) -> Outcome:
         for flow in flows:
             flow.connect()
         generator = torch.Generator().manual_seed(seed)
-        states = state_groups(pair.spec)
+        states = pair.spec.state_groups
         counts = [1 if group in states else pair.tokens for group in range(pair.spec.num_groups)]
         tables = [two_tables(side.whole, counts, generator) for side in (ours, theirs)]
         for number, flow in enumerate(flows):
