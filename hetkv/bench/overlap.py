@@ -81,12 +81,13 @@ class _Prefill:
             for index, blocks in enumerate(self.blocks):
                 sending.append(self.node.send(f"{request}-{index}", blocks, len(self.prompts[index])))
             time.sleep(TICKET_S)
+        batch = self.node.batch(sending) if sending else None
         synchronize(self.device)
         clock = WorkClock(self.model.device)
 
         def on_layer(layer: int) -> None:
-            for one in sending:
-                one.send_layer(layer)
+            if batch is not None:
+                batch.send_layer(layer)
             clock.mark()
 
         spans = [Span(pages, 0, prompt) for pages, prompt in zip(self.pages, self.prompts, strict=True)]
@@ -104,9 +105,9 @@ class _Prefill:
             self.node.send(f"{request}-{i}", blocks, len(self.prompts[i])) for i, blocks in enumerate(self.blocks)
         ]
         time.sleep(TICKET_S)
+        batch = self.node.batch(sending)
         for layer in range(len(self.model.layers)):
-            for one in sending:
-                one.send_layer(layer)
+            batch.send_layer(layer)
         for one in sending:
             one.wait(REPLY_S / 2)
 

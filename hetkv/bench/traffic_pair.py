@@ -76,12 +76,12 @@ class _Side:
         block ids, and the bytes that its tokens have, blocks filled up."""
         import torch
 
-        made: dict[tuple[int, ...], torch.Tensor] = {}
+        made: dict[tuple[int, int, int], torch.Tensor] = {}
         for layer, kind in enumerate(self.pool.spec.layers):
             for number, segment in enumerate(kind.segments):
                 view = self.pool.view(layer, segment.name).view(torch.uint8)
                 ids = [torch.tensor(blocks, device=view.device) for blocks in self.blocks]
-                shape = (len(ids[0]) * view.shape[1], *view.shape[2:])
+                shape = (len(ids[0]) * view.shape[1], view.shape[2], view.shape[3])
                 if shape not in made:
                     made[shape] = pattern(*shape, view.device)
                 for request, blocks in enumerate(ids):

@@ -116,7 +116,7 @@ class Handle:
 
     def watch(self, what: int) -> None:
         """Have `on_event` called for what happens from now on, and for an end that has happened."""
-        self._node.watch(self, what)
+        self._node.requests.watch(self, what)
 
     def on_event(self, kind: int, layer: int) -> None:
         """Take an event of the engine; called in the dispatching thread. An end may be told twice."""

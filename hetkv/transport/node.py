@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
@@ -15,18 +14,18 @@ from hetkv.control.connection import Address, ControlConnection, connect
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.handshake import Role, check_secret
 from hetkv.control.listener import Listener
-from hetkv.control.reactor import call
 from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
 from hetkv.transport import lifetime
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
-from hetkv.transport.handle import COMPLETE, FAILED, LINK_DRAINED, LINK_LOST, Handle, RequestId
+from hetkv.transport.handle import FAILED, LINK_DRAINED, LINK_LOST, Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
 from hetkv.transport.peer import Peer, Peers
 from hetkv.transport.ranks import instance_shards_of
+from hetkv.transport.requests import Requests
 
 if TYPE_CHECKING:
     import ssl
@@ -46,8 +45,6 @@ SLOWEST_BYTES_PER_MS = 32 << 10
 """Of a pack or unpack with conversion, on one busy thread: 32 MiB a second."""
 LOOK_S = 0.001
 """Requests of one step look once whether the pool's memory is still there."""
-MOST_UNASKED = 1 << 12
-"""Ended requests that are kept for the first `Node.poll`; once it has been called, all are."""
 
 
 class Node(ABC, Generic[P]):
@@ -108,12 +105,6 @@ class Node(ABC, Generic[P]):
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._peers = Peers()
-        self._unpolled: dict[int, P] = {}
-        """Requests that no `poll` has returned."""
-        self._watched: dict[int, P] = {}
-        """Requests that have futures, until their ends."""
-        self._finished: deque[P] = deque(maxlen=MOST_UNASKED)
-        self._polled, self._dropped, self._reap_at = False, 0, MOST_UNASKED
         self.layers = tuple(pool.layers)
         self.group_of = {layer: pool.spec.group_of(layer) for layer in self.layers}
         self._listeners: list[Listener] = []
@@ -122,6 +113,7 @@ class Node(ABC, Generic[P]):
         config_of_engine = self.config.engine(on_device, self.role)
         config_of_engine.num_layers = max(self.layers, default=-1) + 1
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
+        self.requests: Requests[P] = Requests(self.engine)
         lifetime.starting.add(self)
         try:
             self.engine.start()
@@ -228,23 +220,7 @@ class Node(ABC, Generic[P]):
         once. The first call returns the last 4,096 and logs a warning where there were more, as a node that nobody
         polls must not keep all.
         """
-        ended = self.engine.take_ended()
-        if self._polled and not ended:
-            return []
-        with self._lock:
-            found = [*self._finished, *(self._unpolled.pop(handle) for handle in ended)]
-            self._finished.clear()
-            self._polled, dropped, self._dropped = True, self._dropped, 0
-        if dropped:
-            _log.warning("%s: %d requests that ended before the first poll are not returned", self.role, dropped)
-        return found
-
-    def watch(self, handle: P, what: int) -> None:
-        """Have `handle.on_event` called for `what` (`WATCH_...`), and for its end, also where that has happened."""
-        self._watched[handle.handle] = handle
-        handle.outcome.watch(what)
-        if handle.done() and self._watched.pop(handle.handle, None) is not None:
-            handle.on_event(COMPLETE if handle.error is None else FAILED, -1)
+        return self.requests.poll()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is there now, by name: see `hetkv.metrics`."""
@@ -383,21 +359,10 @@ class Node(ABC, Generic[P]):
             if self._closed:
                 raise ClosedError(f"the {self.role} is closed")
             self.pool.check_alive(LOOK_S)
-            if len(self._unpolled) >= self._reap_at and not self._polled:
-                self._reap()
             try:
-                made = make()
+                return self.requests.add(make)
             except InputError:
                 raise InputError(f"request {request_id!r} is under way already") from None
-            self._unpolled[made.handle] = made
-            return made
-
-    def _reap(self) -> None:
-        """Let go of what ended, where nobody polls. The lock is held."""
-        for handle in self.engine.take_ended():
-            self._dropped += len(self._finished) == MOST_UNASKED
-            self._finished.append(self._unpolled.pop(handle))
-        self._reap_at = len(self._unpolled) + MOST_UNASKED
 
     def _dispatch(self) -> None:
         """Body of the dispatching thread: ends when the engine has stopped and its events are told."""
@@ -408,12 +373,8 @@ class Node(ABC, Generic[P]):
                     continue
                 if kind == FAILED:
                     log.info("%s: a request failed: %s", self.role, detail)
-                ended = kind in (COMPLETE, FAILED)
-                watched = self._watched.pop(handle, None) if ended else self._watched.get(handle)
-                if watched is not None:
-                    call(watched.on_event, kind, layer)
-        for watched in [*self._watched.values()]:  # where the engine ended without telling
-            self.watch(watched, 0)
+                self.requests.dispatch(kind, handle, layer)
+        self.requests.end()
 
     def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
         peer = self._peers.get(link)

@@ -153,7 +153,7 @@ def settled(*nodes: Sender | Receiver) -> None:
             lambda node=node: not any(node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")),
             lambda node=node: f"{node.role} still holds {node.stats()}",
         )
-        until(lambda node=node: not node._watched, lambda node=node: f"{node.role} still watches {node._watched}")
+        until(lambda node=node: not node.requests.watched)
 
 
 def until(

@@ -191,7 +191,7 @@ def test_a_rank_that_runs_out_of_time_raises_on_all(monkeypatch: pytest.MonkeyPa
             if late:
                 raise WaitTimeoutError(f"not complete within {timeout} s")
 
-        tx = SimpleNamespace(packed=future, future=future, abort=lambda _: None, wait=wait)
+        tx = SimpleNamespace(is_packed=False, error=None, future=future, abort=lambda _: None, wait=wait)
         return Outgoing(cast(Any, tx))
 
     def preempt(rank: int) -> type[BaseException] | None:

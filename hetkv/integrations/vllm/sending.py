@@ -11,6 +11,7 @@ from hetkv.errors import AbortedError, HetkvError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Metadata, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
+from hetkv.transport.batch import SendBatch
 from hetkv.transport.sender import Sender, SendHandle
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Outgoing:
     @property
     def live(self) -> SendHandle | None:
         """`tx`, where it may still take layers. One that its consumers let go or gave up knows no later blocks."""
-        return None if self.tx is None or self.tx.packed.done() else self.tx
+        return None if self.tx is None or self.tx.is_packed else self.tx
 
     def end(self, _: object) -> None:
         """Callback of `tx.future`."""
@@ -63,7 +64,8 @@ class Sending:
         self._sender, self._caches = sender, caches
         self._stats, self._changed, self._on_all_ranks = stats, changed, on_all_ranks
         self._out: dict[str, Outgoing] = {}
-        self._step: list[tuple[Outgoing, tuple[int, int]]] = []
+        self._batch: SendBatch | None = None
+        """What the running step computes of all requests."""
         self._layers_left: set[int] = set()
         self._computed_at = time.monotonic()
 
@@ -88,14 +90,15 @@ class Sending:
 
     def begin_step(self, meta: Metadata) -> None:
         """Prepare the requests whose layers leave during this step, and send those that are done."""
-        self._step = []
+        step = []
         for send in meta.computing:
             out = self._out.get(send.request_id) or self._open(send)
             self._extend(out, send)
-            if out.live is not None and out.sent < send.stop:
-                self._step.append((out, (out.sent, send.stop)))
+            if (tx := out.live) is not None and out.sent < send.stop:
+                step.append((tx, (out.sent, send.stop)))
                 out.sent = send.stop
-        self._layers_left = set(self._caches.pool.layers) if self._step else set()
+        self._batch = self._sender.batch(step) if step else None
+        self._layers_left = set(self._caches.pool.layers) if step else set()
         for send in meta.held:
             self._hold(send)
         for request_id in meta.dropped:
@@ -116,7 +119,7 @@ class Sending:
         for layer in sorted(self._layers_left):
             self._send(layer)
         self._layers_left = set()
-        self._step = []
+        self._batch = None
         self._computed_at = time.monotonic()
 
     def poll(self, finished: set[str]) -> set[str]:
@@ -167,14 +170,13 @@ class Sending:
         out = self._out.get(send.request_id) or self._open(send)
         out.held_since, out.computed_at = time.monotonic(), self._computed_at
         if (tx := out.live) is not None and out.sent < send.stop:
-            for layer in self._caches.pool.layers:
-                tx.send_layer(layer, (out.sent, send.stop))
+            self._sender.batch([(tx, (out.sent, send.stop))]).send_layers()
             out.sent = send.stop
 
     def _all_left(self, request_id: str) -> bool:
         """Whether no block of the request is read again."""
         out = self._out.get(request_id)
-        return out is None or out.tx is None or (out.tx.packed.done() and out.tx.packed.exception() is None)
+        return out is None or out.tx is None or (out.tx.is_packed and out.tx.error is None)
 
     def _end(self, request_id: str) -> bool:
         """Abort a transfer and wait for its end: only then can its id be sent again.
@@ -217,10 +219,10 @@ class Sending:
         return answers
 
     def _send(self, layer: int) -> None:
-        """On a device the layer leaves after the work in PyTorch's current stream, where vLLM has just computed it."""
-        for out, tokens in self._step:
-            if out.tx is not None:
-                out.tx.send_layer(layer, tokens)
+        """One call for all requests of the step. On a device the layer leaves after the work in PyTorch's current stream,
+        where vLLM has just computed it."""
+        if self._batch is not None:
+            self._batch.send_layer(layer)
 
     def _abort(self, out: Outgoing, why: str) -> None:
         if out.tx is not None:
