@@ -150,9 +150,14 @@ class SendHandle(Handle):
             with making:
                 self._packed = self._packed or running()
             self.watch(WATCH_PACKED)
-        if self.outcome.phase >= IS_PACKED:
+        if self.is_packed:
             settle(self._packed, self.error)
         return self._packed
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the request has ended, or its blocks are not read any more."""
+        return self.outcome.phase >= IS_PACKED
 
     def wait_packed(self, timeout: float | None = None) -> None:
         """Block until the request's blocks may be freed."""

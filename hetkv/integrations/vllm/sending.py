@@ -219,8 +219,8 @@ class Sending:
         return answers
 
     def _send(self, layer: int) -> None:
-        """One call for all requests of the step. On a device the layer leaves after the work in PyTorch's current stream,
-        where vLLM has just computed it."""
+        """One call for all requests of the step. On a device the layer leaves after the work in PyTorch's current
+        stream, where vLLM has just computed it."""
         if self._batch is not None:
             self._batch.send_layer(layer)
 
