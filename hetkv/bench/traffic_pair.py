@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetkv.bench.pair import REPLY_S, Child, PairError, ask_all, synchronize, use_device
+from hetkv.bench.pair import REPLY_S, Child, ask_all, synchronize, use_device
+from hetkv.errors import BenchmarkError
 from hetkv.transport.config import TransferConfig
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class _ReceiverSide(_Side):
                 handle.wait(0)
             ended += [(handle.request_id, now) for handle in found]
             if now > limit:
-                raise PairError(f"{len(self.handles) - len(ended)} requests did not end")
+                raise BenchmarkError(f"{len(self.handles) - len(ended)} requests did not end")
             time.sleep(0 if found else 20e-6)
         return ended
 
