@@ -42,6 +42,11 @@ COMMANDS: dict[str, Command] = {
         "plan",
         ("scipy", "yaml", "joblib", "rich"),
     ),
+    "serve": Command(
+        "serve a model over instances that prefill and decode, behind an OpenAI-compatible server",
+        "serve",
+        ("torch", "safetensors", "tokenizers", "fastapi", "uvicorn", "prometheus_client", "rich"),
+    ),
     "simulate": Command(
         "simulate a deployment under a given traffic: latencies, goodput, utilisation, cost",
         "plan",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.runtime.chat import ChatTemplate
 from hetkv.runtime.tokenizer import TextTokenizer
 
 
@@ -81,7 +81,11 @@ def spread(prompts: Sequence[Prompt], count: int) -> Iterator[Prompt]:
 def encode(prompts: Sequence[Prompt], tokenizer: TextTokenizer, model: str) -> list[list[int]]:
     """Token ids. `InputError` for a text that is no Unicode or has no tokens, and for a chat without a template."""
     found = []
-    template = _Template(model) if any(prompt.messages is not None for prompt in prompts) else None
+    template = None
+    if any(prompt.messages is not None for prompt in prompts):
+        template = ChatTemplate.load(model)
+        if template is None:
+            raise InputError(f"{model}: its tokenizer has no chat template")
     for prompt in prompts:
         try:
             prompt.text.encode("utf-8")
@@ -95,29 +99,6 @@ def encode(prompts: Sequence[Prompt], tokenizer: TextTokenizer, model: str) -> l
             raise InputError("a prompt has no tokens: the tokenizer makes none of its text")
         found.append(ids)
     return found
-
-
-class _Template:
-    """A checkpoint's chat template, rendered by `transformers`."""
-
-    def __init__(self, model: str) -> None:
-        try:
-            transformers: Any = import_module("transformers")
-        except ModuleNotFoundError:
-            raise InputError("chat prompts need transformers, which renders the template") from None
-        try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-        except Exception as error:  # whatever a broken file makes of it
-            raise InputError(f"{model}: transformers does not read its tokenizer: {first_line(error)}") from None
-        if not self._tokenizer.chat_template:
-            raise InputError(f"{model}: its tokenizer has no chat template")
-
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            raise InputError(f"the chat template rejects the messages: {first_line(error)}") from None
-        return str(text)
 
 
 def first_line(error: Exception) -> str:

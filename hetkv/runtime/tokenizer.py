@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from hetkv.errors import InputError
 from hetkv.models.fields import load_object
@@ -49,6 +50,52 @@ class TextTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens. Incomplete UTF-8 characters become the replacement character."""
         return str(self._tokenizer.decode(list(token_ids)))
+
+    def token(self, token_id: int) -> str:
+        """Text of one token alone, special ones too. A part of a character becomes the replacement character."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def stream(self) -> TextStream:
+        """For tokens that come one by one."""
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """Text of tokens as they come: each piece once it is whole characters. Special tokens have no text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """What the token adds; empty where its characters are not whole yet."""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class TokenIds:
+    """In place of a `TextTokenizer` where there is none: the text is token ids, ` 17 4 23`."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Raises `InputError` for what is no number."""
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise InputError("the model has no tokenizer: its text is token ids, such as `17 4 23`") from None
+
+    def token(self, token_id: int) -> str:
+        """Text of one token."""
+        return f" {token_id}"
+
+    def stream(self) -> TokenIds:
+        """For tokens that come one by one."""
+        return self
+
+    def push(self, token_id: int) -> str:
+        """What the token adds."""
+        return self.token(token_id)
 
 
 def _check_added(path: Path, tokenizer: Tokenizer) -> None:

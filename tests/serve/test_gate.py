@@ -1,0 +1,149 @@
+"""Instances and their scheduler: registering, a successor of the scheduler, strangers, and broken messages."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetkv.errors import AuthenticationError, HandshakeError, MessageError
+from hetkv.runtime.batching import Limits
+from hetkv.runtime.plan import InstancePlan, SideOptions
+from hetkv.runtime.sampling import Sampling
+from hetkv.serve.gate import Gate
+from hetkv.serve.generation import Generation
+from hetkv.serve.instance import Connection, Instance, InstanceConfig
+from hetkv.serve.messages import Beat, Goodbye, Welcome
+from hetkv.serve.scheduler import Scheduler
+from hetkv.serve.wire import LENGTH, MAC_BYTES, Seal, greeting
+from tests.runtime.instances import reference
+
+
+def config(role: str, model: Path, gate: str, secret: Path) -> InstanceConfig:
+    return InstanceConfig(
+        plan=InstancePlan(name=role, role=role, pool=SideOptions(block_size=16, layout="nhd", dtype="float32")),
+        model=str(model), scheduler=gate, limits=Limits(16, 128), kv_tokens=2048, secret_file=str(secret),
+    )  # fmt: skip
+
+
+@asynccontextmanager
+async def opened(secret: bytes, address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Scheduler, str]]:
+    """A scheduler and its gate."""
+    scheduler = Scheduler()
+    gate = Gate(scheduler, secret)
+    await gate.open(address)
+    try:
+        yield scheduler, gate.address
+    finally:
+        await gate.close()
+
+
+async def until(done: Callable[[], Any], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    file.write_text(secrets.token_hex(16))
+    return file
+
+
+def test_instances_register_again_with_a_successor(checkpoint: tuple[Path, Any], secret: Path) -> None:
+    """The scheduler goes while they compute: they give that up, and serve its successor; then they leave in order."""
+    prompt = list(range(5, 60))
+    expected = reference(checkpoint[1], prompt, 10)
+    code: dict[str, int] = {}
+
+    async def complete(scheduler: Scheduler, tokens: int) -> list[int]:
+        generation = Generation(prompt, Sampling(max_tokens=tokens, ignore_eos=True))
+        scheduler.submit(generation)
+        return [token.id async for token, _ in generation]
+
+    async def run() -> None:
+        async with opened(secret.read_bytes()) as (first, address):
+            instances = [Instance(config(role, checkpoint[0], address, secret)) for role in ("prefill", "decode")]
+            threads = [threading.Thread(target=lambda one=one: code.update({one.name: one.run()})) for one in instances]
+            for thread in threads:
+                thread.start()
+            await until(lambda: sum(member.up for member in first.members.values()) == 2)
+            assert await complete(first, 10) == expected
+            lost = asyncio.create_task(complete(first, 500))
+            await until(lambda: any(len(g.generated) > 5 for g in first.generations.values()))
+        lost.cancel()
+        async with opened(secret.read_bytes(), address) as (second, _):
+            await until(lambda: sum(member.up for member in second.members.values()) == 2)
+            assert set(second.members) == {instance.name for instance in instances}
+            assert await complete(second, 10) == expected
+            await until(lambda: all(m.kv.available == m.kv.total for m in second.members.values()))
+            for instance in instances:
+                instance.leave()
+            await until(lambda: not second.members)
+            await until(lambda: not any(thread.is_alive() for thread in threads))
+
+    asyncio.run(run())
+    assert set(code.values()) == {0}
+
+
+def test_a_refused_instance_ends(checkpoint: tuple[Path, Any], secret: Path) -> None:
+    async def run() -> None:
+        async with opened(secret.read_bytes()) as (scheduler, address):
+            scheduler._against = lambda hello: "not today"  # type: ignore[method-assign]
+            instance = Instance(config("decode", checkpoint[0], address, secret))
+            assert await asyncio.to_thread(instance.run) == 1
+            assert scheduler.refused == {instance.name: "not today"}
+
+    asyncio.run(run())
+
+
+def test_a_stranger_is_not_let_in() -> None:
+    async def run() -> None:
+        async with opened(b"a secret of sixteen") as (scheduler, address):
+            with pytest.raises(AuthenticationError, match="do not have the same secret"):
+                await asyncio.to_thread(Connection, address, b"another one of sixteen")
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(60))
+            await reader.read()  # it closes
+            writer.close()
+            assert not scheduler.members
+
+    asyncio.run(run())
+
+
+def seals() -> tuple[Seal, Seal]:
+    mine, theirs = greeting(secrets.token_bytes(32)), greeting(secrets.token_bytes(32))
+    return Seal("instance", b"s" * 16, mine, theirs), Seal("scheduler", b"s" * 16, theirs, mine)
+
+
+def test_messages_are_sealed() -> None:
+    """In order, each direction with a key of its own, and nothing that is not a message of that direction."""
+    instance, scheduler = seals()
+    scheduler.check(instance.proof)
+    instance.check(scheduler.proof)
+    frames = [instance.close(Beat()), instance.close(Beat())]
+    assert Seal.rest(frames[0][: LENGTH.size]) == len(frames[0]) - LENGTH.size
+    assert scheduler.open(frames[0][LENGTH.size :]) == Beat()
+    for wrong in (frames[0], frames[1][:-1] + bytes([frames[1][-1] ^ 1]), scheduler.close(Welcome())):
+        with pytest.raises(AuthenticationError, match="wrong MAC"):
+            scheduler.open(wrong[LENGTH.size :])
+    assert scheduler.open(frames[1][LENGTH.size :]) == Beat()
+    with pytest.raises(MessageError, match="malformed"):
+        scheduler.open(instance.close(Goodbye())[LENGTH.size :])
+    with pytest.raises(MessageError, match="over the limit"):
+        Seal.rest(b"\xff" * LENGTH.size)
+    assert MAC_BYTES == 16
+    with pytest.raises(AuthenticationError, match="reflected"):
+        Seal("instance", b"s" * 16, greeting(bytes(32)), greeting(bytes(32)))
+    with pytest.raises(HandshakeError, match="it began with"):
+        Seal("instance", b"s" * 16, greeting(bytes(32)), b"HTTP/1.1 400 Bad Request" + bytes(24))
