@@ -129,6 +129,21 @@ class PoolFullError(HetkvError):
     """Runtime: a cache group has too few free blocks. Nothing was allocated; try again once a sequence has ended."""
 
 
+class GenerationError(HetkvError):
+    """The fleet of `hetkv serve` could not complete a sequence."""
+
+
+class ApiError(HetkvError):
+    """A request to the server of `hetkv serve` that is answered with an error, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """Of HTTP."""
+        self.code, self.param = code, param
+        """OpenAI's word for it, and the field that is wrong."""
+
+
 class BenchmarkError(HetkvError):
     """Benchmarks: a process that is measured failed, or what arrived is not what was sent."""
 

@@ -66,10 +66,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._told = 0
 
-    def push(self, token_id: int) -> str:
-        """What the token adds; empty where its characters are not whole yet."""
-        return self._stream.step(self._tokenizer, token_id) or ""
+    def push(self, token_id: int, last: bool = False) -> str:
+        """What the token adds; empty where its characters are not whole yet. The `last` one brings what is left."""
+        self._ids.append(token_id)
+        text = self._stream.step(self._tokenizer, token_id) or ""
+        self._told += len(text)
+        return text + str(self._tokenizer.decode(self._ids))[self._told :] if last else text
 
 
 class TokenIds:
@@ -93,7 +98,7 @@ class TokenIds:
         """For tokens that come one by one."""
         return self
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, last: bool = False) -> str:
         """What the token adds."""
         return self.token(token_id)
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from hetkv.errors import GenerationError
 from hetkv.runtime.sampling import Token
 from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
-from hetkv.serve.generation import Generation, GenerationFailed
+from hetkv.serve.generation import Generation
 from hetkv.serve.protocol import Call
 from hetkv.serve.scheduler import Scheduler
 
@@ -62,10 +63,10 @@ class Answer:
             for choice in range(call.n)
         ]
         """Choice `i` of prompt `p` is number `p * n + i`."""
-        self._pieces: asyncio.Queue[Piece | GenerationFailed] = asyncio.Queue()
+        self._pieces: asyncio.Queue[Piece | GenerationError] = asyncio.Queue()
 
     async def pieces(self, scheduler: Scheduler) -> AsyncGenerator[Piece]:
-        """Run to the end. Raises `GenerationFailed`, and what `Scheduler.submit` does before the first piece."""
+        """Run to the end. Raises `GenerationError`, and what `Scheduler.submit` does before the first piece."""
         tasks: list[asyncio.Task[None]] = []
         try:
             for generation in self.generations:
@@ -76,7 +77,7 @@ class Answer:
             left = len(tasks)
             while left:
                 piece = await self._pieces.get()
-                if isinstance(piece, GenerationFailed):
+                if isinstance(piece, GenerationError):
                     raise piece
                 self.completion_tokens += len(piece.tokens)
                 left -= bool(piece.finish)
@@ -93,11 +94,11 @@ class Answer:
         stream, stops = self.tokenizer.stream(), StopStrings(self.call.stop)
         try:
             async for token, finish in generation:
-                text, stopped = stops.push(stream.push(token.id), last=bool(finish))
+                text, stopped = stops.push(stream.push(token.id, bool(finish)), last=bool(finish))
                 if stopped:
                     scheduler.cancel(generation)
                 self._pieces.put_nowait(Piece(number, text, [token], "stop" if stopped else finish))
                 if stopped:
                     return
-        except GenerationFailed as error:
+        except GenerationError as error:
             self._pieces.put_nowait(error)

@@ -11,13 +11,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from hetkv.errors import InputError
+from hetkv.errors import ApiError, GenerationError, InputError
 from hetkv.runtime.chat import ChatTemplate
 from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
 from hetkv.serve.answer import Answer, Piece
-from hetkv.serve.errors import ApiError, error_body
+from hetkv.serve.errors import body_of, error_body
 from hetkv.serve.formats import Format
-from hetkv.serve.generation import GenerationFailed
 from hetkv.serve.limits import RETRY_AFTER_S
 from hetkv.serve.protocol import Call, parse
 from hetkv.serve.scheduler import Scheduler
@@ -145,7 +144,7 @@ async def _events(first: Piece, pieces: AsyncGenerator[Piece], form: Format) -> 
         for chunk in form.end():
             yield _event(chunk)
         yield b"data: [DONE]\n\n"
-    except GenerationFailed as error:
+    except GenerationError as error:
         yield _event(error_body(500, str(error)))
 
 
@@ -203,10 +202,10 @@ def application(engines: Engines, lifespan: Callable[[FastAPI], Any] | None = No
 
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
-        return _error(error.status, error.body)
+        return _error(error.status, body_of(error))
 
-    @app.exception_handler(GenerationFailed)
-    async def on_failure(_: Request, error: GenerationFailed) -> JSONResponse:
+    @app.exception_handler(GenerationError)
+    async def on_failure(_: Request, error: GenerationError) -> JSONResponse:
         return _error(500, error_body(500, str(error)))
 
     @app.exception_handler(InputError)

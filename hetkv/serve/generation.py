@@ -8,15 +8,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from hetkv.errors import HetkvError
+from hetkv.errors import GenerationError
 from hetkv.runtime.sampling import Sampling, Token
 
 if TYPE_CHECKING:
     from hetkv.serve.member import Member
-
-
-class GenerationFailed(HetkvError):
-    """The fleet could not complete a sequence."""
 
 
 class Generation:
@@ -52,7 +48,7 @@ class Generation:
         self.first_token: float | None = None
         self.visible: float | None = None
         self.last_token: float | None = None
-        self._outputs: asyncio.Queue[tuple[Token, str] | GenerationFailed] = asyncio.Queue()
+        self._outputs: asyncio.Queue[tuple[Token, str] | GenerationError] = asyncio.Queue()
 
     @property
     def target(self) -> int:
@@ -74,13 +70,13 @@ class Generation:
 
     def fail(self, reason: str) -> None:
         """No more tokens will come."""
-        self._outputs.put_nowait(GenerationFailed(reason))
+        self._outputs.put_nowait(GenerationError(reason))
 
     async def __aiter__(self) -> AsyncIterator[tuple[Token, str]]:
-        """Tokens in order, up to the one with a reason. Raises `GenerationFailed`."""
+        """Tokens in order, up to the one with a reason. Raises `GenerationError`."""
         while True:
             output = await self._outputs.get()
-            if isinstance(output, GenerationFailed):
+            if isinstance(output, GenerationError):
                 raise output
             yield output
             if output[1]:

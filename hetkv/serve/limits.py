@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from hetkv.serve.errors import ApiError
+from hetkv.errors import ApiError
+from hetkv.serve.errors import body_of
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -105,4 +106,4 @@ async def answer_error(error: ApiError, send: Send) -> None:
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": msgspec.json.encode(error.body)})
+    await send({"type": "http.response.body", "body": msgspec.json.encode(body_of(error))})

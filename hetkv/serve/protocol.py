@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from hetkv.errors import ApiError
 from hetkv.runtime.sampling import Sampling
-from hetkv.serve.errors import ApiError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),

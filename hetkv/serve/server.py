@@ -17,11 +17,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from hetkv.control.secret import shared_secret
-from hetkv.errors import InputError
+from hetkv.errors import ApiError, InputError
 from hetkv.runtime.chat import ChatTemplate
 from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
 from hetkv.serve.app import Fleet, application
-from hetkv.serve.errors import ApiError
 from hetkv.serve.gate import Gate
 from hetkv.serve.instance import is_shape, model_config
 from hetkv.serve.limits import Limits

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hetkv.errors import InputError
+from hetkv.errors import GenerationError, InputError
 from hetkv.runtime.block_manager import prefix_hashes
 from hetkv.runtime.commands import Abort, Begin, Compute, Expect, Link, Linked, Load, Output, Report
 from hetkv.runtime.sampling import Sampling, Token
-from hetkv.serve.generation import Generation, GenerationFailed
+from hetkv.serve.generation import Generation
 from hetkv.serve.member import Member
 from hetkv.serve.messages import Goodbye, Hello, Refused
 from hetkv.serve.scheduler import MOST_ATTEMPTS, Scheduler
@@ -175,7 +175,7 @@ def test_a_request_that_always_fails_is_given_up() -> None:
     generation = fleet.submit()
     for _ in range(MOST_ATTEMPTS):
         fleet.report("aggregated-0", failed={generation.id: "no luck"})
-    with pytest.raises(GenerationFailed, match=f"after {MOST_ATTEMPTS} attempts.*no luck"):
+    with pytest.raises(GenerationError, match=f"after {MOST_ATTEMPTS} attempts.*no luck"):
         answers(generation)
     fleet.check_empty()
 
