@@ -42,6 +42,11 @@ COMMANDS: dict[str, Command] = {
         "plan",
         ("scipy", "yaml", "joblib", "rich"),
     ),
+    "loadtest": Command(
+        "send a traffic to a running OpenAI-compatible server, and measure it as the simulator counts",
+        "serve",
+        ("aiohttp", "yaml", "rich"),
+    ),
     "serve": Command(
         "serve a model over instances that prefill and decode, behind an OpenAI-compatible server",
         "serve",

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 from hetkv import terminal
+from hetkv.cli.traffic import add_traffic, ended, print_latencies, print_slo, rates, traffic_of, write_rows
 from hetkv.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from hetkv.simulator.traffic.lengths import GRAMMAR
-
     parser.add_argument("--plan", required=True, metavar="FILE", help="the deployment: plan.yaml (docs/simulator.md)")
-    traffic = parser.add_argument_group("traffic (one of --trace and --rate)")
-    traffic.add_argument(
-        "--trace",
-        metavar="FILE",
-        help="Azure, BurstGPT, Mooncake or Qwen-Bailian as published, gzipped or not, or a CSV",
-    )
-    traffic.add_argument("--speedup", type=float, default=1.0, help="play the trace this many times as fast")
-    traffic.add_argument("--rate", type=float, metavar="R", help="synthetic arrivals per second")
-    traffic.add_argument("--arrivals", choices=("poisson", "gamma", "constant"), default="poisson")
-    traffic.add_argument(
-        "--cv", type=float, default=2.0, help="gamma: coefficient of variation of the gaps (default 2)"
-    )
-    traffic.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=f"{GRAMMAR} (default 1024)")
-    traffic.add_argument("--output-tokens", default="256", metavar="DIST", help="the same (default 256)")
-    traffic.add_argument("--requests", type=int, metavar="N", help="stop after N arrivals (default 10000 with --rate)")
-    traffic.add_argument("--duration", type=float, metavar="S", help="stop arrivals after S simulated seconds")
-    parser.add_argument("--slo-ttft-ms", type=float, default=math.inf, metavar="MS")
-    parser.add_argument("--slo-tpot-ms", type=float, default=math.inf, metavar="MS")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    add_traffic(parser)
     parser.add_argument(
         "--interval", action="store_true", help="run twice more, with step times at the ends of their 90 %% interval"
     )
@@ -57,30 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate, print a table, write what was asked for."""
     from hetkv.simulator.deployment import load_plan
-    from hetkv.simulator.metrics import Slo
-    from hetkv.simulator.traffic.sources import Traffic
 
-    for name in ("slo_ttft_ms", "slo_tpot_ms"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
     terminal.check_outputs({"csv": args.csv})
     if args.jobs == 0:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
+    traffic, slo = traffic_of(args)
     plan = load_plan(args.plan)
-    slo = Slo(args.slo_ttft_ms, args.slo_tpot_ms)
-    traffic = Traffic(
-        trace=args.trace,
-        speedup=args.speedup,
-        rate=args.rate,
-        arrivals=args.arrivals,
-        cv=args.cv,
-        prompt_tokens=args.prompt_tokens,
-        output_tokens=args.output_tokens,
-        requests=args.requests,
-        duration=args.duration,
-    )
     if args.sweep:
         return _sweep(args, plan, traffic, slo)
     return _one(args, plan, traffic, slo)
@@ -105,7 +67,7 @@ def _one(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
     if args.json:
         terminal.write_json(args.json, result.summary)
     if args.csv:
-        _write_rows(args.csv, result.columns)
+        write_rows(args.csv, result.columns)
     if args.plot:
         save(result, slo, args.plot, title)
     if args.report:
@@ -154,35 +116,16 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
 
 
 def _print(summary: dict[str, Any], slo: Any, json_file: str | None) -> None:
-    from rich.table import Table
-
-    from hetkv.simulator.metrics import METRICS
     from hetkv.simulator.output.html import milliseconds
 
     console = terminal.console(json_file)
-    table = Table(title=summary["workload"], title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("", "p50", "p90", "p99", "mean"):
-        table.add_column(column, justify="left" if not column else "right")
-    for metric in METRICS:
-        spread = summary.get(metric.key)
-        if isinstance(spread, dict) and spread.get("mean") is not None:
-            table.add_row(
-                f"{metric.symbol}  [dim]{metric.definition.split(':')[0]}", *map(milliseconds, spread.values())
-            )
-    if table.rows:
-        console.print(table)
-    lost = "".join(f", {summary[k]:,} {k}" for k in ("rejected", "failed") if summary[k])
+    print_latencies(console, summary)
     console.print(
-        f"{summary['finished']:,} of {summary['requests']:,} requests finished{lost} in "
-        f"{summary['simulated_seconds']:,.1f} simulated s ({summary['seconds']:.2f} s of computing)"
+        f"{ended(summary)} in {summary['simulated_seconds']:,.1f} simulated s ({summary['seconds']:.2f} s of computing)"
     )
     use = ", ".join(f"{gpu} {'none' if u is None else f'{u:.0%}'}" for gpu, u in summary["utilisation"].items())
-    rates = f"{summary['throughput_rps']:,.3g} requests/s, {summary['output_tokens_per_s']:,.0f} output tokens/s"
-    console.print(f"{rates}, utilisation {use}")
-    if any(v is not None for v in slo.as_json().values()):
-        console.print(
-            f"SLO attainment {summary['slo_attainment']:.1%}, goodput {summary['goodput_rps']:,.3g} requests/s"
-        )
+    console.print(f"{rates(summary)}, utilisation {use}")
+    print_slo(console, summary, slo)
     if "interval" in summary and summary["finished"]:
         ends = [summary["interval"][end] for end in ("low", "high")]
         spans = (
@@ -223,20 +166,6 @@ def _print_sweep(rows: list[dict[str, Any]], json_file: str | None) -> None:
 
 def _cell(value: float | None) -> str:
     return "none" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _write_rows(path: str, columns: Any) -> None:
-    """One line per request; an unknown time is an empty field."""
-    import csv
-
-    from hetkv.simulator.request import STATUS_NAMES
-
-    names = [name for name in columns if name != "status"]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*names, "status"])
-        for *values, status in zip(*(columns[n].tolist() for n in names), columns["status"].tolist(), strict=True):
-            writer.writerow(["" if v != v else v for v in values] + [STATUS_NAMES[status]])
 
 
 def _nothing() -> Any:

@@ -118,6 +118,7 @@ class _Fleet(Collector):
             ("kv_blocks", "KV blocks", lambda m: m.kv.total),
             ("kv_blocks_free", "KV blocks that can be taken", lambda m: m.kv.available),
             ("preemptions", "Sequences that were preempted since it started", lambda m: m.load.preemptions),
+            ("computed_prompt_tokens", "Prompt tokens since it started", lambda m: m.load.computed_tokens),
             ("steps", "Steps since it started", lambda m: m.load.steps),
             ("busy_seconds", "Time in steps since it started", lambda m: m.load.busy_s),
         ):

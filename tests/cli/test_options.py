@@ -36,6 +36,10 @@ def hetkv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("plan --problem x.yaml --model llama-3-70b", "--model: not with --problem x.yaml"),
     ("probe --mib nan", "--mib nan: more than 0, at most 4096"),
     ("proxy --prefill http://a --decode b:1", "'b:1' is not a URL: write http://host:port"),
+    ("loadtest --rate 1 --url a:1", "--url a:1: write http://host:port"),
+    ("loadtest --rate 1 --url http://127.0.0.1:9 --requests 1", "http://127.0.0.1:9: Cannot connect"),
+    ("loadtest --rate 1 --concurrency 0", "--concurrency must be at least 1, not 0"),
+    ("loadtest", "give either --trace or --rate"),
     ("bench transfer --device cuda:0,cuda:99", "device cuda:"),
 ])  # fmt: skip
 def test_one_line_before_the_work(

@@ -45,6 +45,7 @@ def test_help(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("words", [
     ("demo",), ("probe",), ("bench", "remap"), ("bench", "transfer"), ("bench", "overlap"), ("plan", "--problem", "x"),
     ("simulate", "--plan", "x"), ("calibrate", "--csv", "x"), ("proxy", "--prefill", "x", "--decode", "y"),
+    ("serve",), ("loadtest", "--rate", "1"),
 ], ids=" ".join)  # fmt: skip
 def test_one_line_names_the_extra(words: tuple[str, ...]) -> None:
     done = hetkv(*words)

@@ -142,7 +142,7 @@ def test_an_orderly_end_answers_what_was_accepted(checkpoint: tuple[Path, Any], 
 
         answers = asyncio.run(run())
         assert [answer[0] for answer in answers] == [200] * 16
-        assert server.end() == 0
+        assert server.process.wait(60) == 0
 
 
 @pytest.mark.slow
