@@ -3,27 +3,30 @@ set(HETKV_CUDA "AUTO" CACHE STRING "Build the CUDA backend: ON, OFF, or AUTO (wh
 set(HETKV_HIP "AUTO" CACHE STRING "Build the HIP backend: ON, OFF, or AUTO (where hipcc is)")
 set(HETKV_CUDA_ARCHITECTURES "80-real;90-real;100" CACHE STRING "Architectures of the CUDA backend; the last with PTX")
 set(HETKV_HIP_ARCHITECTURES "gfx90a" CACHE STRING "Architectures of the HIP backend: those that hipcc has libraries for")
-set(gpu_sources csrc/backend/gpu/backend.cu csrc/backend/gpu/status.cu csrc/backend/gpu/devices.cu
-                csrc/backend/gpu/allocations.cu csrc/backend/gpu/streams.cu csrc/backend/gpu/remaps.cu
-                csrc/backend/gpu/kernel_moves.cu csrc/backend/gpu/kernel_turns.cu
-                csrc/backend/gpu/kernel_rows.cu csrc/backend/gpu/kernel_all.cu)
+include(cmake/gpu_sources.cmake)
+
+set(HETKV_CUDA_ALSO "" CACHE STRING
+    "More nvcc, of other major versions than the one that is found: their backends are built beside")
 
 if(NOT HETKV_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    set(CMAKE_CUDA_ARCHITECTURES ${HETKV_CUDA_ARCHITECTURES})
-    set(CMAKE_CUDA_STANDARD 17)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-    enable_language(CUDA)
-    add_library(hetkv_cuda MODULE ${gpu_sources} csrc/backend/gpu/plan.cpp)
-    target_include_directories(hetkv_cuda PRIVATE csrc)
-    target_link_libraries(hetkv_cuda PRIVATE ${CMAKE_DL_LIBS})
-    set_target_properties(hetkv_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
-    target_compile_options(hetkv_cuda PRIVATE
-      $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra $<$<BOOL:${HETKV_WERROR}>:-Werror=all-warnings -Xcompiler=-Werror>>
-      $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra $<$<BOOL:${HETKV_WERROR}>:-Werror>>)
-    install(TARGETS hetkv_cuda LIBRARY DESTINATION hetkv/backends)
+    include(ExternalProject)
+    add_subdirectory(cmake/cuda cuda)
+    foreach(nvcc ${HETKV_CUDA_ALSO})
+      # A build has one CUDA compiler, so each other one has a build of its own, which installs into this one's tree.
+      string(MAKE_C_IDENTIFIER "${nvcc}" name)
+      string(REPLACE ";" "|" architectures "${HETKV_CUDA_ARCHITECTURES}")
+      ExternalProject_Add(hetkv_${name} SOURCE_DIR ${CMAKE_CURRENT_SOURCE_DIR}/cmake/cuda
+                          BINARY_DIR ${CMAKE_CURRENT_BINARY_DIR}/${name} LIST_SEPARATOR | BUILD_ALWAYS ON
+                          CMAKE_ARGS -DCMAKE_CUDA_COMPILER=${nvcc} -DCMAKE_BUILD_TYPE=${CMAKE_BUILD_TYPE}
+                                     -DHETKV_CUDA_ARCHITECTURES=${architectures} -DHETKV_WERROR=${HETKV_WERROR}
+                                     -DCMAKE_INSTALL_PREFIX=${CMAKE_CURRENT_BINARY_DIR}/also)
+    endforeach()
+    if(HETKV_CUDA_ALSO)
+      install(DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/also/hetkv DESTINATION . USE_SOURCE_PERMISSIONS)
+    endif()
   elseif(HETKV_CUDA STREQUAL "ON")
     message(FATAL_ERROR "HETKV_CUDA is ON, but there is no nvcc")
   endif()
@@ -39,7 +42,7 @@ if(NOT HETKV_HIP STREQUAL "OFF")
     endforeach()
     list(APPEND hip_flags ${hip_link})
     set(hip_objects)
-    foreach(source ${gpu_sources} csrc/backend/gpu/plan.cpp)
+    foreach(source ${gpu_sources})
       get_filename_component(name ${source} NAME_WE)
       set(object ${CMAKE_CURRENT_BINARY_DIR}/hip/${name}.o)
       add_custom_command(

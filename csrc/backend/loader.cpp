@@ -1,6 +1,7 @@
 #include "backend/loader.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -8,7 +9,13 @@
 namespace hetkv {
 namespace {
 
-constexpr const char* kNames[] = {"cuda", "hip"};
+// Backends, and the files that may hold each. Every CUDA file has its runtime inside, which needs a driver of that
+// major version or a newer one, so the newest comes first.
+struct Vendor {
+  const char* name;
+  std::vector<const char*> files;
+};
+const Vendor kVendors[] = {{"cuda", {"cuda13", "cuda12"}}, {"hip", {"hip"}}};
 
 std::mutex mutex;
 std::vector<BackendEntry> found;
@@ -35,20 +42,37 @@ const HetkvBackend* open_table(const std::string& path, std::string* why) {
   return table;
 }
 
-BackendEntry open_backend(const std::string& name, const std::string& path) {
-  BackendEntry entry;
-  entry.name = name;
-  const HetkvBackend* table = open_table(path, &entry.why);
-  if (table == nullptr) return entry;
+// The table and its devices, or why the file cannot be used.
+const HetkvBackend* try_file(const std::string& path, int* devices, std::string* why) {
+  const HetkvBackend* table = open_table(path, why);
+  if (table == nullptr) return nullptr;
   std::int32_t count = 0;
   if (table->device_count(&count) != kHetkvOk) {
-    entry.why = table->last_error();
+    *why = table->last_error();
   } else if (count == 0) {
-    entry.why = "no device";
+    *why = "no device";
   } else {
-    entry.table = table;
-    entry.devices = count;
+    *devices = count;
+    return table;
   }
+  return nullptr;
+}
+
+BackendEntry open_backend(const Vendor& vendor, const std::string& folder) {
+  BackendEntry entry;
+  entry.name = vendor.name;
+  for (const char* file : vendor.files) {
+    const std::string path = folder + "/libhetkv_" + file + ".so";
+    if (access(path.c_str(), F_OK) != 0) continue;
+    std::string why;
+    entry.table = try_file(path, &entry.devices, &why);
+    if (entry.table != nullptr) {
+      entry.why.clear();
+      return entry;
+    }
+    entry.why += (entry.why.empty() ? "" : "; ") + std::string(file) + ": " + why;
+  }
+  if (entry.why.empty()) entry.why = "this build has no " + entry.name + " backend in " + folder;
   return entry;
 }
 
@@ -57,7 +81,7 @@ BackendEntry open_backend(const std::string& name, const std::string& path) {
 const std::vector<BackendEntry>& load_backends(const std::string& folder) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!loaded.load(std::memory_order_relaxed)) {
-    for (const char* name : kNames) found.push_back(open_backend(name, folder + "/libhetkv_" + name + ".so"));
+    for (const Vendor& vendor : kVendors) found.push_back(open_backend(vendor, folder));
     loaded.store(true, std::memory_order_release);
   }
   return found;

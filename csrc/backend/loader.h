@@ -17,8 +17,9 @@ struct BackendEntry {
   int devices = 0;
 };
 
-// Looks for `libhetkv_<name>.so` of every known vendor in `folder` and opens what is there. The first call decides;
-// later ones, from any thread and with any folder, return the same list, in the order cuda, hip.
+// Looks in `folder` for `libhetkv_cuda13.so`, `libhetkv_cuda12.so` and `libhetkv_hip.so`, and opens what is there: of
+// CUDA the first that has a device, as the newer file needs a newer driver. The first call decides; later ones, from
+// any thread and with any folder, return the same list, in the order cuda, hip.
 const std::vector<BackendEntry>& load_backends(const std::string& folder);
 
 // Those that the first call found; empty before it.

@@ -1,4 +1,5 @@
-"""The GPU backends: shared objects `libhetkv_<vendor>.so`, loaded when they are first asked for.
+"""The GPU backends: shared objects `libhetkv_cuda13.so`, `libhetkv_cuda12.so`, `libhetkv_hip.so`, loaded when they are
+first asked for; of CUDA's the first that the driver runs.
 
 A host without a GPU, or a build without a vendor's compiler, has none, and everything else works as before.
 """
