@@ -21,7 +21,8 @@ class Way(NamedTuple):
     """One way of running an engine, and the most that it can start.
 
     `versions` is a specifier as pip reads it. `kv_dtypes` are this project's names; `latent` is MLA; `dp` are attention
-    replicas that share the experts of one model. `transfer` names what moves the KV; empty: nothing has to.
+    replicas that share the experts of one model; `state` are layers that keep a state in place of KV (Mamba and the
+    like). `transfer` names what moves the KV; empty: nothing has to.
     """
 
     engine: str
@@ -33,13 +34,14 @@ class Way(NamedTuple):
     pp: int = ANY
     dp: int = ANY
     latent: bool = True
+    state: bool = True
 
 
 WEIGHTS = ("bf16", "fp16", "fp8", "int8", "int4", "fp4")
 KV = ("bf16", "fp16", "fp8")
 
 VLLM = Way("vllm", ">=0.6", "", WEIGHTS, KV)
-VLLM_CONNECTOR = Way("vllm", CONNECTOR_VLLM, "HetKVConnector", WEIGHTS, KV, pp=1, dp=1)
+VLLM_CONNECTOR = Way("vllm", CONNECTOR_VLLM, "HetKVConnector", WEIGHTS, KV, pp=1, dp=1, state=False)
 SGLANG = Way("sglang", ">=0.5", "", WEIGHTS, KV)
 SGLANG_NIXL = Way("sglang", ">=0.5", "SGLang's NIXL back end", WEIGHTS, KV)
 
@@ -60,6 +62,7 @@ class Use(NamedTuple):
     pp: int = 1
     dp: int = 1
     latent: bool = False
+    state: bool = False
     moe: bool = False
     disaggregated: bool = False
 
@@ -89,6 +92,8 @@ def _against(way: Way, use: Use) -> str:
             return f"{name} takes the {field} {', '.join(known)}, not {dtype}"
     if use.latent and not way.latent:
         return f"{name} does not take an MLA cache"
+    if use.state and not way.state:
+        return f"{name} does not take the states of a hybrid model"
     return ""
 
 

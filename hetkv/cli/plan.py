@@ -271,13 +271,14 @@ def _facts(problem: Any, plan: Any, found: Any, replanned: Any) -> dict[str, Any
     """What was printed and drawn, as plain data."""
     import msgspec
 
-    from hetkv.planner.output.explain import link_use, phase_values, reasons, worth
+    from hetkv.planner.output.explain import kv_sizes, link_use, phase_values, reasons, worth
 
     facts: dict[str, Any] = plan.as_json()
     facts["problem"] = msgspec.to_builtins(problem)
     facts["worth"] = worth(problem, plan)
     facts["reasons"] = reasons(problem, plan)
     facts["phase_values"] = msgspec.to_builtins(phase_values(problem, plan))
+    facts["kv"] = msgspec.to_builtins(kv_sizes(problem))
     facts["link"] = msgspec.to_builtins(link_use(problem, plan))
     facts["frontier"] = msgspec.to_builtins(found)
     facts["trace"] = msgspec.to_builtins(replanned)

@@ -13,6 +13,7 @@ from hetkv.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--plan", required=True, metavar="FILE", help="the deployment: plan.yaml (docs/simulator.md)")
+    parser.add_argument("--model", metavar="NAME", help="in place of the plan's: a name, or the path of a config.json")
     add_traffic(parser)
     parser.add_argument(
         "--interval", action="store_true", help="run twice more, with step times at the ends of their 90 %% interval"
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs == 0:
         raise InputError("--jobs must be 1 or more, or -1 for one per core")
     traffic, slo = traffic_of(args)
-    plan = load_plan(args.plan)
+    plan = load_plan(args.plan, args.model)
     if args.sweep:
         return _sweep(args, plan, traffic, slo)
     return _one(args, plan, traffic, slo)
@@ -116,6 +117,8 @@ def _sweep(args: argparse.Namespace, plan: Any, traffic: Any, slo: Any) -> int:
 
 
 def _print(summary: dict[str, Any], slo: Any, json_file: str | None) -> None:
+    from rich.filesize import decimal
+
     from hetkv.simulator.output.html import milliseconds
 
     console = terminal.console(json_file)
@@ -125,6 +128,11 @@ def _print(summary: dict[str, Any], slo: Any, json_file: str | None) -> None:
     )
     use = ", ".join(f"{gpu} {'none' if u is None else f'{u:.0%}'}" for gpu, u in summary["utilisation"].items())
     console.print(f"{rates(summary)}, utilisation {use}")
+    kv = summary["kv"]
+    if summary["finished"]:
+        mean, most = (decimal(round(kv["bytes_per_request"][name])) for name in ("mean", "p99"))
+        token = decimal(round(kv["bytes_per_token"]))
+        console.print(f"KV ({kv['dtype']}) {token} a token; of a request at its end {mean} on average, p99 {most}")
     print_slo(console, summary, slo)
     if "interval" in summary and summary["finished"]:
         ends = [summary["interval"][end] for end in ("low", "high")]

@@ -96,9 +96,11 @@ def rates(summary: dict[str, Any]) -> str:
 def print_slo(console: Any, summary: dict[str, Any], slo: Slo) -> None:
     """Where limits were given."""
     if any(v is not None for v in slo.as_json().values()):
-        console.print(
-            f"SLO attainment {summary['slo_attainment']:.1%}, goodput {summary['goodput_rps']:,.3g} requests/s"
-        )
+        ends = summary.get("interval", {})
+        span = " to ".join(f"{ends[end]['slo_attainment']:.1%}" for end in ("high", "low") if ends)
+        beside = f" ({span} over the interval of the step times)" if ends else ""
+        attained, goodput = f"{summary['slo_attainment']:.1%}", f"{summary['goodput_rps']:,.3g} requests/s"
+        console.print(f"SLO attainment {attained}{beside}, goodput {goodput}")
 
 
 def write_rows(path: str, columns: Any) -> None:

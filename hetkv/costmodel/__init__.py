@@ -10,6 +10,7 @@ from hetkv.costmodel.catalogue import DTYPE_BYTES, Catalogue, Gpu, load_catalogu
 from hetkv.costmodel.efficiency import Efficiencies, Efficiency
 from hetkv.costmodel.interface import Estimate, StepModel
 from hetkv.costmodel.models import ModelShape, known_models, model_shape
+from hetkv.costmodel.request_bytes import RequestBytes
 from hetkv.costmodel.step import Placement, RooflineStepModel
 from hetkv.errors import InputError
 
@@ -21,6 +22,7 @@ __all__ = [
     "Gpu",
     "ModelShape",
     "Placement",
+    "RequestBytes",
     "RooflineStepModel",
     "StepModel",
     "known_models",
@@ -45,6 +47,7 @@ def step_model(
     max_batched_tokens: int = 8192,
     memory_share: float = 0.9,
     confidence: float = 0.5,
+    hybrid_kv_cache: bool = True,
     catalogue: Catalogue | None = None,
     efficiencies: Efficiencies | None = None,
 ) -> RooflineStepModel:
@@ -53,7 +56,8 @@ def step_model(
     `gpu` and `model` are names, or objects of the catalogue; `model` may be the path of a `config.json`. `kv_dtype`
     defaults to bf16. `max_batched_tokens` bounds the tokens of one step (activations, chunk of a pipeline stage);
     `memory_share` is the part of the GPU memory that the engine may use. `confidence` is the probability that measured
-    steps take no longer than predicted: 0.5 is the centre, 0.95 the slow end of the 90 % interval. Unknown GPUs, models
+    steps take no longer than predicted: 0.5 is the centre, 0.95 the slow end of the 90 % interval. Without
+    `hybrid_kv_cache`, layers with a window keep every token. Unknown GPUs, models
     or dtypes, missing figures and models that do not fit raise `InputError`.
     """
     if weight_dtype not in DTYPE_BYTES:
@@ -68,5 +72,13 @@ def step_model(
     efficiency = efficiency.for_model(shape.name, tp).at(confidence)
     place = Placement(tp, pp, dp)
     return RooflineStepModel(
-        found_gpu, shape, place, efficiency, weight_dtype, kv_dtype or "bf16", max_batched_tokens, memory_share
+        found_gpu,
+        shape,
+        place,
+        efficiency,
+        weight_dtype,
+        kv_dtype or "bf16",
+        max_batched_tokens,
+        memory_share,
+        hybrid_kv_cache,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+from hetkv.costmodel.request_bytes import RequestBytes
+
 
 class Estimate(NamedTuple):
     """A prediction with its central 90 % interval: `low <= value <= high`, all in the unit of `value`."""
@@ -25,15 +27,11 @@ class StepModel(Protocol):
     The time of a step is its latency: from its start until its tokens are out. With pipeline `stages` the next step may
     start earlier, after `step_share` of it.
 
-    A class that derives from this one has the defaults below: one stage, no state.
+    A class that derives from this one has the defaults below: one stage, and layers that keep the KV of every token.
     """
 
     stages: int = 1
     """Pipeline stages: so many steps may be in flight at once."""
-    state_bytes: float = 0.0
-    """Bytes of state (Mamba and the like) of one sequence, all ranks of one replica, whatever its length."""
-    state_tokens: float = 0.0
-    """The same in tokens of KV cache, which share the memory with it."""
     kv_element_bytes: float = 2.0
     """Bytes of one KV element, scales included."""
 
@@ -55,10 +53,20 @@ class StepModel(Protocol):
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens of KV cache that the instance's memory holds in addition to weights and activations."""
+        """Tokens of KV cache, in all layers, that the instance's memory holds besides weights and activations."""
         ...
 
     @property
     def kv_bytes_per_token(self) -> float:
         """Bytes of KV cache per token, all layers, all ranks of one replica."""
         ...
+
+    @property
+    def kv(self) -> RequestBytes:
+        """What one request keeps."""
+        return RequestBytes(self.kv_bytes_per_token)
+
+    @property
+    def kv_room(self) -> float:
+        """Bytes of memory for the KV and the states of all requests."""
+        return self.kv_capacity_tokens * self.kv_bytes_per_token

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
 from hetkv.costmodel.models import ModelShape
+from hetkv.costmodel.request_bytes import RequestBytes
 from hetkv.errors import InputError
-
-STATE_ELEMENT_BYTES = 4
 
 RUNTIME_BYTES = 1.4 * 2**30
 """Context, libraries, sampler and captured graphs of one rank: with an 8B model on an RTX 4090, vLLM (2,048 tokens a
@@ -31,9 +30,13 @@ def kv_bytes_per_token(model: ModelShape, tp: int, kv_dtype: str) -> float:
     return model.kv_elements_per_token(tp) * DTYPE_BYTES[kv_dtype] * tp
 
 
-def state_bytes(model: ModelShape) -> float:
-    """Bytes of state of one sequence over all layers and ranks, held as float32."""
-    return float(model.state_layers * model.state_elements * STATE_ELEMENT_BYTES)
+def request_bytes(model: ModelShape, tp: int, kv_dtype: str) -> RequestBytes:
+    """What a request keeps over all layers and ranks of one replica. `InputError` where no layer has a KV cache."""
+    if not model.attention_layers:
+        raise InputError(f"{model.name} has no layer with a KV cache")
+    layer = kv_bytes_per_token(model, tp, kv_dtype) / model.attention_layers
+    state = model.state_bytes(DTYPE_BYTES[kv_dtype])
+    return RequestBytes(layer, model.full_layers, model.window_layers, max(model.window - 1, 0), state)
 
 
 def activation_bytes(model: ModelShape, tp: int, max_batched_tokens: int) -> float:
@@ -56,10 +59,9 @@ def kv_capacity_tokens(
     max_batched_tokens: int,
     memory_share: float,
 ) -> int:
-    """Tokens of KV cache that fit in `memory_share` of the memory, over the `dp` replicas together.
+    """Tokens of KV cache, in all layers, that fit in `memory_share` of the memory, over the `dp` replicas together.
 
-    Raises `InputError` with the sizes when the weights alone do not fit. Layers with a window are counted as full ones:
-    engines without a hybrid allocator hold them so.
+    Raises `InputError` with the sizes when the weights alone do not fit.
     """
     if not 0 < memory_share <= 1:
         raise InputError(f"memory share must lie in (0, 1], got {memory_share}")
@@ -75,4 +77,4 @@ def kv_capacity_tokens(
             f"and runtime per GPU, {budget / 2**30:.1f} GiB usable"
         )
     per_token = model.kv_elements_per_token(tp) * DTYPE_BYTES[kv_dtype] * (-(-model.layers // pp) / model.layers)
-    return int(left / per_token) * dp if per_token else 2**62
+    return int(left / per_token) * dp

@@ -41,7 +41,7 @@ class ModelShape:
     state_elements: int
     """Of a state layer, in fp32."""
     state_inputs: int
-    """Of a state layer's convolution, in the KV cache's dtype."""
+    """Of a state layer's convolution, in the model's dtype."""
     dense_mlp_layers: int
     dense_mlp_params: int
     moe_layers: int
@@ -105,7 +105,13 @@ class ModelShape:
         the tokens that the next one can see, and states."""
         seen = min(tokens, self.window - 1) if self.window_layers else 0
         kv = (self.full_layers * tokens + self.window_layers * seen) * self.kv_elements * element_bytes
-        return kv + self.state_layers * (self.state_elements * 4 + self.state_inputs * element_bytes)
+        return kv + self.state_bytes(element_bytes)
+
+    def state_bytes(self, element_bytes: float) -> float:
+        """Bytes of a request's states: recurrent ones in fp32, inputs of convolutions in 16 bits or the KV's dtype
+        where that has more."""
+        inputs = self.state_inputs * max(2.0, element_bytes)
+        return self.state_layers * (self.state_elements * 4 + inputs)
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelShape:

@@ -16,8 +16,9 @@ from hetkv.costmodel.catalogue import DTYPE_BYTES, Gpu
 from hetkv.costmodel.collectives import all_reduce, exchange
 from hetkv.costmodel.efficiency import Constants, Efficiency
 from hetkv.costmodel.interface import Estimate, StepModel
-from hetkv.costmodel.memory import kv_bytes_per_token, kv_capacity_tokens, state_bytes
+from hetkv.costmodel.memory import kv_capacity_tokens, request_bytes
 from hetkv.costmodel.models import ModelShape
+from hetkv.costmodel.request_bytes import RequestBytes
 from hetkv.errors import InputError
 
 Array = NDArray[np.float64]
@@ -241,6 +242,7 @@ class RooflineStepModel(StepModel):
         kv_dtype: str,
         max_batched_tokens: int,
         memory_share: float,
+        hybrid_kv_cache: bool = True,
     ) -> None:
         self.gpu, self.model, self.place, self.efficiency = gpu, model, place, efficiency
         self.work = count_work(gpu, model, place, weight_dtype, kv_dtype)
@@ -249,17 +251,16 @@ class RooflineStepModel(StepModel):
         self._decode_scale, self._prompt_scale = spans.decode.at(confidence), spans.prefill.at(confidence)
         self._without_experts = (*self._coefficients[:-2], None, self._coefficients[-1])
         self.stages = place.pp
-        self.state_bytes = state_bytes(model)
         self.kv_element_bytes = DTYPE_BYTES[kv_dtype]
         self._chunk = max_batched_tokens * place.dp
         hop = model.hidden * ACTIVATION_BYTES
         self._hop_s = (place.pp - 1) * 10e-6 if place.pp > 1 else 0.0
         self._hop_s_per_token = (place.pp - 1) * hop / gpu.link_bandwidth(1) if place.pp > 1 else 0.0
-        self._kv_bytes_per_token = kv_bytes_per_token(model, place.tp, kv_dtype)
+        kv = request_bytes(model, place.tp, kv_dtype)
+        self._kv = kv if hybrid_kv_cache else kv.merged()
         self._capacity = kv_capacity_tokens(
             gpu, model, place.tp, place.pp, place.dp, weight_dtype, kv_dtype, max_batched_tokens, memory_share
         )
-        self.state_tokens = self.state_bytes / self._kv_bytes_per_token if self._kv_bytes_per_token else 0.0
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0
@@ -333,4 +334,8 @@ class RooflineStepModel(StepModel):
 
     @property
     def kv_bytes_per_token(self) -> float:
-        return self._kv_bytes_per_token
+        return self._kv.token
+
+    @property
+    def kv(self) -> RequestBytes:
+        return self._kv

@@ -190,7 +190,7 @@ def decode(
         own = step_limit(sample, shown, joins)
         if own < limit:
             limit, z = own, max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
-    room = min(float(places), steps.kv_capacity_tokens / (context + steps.state_tokens))
+    room = min(float(places), steps.kv_room / steps.kv.bytes(context))
     if room < 1 or not steps.step_seconds(1, context) <= limit:
         return NONE
     batches = np.geomspace(0.02, max(room, 1.0), 120)
@@ -226,7 +226,8 @@ def aggregated(steps: StepModel, demand: Demand, places: int, budget: int) -> Ca
     each = max(demand.steps, 1.0)
     context = demand.context + 8.0
     chunk = min(demand.prompt, float(budget))
-    room = min(float(places), steps.kv_capacity_tokens / (context + steps.state_tokens))
+    free = steps.kv_room - steps.kv.layer * steps.kv.windowed * budget  # a step's prompts are held whole until its end
+    room = min(float(places), free / steps.kv.bytes(context))
     if room < 1:
         return NONE
     budget *= steps.stages  # a round has one step for each stage

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -92,12 +94,15 @@ class Columns:
     demands: dict[str, Demand] = field(default_factory=dict)
 
 
-def build_columns(problem: Problem, end: Literal["low", "high"] | None = None, every: bool = False) -> Columns:
+End = Literal["low", "high"]
+
+
+def build_columns(problem: Problem, end: End | Mapping[str, float] | None = None, every: bool = False) -> Columns:
     """Every column that can be started, fits in memory and serves the targets at some rate.
 
     With `every`, also those that serve them at none: in a mixed pool a slow instance may still take the short prompts.
 
-    With `end`, step times are at that end of the cost model's 90 % interval.
+    With `end`, step times are at that end of the cost model's 90 % interval, or those of a GPU so many times as long.
     """
     found = Columns()
     catalogue, efficiencies = load_catalogue(problem.catalogue), load_efficiencies(problem.calibration)
@@ -124,7 +129,7 @@ class _Builder:
     demand: Demand
     catalogue: Catalogue
     efficiencies: Efficiencies
-    end: Literal["low", "high"] | None
+    end: End | Mapping[str, float] | None
     every: bool
     found: Columns
 
@@ -152,8 +157,7 @@ class _Builder:
         fastest = [np.min([t.latency[n] for t in times], axis=0) for n in range(len(prompts))]
         late = self.problem.first_token_at == "decode"
         self.prompt_s = self.demand.mean(fastest) / self.demand.prompt
-        self.sent = min(i.steps.kv_bytes_per_token for i in instances) * self.demand.prompt
-        self.sent += min(i.steps.state_bytes for i in instances)
+        self.sent = min(sent(i.steps, self.demand) for i in instances)
         after: list[list[Array]] = []
         for one in instances:
             shown = self._shown(one, fastest)
@@ -216,7 +220,8 @@ class _Builder:
         except InputError as error:
             self.found.rejected[where] = f"memory: {error}"
             return None
-        room = steps.kv_capacity_tokens // place.dp - steps.state_tokens  # one replica holds a whole sequence
+        chunk = engine.max_num_batched_tokens if engine.chunked_prefill else inf
+        room = steps.kv.longest(steps.kv_room / place.dp, chunk)  # one replica holds a whole sequence
         for sample in self.demand.samples:
             for percentile in (sample.spec.ttft_percentile, sample.spec.tpot_percentile):
                 if (sample.prompts + sample.others > room).mean() > 1 - percentile / 100:
@@ -225,7 +230,8 @@ class _Builder:
                         f"{sample.spec.name}"
                     )
                     return None
-        return ScaledStepModel(steps, self.end) if self.end else steps
+        end = self.end.get(offer.gpu) if isinstance(self.end, Mapping) else self.end
+        return ScaledStepModel(steps, end) if end else steps
 
     def _step(self, steps: StepModel, batch: float) -> float:
         return float(step_times(steps, batch, batch * self.demand.context)[0])
@@ -242,8 +248,8 @@ class _Builder:
             return None
         link, port = self.problem.link, self._port(one)
         return Handover(
-            one.steps.kv_bytes_per_token / port,
-            one.steps.state_bytes / port,
+            one.steps.kv,
+            port,
             self.prompt_s if link.overlap == "layerwise" else 0.0,
             self.shape.layers,
             link.latency_us / 1e6,
@@ -255,7 +261,7 @@ class _Builder:
         link, layers = self.problem.link, self.shape.layers
         port, found = self._port(one), []
         for sample, service in zip(self.demand.samples, fastest, strict=True):
-            alone = (sample.prompts * one.steps.kv_bytes_per_token + one.steps.state_bytes) / port
+            alone = one.steps.kv.bytes(sample.prompts) / port
             if link.overlap == "layerwise":
                 alone = np.maximum(alone / layers, alone - service * (1 - 1 / layers))
             found.append(alone + link.latency_us / 1e6)
@@ -269,11 +275,11 @@ class _Builder:
             )
             if not self.every:
                 return False
-        port_rate, handover = float("inf"), None
+        port_rate, handover = inf, None
         if role != "aggregated":
             bytes_each = self.sent
             if role == "decode":
-                bytes_each = self.demand.prompt * steps.kv_bytes_per_token + steps.state_bytes
+                bytes_each = sent(steps, self.demand)
                 handover = self._handover(one)
             port_rate = PORT_LOAD * self._port(one) / max(bytes_each, 1.0)
         self.found.columns.append(
@@ -303,6 +309,11 @@ def kv_bytes(found: Columns, problem: Problem) -> dict[str, float]:
     """KV bytes that one request sends, by model: the narrowest column's."""
     result: dict[str, float] = {}
     for model in problem.models:
-        prompt, mine = found.demands[model.name].prompt, [c.steps for c in found.columns if c.model == model.name]
-        result[model.name] = max(min((s.kv_bytes_per_token * prompt + s.state_bytes for s in mine), default=0.0), 1.0)
+        demand, mine = found.demands[model.name], [c.steps for c in found.columns if c.model == model.name]
+        result[model.name] = max(min((sent(steps, demand) for steps in mine), default=0.0), 1.0)
     return result
+
+
+def sent(steps: StepModel, demand: Demand) -> float:
+    """Bytes of KV and state that an instance of `steps` is sent of one request, on average."""
+    return demand.mean([steps.kv.bytes(s.prompts) for s in demand.samples])

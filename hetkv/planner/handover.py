@@ -7,17 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hetkv.costmodel import RequestBytes
+
 Array = NDArray[np.float64]
 
 
 class Handover(NamedTuple):
-    """Times are seconds. `token_s` and `state_s`: transfer of a token's KV and of a sequence's state; `prompt_s`:
-    prefill of a token, during which all but the last of `layers` are sent (0: nothing is); `step_s`: the wait for a
-    decode step and the step itself.
+    """`kv` goes over a port of `port` bytes per second. Times are seconds: `prompt_s`: prefill of a token, during which
+    all but the last of `layers` are sent (0: nothing is); `step_s`: the wait for a decode step and the step itself.
     """
 
-    token_s: float
-    state_s: float
+    kv: RequestBytes
+    port: float
     prompt_s: float
     layers: int
     fixed_s: float
@@ -25,8 +26,8 @@ class Handover(NamedTuple):
 
     def seconds(self, prompts: Array) -> Array:
         """For prompts of these lengths, on an idle link."""
-        alone = prompts * self.token_s + self.state_s
+        alone = self.kv.bytes(prompts) / self.port
         if self.prompt_s:
             hidden = prompts * self.prompt_s * (1 - 1 / self.layers)
             alone = np.maximum(alone / self.layers, alone - hidden)
-        return alone + self.fixed_s + self.step_s
+        return np.asarray(alone + self.fixed_s + self.step_s)

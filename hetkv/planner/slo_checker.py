@@ -26,7 +26,7 @@ from hetkv.simulator.metrics import Columns
 from hetkv.simulator.pool import Pool
 from hetkv.simulator.records import Records
 from hetkv.simulator.request import FINISHED
-from hetkv.simulator.run import assemble
+from hetkv.simulator.run import assemble, without_collection
 
 WARM_UP, COOL_DOWN = 0.4, 0.1
 """Shares of the requests, first and last, that are served but not judged: the deployment fills and empties."""
@@ -205,7 +205,8 @@ def run(
     pools = [_with_lines(p, item, lines) for p, item in zip(build_pools(plan, models=models), plan.pools, strict=True)]
     cluster = assemble(plan, pools, events, records, mix.hash_tokens, UnsharedLinks if quick else Links)
     cluster.start(mix.requests(seed))
-    events.run()
+    with without_collection():
+        events.run()
     cluster.finish()
     return records.columns(), events.count
 

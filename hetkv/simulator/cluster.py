@@ -41,6 +41,8 @@ class Cluster:
         self.overlap = overlap
         self.restart = restart
         self.alive: dict[Request, None] = {}
+        for pool in pools if hash_tokens else ():
+            pool.expect_prefixes()
         self.instances = {
             name: Instance(name, pool, events, self, hash_tokens)
             for pool in pools
@@ -194,10 +196,10 @@ class Cluster:
         assert peer is not None
         assert self.links is not None
         if reach > request.sent:
-            size = kv_bytes(home.pool, peer.pool, reach - request.sent)
-            if reach == request.target:
-                size += peer.pool.model.state_bytes  # known once the last token is computed
+            size = kv_bytes(home.pool, peer.pool, request.sent, reach, request.target)
             request.sent = reach
+            if not size:
+                return  # out of every window before the prompt ends
             layers = home.pool.layers if produced_over else 1
             flow = self.links.start(home.name, peer.name, size, self._arrived, request, produced_over, layers)
             request.flows.append(flow)
@@ -288,7 +290,9 @@ class Cluster:
         request.flows.clear()
 
 
-def kv_bytes(source: Pool, sink: Pool, tokens: int) -> float:
-    """Bytes on the wire for the KV of `tokens` tokens: every rank of the sink gets its own, in the narrower dtype."""
+def kv_bytes(source: Pool, sink: Pool, start: int, stop: int, tokens: int) -> float:
+    """Bytes on the wire for the tokens `start` to `stop` of a prompt of `tokens`: every rank of the sink gets its own,
+    in the narrower dtype.
+    """
     narrower = min(1.0, source.model.kv_element_bytes / sink.model.kv_element_bytes)
-    return tokens * sink.model.kv_bytes_per_token * narrower
+    return sink.model.kv.sent(start, stop, tokens, narrower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from hetkv.costmodel import (
 from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
 from hetkv.simulator.measured_link import with_measured_link
+from hetkv.simulator.pages import NEVER
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
 Role = Literal["aggregated", "prefill", "decode"]
@@ -38,6 +40,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Engine settings, by vLLM's names. `memory_share` is the part of the GPU memory that the engine may use.
 
     `confidence`: measured steps take no longer than the assumed ones with this probability; 0.5 is the centre.
+    `hybrid_kv_cache`: layers with a sliding window keep the window alone, not every token.
     """
 
     name: str = "vllm"
@@ -51,6 +54,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     weight_dtype: str = "bf16"
     kv_dtype: str = "bf16"
     confidence: float = 0.5
+    hybrid_kv_cache: bool = True
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -157,8 +161,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 StepModels = Callable[[PoolPlan, Engine], StepModel]
 
 
-def load_plan(path: str | Path) -> Plan:
-    """Read `plan.yaml`. Whatever is wrong is an `InputError` that names file and field.
+def load_plan(path: str | Path, model: str | None = None) -> Plan:
+    """Read `plan.yaml`, with `model` in place of its own. Whatever is wrong is an `InputError` by file and field.
 
     `catalogue` and `calibration` files count from the plan's own folder.
     """
@@ -169,6 +173,8 @@ def load_plan(path: str | Path) -> Plan:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     folder = Path(path).parent
+    if model is not None and isinstance(document, dict):
+        document["model"] = model
     plan = parse_plan(with_measured_link(document, folder, str(path)), str(path))
     return msgspec.structs.replace(
         plan,
@@ -227,6 +233,7 @@ def build_pools(
         tokens = pool.kv_tokens or steps.kv_capacity_tokens
         if tokens < engine.block_size:
             raise InputError(f"{origin}: pool {pool.name}: room for {tokens} KV tokens, less than one block")
+        chunk = engine.max_num_batched_tokens if engine.chunked_prefill else inf
         pools.append(
             Pool(
                 name=pool.name,
@@ -244,17 +251,20 @@ def build_pools(
                 prefix_caching=engine.prefix_caching,
                 first_token_at=plan.first_token_at if pool.role != AGGREGATED else PREFILL,
                 weight=pool.weight,
-                most_tokens=most_tokens(shape, tokens, steps, pool.dp),
+                most_tokens=most_tokens(shape, tokens, steps, pool.dp, chunk),
                 skip_ahead=skip_ahead,
             )
         )
     return pools
 
 
-def most_tokens(shape: ModelShape, room: int, steps: StepModel, dp: int) -> int:
-    """KV tokens of the longest request: what one replica holds, and what the model has positions for."""
-    fits = int(room // dp - steps.state_tokens)
-    return min(fits, shape.max_positions - 1) if shape.max_positions else fits
+def most_tokens(shape: ModelShape, room: int, steps: StepModel, dp: int, chunk: float) -> int:
+    """KV tokens of the longest request: what one replica holds, and what the model has positions for.
+
+    `room` is the instance's in tokens, prompts are computed in chunks of `chunk`.
+    """
+    fits = steps.kv.longest(room * steps.kv_bytes_per_token / dp, chunk)
+    return int(min(fits, shape.max_positions - 1 if shape.max_positions else inf, NEVER))
 
 
 @contextmanager
@@ -290,6 +300,7 @@ def step_model_of(
         max_batched_tokens=engine.max_num_batched_tokens,
         memory_share=engine.memory_share,
         confidence=engine.confidence,
+        hybrid_kv_cache=engine.hybrid_kv_cache,
         catalogue=catalogue,
         efficiencies=efficiencies,
     )
@@ -306,6 +317,7 @@ def use_of(engine: Engine, place: Placement, shape: ModelShape, disaggregated: b
         place.pp,
         place.dp,
         shape.latent,
+        bool(shape.state_layers),
         bool(shape.experts),
         disaggregated,
     )

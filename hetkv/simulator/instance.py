@@ -33,8 +33,8 @@ class Instance:
         self.events = events
         self.owner = owner
         self.up = True
-        self.kv = KVBlocks(pool.kv_blocks, pool.block_size, hash_tokens if pool.prefix_caching else 0)
-        self.memory = RequestKV(self.kv, pool.state_blocks)
+        self.kv = KVBlocks(pool.kv_pages, pool.block_size, hash_tokens if pool.prefix_caching else 0)
+        self.memory = RequestKV(self.kv, pool.pages)
         self.scheduler = Scheduler(pool, events, self.memory, lambda tokens: self._count(0, tokens))
         self.reserved: dict[Request, None] = {}  # blocks taken here for KV that is still elsewhere
         self.holding: dict[Request, None] = {}  # prefilled here, KV not yet delivered
@@ -227,7 +227,7 @@ class Instance:
         elif size:
             line = pool.line(size)
             # After a preemption the next step may admit what this one may not.
-            self._steps = batch.to_next_finish() if pool.skip_ahead and not scheduler.preempted else 1
+            self._steps = batch.to_next_change() if pool.skip_ahead and not scheduler.preempted else 1
             self._growth = batch.growth(self._steps)
             if self._growth > self.kv.free and self._growth > self.kv.available:
                 self._steps = batch.steps_within(self.kv.available, self._steps)
@@ -345,6 +345,8 @@ class Instance:
 
     def _prefilled(self, request: Request) -> None:
         del self.scheduler.prefilling[request]
+        if self.memory.settle(request):
+            self.owner.on_room(self)
         self.memory.share(request)
         pool, now = self.pool, self.events.now
         hand_off = pool.role == PREFILL

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import inf
 
-from hetkv.costmodel.interface import StepModel
+from hetkv.costmodel import RequestBytes, StepModel
+from hetkv.simulator.pages import Pages
 from hetkv.simulator.series import Series
 from hetkv.simulator.stepline import StepLine
 
@@ -16,10 +17,9 @@ AGGREGATED, PREFILL, DECODE = "aggregated", "prefill", "decode"
 class Pool:
     """`count` equal instances of `gpus` GPUs each. Lengths are tokens.
 
-    `kv_blocks` of `block_size` tokens fit in what the weights leave, `state_blocks` of them hold a sequence's state; a
-    request has `most_tokens` of KV at the most (None: what fits). `weight` is an instance's share of the requests under
-    the discipline `weighted`. `skip_ahead` False runs every decode step as an event of its own: the same results,
-    slowly (the tests compare the two).
+    `kv_blocks` of `block_size` tokens in all layers fit in what the weights leave; a request has `most_tokens` of KV at
+    the most (None: what fits). `weight` is an instance's share of the requests under the discipline `weighted`.
+    `skip_ahead` False runs every decode step as an event of its own: the same results, slowly (the tests compare both).
     """
 
     name: str
@@ -50,16 +50,27 @@ class Pool:
 
     def __post_init__(self) -> None:
         self.stages = self.model.stages
-        self.state_blocks = ceil(self.model.state_tokens / self.block_size)
-        fits = (self.kv_blocks - self.state_blocks) * self.block_size
-        self.longest = fits if self.most_tokens is None else min(fits, self.most_tokens)
+        self._keep(self.model.kv)
         tokens = min(self.max_num_batched_tokens, 2048)
         self.seconds_per_prompt_token = self.model.step_seconds(0, 0.0, tokens, tokens * (tokens + 1) / 2) / tokens
+
+    def _keep(self, kv: RequestBytes) -> None:
+        self.pages = Pages.of_request(kv, self.block_size)
+        self.kv_pages = self.kv_blocks * self.pages.block
+        fits = self.pages.longest(self.kv_pages, self.max_num_batched_tokens if self.chunked_prefill else inf)
+        self.longest = fits if self.most_tokens is None else min(fits, self.most_tokens)
+
+    def expect_prefixes(self) -> None:
+        """The traffic has prefixes to reuse: with a prefix cache, layers with a window then keep every token."""
+        if self.prefix_caching:
+            self._keep(self.model.kv.merged())
 
     def line(self, batch: int) -> StepLine:
         """Step times of a decode batch of `batch` sequences, built once."""
         line = self._lines.get(batch)
         if line is None:
             reach = self.kv_blocks * self.block_size * (8 if self.prefix_caching else 1)
+            if self.pages.windowed:
+                reach = min(batch * self.longest, reach * self.pages.block // max(self.pages.full, 1))
             line = self._lines[batch] = StepLine(self.model, batch, reach)
         return line

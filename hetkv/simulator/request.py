@@ -30,6 +30,7 @@ class Request:
         "finish_step",
         "first_token",
         "flows",
+        "full_step",
         "generated",
         "granted",
         "hashes",
@@ -70,6 +71,7 @@ class Request:
         self.held: tuple[int, ...] = ()  # shared prefix blocks it holds on `home`
         self.phase = 0
         self.finish_step = 0
+        self.full_step = 0  # of its decode batch: from then on its layers with a window take no more room
         self.run = 0  # counts residences in a decode batch; older entries of the finish heap are void
         self.home: Instance | None = None
         self.peer: Instance | None = None  # decode instance its KV is going to

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from hetkv.costmodel import StepModel, load_catalogue
+from hetkv.costmodel import StepModel, load_catalogue, model_shape
+from hetkv.costmodel.memory import request_bytes
 from hetkv.errors import InputError
 from hetkv.simulator.cluster import Cluster
 from hetkv.simulator.deployment import Engine, Plan, PoolPlan, StepModels, build_pools, port_bytes_per_second
 from hetkv.simulator.events import Events
 from hetkv.simulator.failure import Failures, Hazard, Outage
 from hetkv.simulator.kv_links import Links
-from hetkv.simulator.metrics import Columns, Slo, summarise
+from hetkv.simulator.metrics import Columns, Slo, spread, summarise
 from hetkv.simulator.pool import Pool
 from hetkv.simulator.records import Records
+from hetkv.simulator.request import FINISHED
 from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.series import Series
 from hetkv.simulator.traffic.workload import Workload
@@ -99,13 +103,15 @@ def simulate(
     except InputError as error:
         raise InputError(f"{origin}: failures: {error}") from None
     cluster.start(workload.requests(seed))
-    events.run()
+    with without_collection():
+        events.run()
     cluster.finish()
     columns = records.columns()
     summary = summarise(columns, slo or Slo(), events.now)
     summary["failures"] = failures.count
     summary["utilisation"] = _utilisation(pools, events.now)
     summary["link"] = _link(links, events.now)
+    summary["kv"] = _kv(plan, pools, columns)
     _cost(summary, pools, prices, plan)
     summary["seed"] = seed
     summary["workload"] = workload.about
@@ -113,6 +119,18 @@ def simulate(
     summary["notes"] = notes
     summary["seconds"] = time.perf_counter() - begin
     return Result(columns, pools, links, events.now, summary, notes)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's search for cyclic garbage, which walks all instances again and again, waits: requests leave none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 INTERVAL_KEYS = ("ttft_ms", "tpot_ms", "e2e_ms", "slo_attainment", "goodput_rps", "output_tokens_per_s")
@@ -155,6 +173,23 @@ def _link(links: Links | None, seconds: float) -> dict[str, float] | None:
         "mean_gb_s": links.sent / 1e9 / seconds if seconds else 0.0,
         "peak_gb_s": links.throughput.peak / 1e9,
         "peak_transfers": links.flows.peak,
+    }
+
+
+def _kv(plan: Plan, pools: list[Pool], columns: Columns) -> dict[str, Any]:
+    """KV of the model, held once in the plan's dtype, and the room of an instance of each pool. Bytes.
+
+    `bytes_per_token` is a token in all layers; `bytes_per_request`, over finished requests, what a request keeps at its
+    end: windows and states counted as they are.
+    """
+    dtype = plan.engine.kv_dtype
+    kv = request_bytes(model_shape(plan.model), 1, dtype)
+    done = columns["status"] == FINISHED
+    return {
+        "dtype": dtype,
+        "bytes_per_token": kv.token,
+        "bytes_per_request": spread(kv.bytes(columns["prompt"][done] + columns["output"][done] - 1)),
+        "room_bytes": {pool.name: pool.kv_blocks * pool.block_size * pool.model.kv.token for pool in pools},
     }
 
 

@@ -1,4 +1,4 @@
-"""A step model at one end of its 90 % interval."""
+"""A step model at one end of its 90 % interval, or slower by a factor."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 import numpy as np
 
 from hetkv.costmodel.interface import Estimate, StepModel
+from hetkv.costmodel.request_bytes import RequestBytes
 
 LOW, HIGH = "low", "high"
 
 
 class ScaledStepModel(StepModel):
-    """`model` with all step times multiplied, so that a typical step is at the `end` of its interval.
+    """`model` with all step times multiplied by `end`, or so that a typical step is at that end of its interval.
 
     Errors of a cost model are mostly common to all steps of a kind (an efficiency that is off), hence one factor for
     steps that decode only and one for steps with prompt tokens.
     """
 
-    def __init__(self, model: StepModel, end: str) -> None:
+    def __init__(self, model: StepModel, end: str | float) -> None:
         self.model = model
-        decode, prompt = model.step_estimate(32, 32 * 1024.0), model.step_estimate(0, 0.0, 1024, 1024 * 1025 / 2)
-        self.decode_factor: float = getattr(decode, end) / decode.value
-        self.prompt_factor: float = getattr(prompt, end) / prompt.value
+        self.decode_factor = self.prompt_factor = end if isinstance(end, float) else 1.0
+        if isinstance(end, str):
+            decode, prompt = model.step_estimate(32, 32 * 1024.0), model.step_estimate(0, 0.0, 1024, 1024 * 1025 / 2)
+            self.decode_factor = getattr(decode, end) / decode.value
+            self.prompt_factor = getattr(prompt, end) / prompt.value
         self.stages = model.stages
-        self.state_bytes, self.state_tokens = model.state_bytes, model.state_tokens
         self.kv_element_bytes = model.kv_element_bytes
 
     def step_seconds(
@@ -43,6 +45,10 @@ class ScaledStepModel(StepModel):
     @property
     def kv_bytes_per_token(self) -> float:
         return self.model.kv_bytes_per_token
+
+    @property
+    def kv(self) -> RequestBytes:
+        return self.model.kv
 
     def step_seconds_of(self, batch: Any, context: Any, prompt: Any, pairs: Any) -> Any:
         """`step_seconds` of arrays of one shape, where `model` has it."""

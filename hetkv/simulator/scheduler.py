@@ -39,7 +39,7 @@ class Scheduler:
         self.ready: deque[Request] = deque()  # KV delivered, waiting for a place in the batch
         self.prefilling: dict[Request, None] = {}  # admitted, in order of admission
         self.fresh: deque[Request] = deque()  # prompts computed here that decode from the next step on
-        self.batch = DecodeBatch(pool.block_size)
+        self.batch = DecodeBatch(pool.pages)
         self.joined: list[Request] = []  # delivered ones that have not decoded here yet
         self.taken: list[Request] = []  # out of `queue` for the step that is planned
         self.preempted = False  # something was, while the step was planned
@@ -75,7 +75,7 @@ class Scheduler:
         self.pool.waiting.add(self.events.now, -waiting)
         for group in (self.resumed, self.ready, self.prefilling, self.fresh, self.joined):
             group.clear()
-        self.batch = DecodeBatch(self.pool.block_size)
+        self.batch = DecodeBatch(self.pool.pages)
         return dropped
 
     # -- one step
@@ -87,7 +87,8 @@ class Scheduler:
         if self.ready:
             self._join_ready()
         self.preempted = False
-        while self.kv.free < len(self.batch) and self.batch.growth(1) > self.kv.available:
+        most = self.pool.pages.block  # of one sequence in one step
+        while self.kv.free < most * len(self.batch) and self.batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
             if not self.batch:
                 self._join_ready()
@@ -151,7 +152,7 @@ class Scheduler:
             tokens = min(tokens, budget)
         elif tokens > budget and full:
             return 0
-        blocks = self.memory.needed(cached + tokens, held)
+        blocks = self.memory.computing(cached, tokens, held)
         kv.hold(held)
         if not kv.take(blocks):
             kv.drop(held)

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hetkv.cli import main
 from hetkv.costmodel.memory import kv_bytes_per_token
 from hetkv.costmodel.models import ModelShape, model_shape
 from hetkv.errors import InputError
 from hetkv.models import FAMILIES
-from hetkv.simulator.deployment import build_pools, load_plan
 from tests.models.zoo import FAMILY, SMALL, edited
 
 HYBRID = {
@@ -33,11 +33,13 @@ SIZES_ALONE: dict[str, dict[str, Any]] = {
 TOKENS = (5, 40)
 
 
-def cached(family: str, config: dict[str, Any], tokens: int, directory: Path) -> tuple[ModelShape, int]:
-    """The shape that hetkv reads, and bytes that the cache of a prompt of so many tokens holds (fp32)."""
+def cached(
+    family: str, config: dict[str, Any], tokens: int, directory: Path, dtype: torch.dtype = torch.float32
+) -> tuple[ModelShape, int]:
+    """The shape that hetkv reads, and bytes that the cache of a prompt of so many tokens holds."""
     torch.manual_seed(0)
     made = CONFIG_MAPPING[family](**{**SMALL, **config})
-    model = AutoModelForCausalLM.from_config(made).eval().float()
+    model = AutoModelForCausalLM.from_config(made).eval().to(dtype)
     made.save_pretrained(directory)
     with torch.no_grad():
         cache = model(torch.arange(tokens)[None], use_cache=True).past_key_values
@@ -116,24 +118,45 @@ def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
 
 
 PLAN = """
-model: {path}
-engine: {{name: vllm}}
+model: Llama-3.1-8B
 pools:
-  - {{role: prefill, gpu: H200}}
-  - {{role: decode, gpu: H200, tp: 2}}
+  - {{role: prefill, gpu: H200, engine: {{max_num_batched_tokens: {chunk}, max_num_seqs: 8}}}}
+  - {{role: decode, gpu: H200}}
 link: {{gb_s: 50}}
+"""
+PROBLEM = """
+models: [{{name: {path}, tp: [1], pp: [1], dp: [1]}}]
+classes: [{{name: all, rate: 1, prompt_tokens: "30", output_tokens: "11", ttft_ms: 1000, tpot_ms: 1000}}]
+gpus: [{{gpu: H200, usd_per_gpu_hour: 1, basis: on_demand, as_of: 2026-05}}]
+link: {{gb_s: 50}}
+allow_unstartable: true
 """
 
 
+def facts_of(folder: Path, *arguments: str) -> Any:
+    """The JSON of one hetkv command."""
+    assert main([*arguments, "--json", str(folder / "out.json")]) == 0
+    return json.loads((folder / "out.json").read_text())
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"kimi_k2"}))
-def test_a_simulated_deployment_moves_what_the_file_says(family: str, tmp_path: Path) -> None:
-    """Bytes of a token in bf16, layers with a window counted as full ones: engines hold and send them so."""
+def test_commands_report_and_move_what_transformers_keeps(family: str, tmp_path: Path) -> None:
+    """40 tokens in bf16: what a simulated request keeps at its end and what goes over the link, in one piece and in
+    chunks; and what a plan says of it."""
     config = {**FAMILY, **SIZES_ALONE}[family]
-    CONFIG_MAPPING[family](**{**SMALL, **config}).save_pretrained(tmp_path)
     model_shape.cache_clear()
-    (tmp_path / "plan.yaml").write_text(PLAN.format(path=tmp_path / "config.json"))
-    plan = load_plan(tmp_path / "plan.yaml")
-    pools = {pool.name: pool.model.kv_bytes_per_token for pool in build_pools(plan, "plan.yaml")}
-    shape = model_shape(str(tmp_path))
-    assert pools["prefill"] == shape.attention_layers * shape.kv_elements * 2
-    assert pools["decode"] == kv_bytes_per_token(shape, 2, "bf16")
+    shape, size = cached(family, config, 40, tmp_path, torch.bfloat16)
+    path = str(tmp_path / "config.json")
+    for chunk in (9, 8192):
+        (tmp_path / "plan.yaml").write_text(PLAN.format(chunk=chunk))
+        options = ["--model", path, "--rate", "10", "--requests", "5", "--prompt-tokens", "40", "--output-tokens", "1"]
+        facts = facts_of(tmp_path, "simulate", "--plan", str(tmp_path / "plan.yaml"), *options)
+        assert facts["finished"] == 5
+        assert facts["kv"]["bytes_per_request"]["mean"] == size
+        assert facts["kv"]["bytes_per_token"] == kv_bytes_per_token(shape, 1, "bf16")
+        assert facts["link"]["gigabytes"] == pytest.approx(5 * size / 1e9)
+    (tmp_path / "problem.yaml").write_text(PROBLEM.format(path=path))
+    facts = facts_of(tmp_path, "plan", "--problem", str(tmp_path / "problem.yaml"), "--launch", "none")
+    (kv,) = facts["kv"]
+    assert kv["bytes_per_request"]["all"] == size
+    assert kv["bytes_per_token"] == kv_bytes_per_token(shape, 1, "bf16")

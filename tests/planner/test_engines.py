@@ -46,6 +46,8 @@ def large(**changes: Any) -> Problem:
         (Use("vllm", "0.18.0", disaggregated=True), f"HetKVConnector takes vllm {CONNECTOR_VLLM}, not 0.18.0"),
         (Use("vllm", "0.32.1", disaggregated=True), ""),
         (Use("vllm", "2024", disaggregated=True), ""),  # the key of a calibration, no version
+        (Use("vllm", state=True), ""),
+        (Use("vllm", state=True, disaggregated=True), "HetKVConnector does not take the states of a hybrid model"),
         (Use("vllm", kv_dtype="int4"), "vllm takes the kv_dtype bf16, fp16, fp8, not int4"),
         (Use("vllm", dp=2), "dp 2 shares the experts of one model, and this model has none"),
         (Use("vllm", dp=2, moe=True), ""),

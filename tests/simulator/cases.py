@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
+from hetkv.costmodel import RequestBytes
 from hetkv.simulator.affine import AffineStepModel
 from hetkv.simulator.cluster import Cluster
 from hetkv.simulator.events import Events
@@ -17,7 +18,27 @@ from hetkv.simulator.request import Request
 from hetkv.simulator.router import DISCIPLINES
 
 KV_BYTES = 1000.0
-MODEL = AffineStepModel((0.008, 1e-4, 1e-6, 2e-5, 1e-3), 0, KV_BYTES)
+
+
+class Steps(AffineStepModel):
+    """Step times of five constants, with layers of any kind."""
+
+    def __init__(self, kv):
+        super().__init__((0.008, 1e-4, 1e-6, 2e-5, 1e-3), 0, kv.token)
+        self.layers = kv
+
+    @property
+    def kv(self):
+        return self.layers
+
+
+PLAIN = RequestBytes(KV_BYTES)
+KINDS = [
+    PLAIN,
+    RequestBytes(250.0, 1, 3, 9),
+    RequestBytes(500.0, 0, 2, 33),
+    RequestBytes(100.0, 4, 6, 50, state=2500.0),
+]
 
 
 class Watch(Events):
@@ -57,6 +78,7 @@ class Case:
     decode_routing: str = "join_shortest_queue"
     overlap: bool = True
     restart: bool = True
+    kv: RequestBytes = PLAIN
     port: float = 1e6
     fabric: float = float("inf")
     latency: float = 0.0
@@ -74,7 +96,7 @@ class Case:
         shared = {
             "gpu": "g",
             "gpus": 1,
-            "model": MODEL,
+            "model": Steps(self.kv),
             "layers": 4,
             "kv_blocks": self.kv_blocks,
             "block_size": self.block_size,
@@ -150,6 +172,7 @@ def cases(draw, failures=False, prefix=False):
         decode_routing=draw(st.sampled_from(sorted(DISCIPLINES))),
         overlap=draw(st.booleans()),
         restart=draw(st.booleans()),
+        kv=draw(st.sampled_from(KINDS)),
         port=draw(st.sampled_from([3e4, 1e6, 1e9])),
         fabric=draw(st.sampled_from([5e4, float("inf")])),
         latency=draw(st.sampled_from([0.0, 0.002])),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from hetkv.simulator.request import FAILED, FINISHED, REJECTED
-from tests.simulator.cases import KV_BYTES, cases
+from tests.simulator.cases import cases
 
 
 def check_laws(case, cluster, columns):
@@ -17,7 +17,7 @@ def check_laws(case, cluster, columns):
     assert columns["id"].tolist() == list(range(count)), "every request ends exactly once"
     assert not cluster.alive
     status = columns["status"]
-    reach = case.kv_blocks * case.block_size
+    reach = min(pool.longest for pool in cluster.pools)
     too_long = columns["prompt"] + columns["output"] - 1 > reach
     assert np.array_equal(status == REJECTED, too_long)
     done = status == FINISHED
@@ -65,11 +65,11 @@ def test_laws(case):
     assert not (columns["status"] == FAILED).any()
     assert not columns["restarts"].any()
     if cluster.links is not None:
-        sent = columns["prompt"][columns["status"] == FINISHED]
+        sent = case.kv.bytes(columns["prompt"][columns["status"] == FINISHED])
         single = columns["output"][columns["status"] == FINISHED] == 1
         if case.first_token_at == "prefill":
             sent = sent[~single]
-        assert cluster.links.sent == pytest.approx(sent.sum() * KV_BYTES)
+        assert cluster.links.sent == pytest.approx(sent.sum())
 
 
 @settings(max_examples=60, deadline=None)

@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_page_has_commands():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4
     assert {option for command in COMMANDS for option in command} >= {"--trace", "--rate", "--sweep", "--json"}
 
 

@@ -11,6 +11,7 @@ from hetkv.errors import InputError
 from hetkv.simulator.batch import DecodeBatch
 from hetkv.simulator.events import Events
 from hetkv.simulator.kv import KVBlocks
+from hetkv.simulator.pages import Pages
 from hetkv.simulator.request import Request
 from hetkv.simulator.series import Series
 
@@ -80,27 +81,30 @@ def test_duplicate_prefix_stays_with_its_request():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 70), st.integers(2, 60)), min_size=1, max_size=12), st.sampled_from([1, 4, 16])
+    st.lists(st.tuples(st.integers(1, 70), st.integers(2, 60)), min_size=1, max_size=12),
+    st.sampled_from([1, 4, 16]),
+    st.sampled_from([(1, 0, 0), (1, 3, 9), (0, 1, 33), (2, 3, 64)]),
 )
-def test_batch_growth_equals_counting_blocks(lengths, size):
-    batch = DecodeBatch(size)
-    blocks = 0
+def test_batch_growth_equals_counting_pages(lengths, size, layers):
+    pages = Pages(size, *layers)
+    batch = DecodeBatch(pages)
     for i, (prompt, output) in enumerate(lengths):
         request = Request(i, 0.0, prompt, output)
         request.generated = 1
         batch.join(request)
-        blocks += -(-prompt // size)
     while len(batch):
-        steps = batch.to_next_finish()
+        steps = batch.to_next_change()
+        assert steps > 0
         tokens = [r.prompt + r.output - (r.finish_step - batch.steps) - 1 for r in batch.members]
         assert batch.context == sum(tokens)
         for k in range(steps + 1):
-            assert batch.growth(k) == sum(-(-(t + k) // size) + -t // size for t in tokens)
+            assert batch.growth(k) == sum(pages.kept(t + k) - pages.kept(t) for t in tokens)
         for budget in (0, 1, 5):
             fit = batch.steps_within(budget, steps)
             assert batch.growth(fit) <= budget
             assert fit == steps or batch.growth(fit + 1) > budget
+        left = min(r.finish_step for r in batch.members) - batch.steps
         batch.advance(steps)
         done = batch.pop_finished()
-        assert done
+        assert bool(done) == (left == steps)
         assert all(r.generated == r.output for r in done)

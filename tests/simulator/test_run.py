@@ -245,7 +245,10 @@ def test_command_writes_everything(files, capsys):
     options += ["--json", str(outputs["json"]), "--csv", str(outputs["csv"]), "--interval"]
     options += ["--plot", str(outputs["png"]), "--report", str(outputs["html"])]
     assert command(files, *options) == 0
-    assert "50 of 50 requests finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "50 of 50 requests finished" in printed
+    assert re.search(r"SLO attainment [\d.]+% \([\d.]+% to [\d.]+% over the interval of the step times\)", printed)
+    assert "KV (bf16) 131.1 kB a token; of a request at its end" in printed
     summary = json.loads(outputs["json"].read_text())
     for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
         assert 0 < summary[key]["p50"] <= summary[key]["p90"] <= summary[key]["p99"]

@@ -34,6 +34,11 @@ PLANS = {
         "model": "DeepSeek-V3",
         "pools": [{"role": "aggregated", "gpu": "H200", "dp": 8, "engine": {"weight_dtype": "fp8"}}],
     },
+    "windows": {"model": "gpt-oss-20b", "pools": PAIR, "link": {"gb_s": "nic"}},
+    "windows kept whole": {
+        "model": "gpt-oss-20b",
+        "pools": [{"role": "aggregated", "gpu": "H100", "engine": {"hybrid_kv_cache": False}}],
+    },
     "every setting": {
         "model": "Qwen/Qwen3-8B",
         "pools": [

@@ -150,9 +150,9 @@ def prefill(candidate: Candidate, size: Size, budget: int) -> Iterator[Worker]:
 
 def decode(candidate: Candidate, size: Size, places: int) -> Iterator[Worker]:
     """Decode workers of one candidate, at every batch that fits in memory."""
-    held = size.prompt + size.output
+    held = candidate.steps.kv.bytes(size.prompt + size.output)
     for batch in BATCHES:
-        if batch > places or batch * held > candidate.steps.kv_capacity_tokens:
+        if batch > places or batch * held > candidate.steps.kv_room:
             return
         seconds = candidate.steps.step_seconds(batch, batch * (size.prompt + size.output / 2))
         if seconds < size.tpot:
@@ -164,10 +164,10 @@ def aggregated(candidate: Candidate, size: Size, budget: int, places: int) -> It
 
     A request's TTFT is its own mixed steps times a queueing factor that grows with the logarithm of the batch.
     """
-    steps, held = candidate.steps, size.prompt + size.output
+    steps, held = candidate.steps, candidate.steps.kv.bytes(size.prompt + size.output)
     context = size.prompt + size.output / 2
     for batch in BATCHES:
-        if batch > places or batch * held > steps.kv_capacity_tokens:
+        if batch > places or batch * held > steps.kv_room:
             return
         for tokens in sorted({min(budget, round(size.prompt * 2**i)) for i in range(4)}):
             with_prompt = ceil(size.prompt * batch / tokens)

@@ -90,7 +90,7 @@ def max_rate(candidate: Candidate, bucket: Bucket, places: int) -> float:
     steps, prompt, output = candidate.steps, bucket.prompt, bucket.output
     each = max(output - 1, 1.0)
     alone = steps.step_seconds(0, 0.0, round(prompt), prompt * (prompt + 1) / 2)
-    room = min(places, int(steps.kv_capacity_tokens / (prompt + output)))
+    room = min(places, int(steps.kv_room / steps.kv.bytes(prompt + output)))
     best = 0.0
     for batch in sorted({round(b) for b in np.geomspace(1, max(room, 1), 60)}):
         tpot = steps.step_seconds(batch, batch * (prompt + output / 2)) + batch * alone / each

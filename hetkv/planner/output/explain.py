@@ -7,9 +7,11 @@ from math import isinf
 
 import msgspec
 
-from hetkv.costmodel import load_catalogue
+from hetkv.costmodel import load_catalogue, model_shape
 from hetkv.costmodel.catalogue import VENDORS
-from hetkv.planner.columns import Columns, build_columns
+from hetkv.costmodel.memory import request_bytes
+from hetkv.planner.capacity import Demand
+from hetkv.planner.columns import Columns, build_columns, sent
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import Instances, Option, Plan, Sensitivity, split
 from hetkv.planner.traffic import samples
@@ -175,10 +177,9 @@ def link_use(problem: Problem, plan: Plan) -> list[LinkUse]:
             continue
         classes = problem.classes_of(name)
         rate = plan.scale * sum(c.rate for c in classes)
-        prompt = sum(s.share * float(s.prompts.mean()) for s in samples(classes))
+        demand = Demand(samples(classes))
         pools = build_pools(deployment)
-        width = min(p.model.kv_bytes_per_token for p in pools)
-        total = rate * prompt * width
+        total = rate * min(sent(pool.model, demand) for pool in pools)
         port = port_bytes_per_second(deployment)
         ports = {role: sum(p.count for p in pools if p.role == role) for role in ("prefill", "decode")}
         found.append(
@@ -190,6 +191,31 @@ def link_use(problem: Problem, plan: Plan) -> list[LinkUse]:
                 port / 1e9,
             )
         )
+    return found
+
+
+class KVSize(msgspec.Struct, frozen=True):
+    """KV of a model in bytes, held once: a token in all layers, and by class what a request keeps at its end, on
+    average, with windows and states counted as they are.
+    """
+
+    model: str
+    dtype: str
+    bytes_per_token: float
+    bytes_per_request: dict[str, float]
+
+
+def kv_sizes(problem: Problem) -> list[KVSize]:
+    """One for each model of the problem."""
+    found = []
+    for model in problem.models:
+        dtype = problem.engine_for(model).kv_dtype
+        kv = request_bytes(model_shape(model.name), 1, dtype)
+        each = {
+            s.spec.name: float(kv.bytes(s.prompts + s.others - 1).mean())
+            for s in samples(problem.classes_of(model.name))
+        }
+        found.append(KVSize(model.name, dtype, kv.token, each))
     return found
 
 
@@ -218,6 +244,7 @@ def reasons(problem: Problem, plan: Plan) -> list[str]:
             f"In the simulator the traffic could grow by {plan.simulated_slack:.0%} before a target is missed."
         )
     found += [_sensitivity(plan, s) for s in plan.sensitivity]
+    found += _shifts(plan)
     return found
 
 
@@ -230,6 +257,25 @@ def _bound(plan: Plan) -> str:
         rest = f", this plan is {above:.0%} above that"
         return f"{gap}; with queueing left out no plan costs less than {plan.lower_bound:,.2f} USD/hour{rest}."
     return f"{gap}; with queueing left out no plan serves more than {plan.lower_bound:,.3g} requests/s."
+
+
+def _shifts(plan: Plan) -> list[str]:
+    """What would flip the choice of vendors, each in a sentence."""
+    texts = []
+    for shift in plan.shifts:
+        slower = shift.factor > 1
+        share = (shift.factor if slower else 1 / shift.factor) - 1
+        case = f"Were {VENDORS.get(shift.vendor, shift.vendor)} {share:.0%} {'slower' if slower else 'faster'}"
+        if shift.flips and shift.vendors:
+            option = Option("", True, shift.cost_per_hour, shift.rate)
+            bought = " and ".join(VENDORS.get(v, v) for v in shift.vendors)
+            texts.append(f"{case}, the choice would flip to {bought}, at {figure(plan, option)}.")
+        elif shift.flips:
+            texts.append(f"{case}, nothing on offer would meet the targets.")
+    if plan.shifts and not texts:
+        share = max(s.factor for s in plan.shifts) - 1
+        texts = [f"The choice of vendors stands with any one vendor {share:.0%} slower or faster than assumed."]
+    return texts
 
 
 def _sensitivity(plan: Plan, said: Sensitivity) -> str:

@@ -118,6 +118,11 @@ def _vllm(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list[s
     flags.append("--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching")
     if pool.kv_tokens is not None:
         flags += ["--num-gpu-blocks-override", str(pool.kv_tokens // engine.block_size)]
+    if model_shape(plan.model).window_layers:
+        if not engine.hybrid_kv_cache:
+            flags.append("--disable-hybrid-kv-cache-manager")
+        elif pool.role in KV_ROLES:  # with a connector, vLLM's own default is to disable it
+            flags.append("--no-disable-hybrid-kv-cache-manager")
     if pool.role in KV_ROLES:
         assert plan.link is not None
         extra: dict[str, Any] = {"layerwise": plan.link.overlap == "layerwise", "secret_file": SECRET}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from hetkv.planner.frontier import Frontier, Point
 from hetkv.planner.output.explain import (
     aggregated,
     figure,
+    kv_sizes,
     others,
     own_option,
     phase_values,
@@ -31,6 +33,12 @@ def show(console: Console, problem: Problem, plan: Plan) -> None:
     console.print("[bold]Why[/]")
     for text in [*worth(problem, plan).values(), *reasons(problem, plan)]:
         console.print(f"  {text}", highlight=False, soft_wrap=True)
+    for kv in kv_sizes(problem):
+        each = ", ".join(f"{decimal(round(size))} ({name})" for name, size in kv.bytes_per_request.items())
+        token = decimal(round(kv.bytes_per_token))
+        console.print(
+            f"  KV of {kv.model} ({kv.dtype}): {token} a token; of a request at its end {each}", soft_wrap=True
+        )
     console.print()
     _values(console, problem, plan)
     _others(console, plan)

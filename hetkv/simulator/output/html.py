@@ -94,7 +94,10 @@ def _tiles(summary: dict[str, Any], slo: Slo) -> list[tuple[str, str]]:
         (f"{summary['output_tokens_per_s']:,.0f}", "output tokens/s"),
     ]
     if any(v is not None for v in slo.as_json().values()):
-        tiles.append((f"{summary['slo_attainment']:.1%}", "within the SLO"))
+        ends = summary.get("interval", {})
+        span = " to ".join(f"{ends[end]['slo_attainment']:.1%}" for end in ("high", "low")) if ends else ""
+        beside = f" ({span} over the interval of the step times)" if span else ""
+        tiles.append((f"{summary['slo_attainment']:.1%}", f"within the SLO{beside}"))
         tiles.append((f"{summary['goodput_rps']:,.2f}", "goodput, requests/s"))
     for gpu, share in summary["utilisation"].items():
         tiles.append(("none" if share is None else f"{share:.0%}", f"utilisation, {gpu}"))
