@@ -24,7 +24,7 @@ METHODS = {
     "aiconfigurator-mixed": "the same, a GPU type for each phase",
     "aiconfigurator-tool": "AIConfigurator itself",
 }
-EXAMPLES = ("llama-3-70b", "llama-3-405b", "deepseek-v3")
+EXAMPLES = ("llama-2-7b", "llama-3-70b", "llama-3-405b", "deepseek-v3")
 
 
 def baselines_section() -> str:
@@ -139,7 +139,12 @@ def _both(values: Iterable[float], kind: str = ".2f") -> str:
 
 def examples_section() -> str:
     """For each example: command, prices, what the plan says, and the table over the rate."""
-    return "\n" + "\n".join(example(name) for name in EXAMPLES if (RESULTS / f"plan-{name}.json").exists())
+    run = [name for name in EXAMPLES if (RESULTS / f"plan-{name}.json").exists()]
+    left = [name for name in EXAMPLES if name not in run]
+    text = "\n" + "\n".join(example(name) for name in run)
+    if left:
+        text += f"Not run with the present planner: {', '.join(left)}.\n"
+    return text
 
 
 def example(name: str) -> str:

@@ -10,7 +10,7 @@ from hetkv.errors import InfeasibleError, UndecidedError
 from hetkv.planner.capacity import prompt_times
 from hetkv.planner.columns import Column, Columns, build_columns, kv_bytes
 from hetkv.planner.milp import optimise
-from hetkv.planner.problem import Problem
+from hetkv.planner.problem import Objective, Problem
 from hetkv.planner.result import Tightest
 
 FREE = 1e12
@@ -85,6 +85,10 @@ def _shared(problem: Problem, found: Columns) -> InfeasibleError:
     """Every model could be served alone: caps, the fabric, pair limits or the budget are in the way. Lift each."""
     rates = {m.name: sum(c.rate for c in problem.classes_of(m.name)) for m in problem.models}
     sent = kv_bytes(found, problem)
+    if problem.objective.budget_usd_per_hour is not None:
+        found_error = _budget(problem, found, rates, sent)
+        if found_error is not None:
+            return found_error
     lifted = {
         "pair limits": msgspec.structs.replace(problem, pair_limits=[]),
         "KV fabric": msgspec.structs.replace(problem, link=msgspec.structs.replace(problem.link, fabric_gb_s=None)),
@@ -116,6 +120,23 @@ def _shared(problem: Problem, found: Columns) -> InfeasibleError:
             return _error("KV fabric", "link", rate / limit, text)
         return _error("pair limits", "pair_limits", float("inf"), "pair limits: without them a plan exists")
     return _error("several", "problem", float("inf"), "caps, fabric and pair limits together leave no plan")
+
+
+def _budget(
+    problem: Problem, found: Columns, rates: dict[str, float], sent: dict[str, float]
+) -> InfeasibleError | None:
+    """The budget does not buy one instance of everything that is needed: what the cheapest such plan costs."""
+    budget = problem.objective.budget_usd_per_hour or 0.0
+    little = {model: 1e-6 * rate for model, rate in rates.items()}
+    free = msgspec.structs.replace(problem, objective=Objective())
+    try:
+        solution = optimise(free, found.columns, little, sent)
+    except UndecidedError:
+        return None
+    if solution is None or solution.value <= budget:
+        return None
+    text = f"budget: the cheapest plan for any traffic costs {solution.value:,.2f} USD/hour, {budget:,.2f} may be spent"
+    return _error("budget", "objective", solution.value / budget, text)
 
 
 def _error(constraint: str, where: str, used: float, text: str) -> InfeasibleError:

@@ -14,7 +14,9 @@ import msgspec
 import pytest
 
 from hetkv.cli import plan as command
+from hetkv.planner.output.launch import vllm_lines
 from hetkv.planner.problem import load_problem
+from hetkv.planner.solve import solve
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
@@ -56,6 +58,17 @@ def test_examples_are_problems_with_dated_prices(file):
     result = ROOT / "bench" / "results" / f"plan-{file.stem}.json"
     if result.is_file():
         assert json.loads(result.read_text())["problem"] == msgspec.to_builtins(problem)
+
+
+def test_the_fast_example_is_what_the_planner_says_today():
+    """The others take minutes: `python bench/planner/examples.py` runs them all."""
+    (file,) = (f for f in EXAMPLES if f.stem == "llama-2-7b")
+    plan = solve(load_problem(file), alternatives=False)
+    assert plan.meets
+    assert all("CANNOT BE STARTED" not in vllm_lines(d) for d in plan.deployments.values())
+    result = ROOT / "bench" / "results" / f"plan-{file.stem}.json"
+    if result.is_file():
+        assert plan.cost_per_hour == pytest.approx(json.loads(result.read_text())["cost_per_hour"])
 
 
 def test_pictures_are_small():

@@ -99,6 +99,10 @@ def test_a_wrong_problem_is_one_line_that_names_file_place_and_value(
         ({"gpus.0.cap": 1, "gpus.1.cap": 0, "classes.0.rate": 500.0}, "the tightest constraint is GPU caps"),
         ({"gpus.0.cap": 0, "gpus.1.cap": 0}, "every offered GPU has the cap 0"),
         (
+            {"objective": {"goal": "goodput", "budget_usd_per_hour": 0.5}},
+            "budget: the cheapest plan for any traffic costs 2.00 USD/hour, 0.50 may be spent",
+        ),
+        (
             {"roles": "disaggregated", "link.fabric_gb_s": 0.01},
             "the tightest constraint is KV fabric: prompts send about",
         ),
