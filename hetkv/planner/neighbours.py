@@ -34,7 +34,7 @@ def cheaper(trials: Trials, model: str, best: Candidate, most: float) -> Candida
     fixed = trials.price(rest)
     failed: dict[str, list[dict[Key, int]]] = {"prefill": [], "decode": [], "aggregated": []}
     passed: dict[str, set[tuple[tuple[Key, int], ...]]] = {"prefill": set(), "decode": set(), "aggregated": set()}
-    strongest = _strongest(trials, model)
+    ahead = strongest(trials, model)
 
     def holds(role: str, counts: dict[Key, int]) -> bool:
         name = tuple(sorted(counts.items()))
@@ -42,7 +42,7 @@ def cheaper(trials: Trials, model: str, best: Candidate, most: float) -> Candida
             return True
         if any(all(n <= bad.get(k, 0) for k, n in counts.items()) for bad in failed[role]):
             return False
-        plan = {**strongest, **counts} if role == "decode" else counts
+        plan = {**ahead, **counts} if role == "decode" else counts
         good = trials.calibrator.role(model, plan, role, 1.0).used(role) <= (BURSTS if role == "decode" else NEAR)
         if good:
             passed[role].add(name)
@@ -67,7 +67,7 @@ def cheaper(trials: Trials, model: str, best: Candidate, most: float) -> Candida
     return best
 
 
-def _strongest(trials: Trials, model: str) -> dict[Key, int]:
+def strongest(trials: Trials, model: str) -> dict[Key, int]:
     """A prefill pool that is never the bottleneck: twice the rate, of the column that carries most."""
     mine = [c for c in trials.found.columns if (c.model, c.role) == (model, "prefill")]
     if not mine:

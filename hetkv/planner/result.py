@@ -128,6 +128,19 @@ class Sensitivity(msgspec.Struct, frozen=True):
     why: str = ""
 
 
+class Shift(msgspec.Struct, frozen=True):
+    """What the integer program buys where the step times of one `vendor` are `factor` times as long, all others as
+    assumed: of which `vendors` (none: no plan), for what. `flips`: they are not those of the plan.
+    """
+
+    vendor: str
+    factor: float
+    vendors: list[str]
+    flips: bool
+    cost_per_hour: float | None
+    rate: float | None
+
+
 class Plan(msgspec.Struct, frozen=True):
     """A plan. `gap`: the solver's relative gap. `lower_bound`: of the full model under relaxed queueing, USD/hour for
     the goal `cost`, requests/s (an upper bound) for the others. `simulated_slack`: the share of the traffic by which
@@ -165,6 +178,7 @@ class Plan(msgspec.Struct, frozen=True):
     held_out_seeds: list[int] = []
     attained: dict[str, dict[str, Attainment]] = {}
     judged_before: int = 0
+    shifts: list[Shift] = []
     events: int = 0
     notes: list[str] = []
     cut: list[str] = []

@@ -16,7 +16,7 @@ from hetkv.planner.calibrator import Calibrator, Reach
 from hetkv.planner.columns import Column, Columns, kv_bytes
 from hetkv.planner.effort import PLAN_EVENTS, Effort
 from hetkv.planner.milp import Cut, Solution, optimise
-from hetkv.planner.neighbours import LARGEST, cheaper
+from hetkv.planner.neighbours import BURSTS, LARGEST, cheaper
 from hetkv.planner.problem import Problem
 from hetkv.planner.prune import prune
 from hetkv.planner.slo_checker import SloChecker
@@ -31,6 +31,9 @@ RESERVE = 0.02
 
 DEARER = 1.1
 """Where no plan met the targets, the neighbours are asked up to this multiple of the dearest plan that was tried."""
+
+TOO_SLOW = {"prefill": NEAR, "decode": BURSTS, "aggregated": NEAR}
+"""Of a target, the share that a pool uses that is out: what misses by less may hold with more of the other role."""
 
 ROLE_OF = {"ttft": "prefill", "tpot": "decode"}
 """Which pool a target asks for more of."""
@@ -223,7 +226,8 @@ class Search:
             scale *= 0.98
 
     def _cuts(self, candidate: Candidate) -> list[Cut]:
-        """Pools that missed a target at the full rate, whole in one simulation: they and any part of them are out."""
+        """Pools that missed a target by far at the full rate, whole in one simulation: they and any part of them are
+        out."""
         if not self.for_cost or self.problem.spare_instances:
             return []
         found = []
@@ -231,7 +235,7 @@ class Search:
             for role in ("prefill", "decode", "aggregated"):
                 mine = {k: n for k, n in candidate.counts.items() if k[:2] == (model, role)}
                 alike = len(mine) == 1 or role == "aggregated"
-                if mine and verdict.used(role) > 1 and alike and sum(mine.values()) <= 24:
+                if mine and verdict.used(role) > TOO_SLOW[role] and alike and sum(mine.values()) <= 24:
                     found.append(Cut(model, role, mine))
         return found
 

@@ -6,28 +6,30 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from typing import Literal
 
 import msgspec
 
 from hetkv.costmodel import load_catalogue
-from hetkv.errors import UndecidedError
 from hetkv.planner.calibrator import part_of
-from hetkv.planner.columns import Columns, build_columns, kv_bytes
+from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.effort import ALTERNATIVE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
 from hetkv.planner.infeasible import explain
-from hetkv.planner.milp import optimise
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
-from hetkv.planner.result import Attainment, ClassLatency, Option, Plan, Sensitivity, Tightest
+from hetkv.planner.result import Attainment, ClassLatency, Option, Plan, Tightest
 from hetkv.planner.search import Search
+from hetkv.planner.sensitivity import at_end, vendor_shifts
 from hetkv.planner.slo_checker import SloChecker, deployment
 from hetkv.planner.trials import Candidate, Judgement, runners_up
-from hetkv.simulator.scaled import ScaledStepModel
 
 
 def solve(
-    problem: Problem, *, alternatives: bool = True, events: int = PLAN_EVENTS, seconds: float = SAFETY_SECONDS
+    problem: Problem,
+    *,
+    alternatives: bool = True,
+    events: int = PLAN_EVENTS,
+    seconds: float = SAFETY_SECONDS,
+    checkers: Mapping[str, SloChecker] | None = None,
 ) -> Plan:
     """The best plan for `problem` (see `Objective`), verified in the simulator.
 
@@ -35,7 +37,8 @@ def solve(
     where it is better, and plan at the ends of the cost model's interval. After `events` of the simulator the search
     for the plan begins no further measurement, neighbour or round, except rounds that ask for more rate while no plan
     meets the targets; the alternatives and the slack have limits of their own. So one problem and seed give one plan
-    (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met.
+    (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met. `checkers` (by model) remember
+    what they simulated.
 
     `InfeasibleError` where there is no plan, `UndecidedError` where the integer program's limit left that open;
     `meets` is false where none was found whose targets hold in the simulator.
@@ -44,7 +47,7 @@ def solve(
     begin = time.perf_counter()
     found = build_columns(problem, every=True)
     columns_seconds = time.perf_counter() - begin
-    checkers = {m.name: SloChecker(problem, m) for m in problem.models}
+    checkers = checkers or {m.name: SloChecker(problem, m) for m in problem.models}
     search = Search(problem, found, checkers, events, begin + seconds).run()
     if not search.seen:
         raise search.undecided or explain(problem, found)
@@ -67,7 +70,7 @@ def solve(
     notes += _unstartable(search, best)
     notes += _fallbacks(search, best)
     options = [_alternative(name, *part, search, best, others[name]) for name, part in parts.items()]
-    sensitivity = [_sensitivity(problem, search, best, end) for end in ("low", "high")] if alternatives else []
+    sensitivity = [at_end(problem, search, best, end) for end in ("low", "high")] if alternatives else []
     total = sum(c.rate for c in problem.classes)
     simulated = judged.latency
     return Plan(
@@ -86,6 +89,7 @@ def solve(
         baselines=options,
         runners_up=[_option(search, c, f"runner-up {i + 1}") for i, c in enumerate(runners_up(search.seen, best))],
         sensitivity=sensitivity,
+        shifts=vendor_shifts(problem, search, best) if alternatives else [],
         columns_seconds=columns_seconds,
         solve_seconds=search.solve_seconds,
         verify_seconds=search.verify_seconds,
@@ -304,29 +308,3 @@ def _alternative(name: str, problem: Problem, part: Columns, search: Search, bes
     met = [c for c in seen if c.meets]
     chosen = min(met, key=lambda c: c.cost if search.for_cost else -c.scale) if met else _closest(seen)
     return _option(search, chosen, name, other.seconds)
-
-
-def _sensitivity(problem: Problem, search: Search, best: Candidate, end: Literal["low", "high"]) -> Sensitivity:
-    """The plan with step times at one end of the interval, and what the program would then buy."""
-    verdicts = {}
-    for model in problem.models:
-        mine = {k: n for k, n in best.counts.items() if k[0] == model.name}
-        steps = {
-            (c.gpu, c.tp, c.pp, c.dp, c.budget): ScaledStepModel(c.steps, end) for c in (search.by_key[k] for k in mine)
-        }
-        calibrator = search.calibrator.with_checker(model.name, SloChecker(problem, model, dict(steps)))
-        verdicts[model.name] = calibrator.verdict(model.name, mine, best.scale)
-    columns = build_columns(problem, end)
-    rates = {m.name: search.calibrator.rate(m.name) for m in problem.models}
-    solution, why = None, ""
-    try:
-        solution = optimise(problem, columns.columns, rates, kv_bytes(columns, problem))
-    except UndecidedError as error:
-        why = str(error)
-    total = sum(rates.values())
-    found = {name: x for verdict in verdicts.values() for name, x in verdict.latency.items()}
-    meets = all(v.meets for v in verdicts.values())
-    if solution is None:
-        return Sensitivity(end, found, meets, None, None, why)
-    cost = search.trials.price(solution.counts) if problem.prices else None
-    return Sensitivity(end, found, meets, cost, total * solution.scale)

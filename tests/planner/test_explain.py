@@ -7,7 +7,7 @@ import pytest
 
 from hetkv.planner.output.explain import link_use, others, phase_values, reasons, worth
 from hetkv.planner.problem import parse_problem
-from hetkv.planner.result import split
+from hetkv.planner.result import Shift, split
 from tests.planner.cases import option, plan_of, small, some
 
 SPLIT = (some("prefill", "H100-SXM", 1), some("decode", "MI300X", 1))
@@ -60,6 +60,15 @@ def test_reasons_name_the_limit_the_link_the_bound_and_the_next_best():
     text = " ".join(reasons(small(), plan_of(small(), *SPLIT, baselines=(option("aggregated only", TOGETHER),))))
     for part in ("TPOT p90 (class chat), 50%", "The KV link carries it", "costs less than 4.94", "4 aggregated", "10%"):
         assert part in text
+
+
+def test_one_vendor_slower_may_flip_the_choice():
+    plan = plan_of(small(), TOGETHER)
+    kept, flipped = Shift("nvidia", 1.2, ["amd"], False, 7.96, 4.0), Shift("amd", 1.2, ["nvidia"], True, 7.0, 4.0)
+    text = " ".join(reasons(small(), msgspec.structs.replace(plan, shifts=[kept, flipped])))
+    assert "Were AMD 20% slower, the choice would flip to NVIDIA, at 7.00 USD/hour." in text
+    text = " ".join(reasons(small(), msgspec.structs.replace(plan, shifts=[kept])))
+    assert "The choice of vendors stands with any one vendor 20% slower or faster than assumed." in text
 
 
 def test_the_same_deployment_is_named_once():

@@ -43,7 +43,7 @@ def undecided_after(monkeypatch: Any, calls: int) -> None:
             raise UndecidedError("no answer")
         return optimise(*args, **options)
 
-    for module in (search, modules["hetkv.planner.solve"]):
+    for module in (search, modules["hetkv.planner.sensitivity"]):
         monkeypatch.setattr(module, "optimise", few)
 
 

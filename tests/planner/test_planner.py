@@ -86,6 +86,12 @@ def test_a_plan_meets_its_targets_and_is_no_dearer_than_its_alternatives(base: P
     assert low.meets
     assert low.cost_per_hour is not None
     assert low.cost_per_hour <= cost(base)
+    assert {s.vendor for s in base.shifts} <= {"nvidia", "amd"}
+    assert all(s.flips == (set(s.vendors) != base_vendors(base)) for s in base.shifts)
+
+
+def base_vendors(plan: Plan) -> set[str]:
+    return {"amd" if i.gpu.startswith("MI") else "nvidia" for i in plan.instances}
 
 
 def test_the_best_of_all_plans_that_were_simulated_is_taken(monkeypatch: Any) -> None:
