@@ -18,8 +18,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from hetkv.errors import InputError
-from hetkv.models.fields import load_object
+from hetkv.models import FAMILIES, Rope
+from hetkv.models.families import COMMON
+from hetkv.models.fields import Fields, load_object
+from hetkv.models.rope import read_rope
 
 SAMPLE_BYTES = 2048
 """Read at the start and in the middle of each tensor: training changes all of them, and nobody waits for gigabytes."""
@@ -34,6 +39,11 @@ CONFIG_KEYS = (
     "rms_norm_eps",
 )
 DEFAULT_THETA = 10000.0
+NAMES = {
+    "theta": "rope_theta",
+    "fraction": "partial_rotary_factor",
+    "original_context": "original_max_position_embeddings",
+}
 
 
 def checkpoint_fingerprint(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -55,13 +65,36 @@ def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rope_text(config: Mapping[str, Any]) -> str:
-    """The rotary embedding in one line: `default, rope_theta 10000`. Empty where the config has none."""
+    """The rotary embedding in one line: `default, rope_theta 10000`. Empty where the config has none.
+
+    Of a family that `hetkv.models` knows, as its reader understands the fields, with their precedences and defaults.
+    """
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None:
+        try:
+            rope, windowed = read_rope(Fields(config, {**COMMON, **family.defaults}, "config.json"), family)
+        except InputError:
+            return _as_written(config)  # it is compared all the same
+        return "; ".join(_line(one) for one in (rope, windowed) if one is not None)
+    return _as_written(config)
+
+
+def _line(rope: Rope) -> str:
+    """A rotary embedding by the names of `config.json`: its kind, theta, and what differs from the defaults."""
+    plain = Rope()
+    parts = [f"{NAMES.get(name, name)} {_plain(value)}" for name, value in msgspec.structs.asdict(rope).items()
+             if name != "kind" and (name == "theta" or value != getattr(plain, name))]  # fmt: skip
+    return ", ".join([rope.kind, *sorted(parts)])
+
+
+def _as_written(config: Mapping[str, Any]) -> str:
+    """The fields of a family that is not known, in an order of their own."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not parameters and config.get("rope_theta") is None:
         return ""
     if any(isinstance(value, Mapping) for value in parameters.values()):  # one set for each kind of layer
         return "; ".join(
-            f"{kind}: {rope_text({**config, 'rope_parameters': value})}" for kind, value in sorted(parameters.items())
+            f"{kind}: {_as_written({**config, 'rope_parameters': value})}" for kind, value in sorted(parameters.items())
         )
     known = dict(parameters)
     kind = known.pop("rope_type", None) or known.pop("type", None) or "default"

@@ -113,6 +113,28 @@ def test_rope(config: dict[str, Any], text: str) -> None:
     assert rope_text(config) == text
 
 
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"model_type": "llama"}, "default, rope_theta 10000"),
+        ({"model_type": "glm"}, "default, interleaved True, partial_rotary_factor 0.5, rope_theta 10000"),
+        (
+            {
+                "model_type": "qwen2",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+                "rope_theta": 1e6,
+            },
+            "yarn, factor 4, original_max_position_embeddings 64, rope_theta 1000000",
+        ),
+        ({"model_type": "llama", "rope_scaling": {"type": "unheard"}}, "unheard, rope_theta 10000"),
+    ],
+)
+def test_rope_of_a_known_family(config: dict[str, Any], text: str) -> None:
+    """`rope_scaling` wins, a family's defaults count, and what its reader rejects is compared as it is written."""
+    assert rope_text(config) == text
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", tensors_of())
     config = {"model_type": "llama", "hidden_size": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "use_cache": True}
