@@ -2,11 +2,13 @@
 #include <pybind11/functional.h>
 
 #include <optional>
+#include <tuple>
 
 #include "bind.h"
 #include "engine/device_mover.h"
 #include "engine/receiver.h"
 #include "engine/sender.h"
+#include "transport/streams.h"
 #include "transport/ucx.h"
 
 namespace hetkv {
@@ -55,6 +57,17 @@ std::optional<wire::Content> to_content(const std::optional<py::bytes>& content)
   return to_array<16>(*content, "content");
 }
 
+// (descriptor, send key, receive key) of each socket.
+using Streams = std::vector<std::tuple<int, py::bytes, py::bytes>>;
+
+std::vector<transport::StreamConfig> to_streams(const Streams& streams) {
+  std::vector<transport::StreamConfig> out;
+  for (const auto& [descriptor, send_key, receive_key] : streams) {
+    out.push_back({descriptor, to_array<16>(send_key, "send_key"), to_array<16>(receive_key, "receive_key")});
+  }
+  return out;
+}
+
 // Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transport/sender.py
 // unpacks it.
 py::tuple to_tuple(const Event& event) {
@@ -77,8 +90,10 @@ template <typename E>
 std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std::shared_ptr<Device> device) {
   const py::gil_scoped_release release;  // here and not around the constructor, which registers the new object
   Parts parts;
-  parts.transport = std::make_unique<transport::UcxTransport>();
   parts.clock = system_clock();
+  std::unique_ptr<transport::Rma> rma;
+  if (!config.rma.empty()) check(transport::open_rma(config.rma, &rma));
+  parts.transport = std::make_unique<transport::StreamTransport>(parts.clock, std::move(rma));
   if (device != nullptr) {
     check(DeviceMover::create(device, config, parts.clock, &parts.mover));
   } else {
@@ -174,6 +189,11 @@ void bind_common(EngineClass<E>& type) {
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  m.attr("RMA_TRANSPORTS") = transport::kRmaTransports;
+  m.def(
+      "load_ucx", [](const std::string& path) { check(transport::load_ucx(path.c_str())); }, py::arg("path"),
+      "Loads the `libucp` at `path`, for engines whose configuration names transports in `rma`.");
+
   py::class_<EngineConfig>(m, "EngineConfig")
       .def(py::init<>())
       .def_readwrite("slot_bytes", &EngineConfig::slot_bytes)
@@ -190,7 +210,8 @@ void bind_engine(py::module_& m) {
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("bundle_frames", &EngineConfig::bundle_frames)
       .def_readwrite("num_layers", &EngineConfig::num_layers)
-      .def_readwrite("trace", &EngineConfig::trace);
+      .def_readwrite("trace", &EngineConfig::trace)
+      .def_readwrite("rma", &EngineConfig::rma);
 
   py::class_<SegmentPlan>(m, "SegmentPlan")
       .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
@@ -229,7 +250,7 @@ void bind_engine(py::module_& m) {
       .def(py::init([](const py::bytes& address, std::uint64_t number, std::uint8_t minor, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
-                       bool rdma_windows, std::uint32_t frame_ms) {
+                       bool rdma_windows, const Streams& streams, std::uint32_t frame_ms) {
              return LinkConfig{to_vector(address),
                                number,
                                minor,
@@ -241,11 +262,14 @@ void bind_engine(py::module_& m) {
                                device_windows,
                                rdma_windows,
                                std::move(plans),
+                               to_streams(streams),
                                frame_ms};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
-           py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("frame_ms") = 0);
+           py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("streams"),
+           py::arg("frame_ms") = 0,
+           "`streams`: (descriptor, send key, receive key) of each; the descriptors are duplicated.");
 
   py::class_<SendBatch, std::shared_ptr<SendBatch>>(m, "SendBatch")
       .def(py::init([](std::vector<std::uint64_t> handles,

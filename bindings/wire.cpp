@@ -214,6 +214,7 @@ std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dic
     case wire::Type::kHeartbeat:
       return encode_as<wire::Heartbeat>(prelude, fields, key);
     case wire::Type::kWant:
+    case wire::Type::kHostOnly:
     case wire::Type::kBye:
       break;
   }
@@ -251,6 +252,7 @@ Status decode_any(wire::Type type, std::string_view message, py::object* fields)
     case wire::Type::kHeartbeat:
       return decode_as<wire::Heartbeat>(message, fields);
     case wire::Type::kWant:
+    case wire::Type::kHostOnly:
     case wire::Type::kBye:
       break;
   }

@@ -128,6 +128,7 @@ class EngineConfig:
     bundle_frames: int
     num_layers: int
     trace: bool
+    rma: str
 
     def __init__(self) -> None: ...
 
@@ -186,8 +187,13 @@ class LinkConfig:
         plans: Sequence[LayerPlan],
         device_windows: bool = False,
         rdma_windows: bool = False,
+        streams: Sequence[tuple[int, bytes, bytes]],
         frame_ms: int = 0,
     ) -> None: ...
+
+RMA_TRANSPORTS: str
+
+def load_ucx(path: str) -> None: ...
 
 class Device:
     """One device of a GPU backend."""

@@ -1,17 +1,12 @@
-"""Loads UCX and the extension. Everything else says `from hetkv.core import core`."""
+"""Loads the extension. Everything else says `from hetkv.core import core`."""
 
 from __future__ import annotations
 
-from hetkv import ucx as _library
 from hetkv.errors import BuildError
 
-ucx = _library.load()
-"""The UCX of this process."""
+try:
+    import hetkv._core as core
+except ImportError as error:
+    raise BuildError(f"the extension cannot be loaded ({error}): build it with `make build`") from None
 
-with _library.defaults():
-    try:
-        import hetkv._core as core
-    except ImportError as error:
-        raise BuildError(f"the extension cannot be loaded ({error}): build it with `make build`") from None
-
-__all__ = ["core", "ucx"]
+__all__ = ["core"]

@@ -1,4 +1,4 @@
-"""Finds the UCX library of this host and loads it: the extension is linked to `libucp.so.0`, whichever that is.
+"""Finds the UCX library of this host and loads it, where a node asks for RDMA: nothing else needs it.
 
 The first of these that is there and new enough is used (`docs/environment.md`):
 the one that `HETKV_UCX_LIBRARY` names; one that the process has loaded already; on a host with RDMA devices, a system
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,7 @@ def defaults() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+@cache
 def load() -> Ucx:
     """Load UCX into this process. Raises `BuildError`, which says what was tried and what to do."""
     with defaults():
@@ -116,7 +118,7 @@ def _named(given: str) -> Path:
 
 
 def _loaded() -> Path | None:
-    """The `libucp` that another package loaded before hetkv: the dynamic linker gives the extension that one."""
+    """The `libucp` that another package loaded before hetkv: the dynamic linker gives that one to whoever asks."""
     try:
         ctypes.CDLL(SONAME, mode=os.RTLD_NOLOAD)
     except OSError:
@@ -130,10 +132,15 @@ def _mapped() -> Path | None:
         return next((Path(path) for path in paths), None)
 
 
+def has_rdma_devices() -> bool:
+    """Whether this host has RDMA devices."""
+    return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
+
+
 def _candidates(rejected: list[str]) -> Iterator[tuple[Path, str]]:
     """What can be loaded, best first. Systems that do not qualify are explained in `rejected`."""
     system: list[Path] = []
-    rdma = RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
+    rdma = has_rdma_devices()
     if rdma:
         system = system_installations(rejected)
         yield from ((path, "system") for path in system if has_verbs(path))

@@ -9,6 +9,7 @@
 
 #include "map.h"
 #include "remap/remap.h"
+#include "transport/transport.h"
 #include "wire/siphash.h"
 
 namespace hetkv::engine {
@@ -30,6 +31,7 @@ struct EngineConfig {
   int bundle_frames = 64;      // sender: most frames of a bundle
   std::size_t num_layers = 0;  // global layers of the pool are below this
   bool trace = false;
+  std::string rma;  // transports of UCX on which payloads are put; empty: none
 };
 
 // One segment of one layer on this side, for the heads of one route.
@@ -90,7 +92,7 @@ struct LayerPlan {
 };
 
 struct LinkConfig {
-  std::vector<std::uint8_t> address;  // of the peer's UCX worker
+  std::vector<std::uint8_t> address;  // of the peer's transport; empty: no RDMA
   std::uint64_t number = 0;           // of the link, equal on both sides; travels in the header of each message
   std::uint8_t minor = 0;             // version of the link: the lower one of the two sides
   SipKey send_key{};
@@ -101,6 +103,7 @@ struct LinkConfig {
   bool device_windows = false;       // receiver: lend this peer slots in the pool's device's memory,
   bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
+  std::vector<transport::StreamConfig> streams;  // sockets to the peer
   std::uint32_t frame_ms = 0;  // what moving a frame of the largest slot may take, in which no heartbeat is sent
 };
 

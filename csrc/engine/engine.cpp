@@ -374,7 +374,7 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
       return;
     }
     auto made = std::make_shared<Link>(next_link_, std::move(config));
-    result = transport_->connect({made->config.number, made->config.address}, &made->endpoint);
+    result = transport_->connect({made->config.number, made->config.address, made->config.streams}, &made->endpoint);
     if (!result.ok()) return;
     *id = next_link_++;
     numbers_[made->config.number] = made.get();

@@ -30,7 +30,8 @@ enum class LinkState : std::uint8_t {
 };
 
 struct Link {
-  Link(std::uint32_t number, LinkConfig settings) : id(number), config(std::move(settings)) {}
+  Link(std::uint32_t number, LinkConfig settings)
+      : id(number), config(std::move(settings)), device_windows(config.device_windows) {}
 
   const std::uint32_t id;  // on this side
   const LinkConfig config;
@@ -42,6 +43,8 @@ struct Link {
   std::uint64_t sent_ns = 0;
   std::uint64_t lost_ns = 0;
   bool farewell = false;  // a goodbye is on its way
+  bool device_windows;    // receiver: slots in device memory are lent to it
+  bool retired = false;   // receiver: the peer is gone, as soon as the endpoint is closed
 
   bool up() const { return state == LinkState::kUp; }
 

@@ -110,11 +110,17 @@ void Receiver::abort(std::uint64_t handle, std::string reason) {
 
 void Receiver::retire_link(std::uint32_t id) {
   post([this, id] {
-    if (const auto at = link(id)) lose(*at, Status::error(Code::kPeerLost, "the peer's process has ended"), false);
-    slots_.retire(id);
-    stats_.quarantined_slots = slots_.quarantined();
-    slots_moved_ = true;
+    const auto at = link(id);
+    if (at == nullptr) return retire(id);
+    at->retired = true;  // memory goes once nothing can write to it: behind the endpoint's close
+    lose(*at, Status::error(Code::kPeerLost, "the peer's process has ended"), false);
   });
+}
+
+void Receiver::retire(std::uint32_t id) {
+  slots_.retire(id);
+  stats_.quarantined_slots = slots_.quarantined();
+  slots_moved_ = true;
 }
 
 std::uint64_t Receiver::epoch(std::uint64_t handle) {

@@ -128,8 +128,9 @@ class Receiver final : public Engine {
   bool sweep(std::uint64_t now);
   Request* find(const wire::RequestId& id, std::uint64_t epoch);
 
+  void retire(std::uint32_t link);
   void flush_rdma();
-  Where where(const Link& link) const { return link.config.device_windows ? Where::kDevice : Where::kHost; }
+  Where where(const Link& link) const { return link.device_windows ? Where::kDevice : Where::kHost; }
 
   SlotPool slots_;
   std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device

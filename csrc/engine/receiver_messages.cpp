@@ -38,6 +38,9 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
       demands_[link.id].hungry = true;
       slots_moved_ = true;
       break;
+    case wire::Type::kHostOnly:
+      link.device_windows = false;
+      break;
     case wire::Type::kAbort: {
       wire::Abort abort;
       status = wire::decode(data, size, &abort);
@@ -116,10 +119,10 @@ bool Receiver::grant() {
     lent = true;
     Demand& demand = demands_[at->id];
     demand.served = ++grants_;
-    wire::SlotGrant given{id, slot->generation, slot->memory->address(), slot->memory->bytes(), {}};
+    wire::SlotGrant given{id, slot->generation, 0, slot->memory->bytes(), {}};
     const auto [known, fresh] = demand.keys.emplace(id, slot->generation);
     if (fresh || known->second != slot->generation) {
-      status = slot->memory->share(*at->endpoint, {id, slot->generation}, &given.rkey);
+      status = slot->memory->share(*at->endpoint, &given);
       if (!status.ok()) {
         lose(*at, std::exchange(status, {}));
         break;
@@ -227,6 +230,7 @@ void Receiver::on_link_lost(Link& link, const Status& status) {
 
 void Receiver::on_link_closed(Link& link) {
   demands_.erase(link.id);
+  if (link.retired) retire(link.id);
 }
 
 void Receiver::on_stop(const Status& status) {

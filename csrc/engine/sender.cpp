@@ -212,6 +212,7 @@ bool Sender::step(std::uint64_t now) {
   bool moved = !packed_.empty();
   for (RemapTask* task : std::exchange(packed_, {})) on_packed(*static_cast<Bundle*>(task->owner));
   moved |= advance_puts();
+  notice_slow_puts(now);
   moved |= watch_waves();
   moved |= feed_links();
   moved |= sweep(now);

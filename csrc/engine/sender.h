@@ -85,6 +85,8 @@ class Sender final : public Engine {
     bool awake = false;               // in `awake_`
     bool released = false;            // the receiver may take this side for sated: say so before the next frame
     bool recalled = false;            // others need the slots: none is kept idle
+    bool host_only = false;           // the receiver knows that its device's memory cannot be reached
+    std::size_t staged = 0;           // bundles with a staging buffer
   };
   // One frame of a bundle.
   struct Piece {
@@ -107,6 +109,8 @@ class Sender final : public Engine {
     bool direct = true;                  // gets into the window by this side's own stores or copies
     bool ahead = false;                  // launched before the caller's work had ended
     transport::Op put;
+    std::uint64_t put_ns = 0;  // when it began
+    bool slow = false;         // it takes long: its buffer counts for nothing
     std::list<std::unique_ptr<Bundle>>::iterator self;
   };
   struct PendingTicket {
@@ -152,6 +156,7 @@ class Sender final : public Engine {
   Status check_ticket(const Request& request, const PendingTicket& ticket) const;
   void add_lane(Request& request, PendingTicket ticket);
   void cancel(Lane& lane);
+  void send_back(Link& link, const wire::Release& slots);
   void release(Link& link);
   void release_idle(Link& link);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
@@ -184,6 +189,9 @@ class Sender final : public Engine {
   void launch(LinkWindows& windows, std::unique_ptr<Bundle> bundle);
   void on_packed(Bundle& bundle);
   bool advance_puts();
+  void give_back(Bundle& bundle);
+  void awaken_short();
+  void notice_slow_puts(std::uint64_t now);
   void end(Bundle& bundle);
   void commit(Bundle& bundle);
   void send_commit(Link& link, wire::Bundle body);
@@ -202,7 +210,7 @@ class Sender final : public Engine {
   std::vector<std::uint32_t> short_of_staging_;                     // links that wait for a staging buffer
   std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];              // unused, by `Where`
-  int staging_made_[2] = {0, 0};
+  int staging_made_[2] = {0, 0};                                    // without those of slow puts
   int ahead_ = 0;                                                // bundles that wait in a stream for the caller's work
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::uint64_t pending_deadline_ns_ = 0;                        // no pending ticket ends before it

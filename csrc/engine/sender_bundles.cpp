@@ -13,6 +13,7 @@ constexpr std::uint64_t kTokenAlignment = 64;
 constexpr int kMostAhead = 4;
 // A link with so many bundles in flight is busy: what comes meanwhile is gathered until a slot is full.
 constexpr std::size_t kBusy = 2;
+constexpr std::uint64_t kSlowPutNs = 10'000'000;
 // Below this the pack stores across instead of leaving it to a copy engine. An estimate, not measured.
 constexpr std::size_t kCopyFrom = std::size_t{1} << 20;
 
@@ -78,6 +79,8 @@ Sender::Work Sender::ready_work(const LaneQueue& lanes, std::size_t most_bytes, 
 // Gives the bundle a buffer that can be put from, or a device copies from, into such a window. False: it has to wait
 // for one, or the link was lost. Where the window can be stored into, a lack of memory for buffers is no failure.
 bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
+  LinkWindows& windows = windows_[link.id];
+  if (windows.staged >= static_cast<std::size_t>(config_.staging_slots)) return false;  // its own puts give one back
   const Where where = staging_for(*transport_, device_.get(), window, bundle->direct);
   auto& unused = staging_[static_cast<int>(where)];
   int& made = staging_made_[static_cast<int>(where)];
@@ -98,7 +101,37 @@ bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
   }
   bundle->staging = std::move(unused.back());
   unused.pop_back();
+  ++windows.staged;
   return true;
+}
+
+void Sender::give_back(Bundle& bundle) {
+  if (bundle.staging == nullptr) return;
+  --windows_[bundle.link->id].staged;
+  const auto where = static_cast<int>(bundle.staging->where());
+  if (bundle.slow && ++staging_made_[where] > config_.staging_slots) {
+    --staging_made_[where];
+    bundle.staging.reset();
+  } else {
+    staging_[where].push_back(std::move(bundle.staging));
+  }
+  awaken_short();
+}
+
+void Sender::awaken_short() {
+  for (const std::uint32_t id : std::exchange(short_of_staging_, {})) {
+    if (const auto waiting = link(id)) awaken(*waiting);
+  }
+}
+
+// A put to a peer that reads slowly, or not at all, must not keep the others from a buffer.
+void Sender::notice_slow_puts(std::uint64_t now) {
+  for (Bundle* bundle : putting_) {
+    if (bundle->slow || now < bundle->put_ns + kSlowPutNs) continue;
+    bundle->slow = true;
+    --staging_made_[static_cast<int>(bundle->staging->where())];
+    awaken_short();
+  }
 }
 
 // Takes frames from the lanes, in their order, until `room` bytes are full. Those of lanes ahead are of one wave.
@@ -223,6 +256,7 @@ void Sender::on_packed(Bundle& bundle) {
   }
   if (!wanted || bundle.direct || !bundle.link->up()) return end(bundle);
   const auto* source = reinterpret_cast<const void*>(bundle.staging->address());
+  bundle.put_ns = now_ns();
   bundle.link->endpoint->put(source, bundle.bytes, windows.slots[bundle.slot].memory->remote(), &bundle.put);
   putting_.push_back(&bundle);
 }
@@ -247,12 +281,7 @@ bool Sender::advance_puts() {
 void Sender::end(Bundle& bundle) {
   const auto link = bundle.link;
   LinkWindows& windows = windows_[link->id];
-  if (bundle.staging != nullptr) {
-    staging_[static_cast<int>(bundle.staging->where())].push_back(std::move(bundle.staging));
-    for (const std::uint32_t id : std::exchange(short_of_staging_, {})) {
-      if (const auto waiting = this->link(id)) awaken(*waiting);
-    }
-  }
+  give_back(bundle);
   if (!bundle.ahead) --windows.in_flight;
   awaken(*link);
   if (link->up()) commit(bundle);

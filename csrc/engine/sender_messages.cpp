@@ -51,6 +51,9 @@ void Sender::on_message(Link& link, const wire::Prelude& prelude, const std::uin
       break;
     case wire::Type::kRecall:
       status = with_body<wire::Release>(data, size, [&](const wire::Release&) {
+        while (link.up() && feed(link)) {  // what is ready uses its slots first: they may have come just now
+        }
+        if (!link.up()) return;
         windows_[link.id].recalled = true;
         release(link);
       });
@@ -163,6 +166,7 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
   windows.recalled = false;
   std::uint64_t need = 0;
   for (const auto& plan : link.config.plans) need = std::max(need, plan.payload_bytes(1));
+  wire::Release unreachable;
   for (const auto& given : grant.slots) {
     Window& window = windows.slots[given.slot];
     if (window.granted)
@@ -177,6 +181,10 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
       window.generation = given.generation;
       auto status = PeerWindow::open(*link.endpoint, device_, given, config_.direct, &window.memory);
       if (!status.ok()) return lose(link, status);
+      if (window.memory == nullptr) {
+        unreachable.slots.push_back({given.slot, given.generation});
+        continue;
+      }
     } else if (!window.memory || window.generation != given.generation) {
       return lose(
           link, Status::error(Code::kProtocol, "slot " + std::to_string(given.slot) + " was granted without its key"));
@@ -184,8 +192,20 @@ void Sender::on_grant(Link& link, const wire::Grant& grant) {
     window.granted = true;
     windows.free.push_back(given.slot);
   }
+  if (!unreachable.slots.empty()) send_back(link, unreachable);
   awaken(link);
   release_idle(link);  // the work may have ended while the grant travelled
+}
+
+// Slots in memory that this side's device cannot store into: it asks for others instead.
+void Sender::send_back(Link& link, const wire::Release& slots) {
+  LinkWindows& windows = windows_[link.id];
+  wire::Prelude prelude;
+  prelude.type = wire::Type::kHostOnly;
+  if (!std::exchange(windows.host_only, true)) send(link, prelude);
+  prelude.type = wire::Type::kRelease;
+  send(link, prelude, slots);
+  windows.released = true;
 }
 
 // Gives all free slots back, or says that there are none.

@@ -61,7 +61,7 @@ Status OwnWindow::make_device(transport::Transport& transport, const std::shared
   const transport::MemoryKind kind = memory_kind(backend);
   const bool reached = transport.reaches(kind) && transport.attach(address_, bytes_, kind, &memory_).ok();
   if (key.handle.length == 0 && !reached) {
-    return Status::error(Code::kDevice, "neither the driver nor UCX can give a window in device memory to a peer");
+    return Status::error(Code::kDevice, "neither the driver nor RDMA can give a window in device memory to a peer");
   }
   const std::lock_guard<std::mutex> lock(own_windows().mutex);
   own_windows().bytes[address_] = bytes_;
@@ -74,13 +74,15 @@ OwnWindow::~OwnWindow() {
   own_windows().bytes.erase(address_);
 }
 
-Status OwnWindow::share(transport::Endpoint& peer, wire::SlotName slot, std::vector<std::uint8_t>* key) const {
-  if (!key_) return peer.share(slot, *memory_, key);
-  DeviceWindowKey device_key = *key_;
+Status OwnWindow::share(transport::Endpoint& peer, wire::SlotGrant* grant) const {
+  if (!key_) return peer.share(*memory_, grant);
+  DeviceWindowKey key = *key_;
   if (memory_ != nullptr) {
-    if (auto status = peer.share(slot, *memory_, &device_key.ucx); !status.ok()) return status;
+    if (auto status = peer.share(*memory_, grant); !status.ok()) return status;
+    key.ucx = std::move(grant->rkey);
   }
-  *key = encode_key(device_key);
+  grant->address = address_;
+  grant->rkey = encode_key(key);
   return {};
 }
 
@@ -93,21 +95,18 @@ Status PeerWindow::open(transport::Endpoint& endpoint, const std::shared_ptr<Dev
                         const wire::SlotGrant& grant, bool direct, std::unique_ptr<PeerWindow>* out) {
   std::unique_ptr<PeerWindow> self(new PeerWindow);
   self->bytes_ = grant.bytes;
-  const wire::SlotName slot{grant.slot, grant.generation};
   if (is_device_key(grant.rkey)) {
     self->where_ = Where::kDevice;
-    std::vector<std::uint8_t> key;
-    if (auto status = self->open_device(direct ? device : nullptr, grant, &key); !status.ok()) return status;
-    if (!key.empty()) {
-      auto status = endpoint.open(slot, key, grant.address, grant.bytes, false, &self->remote_);
+    wire::SlotGrant inner = grant;
+    if (auto status = self->open_device(direct ? device : nullptr, grant, &inner.rkey); !status.ok()) return status;
+    if (!inner.rkey.empty()) {
+      auto status = endpoint.open(inner, false, &self->remote_);
       if (!status.ok() && self->local_ == 0) return status;
-    } else if (self->local_ == 0) {
-      return Status::error(Code::kTransport,
-                           "the peer's window lies in device memory that this side cannot store into and UCX cannot "
-                           "reach: let the receiver keep its windows in host memory (window=\"host\")");
+      if (self->remote_ != nullptr && !self->remote_->rma()) self->remote_.reset();
     }
+    if (self->local_ == 0 && self->remote_ == nullptr) return {};
   } else {
-    auto status = endpoint.open(slot, grant.rkey, grant.address, grant.bytes, direct, &self->remote_);
+    auto status = endpoint.open(grant, direct, &self->remote_);
     if (!status.ok()) return status;
     self->local_ = self->remote_->local();
     if (self->local_ != 0 && device != nullptr) {

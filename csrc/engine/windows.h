@@ -18,9 +18,10 @@ enum class Where : std::uint8_t { kHost = 0, kDevice = 1 };
 // How payloads get into a window.
 enum class Path : std::uint8_t {
   kNone = 0,    // no window yet
-  kRma = 1,     // packed into staging, put from there
+  kRma = 1,     // packed into staging, put from there by RDMA
   kShm = 2,     // packed straight into host memory that both sides map
   kDevice = 3,  // packed straight into the memory of a device
+  kStream = 4,  // packed into staging, sent from there
 };
 
 // One slot or staging buffer, an allocation of its own, known to the transport and mapped for the pool's device.
@@ -41,8 +42,8 @@ class OwnWindow {
   std::size_t bytes() const { return bytes_; }
   std::uint64_t address() const { return address_; }  // as the peer names it
   std::uint64_t local() const { return local_; }      // as this side's remaps use it
-  // Lets a peer reach it as this slot; `key` goes with the grant.
-  Status share(transport::Endpoint& peer, wire::SlotName slot, std::vector<std::uint8_t>* key) const;
+  // Lets a peer reach it: fills in the grant's key, and its address where that is needed.
+  Status share(transport::Endpoint& peer, wire::SlotGrant* grant) const;
 
  private:
   OwnWindow() = default;
@@ -65,7 +66,8 @@ Where staging_for(const transport::Transport& transport, const Device* device, W
 // A peer's slot. Destroyed before its endpoint, and after the last store into it.
 class PeerWindow {
  public:
-  // `direct`: store into it where that is possible; otherwise it is put into.
+  // `direct`: store into it where that is possible; otherwise it is put into. Null, without an error:
+  // this side can do neither.
   static Status open(transport::Endpoint& endpoint, const std::shared_ptr<Device>& device, const wire::SlotGrant& grant,
                      bool direct, std::unique_ptr<PeerWindow>* out);
   ~PeerWindow();
@@ -74,7 +76,10 @@ class PeerWindow {
 
   Where where() const { return where_; }
   std::size_t bytes() const { return bytes_; }
-  Path path() const { return local_ == 0 ? Path::kRma : where_ == Where::kHost ? Path::kShm : Path::kDevice; }
+  Path path() const {
+    if (local_ == 0) return remote_ != nullptr && remote_->rma() ? Path::kRma : Path::kStream;
+    return where_ == Where::kHost ? Path::kShm : Path::kDevice;
+  }
   std::uint64_t local() const { return local_; }  // where this side's remaps store; 0 where it is put into
   const transport::PeerMemory& remote() const { return *remote_; }
 

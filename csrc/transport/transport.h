@@ -9,6 +9,7 @@
 
 #include "status.h"
 #include "wire/message.h"
+#include "wire/siphash.h"
 
 namespace hetkv::transport {
 
@@ -27,8 +28,9 @@ class Sink {
   virtual ~Sink() = default;
   // One whole message, valid in the call.
   virtual void on_message(std::uint64_t link, const std::uint8_t* data, std::size_t size) = 0;
-  // A peer's put of `bytes` at `offset` of a slot is about to be written: where to. What is returned stays valid until
-  // the endpoint is closed. Null: the peer may not write there, and its endpoint fails.
+  // Of a peer's put the bytes from `offset` of a slot are about to be written: where to. What is returned is used
+  // before the transport returns, and asked for again when more come. Null: the peer may not write there, its endpoint
+  // fails.
   virtual void* on_put(std::uint64_t link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) = 0;
 };
 
@@ -67,11 +69,11 @@ class Endpoint {
   // that is sent from then on arrives behind the bytes.
   virtual void put(const void* source, std::size_t bytes, const PeerMemory& target, Op* op) = 0;
 
-  // Lets the peer reach a slot of this side's; `key` is what its open() needs.
-  virtual Status share(wire::SlotName slot, const Memory& memory, std::vector<std::uint8_t>* key) = 0;
-  // The other end of share(): a slot of the peer's, which says that it lies at `address` there. `map`: for stores, too.
-  virtual Status open(wire::SlotName slot, const std::vector<std::uint8_t>& key, std::uint64_t address,
-                      std::size_t bytes, bool map, std::unique_ptr<PeerMemory>* out) = 0;
+  // Lets the peer reach the slot that `grant` names: fills in `rkey`, and `address` where puts need it. An empty key:
+  // it cannot be reached.
+  virtual Status share(const Memory& memory, wire::SlotGrant* grant) = 0;
+  // The other end of share(). `map`: for stores, too, where that is possible.
+  virtual Status open(const wire::SlotGrant& grant, bool map, std::unique_ptr<PeerMemory>* out) = 0;
 
   // All messages so far are on their way, so that closing loses none.
   virtual bool drained() = 0;
@@ -83,10 +85,18 @@ class Endpoint {
   virtual const Status& failure() const = 0;
 };
 
+// A connected socket to the peer. The transport uses a duplicate, so that the descriptor stays its owner's.
+struct StreamConfig {
+  int descriptor = -1;
+  SipKey send_key{};
+  SipKey receive_key{};
+};
+
 // What connect() needs to know of a peer.
 struct PeerAddress {
   std::uint64_t link = 0;             // number of the link, equal on both sides
   std::vector<std::uint8_t> address;  // the peer's Transport::address()
+  std::vector<StreamConfig> streams;  // in the same order on both sides
 };
 
 class Transport {

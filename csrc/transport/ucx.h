@@ -1,43 +1,55 @@
-// A transport over UCX: one context and worker, endpoints, registered memory, one-sided puts, active messages. hetkv's
-// own UCX configuration turns on error handling of the shared-memory transports
-// (docs/decisions/0001-ucx-through-its-c-api.md).
+// UCX's functions, found in a library that is loaded at run time: hetkv needs none where no link uses RDMA.
 #pragma once
 
+#include "status.h"
+
+#ifdef HETKV_WITH_UCX
 #include <ucp/api/ucp.h>
-
-#include <memory>
-#include <vector>
-
-#include "transport/transport.h"
+#endif
 
 namespace hetkv::transport {
 
-class UcxTransport final : public Transport {
- public:
-  UcxTransport() = default;
-  ~UcxTransport() override;
-  UcxTransport(const UcxTransport&) = delete;
-  UcxTransport& operator=(const UcxTransport&) = delete;
+// Loads the `libucp` at `path` for open_rma(). Call once, before it. kTransport: it cannot be loaded, or lacks a
+// function.
+Status load_ucx(const char* path);
 
-  Status start(Sink* sink) override;
-  void close() override;
-  const std::vector<std::uint8_t>& address() const override { return address_; }
-  Status connect(const PeerAddress& peer, std::unique_ptr<Endpoint>* out) override;
-  bool progress() override { return ucp_worker_progress(worker_) != 0; }
-  bool arm() override { return ucp_worker_arm(worker_) == UCS_OK; }
-  int event_fd() const override { return event_fd_; }
-  Status allocate(std::size_t bytes, std::unique_ptr<Memory>* out) override;
-  bool reaches(MemoryKind kind) const override;
-  Status attach(std::uint64_t address, std::size_t bytes, MemoryKind kind, std::unique_ptr<Memory>* out) override;
+#ifdef HETKV_WITH_UCX
+#define HETKV_UCX_FUNCTIONS(X)  \
+  X(ucp_config_read)            \
+  X(ucp_config_modify)          \
+  X(ucp_config_release)         \
+  X(ucp_init_version)           \
+  X(ucp_cleanup)                \
+  X(ucp_context_query)          \
+  X(ucp_worker_create)          \
+  X(ucp_worker_destroy)         \
+  X(ucp_worker_get_efd)         \
+  X(ucp_worker_get_address)     \
+  X(ucp_worker_release_address) \
+  X(ucp_worker_progress)        \
+  X(ucp_worker_arm)             \
+  X(ucp_mem_map)                \
+  X(ucp_mem_unmap)              \
+  X(ucp_rkey_pack)              \
+  X(ucp_rkey_buffer_release)    \
+  X(ucp_rkey_destroy)           \
+  X(ucp_ep_create)              \
+  X(ucp_ep_query)               \
+  X(ucp_ep_rkey_unpack)         \
+  X(ucp_ep_flush_nbx)           \
+  X(ucp_ep_close_nbx)           \
+  X(ucp_put_nbx)                \
+  X(ucp_request_free)
 
- private:
-  static ucs_status_t on_message(void* self, const void* header, std::size_t header_size, void* data, std::size_t size,
-                                 const ucp_am_recv_param_t* param);
-  Sink* sink_ = nullptr;
-  std::shared_ptr<ucp_context> context_;  // ended with the last of those that need it
-  ucp_worker_h worker_ = nullptr;
-  int event_fd_ = -1;
-  std::vector<std::uint8_t> address_;
+struct Ucx {
+#define HETKV_FIELD(name) decltype(&::name) name = nullptr;
+  HETKV_UCX_FUNCTIONS(HETKV_FIELD)
+#undef HETKV_FIELD
+  const char* (*ucs_status_string)(ucs_status_t) = nullptr;
 };
+
+// Null before load_ucx().
+const Ucx* ucx();
+#endif
 
 }  // namespace hetkv::transport

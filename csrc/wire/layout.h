@@ -175,6 +175,7 @@ constexpr BodySize body_size(Type type) {
     case Type::kHeartbeat:
       return {sizeof(HeartbeatBytes), true};
     case Type::kWant:
+    case Type::kHostOnly:
     case Type::kBye:
       return {0, true};
   }

@@ -16,7 +16,7 @@
 namespace hetkv::wire {
 
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 3;
+constexpr std::uint8_t kMinor = 4;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
 constexpr std::size_t kMaxReasonBytes = 512;
@@ -37,6 +37,7 @@ enum class Type : std::uint16_t {
   kBye = 10,          // either: orderly end of the link
   kBoundTicket = 11,  // receiver -> sender: a ticket for a request of one content
   kBundle = 12,       // sender -> receiver: a slot is filled with the payloads of several frames
+  kHostOnly = 13,     // sender -> receiver: cannot reach device memory of the peer: lend slots in host memory
 };
 
 const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "want"
@@ -163,7 +164,7 @@ void encode(const Prelude& prelude, const Release& body, const SipKey& key, std:
 void encode(const Prelude& prelude, const Done& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Abort& body, const SipKey& key, std::vector<std::uint8_t>& out);
 void encode(const Prelude& prelude, const Heartbeat& body, const SipKey& key, std::vector<std::uint8_t>& out);
-void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kWant, kBye: no body
+void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kWant, kBye, kHostOnly
 
 // Checks magic, versions, reserved fields, type, length and MAC, in that order, then whether the message names a
 // request where its type wants one. The body decoders may run after that. The sequence number is the caller's to check.

@@ -11,7 +11,7 @@ namespace {
 using std::to_string;
 
 bool known(std::uint16_t type) {
-  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kBundle);
+  return type >= static_cast<std::uint16_t>(Type::kFrame) && type <= static_cast<std::uint16_t>(Type::kHostOnly);
 }
 
 bool of_request(Type type) {
@@ -32,8 +32,8 @@ std::string hex(const std::uint8_t* data, std::size_t bytes) {
 }  // namespace
 
 const char* name(Type type) {
-  constexpr const char* kNames[] = {"frame", "ticket", "grant",     "release", "recall",       "done",
-                                    "abort", "want",   "heartbeat", "bye",     "bound_ticket", "bundle"};
+  constexpr const char* kNames[] = {"frame", "ticket",    "grant", "release",      "recall", "done",     "abort",
+                                    "want",  "heartbeat", "bye",   "bound_ticket", "bundle", "host_only"};
   const auto code = static_cast<std::uint16_t>(type);
   return known(code) ? kNames[code - 1] : "unknown";
 }

@@ -26,9 +26,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "copy-32-blocks": {"max_blocks": 32},
     "store": {"copy_engine": False},
     "store-24-blocks": {"copy_engine": False, "max_blocks": 24},
-    "rma": {"direct": False, "window": "device"},
+    "stream": {"direct": False},
 }
-"""Settings: packed and copied by the copy engine, stored across by the pack, or put by UCX."""
+"""Settings: packed and copied by the copy engine, stored across by the pack, or sent through host memory."""
 UNPACK = 3
 """Kind of span (`csrc/engine/events.h`)."""
 

@@ -263,7 +263,7 @@ def _serve(
 ) -> None:
     """Body of a child: answers `(method, *arguments)` until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.update(environment)  # before UCX is loaded
+    os.environ.update(environment)
     try:
         side = make(*arguments)
         connection.send((True, None))
@@ -334,7 +334,7 @@ class Pair:
         *,
         together: bool = False,
     ) -> None:
-        """`environment`: set in all processes before UCX is loaded."""
+        """`environment`: set in all processes."""
         if shape.layers < 1 or shape.tokens < 1:
             raise InputError(f"{shape.layers} layers of {shape.tokens} tokens: at least one of each")
         self.shape = shape
@@ -376,12 +376,12 @@ class Pair:
         return sum(ask_all(self.receivers, "verify"))
 
     def path(self) -> str:
-        """How payloads got there, by the senders' own count: `peer`, `shared`, `put`, or `mixed`."""
+        """How payloads got there, by the senders' own count: `device`, `shm`, `stream`, or `mixed`."""
         stats = ask_all(self.senders, "stats")
         direct, peer, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "peer_frames", "frames"))
         if peer not in (0, frames) or direct not in (0, frames):
             return "mixed"
-        return "device" if peer else "shm" if direct else "rma"
+        return "device" if peer else "shm" if direct else "stream"
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""

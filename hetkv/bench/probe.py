@@ -6,7 +6,6 @@ Nothing is inferred that can be tried: two processes move a small request over e
 from __future__ import annotations
 
 import os
-import re
 import resource
 import statistics
 import time
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hetkv.bench import ucx
+from hetkv import ucx as library
 from hetkv.bench.pair import Pair, Shape, make_pool
 from hetkv.errors import HetkvError, InputError
 from hetkv.transport.backends import folder
@@ -29,8 +28,6 @@ CAPABILITIES = (
 """Names of the bits of `HetkvCapability` (`csrc/backend/backend.h`), from bit 0."""
 LAYERS = 4
 REPEATS = 5
-FAST_NETWORKS = re.compile(r"rc|dc|ud|gga|srd|gdaki")
-"""UCX transports of RDMA hardware, by the start of their name."""
 
 
 def probe(mib: float = 64) -> dict[str, Any]:
@@ -42,7 +39,7 @@ def probe(mib: float = 64) -> dict[str, Any]:
         f"{source} to {destination}": attempt(partial(local, mib, True, (source, destination)))
         for source, destination in device_pairs(found["gpu"])
     }
-    found["local"] = {"auto": attempt(lambda: local(mib, True)), "rma": attempt(lambda: local(mib, False))}
+    found["local"] = {"auto": attempt(lambda: local(mib, True)), "stream": attempt(lambda: local(mib, False))}
     found["warnings"] = warnings(found)
     return found
 
@@ -85,21 +82,17 @@ def device_pairs(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def ucx_facts() -> dict[str, Any]:
-    """UCX's version, the user's UCX settings, and the lanes that UCX chooses inside a host and between hosts."""
+    """The UCX that RDMA would use, or why there is none."""
     try:
-        return {
-            "version": ucx.version(),
-            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("UCX_")},
-            "transports": sorted(set(re.findall(r"Transport: (\S+)", ucx.info("-d")))),
-            "lanes": {place: lanes(ucx.info("-e", "-w", "-u", "mrwe", "-P", place)) for place in ("intra", "inter")},
-        }
+        found = library.load()
     except HetkvError as error:
         return {"error": str(error)}
-
-
-def lanes(text: str) -> list[str]:
-    """`transport/device` of each lane that `ucx_info -e` lists."""
-    return re.findall(r"lane\[\d+\]:\s+\d+:(\S+)", text)
+    return {
+        "version": ".".join(map(str, found.version)),
+        "origin": found.origin,
+        "path": str(found.path),
+        "has_verbs": found.has_verbs,
+    }
 
 
 def limits() -> dict[str, Any]:
@@ -204,59 +197,34 @@ def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str
             handle.send_layers()
             handle.wait(timeout)
             seconds.append(time.perf_counter() - began)
-        stats = sender.stats()
-        path = "shm" if stats["direct_frames"] == stats["frames"] else "rma"
+        path = sender.path(peer)
         found: dict[str, Any] = {"peer": peer.description.host, "same_host": peer.same_host, "path": path}
-        found["gb_s"] = rate(mib, seconds[1:])
-    facts = ucx_facts()
-    found["lanes"] = facts.get("lanes", {}).get("intra" if found["same_host"] else "inter", [])
-    found["warnings"] = lane_warnings("between the two", found["lanes"]) if path == "rma" else []
+        found |= {"streams": peer.kind, "tried": list(peer.tried), "gb_s": rate(mib, seconds[1:])}
+    slow = path == "stream" and peer.same_host
+    found["warnings"] = [f"one host, but payloads go through {peer.kind} sockets: {why}" for why in peer.tried if slow]
     return found
-
-
-def lane_warnings(where: str, chosen: list[str]) -> list[str]:
-    """Says so where UCX would move payloads over TCP alone."""
-    names = [lane.split("/")[0] for lane in chosen]
-    if not names or any(name != "tcp" for name in names):
-        return []
-    setting = os.environ.get("UCX_TLS")
-    why = f" because UCX_TLS={setting}" if setting else ": it found nothing faster"
-    return [f"{where}, UCX uses TCP alone ({', '.join(chosen)}){why}"]
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
     """What an operator should know: slow lanes where fast ones were due, limits that will hurt."""
     said: list[str] = []
     facts, bounds = found["ucx"], found["limits"]
-    if "error" in facts:
-        said.append(f"the lanes of UCX are unknown: {facts['error']}")
-    else:
-        said += lane_warnings("between processes of this host", facts["lanes"]["intra"])
-        fast = [name for name in facts["transports"] if FAST_NETWORKS.match(name)]
-        if bounds["rdma_devices"] and not fast:
-            said.append(
-                f"RDMA devices {', '.join(bounds['rdma_devices'])} are here but this UCX has no transport for them: "
-                "build hetkv against the system's UCX (-DHETKV_UCX=system)"
-            )
-        if fast:
-            said += lane_warnings("between hosts", facts["lanes"]["inter"])
+    if bounds["rdma_devices"] and not facts.get("has_verbs"):
+        why = facts.get("error") or f"the UCX of {facts['origin']} has no verbs"
+        said.append(f"RDMA devices {', '.join(bounds['rdma_devices'])} are here, but cannot be used: {why}")
     for path, result in found["local"].items():
         if "error" in result:
             said.append(f"two processes of this host, {path}: {result['error']}")
     if found["local"]["auto"].get("path", "shm") != "shm":
-        said.append("two processes of this host do not reach each other's memory: payloads are staged and put by UCX")
+        said.append("two processes of this host do not share memory: payloads are staged and sent")
     for pair, result in found.get("devices", {}).items():
         if "error" in result:
             said.append(f"{pair}: {result['error']}")
         elif "cpu" not in pair and result["path"] != "device":
             said.append(f"{pair}: the two GPUs do not reach each other's memory: payloads pass through the host")
-        elif result["path"] == "rma":
-            said.append(f"{pair}: payloads are staged and put, as the GPU does not map the other side's memory")
-    window, shared, locked = found["cpu"]["default_window_bytes"], bounds["dev_shm"], bounds["memlock_bytes"]
-    if shared is not None and shared["free_bytes"] < 2 * window:
-        said.append(
-            f"/dev/shm has {shared['free_bytes'] // MIB} MiB free; a receiver's window takes {window // MIB} MiB"
-        )
+        elif result["path"] == "stream":
+            said.append(f"{pair}: payloads are staged and sent, as the GPU does not map the other side's memory")
+    window, locked = found["cpu"]["default_window_bytes"], bounds["memlock_bytes"]
     if bounds["rdma_devices"] and locked is not None and locked < 2 * window:
         said.append(
             f"at most {locked // 1024} KiB of memory can be locked (ulimit -l), a window takes {window // MIB} MiB"

@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also the same bytes between so many ranks, each a process and all of a side in one; repeatable",
     )
     parser.add_argument(
-        "--path", choices=("auto", "rma", "both"), default="both", help="auto: straight into the window if it can"
+        "--path", choices=("auto", "stream", "both"), default="both", help="auto: straight into the window if it can"
     )
     parser.add_argument(
         "--peers", default="nixl,mooncake,ucxx", metavar="NAMES", help="other transports to measure, or none"
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     configs = {
         path: TransferConfig(direct=path == "auto", **settings)
-        for path in (("auto", "rma") if args.path == "both" else (args.path,))
+        for path in (("auto", "stream") if args.path == "both" else (args.path,))
     }
     block_size = args.block_kib * KIB // TOKEN_BYTES
     console, load = terminal.console(args.json), os.getloadavg()[0]

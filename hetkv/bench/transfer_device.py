@@ -1,7 +1,7 @@
 """`hetkv bench transfer --device`: pool to pool between two GPUs, in one run with NIXL and one contiguous UCX put.
 
 Two processes, NHD 16 to HND 64 by default, in three ways: straight into the other GPU's memory; through host memory
-that both GPUs map (UCX without cuda_ipc), compared with a pinned device-to-host copy; and packed, then put by UCX.
+that both GPUs map, compared with a pinned device-to-host copy; and packed, then sent over a socket.
 Every round runs all of them and UCX's own put; NIXL runs once, after them. GB/s: 10^9 payload bytes a second, each
 counted once; a figure is the median over all requests. See docs/measuring.md.
 """
@@ -32,8 +32,8 @@ NIXL_RUNS: dict[str, dict[str, float]] = {
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "auto": ({}, {}),
     "store": ({"copy_engine": False}, {}),
-    "host-staged": ({"window": "host"}, {"UCX_TLS": "^cuda_ipc"}),
-    "rma": ({"direct": False, "window": "device"}, {}),
+    "host-staged": ({"window": "host"}, {}),
+    "stream": ({"direct": False}, {}),
 }
 """Settings and environment of each way."""
 

@@ -1,4 +1,4 @@
-"""UCX's own programs: `ucx_perftest` as the yardstick of a transfer, `ucx_info` for what a host offers."""
+"""UCX's own program `ucx_perftest`, as the yardstick of a transfer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from hetkv.errors import UcxToolError
+from hetkv.errors import BuildError, UcxToolError
+from hetkv.ucx import Ucx, load
 
 SETTINGS = {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
-"""hetkv's own UCX settings (csrc/transport/ucx.cpp, docs/decisions/0001-ucx-through-its-c-api.md)."""
+"""With which UCX is at its best (docs/decisions/0001-ucx-through-its-c-api.md)."""
 
 CONNECT_S = 10.0
 RUN_S = 120.0
 
 
+def loaded() -> Ucx:
+    """The UCX that hetkv would use. Raises `UcxToolError`."""
+    try:
+        return load()
+    except BuildError as error:
+        raise UcxToolError(str(error)) from None
+
+
 def tool(name: str) -> tuple[str, dict[str, str]]:
     """Path of a program of the UCX in use and the environment it runs in; else the one of that name in PATH."""
-    from hetkv.core import ucx
-
+    ucx = loaded()
     environment = dict(os.environ)
     if program := ucx.tool(name):
         paths = [str(ucx.path.parent), environment.get("LD_LIBRARY_PATH", "")]
@@ -34,21 +42,9 @@ def tool(name: str) -> tuple[str, dict[str, str]]:
     return found, environment
 
 
-def info(*options: str) -> str:
-    """What `ucx_info` prints under hetkv's own settings."""
-    path, environment = tool("ucx_info")
-    done = subprocess.run(
-        [path, *options], env={**SETTINGS, **environment}, capture_output=True, text=True, timeout=RUN_S
-    )
-    if done.returncode != 0:
-        raise UcxToolError(f"ucx_info {' '.join(options)}: exit code {done.returncode}: {last_line(done.stderr)}")
-    return done.stdout
-
-
 def version() -> str:
     """Version of the UCX that is in use."""
-    from hetkv.core import ucx
-
+    ucx = loaded()
     return ".".join(map(str, ucx.version))
 
 

@@ -92,12 +92,8 @@ def show_host(console: Console, found: dict[str, Any]) -> None:
             size = device["total_memory"] >> 30
             table.add_row(f"{name.upper()} {index}", f"{device['name']}, {device['arch']}, {size} GiB; {can}")
     facts = found["ucx"]
-    if "error" not in facts:
-        table.add_row("UCX", f"{facts['version']}: {', '.join(facts['transports'])}")
-        for place, name in (("intra", "lanes, same host"), ("inter", "lanes, other host")):
-            table.add_row(name, ", ".join(facts["lanes"][place]) or "none")
-        if facts["environment"]:
-            table.add_row("settings", " ".join(f"{name}={value}" for name, value in facts["environment"].items()))
+    verbs = "with verbs" if facts.get("has_verbs") else "without verbs"
+    table.add_row("UCX, for RDMA", "none" if "error" in facts else f"{facts['version']} of {facts['origin']}, {verbs}")
     for way, result in {**found["local"], **found.get("devices", {})}.items():
         text = (
             result.get("error")
@@ -118,5 +114,5 @@ def show_peer(console: Console, found: dict[str, Any]) -> None:
     """One line about the other end."""
     where = "this host" if found["same_host"] else "another host"
     path = f", path {found['path']}" if "path" in found else ""
-    lanes = f", lanes {', '.join(found['lanes'])}" if found.get("lanes") else ""
-    console.print(f"{found['peer']} ({where}): {found['gb_s']:.2f} GB/s{path}{lanes}", highlight=False)
+    streams = f" over {found['streams']}" if "streams" in found else ""
+    console.print(f"{found['peer']} ({where}){streams}: {found['gb_s']:.2f} GB/s{path}", highlight=False)

@@ -37,9 +37,13 @@ class Channel:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.peer = peer
+        self.family = sock.family
+        self.remote: object = sock.getpeername()
+        """The peer's address, as the family has it."""
         self._sock = sock
         self._lock = threading.Lock()
         self._life = threading.Lock()
@@ -90,6 +94,10 @@ class Channel:
             sent = yield from self._until(partial(self._sock.send, view), select.POLLOUT, deadline, "reading")
             view = view[sent:]
 
+    def first_byte(self, deadline: float | None, what: str) -> Steps[bytes]:
+        """The next byte, which stays to be read; empty at the end."""
+        return self._until(lambda: self._sock.recv(1, socket.MSG_PEEK), select.POLLIN, deadline, what)
+
     def linger(self, seconds: float) -> Steps[None]:
         """End writing; discard what comes until the peer ends too, as unread bytes would reset the last message."""
         deadline = time.monotonic() + seconds
@@ -105,6 +113,13 @@ class Channel:
         """End both directions, so that a thread inside `read` or `write` returns with `PeerLostError`. Any thread."""
         with self._life, contextlib.suppress(OSError):  # the peer may have been first
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def release(self) -> socket.socket:
+        """The socket, which is the caller's from now on."""
+        with self._life:
+            sock, self._sock = self._sock, socket.socket()
+            self._sock.close()
+        return sock
 
     def close(self) -> None:
         """Give the descriptor back. No other thread may be inside `read` or `write`."""

@@ -18,9 +18,22 @@ from typing import NamedTuple, TypeVar
 from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
 from hetkv.control.compat import check_minor
-from hetkv.control.description import Accept, Bye, Description, Message, Ready, Rejection, decode, encode, for_minor
-from hetkv.control.handshake import Keys, Role, authenticate, check_secret, other_role
+from hetkv.control.description import (
+    Accept,
+    Bye,
+    Description,
+    Message,
+    Ready,
+    Rejection,
+    Streaming,
+    decode,
+    encode,
+    for_minor,
+    same_kernel,
+)
+from hetkv.control.handshake import Keys, Opening, Role, authenticate, check_secret, other_role
 from hetkv.control.reactor import Steps, call, run, shared
+from hetkv.control.streams import Desk, Streams, dial
 from hetkv.errors import (
     ControlError,
     ControlTimeoutError,
@@ -79,7 +92,9 @@ class ControlConnection:
     Any thread may call any method. Call `close` when done, also after a loss.
     """
 
-    def __init__(self, channel: Channel, records: Records, keys: Keys, agreement: Agreement, timeout: float) -> None:
+    def __init__(
+        self, channel: Channel, records: Records, keys: Keys, agreement: Agreement, timeout: float, streams: Streams
+    ) -> None:
         self.agreement = agreement
         """What both sides are and how they exchange KV."""
         self.peer = agreement.theirs
@@ -90,6 +105,8 @@ class ControlConnection:
         """64-bit number of this connection, equal on both sides: names the link on the data plane. Not secret."""
         self.minor = keys.minor
         """Version of the link: the lower one of the two sides."""
+        self.streams = streams
+        """The data plane's sockets. Closed with the connection; the engine has duplicates."""
         self._channel, self._records, self._timeout = channel, records, timeout
         self._sending = threading.Lock()
         self._state = threading.Condition()
@@ -160,6 +177,7 @@ class ControlConnection:
         shared().stop(self._reader)
         with self._sending:
             self._channel.close()
+        self.streams.close()
 
     def __enter__(self) -> ControlConnection:
         return self
@@ -227,13 +245,14 @@ def connect(
     tls_hostname: str | None = None,
     silence: float = SILENCE_S,
     admit: Admit | None = None,
+    streams: int = 1,
 ) -> ControlConnection:
     """Connect to a `Listener` and run the handshake, at most `timeout` seconds for each step of it.
 
     A listener that has too many handshakes ends some: this tries again, with growing random pauses, for `timeout`
     seconds. `describe` makes this side's description, after the peer is authenticated. With `tls` the certificate is
     checked as the context says, against `tls_hostname` (default: the address's host). `silence` and `admit` are as for
-    `Listener`.
+    `Listener`. `streams`: how many connections of the data plane to make where they are TCP.
 
     Raises `InputError`, `PeerLostError` (nobody listens, or the peer ended), `ControlTimeoutError`,
     `AuthenticationError`, `MessageError`, `HandshakeError` with its subclasses `VersionError` and `IncompatibleError`.
@@ -246,7 +265,7 @@ def connect(
     while True:
         channel = _reach(target, timeout)
         steps = establish(
-            channel, role, secret, describe, True, timeout, tls, tls_hostname or target.host, silence, admit
+            channel, role, secret, describe, timeout, tls, tls_hostname or target.host, silence, admit, streams
         )
         try:
             return run(steps)
@@ -278,38 +297,91 @@ def establish(
     role: Role,
     secret: bytes,
     describe: Describe,
-    connecting: bool,
     timeout: float = DEFAULT_TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
     tls_hostname: str | None = None,
     silence: float = SILENCE_S,
     admit: Admit | None = None,
-    on_authenticated: Callable[[], None] | None = None,
+    streams: int = 1,
 ) -> Steps[ControlConnection]:
-    """The whole handshake over a connected channel, which the connection then owns; it is closed on failure."""
+    """The connecting side's handshake over a connected channel, which the connection then owns; closed on failure.
+
+    It waits for its streams where it is run.
+    """
+
+    def steps() -> Steps[ControlConnection]:
+        if tls is not None:
+            yield from channel.start_tls(tls, False, tls_hostname, time.monotonic() + timeout)
+        keys = yield from authenticate(channel, secret, role, True, timeout)
+        channel.end_when_silent(silence)
+        records = Records(channel, keys.control_send, keys.control_receive)
+        agreement = yield from _agree(
+            records, channel.peer, _description(describe, role), True, timeout, keys.minor, admit
+        )
+        near = same_kernel(agreement.mine.host, agreement.theirs.host)
+        made = dial(keys, channel, agreement.theirs.sockets if near else (), streams, timeout)
+        try:
+            yield from records.write(encode(Streaming(made.kind, len(made))), time.monotonic() + timeout)
+            return ControlConnection(channel, records, keys, agreement, timeout, made)
+        except BaseException:
+            made.close()
+            raise
+
+    return _owning(channel, timeout, steps())
+
+
+def receive(
+    channel: Channel,
+    opening: Opening,
+    desk: Desk,
+    role: Role,
+    secret: bytes,
+    describe: Describe,
+    timeout: float = DEFAULT_TIMEOUT_S,
+    silence: float = SILENCE_S,
+    admit: Admit | None = None,
+    on_authenticated: Callable[[], None] = lambda: None,
+) -> Steps[ControlConnection]:
+    """The listening side's handshake behind the hello, with the same fate of the channel."""
+
+    def steps() -> Steps[ControlConnection]:
+        keys = yield from authenticate(channel, secret, role, False, timeout, opening)
+        on_authenticated()
+        channel.end_when_silent(silence)
+        records = Records(channel, keys.control_send, keys.control_receive)
+        with desk.expecting(keys):
+            agreement = yield from _agree(
+                records, channel.peer, _description(describe, role), False, timeout, keys.minor, admit
+            )
+            said = decode((yield from records.read(time.monotonic() + timeout, "streams")), channel.peer)
+            if not isinstance(said, Streaming):
+                raise MessageError(f"{channel.peer}: message {type(said).__name__} instead of its streams")
+            made = desk.collect(keys, said.kind, said.count, channel.peer)
+        return ControlConnection(channel, records, keys, agreement, timeout, made)
+
+    return _owning(channel, timeout, steps())
+
+
+def _owning(channel: Channel, timeout: float, steps: Steps[ControlConnection]) -> Steps[ControlConnection]:
+    """The steps, and the channel's end where they fail."""
     try:
         try:
-            if tls is not None:
-                hostname = tls_hostname if connecting else None
-                yield from channel.start_tls(tls, not connecting, hostname, time.monotonic() + timeout)
-            keys = yield from authenticate(channel, secret, role, connecting, timeout)
-            if on_authenticated is not None:
-                on_authenticated()
-            channel.end_when_silent(silence)
-            records = Records(channel, keys.control_send, keys.control_receive)
-            mine = describe()
-            if mine.role != role:
-                raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
-            agreement = yield from _agree(records, channel.peer, mine, connecting, timeout, keys.minor, admit)
+            return (yield from steps)
         except (PeerLostError, ControlTimeoutError):
             raise
         except ControlError:
             yield from channel.linger(min(LINGER_S, timeout))
             raise
-        return ControlConnection(channel, records, keys, agreement, timeout)
     except BaseException:
         channel.close()
         raise
+
+
+def _description(describe: Describe, role: Role) -> Description:
+    mine = describe()
+    if mine.role != role:
+        raise InputError(f"this side is the {role}, but describes itself as {mine.role}")
+    return mine
 
 
 def _agree(

@@ -6,11 +6,12 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
-from hetkv.control.handshake import Role
+from hetkv.control.handshake import MOST_STREAMS, Role
+from hetkv.control.local import is_local_name
 from hetkv.errors import InputError, MessageError
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.reshard import check_shard
@@ -19,6 +20,8 @@ from hetkv.kv.spec import KVSpec, Shard
 MAX_TEXT = 512
 MAX_NAME, MAX_FINGERPRINTS = 64, 32
 MAX_WORKER_ADDRESS_BYTES = 64 * 1024
+MAX_SOCKETS = 4
+MAX_ENGINE_BYTES = 16
 
 
 class _Memory(Protocol):
@@ -65,8 +68,6 @@ class Description(
     spec: KVSpec
     shard: Shard
     layers: tuple[LayerGroup, ...]
-    worker_address: bytes
-    """UCX worker address of the data plane."""
     slot_bytes: int
     """Receiver: bytes of one window slot. Sender: 0."""
     heartbeat_interval_ms: int
@@ -83,12 +84,22 @@ class Description(
     fingerprint: dict[str, str] = {}
     """What made the KV, as values that must be equal where both sides name them: weights, vocabulary, rope, ... From
     minor 2 on."""
+    engine: bytes = b""
+    """Random number of this engine: a peer of the same name and another number is another one."""
+    worker_address: bytes = b""
+    """UCX worker address for RDMA; empty: this side does none."""
+    sockets: tuple[str, ...] = ()
+    """Listening side: unix sockets at which it takes streams, beside its port."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:
             raise InputError(f"instance and host are names of 1 to {MAX_TEXT} characters")
+        if len(self.engine) > MAX_ENGINE_BYTES:
+            raise InputError(f"engine has {len(self.engine)} bytes, over {MAX_ENGINE_BYTES}")
         if len(self.worker_address) > MAX_WORKER_ADDRESS_BYTES:
             raise InputError(f"worker_address has {len(self.worker_address)} bytes, over {MAX_WORKER_ADDRESS_BYTES}")
+        if len(self.sockets) > MAX_SOCKETS or not all(map(is_local_name, self.sockets)):
+            raise InputError(f"sockets are {self.sockets}: up to {MAX_SOCKETS} names of hetkv's unix sockets")
         if not 0 < len(self.device) <= MAX_TEXT:
             raise InputError(f"device is a name of 1 to {MAX_TEXT} characters")
         if len(self.fingerprint) > MAX_FINGERPRINTS:
@@ -159,13 +170,24 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"
     """The data plane has the keys of this connection: messages of the link may come from now on."""
 
 
+class Streaming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="streaming"):
+    """The connecting side has dialled so many streams, all of this kind."""
+
+    kind: Literal["unix", "tcp"]
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MOST_STREAMS:
+            raise InputError(f"{self.count} streams: 1 to {MOST_STREAMS}")
+
+
 class Bye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bye"):
     """Orderly end; the last message of its direction."""
 
     reason: str = ""
 
 
-Message = Description | Accept | Rejection | Ready | Bye
+Message = Description | Accept | Rejection | Streaming | Ready | Bye
 
 _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
@@ -190,6 +212,11 @@ def decode(payload: bytes, peer: str) -> Message:
         return message
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
         raise MessageError(f"{peer}: control message is malformed: {error}") from None
+
+
+def same_kernel(a: str, b: str) -> bool:
+    """Whether two values of `host` are of processes under one kernel, in containers of other names perhaps."""
+    return a.partition("/")[0] == b.partition("/")[0]
 
 
 def host_id() -> str:

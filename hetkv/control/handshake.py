@@ -20,10 +20,14 @@ from hetkv.errors import AuthenticationError, HandshakeError, InputError, Listen
 
 Role = Literal["sender", "receiver"]
 
-MAJOR = 1
-MINOR = 3
+MAJOR = 2
+MINOR = 4
 MIN_SECRET_BYTES = 16
 MAGIC = b"hetkvctl"
+STREAM_MAGIC = b"hetkvdat"
+"""What a connection of the data plane begins with, on the same port: `hetkv.control.streams`."""
+MOST_STREAMS = 8
+"""Of one link."""
 NONCE_BYTES = 32
 
 _FIXED = struct.Struct("<8sHHI")
@@ -63,6 +67,11 @@ class Keys(NamedTuple):
     """64-bit number of this connection, the same on both sides and different for every connection. Not secret."""
     minor: int
     """The lower of the two sides' minor versions, for the data plane too."""
+    call_send: bytes
+    """Proof that a stream belongs to this connection: 32 bytes."""
+    call_receive: bytes
+    streams: tuple[tuple[bytes, bytes], ...]
+    """SipHash keys of the frames on each stream: send, receive."""
 
 
 def hkdf_extract(salt: bytes, secret: bytes) -> bytes:
@@ -104,6 +113,11 @@ class Schedule:
             self.key(f"data {other}", 16),
             int.from_bytes(self.key("link", 8), "little"),
             minor,
+            self.key(f"call {role}", 32),
+            self.key(f"call {other}", 32),
+            tuple(
+                (self.key(f"stream {i} {role}", 16), self.key(f"stream {i} {other}", 16)) for i in range(MOST_STREAMS)
+            ),
         )
 
 
@@ -118,19 +132,36 @@ def check_secret(secret: bytes) -> None:
         raise InputError(f"the shared secret must be bytes, {MIN_SECRET_BYTES} or more")
 
 
-def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float) -> Steps[Keys]:
+class Opening(NamedTuple):
+    """How a connection began: this side's hello, and the first bytes of the peer's."""
+
+    mine: Hello
+    sent: bytes
+    magic: bytes
+
+
+def greet(channel: Channel, role: Role, timeout: float) -> Steps[Opening]:
+    """Send this side's hello and read what the peer's begins with: `MAGIC`, or `STREAM_MAGIC`."""
+    mine = Hello(MAJOR, MINOR, role, os.urandom(NONCE_BYTES), __version__)
+    sent = mine.encode()
+    yield from channel.write(sent, time.monotonic() + timeout)
+    magic = yield from channel.read(len(MAGIC), time.monotonic() + timeout, "hello")
+    return Opening(mine, sent, magic)
+
+
+def authenticate(
+    channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float, opening: Opening | None = None
+) -> Steps[Keys]:
     """Run the handshake up to the keys. Each step may take `timeout` seconds, however slowly the bytes trickle.
 
     The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from.
     Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`; on the
     connecting side `ListenerBusyError` where trying again may help.
     """
-    mine = Hello(MAJOR, MINOR, role, os.urandom(NONCE_BYTES), __version__)
-    sent = mine.encode()
     greeted = False
     try:
-        yield from channel.write(sent, time.monotonic() + timeout)
-        theirs, received = yield from read_hello(channel, time.monotonic() + timeout)
+        mine, sent, magic = opening or (yield from greet(channel, role, timeout))
+        theirs, received = yield from read_hello(channel, time.monotonic() + timeout, magic)
         greeted = True
         if hmac.compare_digest(theirs.nonce, mine.nonce):
             raise AuthenticationError(f"{channel.peer}: handshake was reflected: the peer sent this side's own nonce")
@@ -149,9 +180,9 @@ def authenticate(channel: Channel, secret: bytes, role: Role, connecting: bool, 
     return schedule.keys(role, min(mine.minor, theirs.minor))
 
 
-def read_hello(channel: Channel, deadline: float) -> Steps[tuple[Hello, bytes]]:
-    """The peer's hello, checked, and its bytes."""
-    start = yield from channel.read(_FIXED.size, deadline, "hello")
+def read_hello(channel: Channel, deadline: float, start: bytes = b"") -> Steps[tuple[Hello, bytes]]:
+    """The peer's hello, checked, and its bytes, of which `start` has been read."""
+    start += yield from channel.read(_FIXED.size - len(start), deadline, "hello")
     magic, major, minor, length = _FIXED.unpack(start)
     if magic != MAGIC:
         raise HandshakeError(f"{channel.peer}: not a hetkv control channel: the peer began with {magic!r}")

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from hetkv.control.channel import Channel
 from hetkv.control.connection import (
     DEFAULT_TIMEOUT_S,
@@ -20,11 +22,13 @@ from hetkv.control.connection import (
     Admit,
     ControlConnection,
     Describe,
-    establish,
+    receive,
 )
-from hetkv.control.handshake import Role, check_secret
+from hetkv.control.handshake import STREAM_MAGIC, Role, check_secret, greet
+from hetkv.control.local import LocalSockets
 from hetkv.control.reactor import Steps, Task, Wait, call, shared
-from hetkv.errors import ControlError, HetkvError, InputError, PeerLostError
+from hetkv.control.streams import Desk
+from hetkv.errors import AuthenticationError, ControlError, HetkvError, InputError, PeerLostError
 
 MAX_HANDSHAKES = 512
 MAX_HANDOVERS = 16
@@ -74,6 +78,8 @@ class Listener:
         self._timeout, self._tls, self._silence = timeout, tls, silence
         self._max = max(1, min(max_handshakes, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._sock = _bind(Address.parse(address))
+        self._local = LocalSockets()
+        self._desk = Desk()
         name = self._sock.getsockname()
         self.address = str(Address(name[0], name[1]))
         """Where it listens, with the port that the system chose for port 0."""
@@ -83,7 +89,9 @@ class Listener:
         self._passed: deque[ControlConnection] = deque()
         self._handovers: set[threading.Thread] = set()
         self._closing = False
-        self._acceptor = shared().start(self._accept(), lambda *_: None)
+        self._acceptors = [
+            shared().start(self._accept(sock), lambda *_: None) for sock in (self._sock, *self._local.sockets)
+        ]
 
     def close(self) -> None:
         """Stop listening, end running handshakes, join the threads. May be called again, and from a callback."""
@@ -91,8 +99,10 @@ class Listener:
             if self._closing:
                 return
             self._closing = True
-        shared().stop(self._acceptor)
+        for task in self._acceptors:
+            shared().stop(task)
         self._sock.close()
+        self._local.close()
         for task in list(self._handshakes.values()):
             shared().stop(task)
         for thread in list(self._handovers):
@@ -105,13 +115,13 @@ class Listener:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _accept(self) -> Steps[None]:
+    def _accept(self, listening: socket.socket) -> Steps[None]:
         while True:
-            yield Wait(self._sock.fileno(), select.POLLIN, None)
+            yield Wait(listening.fileno(), select.POLLIN, None)
             rest = REST_S
             for _ in range(BURST):
                 try:
-                    sock, name = self._sock.accept()
+                    sock, name = listening.accept()
                 except BlockingIOError:
                     rest = 0.0
                     break
@@ -121,7 +131,7 @@ class Listener:
                     _log.error("%s: cannot accept: %s", self.address, error)
                     rest = _BACK_OFF_S  # out of descriptors: the client stays readable, so wait instead of spinning
                     break
-                self._start(sock, str(Address(name[0], name[1])))
+                self._start(sock, str(Address(name[0], name[1])) if isinstance(name, tuple) else "a unix socket")
             if rest > 0:
                 yield Wait(-1, 0, time.monotonic() + rest)
 
@@ -137,27 +147,48 @@ class Listener:
             del self._strangers[oldest]
             oldest.wake()
         self._strangers[channel] = None
-        steps = establish(
-            channel,
-            self._role,
-            self._secret,
-            self._describe,
-            False,
-            self._timeout,
-            self._tls,
-            silence=self._silence,
-            admit=self._admit,
-            on_authenticated=lambda: self._strangers.pop(channel, None),
-        )
 
         def done(connection: ControlConnection | None, error: BaseException | None) -> None:
             self._handshakes.pop(channel, None)
             self._strangers.pop(channel, None)
             self._on_end(connection, peer, error)
 
-        task = shared().start(steps, done)
+        task = shared().start(self._handshake(channel), done)
         if not task.ended.is_set():
             self._handshakes[channel] = task
+
+    def _handshake(self, channel: Channel) -> Steps[ControlConnection | None]:
+        """A connection, or `None` where it was a stream of one: both come to the same port."""
+        deadline = time.monotonic() + self._timeout
+        try:
+            plain = self._tls is None
+            if self._tls is not None:
+                plain = (yield from channel.first_byte(deadline, "TLS handshake")) == STREAM_MAGIC[:1]
+                if not plain:
+                    yield from channel.start_tls(self._tls, True, None, deadline)
+            opening = yield from greet(channel, self._role, self._timeout)
+            if opening.magic == STREAM_MAGIC:
+                yield from self._desk.accept(channel, opening.sent, self._timeout)
+                return None
+            if plain and self._tls is not None:
+                raise AuthenticationError(f"{channel.peer}: TLS failed: the peer does not speak it")
+        except BaseException:
+            channel.close()
+            raise
+        return (
+            yield from receive(
+                channel,
+                opening,
+                self._desk,
+                self._role,
+                self._secret,
+                lambda: msgspec.structs.replace(self._describe(), sockets=self._local.names),
+                self._timeout,
+                self._silence,
+                self._admit,
+                lambda: self._strangers.pop(channel, None),
+            )
+        )
 
     def _on_end(self, connection: ControlConnection | None, peer: str, error: BaseException | None) -> None:
         """A handshake has ended."""

@@ -31,6 +31,7 @@ class Type(enum.IntEnum):
     BYE = 10
     BOUND_TICKET = 11
     BUNDLE = 12
+    HOST_ONLY = 13
 
     @property
     def text(self) -> str:
@@ -165,5 +166,6 @@ BODIES: dict[Type, type] = {
     Type.BYE: type(None),
     Type.BOUND_TICKET: BoundTicket,
     Type.BUNDLE: Bundle,
+    Type.HOST_ONLY: type(None),
 }
 Body: TypeAlias = Frame | Bundle | Ticket | BoundTicket | Grant | Release | Recall | Done | Abort | Heartbeat | None

@@ -44,7 +44,7 @@ from hetkv.reference.messages import (
 from hetkv.reference.payload import ITEM_SIZES, padded_size, payload_parts, scales_of
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 3
+MAJOR, MINOR = 1, 4
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"
@@ -81,6 +81,7 @@ _BODY_SIZES = {
     Type.WANT: (0, True),
     Type.HEARTBEAT: (_HEARTBEAT.size, True),
     Type.BYE: (0, True),
+    Type.HOST_ONLY: (0, True),
     Type.BOUND_TICKET: (_BOUND_TICKET.size, False),
 }
 _OF_REQUEST = {Type.FRAME, Type.TICKET, Type.BOUND_TICKET, Type.DONE, Type.ABORT}
@@ -470,5 +471,6 @@ _DECODERS: dict[Type, Callable[[bytes, int], Body]] = {
     Type.WANT: lambda body, minor: None,
     Type.HEARTBEAT: lambda body, minor: Heartbeat(*_HEARTBEAT.unpack(body)),
     Type.BYE: lambda body, minor: None,
+    Type.HOST_ONLY: lambda body, minor: None,
     Type.BOUND_TICKET: _decode_bound_ticket,
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from hetkv.control.handshake import MOST_STREAMS
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,13 +58,18 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Sender: time for which a request's blocks are held for its tickets and their completion."""
     handshake_timeout_s: float = 10.0
     direct: bool = True
-    """Store into a peer's window where it can be mapped (path `shm`); otherwise always stage and put."""
+    """Store into a peer's window where it can be mapped (paths `shm`, `device`); otherwise always stage and send."""
+    streams: int = 1
+    """Connections of the data plane to a peer on another host, where this side connects; at most 8."""
+    rma: Literal["off", "auto"] = "off"
+    """Put payloads through UCX where both sides have RDMA (path `rma`). Off, as UCX lets whoever is on the RDMA network
+    and knows the worker's address write to this process without the secret: see SECURITY.md."""
     trace: bool = False
     """Record the time of every pack, put and unpack."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("slot_bytes", "staging_slots", "max_slots_per_link", "threads"):
+        for name in ("slot_bytes", "staging_slots", "max_slots_per_link", "threads", "streams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -75,6 +81,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         for name in ("spin_us", "max_blocks"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.streams > MOST_STREAMS:
+            raise InputError(f"streams must be at most {MOST_STREAMS}, not {self.streams}")
+        if self.rma not in ("off", "auto"):
+            raise InputError(f"rma {self.rma!r}: off or auto")
         if self.window not in ("auto", "host", "device"):
             raise InputError(f"window {self.window!r}: auto, host or device")
         if self.window_bytes is not None and self.window_bytes < (self.slot_bytes or MIB):

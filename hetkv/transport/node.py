@@ -26,6 +26,7 @@ from hetkv.transport.link_plan import link_plans
 from hetkv.transport.peer import Peer, Peers
 from hetkv.transport.ranks import instance_shards_of
 from hetkv.transport.requests import Requests
+from hetkv.transport.rma import rma_transports
 
 if TYPE_CHECKING:
     import ssl
@@ -81,8 +82,9 @@ class Node(ABC, Generic[P]):
         of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values.
 
         Raises `InputError` for what does not fit together, also where a receiver's pool is not writable or overlaps
-        itself; `TransportError` where UCX does not start or the process was forked beside an open node; and for a pool
-        on a device what `device_of` raises and `DeviceError` where the device has no memory left for windows.
+        itself; `TransportError` where RDMA is asked for and UCX does not start, or the process was forked beside an
+        open node; and for a pool on a device what `device_of` raises and `DeviceError` where the device has no memory
+        left for windows.
         """
         if not isinstance(instance, str) or not isinstance(rank, SupportsIndex):
             raise InputError(f"instance is a name and rank an integer, not {instance!r} and {rank!r}")
@@ -110,7 +112,7 @@ class Node(ABC, Generic[P]):
         self._listeners: list[Listener] = []
         self._closed = False
         on_device = self.device is not None
-        config_of_engine = self.config.engine(on_device, self.role)
+        config_of_engine = self._engine_config(on_device)
         config_of_engine.num_layers = max(self.layers, default=-1) + 1
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
         self.requests: Requests[P] = Requests(self.engine)
@@ -125,6 +127,7 @@ class Node(ABC, Generic[P]):
                 spec=pool.spec,
                 shard=pool.shard,
                 layers=group_layers(pool.layers),
+                engine=os.urandom(16),
                 worker_address=self.engine.address,
                 slot_bytes=self.config.slot(on_device) if self.role == "receiver" else 0,
                 heartbeat_interval_ms=max(1, round(self.config.heartbeat_s * 1000)),
@@ -143,6 +146,12 @@ class Node(ABC, Generic[P]):
             raise
         finally:
             lifetime.starting.discard(self)
+
+    def _engine_config(self, on_device: bool) -> _core.EngineConfig:
+        engine = self.config.engine(on_device, self.role)
+        if self.config.rma == "auto":
+            engine.rma = rma_transports()
+        return engine
 
     @abstractmethod
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
@@ -201,6 +210,7 @@ class Node(ABC, Generic[P]):
             tls=self._tls,
             silence=3 * self.config.peer_timeout_s,
             admit=self._peers.admit,
+            streams=self.config.streams,
         )
         return self._link(connection)
 
@@ -275,7 +285,7 @@ class Node(ABC, Generic[P]):
             plans = link_plans(self.pool, agreement)
             link = self.engine.add_link(
                 core.LinkConfig(
-                    address=theirs.worker_address,
+                    address=theirs.worker_address if self.description.worker_address else b"",
                     number=connection.link_id,
                     minor=connection.minor,
                     send_key=connection.data_keys.send,
@@ -284,11 +294,13 @@ class Node(ABC, Generic[P]):
                     instance=theirs.instance,
                     instance_links=len(agreement.ranks),
                     plans=plans,
-                    device_windows=self._device_windows(theirs),
-                    rdma_windows=self._device_windows(theirs) and theirs.host != self.description.host,
+                    device_windows=self._device_windows(connection),
+                    rdma_windows=self._device_windows(connection) and connection.streams.kind == "tcp",
+                    streams=connection.streams.config(),
                     frame_ms=max(self.config.slot(self.device is not None), theirs.slot_bytes) // SLOWEST_BYTES_PER_MS,
                 )
             )
+            connection.streams.close()
             peer = Peer(connection, link, plans)
             try:
                 self._register(peer)
@@ -315,11 +327,13 @@ class Node(ABC, Generic[P]):
         if before is not None:
             self.engine.drop_link(before.link, to_code(ClosedError()), f"{before.name} has linked again")
 
-    def _device_windows(self, theirs: Description) -> bool:
+    def _device_windows(self, connection: ControlConnection) -> bool:
         """Whether this side lends that peer slots in device memory: where its device can store into them."""
         if self.device is None or self.role == "sender" or self.config.window == "host":
             return False
-        near = theirs.host == self.description.host and theirs.device == self.device.backend
+        theirs = connection.peer
+        here = connection.streams.kind == "unix" or theirs.host == self.description.host
+        near = here and theirs.device == self.device.backend
         return near or self.config.window == "device"
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hetkv.control.agreement import Agreement
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, host_id
+from hetkv.control.streams import Kind
 from hetkv.errors import HetkvError, IncompatibleError
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class Peer:
         self.description: Description = connection.peer
         self.minor = connection.minor
         """Version of the link: the lower one of the two sides."""
+        self.kind: Kind = connection.streams.kind
+        """The connection of the data plane: `unix` (this host; slots can be shared), or `tcp`."""
+        self.tried: tuple[str, ...] = connection.streams.tried
+        """What was not to be had before that, and why; known to the side that connected."""
         self.ready = False
         """Both sides have added the link: requests may use it."""
         self.lost: HetkvError | None = None
@@ -52,7 +57,7 @@ class Peer:
 
     @property
     def same_host(self) -> bool:
-        return self.description.host == host_id()
+        return self.kind == "unix" or self.description.host == host_id()
 
     def __repr__(self) -> str:
         return f"Peer({self.name!r}, {self.address}" + (f", lost: {self.lost})" if self.lost else ")")
@@ -96,7 +101,7 @@ class Peers:
         for peer in self._by_link.values():
             if peer.lost is not None or (peer.instance, peer.rank) != (theirs.instance, theirs.rank):
                 continue
-            if peer.description.worker_address == theirs.worker_address:
+            if peer.description.engine == theirs.engine:
                 return peer
             raise IncompatibleError(
                 "instance",

@@ -38,10 +38,10 @@ from hetkv.transport.peer import Peer
 if TYPE_CHECKING:
     import hetkv._core as _core
 
-Path = Literal["rma", "shm", "device"]
+Path = Literal["rma", "shm", "device", "stream"]
 """`device`: packed straight into memory of the peer's device. `shm`: packed straight into host memory that both sides
 map. `rma`: packed into staging, then put by UCX."""
-_PATHS: tuple[Path | None, ...] = (None, "rma", "shm", "device")
+_PATHS: tuple[Path | None, ...] = (None, "rma", "shm", "device", "stream")
 
 
 class SendHandle(Handle):

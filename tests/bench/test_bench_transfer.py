@@ -52,7 +52,7 @@ def test_small_run_writes_every_field(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["peers"]["nixl"]["error"].startswith(str(tmp_path))
         assert row["ratio_nixl"] is None
         assert row["send_layer_us"] > 0
-    assert report["results"][1]["path"] == "rma"
+    assert report["results"][1]["path"] == "stream"
 
 
 def test_resharded_beside_unsharded(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_a_repeated_record_closes():
             client.send(Ready())
             lost = loss_of(peer)
             assert isinstance(lost, MessageError)
-            assert "has sequence number 2, expected 3" in str(lost)
+            assert "has sequence number 3, expected 4" in str(lost)
 
 
 def test_an_oversized_record_is_rejected_before_it_is_read():

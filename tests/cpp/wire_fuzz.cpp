@@ -60,6 +60,7 @@ Status run(const std::uint8_t* data, std::size_t size, wire::Type type, const wi
     case wire::Type::kHeartbeat:
       return decode_and_encode<wire::Heartbeat>(data, size, prelude);
     case wire::Type::kWant:
+    case wire::Type::kHostOnly:
     case wire::Type::kBye:
       break;
   }

@@ -28,15 +28,15 @@ def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 PATHS = {
-    "device-device": {"auto": "device", "rma": "rma", "host windows": "shm"},
-    "device-host": {"auto": "shm", "rma": "rma", "host windows": "shm"},
-    "host-device": {"auto": "shm", "rma": "rma", "host windows": "shm"},
+    "device-device": {"auto": "device", "stream": "stream", "host windows": "shm"},
+    "device-host": {"auto": "shm", "stream": "stream", "host windows": "shm"},
+    "host-device": {"auto": "shm", "stream": "stream", "host windows": "shm"},
 }
 
 
-@pytest.mark.parametrize("how", ["auto", "rma", "host windows"])
+@pytest.mark.parametrize("how", ["auto", "stream", "host windows"])
 def test_every_path(sides: str, how: str) -> None:
-    settings = {"auto": {}, "rma": {"direct": False, "window": "host"}, "host windows": {"window": "host"}}[how]
+    settings = {"auto": {}, "stream": {"direct": False}, "host windows": {"window": "host"}}[how]
     config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, staging_slots=2, **settings)  # type: ignore[arg-type]
     if sides == "device-host" and how == "host windows":
         config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096)

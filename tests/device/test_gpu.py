@@ -67,7 +67,7 @@ def test_every_byte_arrives(source: str, destination: str, how: dict[str, object
         assert same_bytes(to(there, "cpu"), theirs)
         path = sender.path(sender.peers[0])
     if how.get("direct") is False:
-        assert path == "rma"
+        assert path == "stream"
     else:
         both = source != "cpu" and destination != "cpu" and not how
         assert path == ("device" if both else "shm")

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hetkv.core import ucx
+from hetkv import ucx as library
 
+ucx = library.load()
 FOLDER = ucx.path.resolve().parent
-PRINT = "from hetkv.core import core, ucx; assert core.isa(); print(ucx.origin, ucx.path)"
+PRINT = (
+    "from hetkv import ucx as library; from hetkv.core import core; "
+    "ucx = library.load(); core.load_ucx(str(ucx.path)); print(ucx.origin, ucx.path)"
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -121,6 +125,24 @@ def test_one_that_the_process_has_loaded_is_used(prefix: Path) -> None:
 
 
 def test_the_environment_is_left_as_it_was() -> None:
-    code = "import os; before = dict(os.environ); import hetkv.core; assert dict(os.environ) == before, os.environ"
+    code = "import os; before = dict(os.environ); from hetkv import ucx; ucx.load(); assert dict(os.environ) == before"
     done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_needs_one_but_rdma() -> None:
+    """A transfer without a UCX in the environment, and in the process."""
+    code = """
+from hetkv import KVPool, KVSpec, Receiver, Sender
+spec = KVSpec.uniform(num_layers=2, num_kv_heads=1, head_dim=8)
+pools = [KVPool.allocate(spec, 4, layout="nhd", block_size=4, dtype="bf16") for _ in range(2)]
+with Sender(pools[0], secret=b"0123456789abcdef", instance="p") as tx, \
+        Receiver(pools[1], secret=b"0123456789abcdef", instance="d") as rx:
+    rx.connect(tx.listen())
+    sent, got = tx.send("r", [2, 3], 8), rx.receive("r", [0, 1], 8)
+    sent.send_layers()
+    sent.wait(20), got.wait(20)
+assert "libuc" not in open("/proc/self/maps").read()
+"""
+    done = run(with_search(code, wheel=False))
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver, RecvHandle
 from hetkv.transport.sender import Sender, SendHandle
 from tests.transport.deployments import Deployment, deployments, expected, fill_source, truth_of
+from tests.transport.peers import WAIT_S
 
 EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "200"))
 SECRET = b"a secret of tests"
@@ -72,7 +73,7 @@ def test_random_deployments(case: Deployment) -> None:
                 receptions += receive(request)
         used = [handle for handles, s in zip(sending, senders, strict=True) if s.peers for handle in handles]
         for handle in [*receptions, *used]:
-            handle.wait(60)
+            handle.wait(WAIT_S)
         for rank, pool in enumerate(case.destination.pools):
             for layer, memory in pool.layers.items():
                 for name, tensor in memory.tensors.items():

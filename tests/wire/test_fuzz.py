@@ -127,8 +127,11 @@ bodies = {
     Type.WANT: st.none(),
     Type.HEARTBEAT: st.builds(Heartbeat, u64),
     Type.BYE: st.none(),
+    Type.HOST_ONLY: st.none(),
 }
-OF_LINK = {Type.BUNDLE, Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE}
+OF_LINK = {
+    Type.BUNDLE, Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE, Type.HOST_ONLY
+}  # fmt: skip
 
 
 @st.composite
