@@ -107,20 +107,34 @@ def device_table(file: Path) -> str:
 
 
 def traffic_table(file: Path) -> str:
-    """Steps of many requests between two GPUs: all layers ready at once, and layer by layer."""
+    """Steps of many requests, and small ones: all layers ready at once, layer by layer, and latency."""
     run = json.loads(file.read_text())
-    rows = {(row["name"], row["kind"]): row for row in run["results"]}
+    peers = file.with_name(file.name.replace("-device", "-peers"))
+    measured = run.get("nixl") or (json.loads(peers.read_text())["nixl"] if peers.is_file() and peers != file else [])
+    nixl = {row["layer_bytes"]: row["gb_s"] for row in measured if row.get("gb_s")}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run["results"]:
+        if "gb_s" in row:
+            rows.setdefault(row["name"], {})[row["kind"]] = row
+    where = "two GPUs" if "device" in file.name else "two processes of a host with 2 cores"
     lines = [
-        "| between two GPUs, bf16, NHD 16 to HND 64: layers x heads, tokens, requests | GB/s, layer by layer "
-        "| GB/s, all ready | us until visible, all ready | us of `send_layer` for all requests |",
-        "|---|---|---|---|---|",
+        f"| between {where}, NHD 16 to HND 64: layers x heads, tokens, requests | GB/s, all ready "
+        "| GB/s, layer by layer | us until visible, all ready | us of a call for all requests |"
+        + (" x NIXL, its best |" if nixl else ""),
+        "|---|---|---|---|---|" + ("---|" if nixl else ""),
     ]
-    for name in dict.fromkeys(row["name"] for row in run["results"]):
-        step, ready = rows[name, "layers"], rows[name, "ready"]
-        lines.append(
-            f"| {name} | {step['gb_s']:.2f} | {ready['gb_s']:.2f} | {ready['visible_us']:,.0f} "
-            f"| {step['send_layer_us']:.1f} |"
+    for name, kinds in rows.items():
+        ready = kinds.get("ready") or kinds["latency"]
+        step = kinds.get("layers")
+        call = (step or ready).get("call_us") or (step or ready).get("send_layer_us")
+        line = (
+            f"| {name} | {ready['gb_s']:.2f} | {step['gb_s']:.2f} |" if step else f"| {name} | {ready['gb_s']:.2f} | |"
         )
+        line += f" {ready['visible_us']:,.0f} | {call:.1f} |"
+        if nixl:
+            rival = nixl.get(ready["layer_bytes"])
+            line += f" {ready['gb_s'] / rival:.1f} |" if rival else " |"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -201,7 +215,7 @@ def section() -> str:
     transfer = RESULTS / "transfer.json"
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
     more.append(("gpu-remap.json", gpu_remap_table))
-    more.append(("traffic-device.json", traffic_table))
+    more += [("traffic-device.json", traffic_table), ("traffic.json", traffic_table)]
     more.append(("overlap.json", overlap_table))
     more.append(("vllm_pd.json", vllm_table))
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]

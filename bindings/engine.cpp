@@ -103,12 +103,6 @@ std::unique_ptr<E, DeleteWhereMade> make_engine(const EngineConfig& config, std:
   return std::unique_ptr<E, DeleteWhereMade>(new E(config, std::move(parts)));
 }
 
-void send_layers(Sender& sender, std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers,
-                 std::optional<std::uint64_t> stream) {
-  if (!stream) return sender.send_layers(std::move(batch), std::move(layers));
-  check(sender.send_layers(std::move(batch), std::move(layers), reinterpret_cast<void*>(*stream)));
-}
-
 template <typename E>
 void bind_common(EngineClass<E>& type) {
   type.def(
@@ -209,7 +203,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("bundle_frames", &EngineConfig::bundle_frames)
-      .def_readwrite("num_layers", &EngineConfig::num_layers)
+      .def_readwrite("layer_groups", &EngineConfig::layer_groups)
       .def_readwrite("trace", &EngineConfig::trace)
       .def_readwrite("rma", &EngineConfig::rma);
 
@@ -308,23 +302,19 @@ void bind_engine(py::module_& m) {
           "send_layer",
           [](Sender& self, std::uint64_t handle, std::uint32_t layer, std::uint64_t start, std::uint64_t stop,
              std::optional<std::uint64_t> stream) {
-            auto one = std::make_shared<SendBatch>();
-            one->handles = {handle};
-            one->tokens = {{{start, stop}}};
-            send_layers(self, std::move(one), {{layer, 0}}, stream);
+            if (!stream) return self.send_layer(handle, layer, {start, stop});
+            check(self.send_layer(handle, layer, {start, stop}, reinterpret_cast<void*>(*stream)));
           },
           py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
           "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
       .def(
           "send_batch",
-          [](Sender& self, std::shared_ptr<SendBatch> batch,
-             const std::vector<std::pair<std::uint32_t, std::size_t>>& layers, std::optional<std::uint64_t> stream) {
-            std::vector<LayerOf> named;
-            for (const auto& [layer, group] : layers) named.push_back({layer, group});
-            send_layers(self, std::move(batch), std::move(named), stream);
+          [](Sender& self, std::shared_ptr<SendBatch> batch, std::int32_t layer, std::optional<std::uint64_t> stream) {
+            if (!stream) return self.send_batch(std::move(batch), layer);
+            check(self.send_batch(std::move(batch), layer, reinterpret_cast<void*>(*stream)));
           },
-          py::arg("batch"), py::arg("layers"), py::arg("stream") = py::none(),
-          "`send_layer` for the tokens that the batch has of each (layer, cache group).")
+          py::arg("batch"), py::arg("layer"), py::arg("stream") = py::none(),
+          "`send_layer` for the tokens that the batch has of a layer, or with -1 of each layer of the pool.")
       .def(
           "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
           py::call_guard<py::gil_scoped_release>(), "Code of `Path` in csrc/engine/windows.h.")

@@ -5,6 +5,8 @@
 namespace hetkv::engine {
 namespace {
 
+// Launches of so many bytes read block tables that are new over the bus, instead of behind a copy of them.
+constexpr std::int64_t kReadOverBus = 256 << 10;
 constexpr std::size_t kSlots = 32;  // made at the start; more are made when so many launches are in flight
 
 }  // namespace
@@ -99,7 +101,7 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   if (status.ok() && timed_) status = device_->record(stream, true, &made->begun);
   if (!status.ok()) return status;
   status = device_->check(
-      backend.remap(stream, jobs_.data(), frames_.data(), frames_.size(), &made->slot->report, max_blocks_),
+      backend.remap(stream, task.jobs.data(), frames_.data(), frames_.size(), &made->slot->report, max_blocks_),
       "starting a remap");
   if (status.ok()) status = device_->record(stream, timed_, &made->done);
   if (status.ok() && task.copy_bytes > 0) status = copy(task, stream == ready_, made);
@@ -123,16 +125,19 @@ Status DeviceMover::copy(const RemapTask& task, bool ready, Launch* made) {
   return status;
 }
 
-// The task's jobs with block tables and multipliers where the device reads them.
+// Puts block tables and multipliers of the task's jobs where the device reads them.
 Status DeviceMover::translate(RemapTask& task, void* stream) {
-  jobs_ = task.jobs;
   frames_.clear();
-  remap::Job* job = jobs_.data();
-  for (const RemapPart& part : task.parts) {
-    frames_.push_back({part.seed, part.num_jobs});
+  std::int64_t bytes = 0;
+  for (const remap::Job& at : task.jobs) bytes += at.tokens * at.heads * at.channels * item_size(at.src.map.dtype);
+  const bool once = bytes <= kReadOverBus;
+  remap::Job* job = task.jobs.data();
+  for (std::size_t at = 0; at < task.frames.size(); ++at) {
+    const remap::Frame& frame = task.frames[at];
+    frames_.push_back({frame.seed, frame.num_jobs});
     const std::int32_t* blocks = nullptr;
-    if (auto status = tables_->find(part.blocks, &blocks); !status.ok()) return status;
-    for (std::size_t i = 0; i < part.num_jobs; ++i, ++job) {
+    if (auto status = tables_->find(task.tables[at], once, &blocks); !status.ok()) return status;
+    for (std::size_t i = 0; i < frame.num_jobs; ++i, ++job) {
       for (remap::Side* side : {&job->src, &job->dst}) {
         if (side->blocks != nullptr) side->blocks = blocks;
       }
@@ -157,9 +162,9 @@ void DeviceMover::poll(std::vector<RemapTask*>* done) {
 
 void DeviceMover::finish(Launch& made, Status status) {
   RemapTask& task = *made.task;
-  for (std::size_t i = 0; i < task.parts.size(); ++i) {
+  for (std::size_t i = 0; i < task.frames.size(); ++i) {
     const HetkvRemapResult& found = made.slot->report.results[i];
-    task.parts[i].result = {found.checksum, found.saturated};
+    task.frames[i].result = {found.checksum, found.saturated};
   }
   if (status.ok() && timed_) {  // from when it began on the device, not from when it was put into the stream
     double us = 0;

@@ -59,8 +59,7 @@ class DeviceMover final : public Mover {
   std::unique_ptr<DeviceTables> tables_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<Slot*> free_slots_;
-  std::vector<remap::Job> jobs_;  // of the launch being made
-  std::vector<HetkvRemapFrame> frames_;
+  std::vector<HetkvRemapFrame> frames_;      // of the launch being made
   std::array<std::deque<Launch>, 5> lines_;  // in flight, by the stream in which they end
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 namespace hetkv::engine {
 namespace {
@@ -12,7 +13,7 @@ constexpr std::size_t kSmallest = 256;
 
 }  // namespace
 
-Status DeviceTables::find(const BlockTable& blocks, const std::int32_t** out) {
+Status DeviceTables::find(const BlockTable& blocks, bool once, const std::int32_t** out) {
   auto found = entries_.find(blocks.get());
   if (found != entries_.end() && found->second.owner.expired()) {  // another table had this address
     unused_[found->second.place.bytes].push_back(found->second.place);
@@ -27,7 +28,13 @@ Status DeviceTables::find(const BlockTable& blocks, const std::int32_t** out) {
     if (auto status = put(blocks->data(), bytes, &entry.place); !status.ok()) return status;
     found = entries_.emplace(blocks.get(), std::move(entry)).first;
   }
-  *out = reinterpret_cast<const std::int32_t*>(address(found->second.place));
+  Entry& entry = found->second;
+  if (once && !entry.uploaded) {
+    *out = static_cast<const std::int32_t*>(twin(entry.place));
+    return {};
+  }
+  if (!std::exchange(entry.uploaded, true)) fresh_.push_back(entry.place);
+  *out = reinterpret_cast<const std::int32_t*>(address(entry.place));
   return {};
 }
 
@@ -37,6 +44,7 @@ Status DeviceTables::find(const float* multipliers, std::size_t count, const flo
   if (found == constants_.end()) {
     Place place;
     if (auto status = put(multipliers, count * sizeof(float), &place); !status.ok()) return status;
+    fresh_.push_back(place);
     found = constants_.emplace(std::move(values), place).first;
   }
   *out = reinterpret_cast<const float*>(address(found->second));
@@ -54,10 +62,9 @@ Status DeviceTables::upload(void* reader) {
       for (++i; i < fresh_.size() && fresh_[i].chunk == first.chunk && fresh_[i].offset == end; ++i) {
         end += fresh_[i].bytes;
       }
-      const auto* twin = static_cast<const std::uint8_t*>(chunks_[first.chunk].twin->data()) + first.offset;
-      auto status =
-          device_->check(backend.copy_async(reinterpret_cast<void*>(address(first)), twin, end - first.offset, stream_),
-                         "uploading block tables");
+      auto status = device_->check(
+          backend.copy_async(reinterpret_cast<void*>(address(first)), twin(first), end - first.offset, stream_),
+          "uploading block tables");
       if (!status.ok()) return status;
     }
     fresh_.clear();
@@ -74,9 +81,7 @@ Status DeviceTables::upload(void* reader) {
 
 Status DeviceTables::put(const void* data, std::size_t bytes, Place* place) {
   if (auto status = take(std::max<std::size_t>(bytes, 1), place); !status.ok()) return status;
-  void* twin = static_cast<std::uint8_t*>(chunks_[place->chunk].twin->data()) + place->offset;
-  if (bytes > 0) std::memcpy(twin, data, bytes);
-  fresh_.push_back(*place);
+  if (bytes > 0) std::memcpy(twin(*place), data, bytes);
   return {};
 }
 

@@ -21,8 +21,10 @@ class DeviceTables {
   // Allocates the memory that most engines ever need, so that a lack of it shows at the start.
   Status reserve() { return grow(0); }
 
-  // Where the table will be in device memory once `upload` has returned, for as long as a task holds `blocks`.
-  Status find(const BlockTable& blocks, const std::int32_t** out);
+  // Where the table will be readable once `upload` has returned, for as long as a task holds `blocks`: in device
+  // memory. With `once`, for a launch too small to be worth an upload, in pinned host memory where it was not uploaded
+  // before.
+  Status find(const BlockTable& blocks, bool once, const std::int32_t** out);
   // The same for `count` multipliers; these are few and alike, and are kept.
   Status find(const float* multipliers, std::size_t count, const float** out);
   // Copies what is new, with one copy where it lies together; readable in the order of `reader` from now on.
@@ -37,6 +39,7 @@ class DeviceTables {
   struct Entry {
     std::weak_ptr<const std::vector<std::int32_t>> owner;
     Place place;
+    bool uploaded = false;  // or about to be
   };
   struct Chunk {
     std::unique_ptr<DeviceBuffer> device;
@@ -48,6 +51,9 @@ class DeviceTables {
   Status take(std::size_t bytes, Place* place);
   Status grow(std::size_t bytes);
   void sweep();
+  void* twin(const Place& place) const {
+    return static_cast<std::uint8_t*>(chunks_[place.chunk].twin->data()) + place.offset;
+  }
   std::uint64_t address(const Place& place) const { return chunks_[place.chunk].device->address() + place.offset; }
 
   const std::shared_ptr<Device> device_;

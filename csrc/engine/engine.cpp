@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr int kProgressBurst = 64;
+constexpr std::uint64_t kLookNs = 200'000;  // how late the end of a link may be seen
 constexpr std::uint64_t kStopMs = 2000;
 constexpr std::uint64_t kFarewellMs = 100;  // how long a goodbye may take to leave
 
@@ -29,7 +30,7 @@ Engine::Engine(const EngineConfig& config, Parts parts)
       device_(std::move(parts.device)),
       transport_(std::move(parts.transport)),
       mover_(std::move(parts.mover)),
-      outcomes_(config.num_layers, std::uint64_t{config.spin_us} * 1000),
+      outcomes_(config.layer_groups.size(), std::uint64_t{config.spin_us} * 1000),
       trace_(config.trace),
       process_(getpid()) {}
 
@@ -81,6 +82,7 @@ bool Engine::post(std::function<void()> command) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!accepting_) return false;
     commands_.push_back(std::move(command));
+    posted_.store(true);
   }
   // Pairs with sleep(): it sets `sleeping_` and then looks at the commands once more.
   std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -141,7 +143,7 @@ void Engine::loop() {
     if (moved) {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
-      sleep(now);
+      if (!check_links(now, true)) sleep(now);
     } else {
       std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
@@ -171,10 +173,12 @@ void* Engine::on_put(std::uint64_t number, wire::SlotName slot, std::uint64_t of
 }
 
 bool Engine::drain_commands() {
+  if (!posted_.load()) return false;  // callers find the lock free
   std::vector<std::function<void()>> commands;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     commands.swap(commands_);
+    posted_.store(false);
   }
   for (auto& command : commands) command();
   return !commands.empty();
@@ -218,7 +222,10 @@ void Engine::receive(const Incoming& message) {
   on_message(*at, prelude, message.bytes.data(), message.bytes.size());
 }
 
-bool Engine::check_links(std::uint64_t now) {
+// Walks all links while one is closing, and else once in kLookNs, or where that is `due`.
+bool Engine::check_links(std::uint64_t now, bool due) {
+  if (threaded_ && draining_ == 0 && !due && now - checked_ns_ < kLookNs) return false;
+  checked_ns_ = now;
   bool moved = false;
   for (auto next = links_.begin(); next != links_.end();) {
     const auto here = next++;
@@ -233,6 +240,7 @@ bool Engine::check_links(std::uint64_t now) {
       events_.push({EventKind::kLinkDrained, 0, at.id, -1, {}});
       numbers_.erase(at.config.number);
       links_.erase(here);
+      --draining_;
       moved = true;
     } else if (!at.endpoint->failure().ok()) {
       lose(at, at.endpoint->failure());
@@ -319,6 +327,7 @@ void Engine::lose(Link& link, const Status& status, bool tell) {
     link.farewell = true;
   }
   link.state = LinkState::kDraining;
+  ++draining_;
   link.lost_ns = now_ns();
   on_link_lost(link, status);
   events_.push({EventKind::kLinkLost, 0, link.id, -1, status});

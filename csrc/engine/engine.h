@@ -153,7 +153,7 @@ class Engine : private transport::Sink {
   bool drain_commands();
   bool drain_messages();
   void receive(const Incoming& message);
-  bool check_links(std::uint64_t now);
+  bool check_links(std::uint64_t now, bool due = false);
   void sleep(std::uint64_t now);
   bool may_close(const Link& link, std::uint64_t now) const;
   void close_all(const Status& status);
@@ -165,6 +165,7 @@ class Engine : private transport::Sink {
   std::thread thread_;
   std::mutex mutex_;  // of commands_ and accepting_
   std::vector<std::function<void()>> commands_;
+  std::atomic<bool> posted_{false};  // there are some
   bool accepting_ = false;
   std::atomic<bool> sleeping_{false};
   bool started_ = false;
@@ -175,6 +176,8 @@ class Engine : private transport::Sink {
   std::vector<Incoming> incoming_;
   std::map<std::uint64_t, Link*> numbers_;  // links by their number
   std::uint32_t next_link_ = 1;
+  std::size_t draining_ = 0;      // links that are closing
+  std::uint64_t checked_ns_ = 0;  // when all links were looked at
 };
 
 }  // namespace hetkv::engine

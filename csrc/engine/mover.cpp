@@ -35,8 +35,25 @@ remap::Job fill_job(const LayerPlan& plan, const ScaleFill& fill, std::int64_t s
 
 }  // namespace
 
-void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
-              RemapTask* task) {
+void RemapTask::reserve(std::size_t num_frames, std::size_t num_jobs) {
+  frames.reserve(num_frames);
+  tables.reserve(num_frames);
+  jobs.reserve(num_jobs);
+}
+
+void RemapTask::clear() {
+  RemapTask fresh;
+  fresh.jobs = std::move(jobs);
+  fresh.frames = std::move(frames);
+  fresh.tables = std::move(tables);
+  fresh.jobs.clear();
+  fresh.frames.clear();
+  fresh.tables.clear();
+  *this = std::move(fresh);
+}
+
+void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
+               RemapTask* task) {
   const std::uint64_t start = record.frame.token_start;
   const std::uint64_t stop = record.frame.token_stop;
   const auto tokens = static_cast<std::int64_t>(stop - start);
@@ -51,7 +68,7 @@ void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& reco
     const remap::Side pool{segment.pool, blocks->data(), static_cast<std::int64_t>(start), segment.first_head};
     const remap::Side wire{canonical_map(payload + offsets[i], tokens, segment.channels, segment.wire_dtype), nullptr,
                            0, 0};
-    remap::Job job;
+    remap::Job& job = task->jobs.emplace_back();
     job.src = pack ? pool : wire;
     job.dst = pack ? wire : pool;
     job.tokens = tokens;
@@ -70,15 +87,13 @@ void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& reco
       scales.channels_per_scale = segment.channels / groups;
       job.wire_scale_offset = offsets[at];
     }
-    task->jobs.push_back(job);
   }
   for (const ScaleFill& fill : plan.fills) {
     task->jobs.push_back(fill_job(plan, fill, static_cast<std::int64_t>(start), tokens, blocks->data()));
   }
-  task->parts.push_back({task->jobs.size() - before,
-                         wire::checksum_seed(record.request, record.epoch, record.frame),
-                         std::move(blocks),
-                         {}});
+  task->frames.push_back(
+      {task->jobs.size() - before, wire::checksum_seed(record.request, record.epoch, record.frame), {}});
+  task->tables.push_back(std::move(blocks));
 }
 
 void CpuMover::submit(RemapTask* task) {
@@ -90,11 +105,7 @@ void CpuMover::submit(RemapTask* task) {
     const remap::Scales& scales = job.dst_scales;
     if (scales.map.base != 0) clear_padding(scales.map, rows * (job.channels / scales.channels_per_scale));
   }
-  const remap::Job* jobs = task->jobs.data();
-  for (RemapPart& part : task->parts) {
-    part.result = remap::remap_cpu(jobs, part.num_jobs, part.seed, threads_);
-    jobs += part.num_jobs;
-  }
+  remap::remap_frames_cpu(task->jobs.data(), task->frames.data(), task->frames.size(), threads_);
   task->stop_ns = clock_->now_ns();
   task->done = true;
 }

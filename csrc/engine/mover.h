@@ -16,20 +16,13 @@ namespace hetkv::engine {
 // The block table of one request in one cache group. Shared with the tasks that read it, so that it outlives them.
 using BlockTable = std::shared_ptr<const std::vector<std::int32_t>>;
 
-// One frame of a task: its jobs, behind those of the frame before, and what they found.
-struct RemapPart {
-  std::size_t num_jobs = 0;
-  std::uint64_t seed = 0;
-  BlockTable blocks;
-  remap::Result result;
-};
-
 // The packs or unpacks of a bundle's frames. Stays where it is until done.
 struct RemapTask {
   void* owner = nullptr;  // of the one who submits it
   std::vector<remap::Job> jobs;
-  std::vector<RemapPart> parts;
-  After after;  // the caller's work that fills the pool; null where it has ended
+  std::vector<remap::Frame> frames;
+  std::vector<BlockTable> tables;  // that the jobs of each frame read
+  After after;                     // the caller's work that fills the pool; null where it has ended
   // Where a device copies the payload that the jobs have made, and from where; no bytes: it stays there.
   std::uint64_t copy_to = 0;
   std::uint64_t copy_from = 0;
@@ -38,11 +31,14 @@ struct RemapTask {
   bool done = false;
   std::uint64_t start_ns = 0;
   std::uint64_t stop_ns = 0;
+
+  void reserve(std::size_t num_frames, std::size_t num_jobs);
+  void clear();  // as new, but for the memory of its vectors
 };
 
 // Adds a frame of `plan` to the task, between the pool and a canonical payload at `payload`.
-void add_part(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
-              RemapTask* task);
+void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
+               RemapTask* task);
 
 class Mover {
  public:

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <climits>
 #include <ctime>
-#include <random>
 #include <utility>
 
 #include "clock.h"
@@ -31,13 +30,6 @@ void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::uint6
   static_cast<void>(syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &timeout, nullptr, 0));
 }
 
-SipKey random_key() {
-  std::random_device source;
-  SipKey key;
-  std::generate(key.begin(), key.end(), [&] { return static_cast<std::uint8_t>(source()); });
-  return key;
-}
-
 }  // namespace
 
 Outcome::Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns)
@@ -45,9 +37,9 @@ Outcome::Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t nu
 
 void Outcome::Word::change() {
   static_assert(sizeof value == sizeof(std::uint32_t));
+  if (sleepers.load() == 0) return;
   value.fetch_add(1);
-  if (sleepers.load() != 0)
-    static_cast<void>(syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0));
+  static_cast<void>(syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0));
 }
 
 template <typename There>
@@ -96,8 +88,7 @@ void Outcome::advance(Phase to) {
   layer_changes_.change();
 }
 
-Outcomes::Outcomes(std::size_t num_layers, std::uint64_t spin_ns)
-    : num_layers_(num_layers), spin_ns_(spin_ns), open_(0, Hash{random_key()}) {}
+Outcomes::Outcomes(std::size_t num_layers, std::uint64_t spin_ns) : num_layers_(num_layers), spin_ns_(spin_ns) {}
 
 std::shared_ptr<Outcome> Outcomes::open(const wire::RequestId& id) {
   const std::lock_guard<std::mutex> lock(mutex_);

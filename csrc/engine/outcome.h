@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "engine/id_hash.h"
 #include "status.h"
 #include "wire/message.h"
 
@@ -33,13 +34,13 @@ class Outcome {
   const std::uint64_t handle;
   const wire::RequestId id;
 
-  Phase phase() const { return phase_.load(std::memory_order_acquire); }
+  Phase phase() const { return phase_.load(); }
   bool ended() const { return phase() >= Phase::kComplete; }
   // Why it failed; once `phase` is kFailed.
   const Status& failure() const { return failure_; }
   // The layer is verified and in the pool.
   bool arrived(std::size_t layer) const {
-    return layer / 64 < layers_.size() && (layers_[layer / 64].load(std::memory_order_acquire) >> layer % 64 & 1) != 0;
+    return layer / 64 < layers_.size() && (layers_[layer / 64].load() >> layer % 64 & 1) != 0;
   }
 
   // Waits until the phase is `least` or a later one, or until `deadline_ns` of the host's clock (clock.h); false: it is
@@ -58,7 +59,8 @@ class Outcome {
 
  private:
   friend class Outcomes;
-  // Counts changes, for those who sleep until there is one.
+  // For those who sleep until something changes. Whoever changes it writes what it is, and then looks for sleepers; a
+  // sleeper says that it is one, and then looks at what it is, both in one total order.
   struct Word {
     std::atomic<std::uint32_t> value{0};
     std::atomic<std::uint32_t> sleepers{0};
@@ -69,10 +71,11 @@ class Outcome {
 
   const std::uint64_t spin_ns_;
   std::atomic<Phase> phase_{Phase::kOpen};
-  std::atomic<std::uint32_t> watched_{0};
   mutable Word phase_changes_;
-  mutable Word layer_changes_;
   Status failure_;  // written before `phase_` says kFailed
+  // What the progress thread reads for each layer lies apart from what callers spin on.
+  alignas(64) mutable Word layer_changes_;
+  std::atomic<std::uint32_t> watched_{0};
   std::vector<std::atomic<std::uint64_t>> layers_;
 };
 
@@ -95,15 +98,11 @@ class Outcomes {
   std::vector<std::uint64_t> take_ended();
 
  private:
-  struct Hash {
-    SipKey key;
-    std::size_t operator()(const wire::RequestId& id) const { return siphash24(key, id.data(), id.size()); }
-  };
   const std::size_t num_layers_;
   const std::uint64_t spin_ns_;
   mutable std::mutex mutex_;
   std::uint64_t next_handle_ = 1;
-  std::unordered_map<wire::RequestId, std::shared_ptr<Outcome>, Hash> open_;
+  std::unordered_map<wire::RequestId, std::shared_ptr<Outcome>, IdHash> open_;
   std::vector<std::uint64_t> ended_;
   std::atomic<bool> any_ended_{false};
 };

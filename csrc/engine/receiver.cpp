@@ -62,6 +62,7 @@ Status Receiver::receive(Intake intake, std::shared_ptr<Outcome>* out) {
       Demand& demand = demands_[id];
       if (part.remaining > 0) ++demand.open;
       demand.hungry = true;
+      rank(id);
       part.seen.resize(part.link->config.plans.size());
       for (const auto& plan : part.link->config.plans) {
         if (plan.layer >= request.missing.size()) request.missing.resize(plan.layer + 1, kAbsent);

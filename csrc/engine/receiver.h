@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -85,12 +86,15 @@ class Receiver final : public Engine {
     std::uint32_t slot = 0;
     std::list<std::unique_ptr<Unpack>>::iterator self;
   };
+  // Slots that a link holds, when it was last lent one, and its number: who is served first among those that want one.
+  using Rank = std::tuple<std::size_t, std::uint64_t, std::uint32_t>;
   // What the receiver knows of a sender's wishes.
   struct Demand {
     bool hungry = false;                          // it can use slots
     bool recalled = false;                        // it was asked to give unused ones back, and has not answered
     std::size_t open = 0;                         // parts of unfinished requests that it still has to send
     std::uint64_t served = 0;                     // when it was last lent a slot
+    std::optional<Rank> ranked;                   // where it is in `wanting_`
     std::map<std::uint32_t, std::uint32_t> keys;  // slot -> generation whose key the link has
   };
 
@@ -117,12 +121,16 @@ class Receiver final : public Engine {
   static Part* part_of(Request& request, const Link& link);
   Status admit(Request& request, Part& part, const wire::Record& record, std::size_t slot_bytes,
                const LayerPlan** plan);
+  std::unique_ptr<Unpack> make_unpack();
+  void keep(std::unique_ptr<Unpack> unpack);
   void finish(Unpack& unpack);
   void finish(const Unpack& unpack, const Piece& piece, const remap::Result& result);
   void complete(Request& request);
   void fail(Request& request, Status status, const Link* told_by = nullptr);
+  void rank(std::uint32_t link);
+  void give_back(std::uint32_t slot);
   bool grant();
-  void recall(std::size_t contenders);
+  void recall();
   void close_part(const Part& part);
   void erase(Request& request);
   bool sweep(std::uint64_t now);
@@ -136,10 +144,12 @@ class Receiver final : public Engine {
   std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device
   std::uint64_t next_epoch_;
   std::unordered_map<std::uint64_t, Request> requests_;
-  std::map<wire::RequestId, std::uint64_t> handles_;
+  std::unordered_map<wire::RequestId, std::uint64_t, IdHash> handles_;
   std::list<std::unique_ptr<Unpack>> unpacks_;
+  std::vector<std::unique_ptr<Unpack>> unused_;
   std::vector<RemapTask*> unpacked_;  // of one turn
-  std::map<std::uint32_t, Demand> demands_;
+  std::unordered_map<std::uint32_t, Demand> demands_;
+  std::set<Rank> wanting_;
   std::set<std::pair<std::uint64_t, std::uint64_t>> deadlines_;  // (deadline_ns, handle)
   std::vector<std::uint64_t> failed_;                            // handles that end once nothing is being unpacked
   bool slots_moved_ = false;                                     // a slot was freed or asked for since the last grants

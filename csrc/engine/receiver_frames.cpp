@@ -6,6 +6,11 @@
 #include "engine/receiver.h"
 
 namespace hetkv::engine {
+namespace {
+
+constexpr std::size_t kMostUnused = 8;
+
+}  // namespace
 
 // A frame alone is a bundle of one.
 void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Frame& frame) {
@@ -17,11 +22,19 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
   Slot* slot = slots_.at(bundle.slot);
   const bool held = slot != nullptr && slot->state == SlotState::kLent && slot->link == link.id &&
                     slot->generation == bundle.generation;
-  auto unpack = std::make_unique<Unpack>();
+  auto unpack = make_unpack();
   unpack->slot = bundle.slot;
+  unpack->pieces.reserve(bundle.records.size());
+  unpack->task.reserve(bundle.records.size(), 2 * bundle.records.size());
+  const wire::Record* before = nullptr;
+  Request* request = nullptr;
+  Part* part = nullptr;
   for (const wire::Record& record : bundle.records) {
-    Request* request = find(record.request, record.epoch);
-    Part* part = request != nullptr ? part_of(*request, link) : nullptr;
+    if (before == nullptr || record.epoch != before->epoch || record.request != before->request) {
+      request = find(record.request, record.epoch);
+      part = request != nullptr ? part_of(*request, link) : nullptr;
+    }
+    before = &record;
     // Of a request that has ended while the frame was under way, or that this peer was not asked for and cannot harm.
     if (part == nullptr || !request->failure.ok()) {
       ++stats_.stale_frames;
@@ -41,13 +54,16 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
       continue;
     }
     ++request->unpacking;
-    add_part(*piece.plan, request->blocks[piece.plan->group], record, slot->memory->local() + record.payload_offset,
-             false, &unpack->task);
+    add_frame(*piece.plan, request->blocks[piece.plan->group], record, slot->memory->local() + record.payload_offset,
+              false, &unpack->task);
     unpack->pieces.push_back(std::move(piece));
   }
   if (!held) return;
   slots_moved_ = true;
-  if (unpack->pieces.empty()) return slots_.free(bundle.slot);
+  if (unpack->pieces.empty()) {
+    keep(std::move(unpack));
+    return give_back(bundle.slot);
+  }
   slot->state = SlotState::kFilled;
   std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
   if (link.config.rdma_windows) flush_rdma();
@@ -66,6 +82,21 @@ void* Receiver::place(Link& link, wire::SlotName name, std::uint64_t offset, std
                     slot->generation == name.generation && slot->memory->where() == Where::kHost;
   if (!held || offset > slot->memory->bytes() || bytes > slot->memory->bytes() - offset) return nullptr;
   return reinterpret_cast<void*>(slot->memory->address() + offset);
+}
+
+std::unique_ptr<Receiver::Unpack> Receiver::make_unpack() {
+  if (unused_.empty()) return std::make_unique<Unpack>();
+  auto made = std::move(unused_.back());
+  unused_.pop_back();
+  return made;
+}
+
+// For the memory of its vectors.
+void Receiver::keep(std::unique_ptr<Unpack> unpack) {
+  if (unused_.size() >= kMostUnused) return;
+  unpack->pieces.clear();
+  unpack->task.clear();
+  unused_.push_back(std::move(unpack));
 }
 
 Receiver::Part* Receiver::part_of(Request& request, const Link& link) {
@@ -113,10 +144,11 @@ Status Receiver::admit(Request& request, Part& part, const wire::Record& record,
 
 // The unpack has ended: its slot goes back, and its layers and requests are told.
 void Receiver::finish(Unpack& unpack) {
-  slots_.free(unpack.slot);
-  slots_moved_ = true;
-  for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, unpack.pieces[i], unpack.task.parts[i].result);
+  give_back(unpack.slot);
+  for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, unpack.pieces[i], unpack.task.frames[i].result);
+  auto owned = std::move(*unpack.self);
   unpacks_.erase(unpack.self);
+  keep(std::move(owned));
 }
 
 void Receiver::finish(const Unpack& unpack, const Piece& piece, const remap::Result& result) {

@@ -36,6 +36,7 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
     }
     case wire::Type::kWant:
       demands_[link.id].hungry = true;
+      rank(link.id);
       slots_moved_ = true;
       break;
     case wire::Type::kHostOnly:
@@ -62,12 +63,13 @@ void Receiver::on_release(Link& link, const wire::Release& release) {
       return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(name.slot) +
                                                            " was released by a sender that does not hold it"));
     }
-    slots_.free(name.slot);
+    give_back(name.slot);
   }
   Demand& demand = demands_[link.id];
   demand.recalled = false;
   if (release.slots.empty()) return;  // it uses them all: each comes back with a frame
   demand.hungry = false;
+  rank(link.id);
   slots_moved_ = true;
 }
 
@@ -88,37 +90,50 @@ bool Receiver::step(std::uint64_t now) {
   return moved;
 }
 
-// Lends free slots to the links that can use them: to the one that holds fewest, among equals to the one that waited
-// longest. Where one has none, asks for what others do not use.
+// Puts the link where it belongs among those that can use slots: behind those that hold fewer, or waited longer.
+void Receiver::rank(std::uint32_t id) {
+  const auto found = demands_.find(id);
+  if (found == demands_.end()) return;
+  Demand& demand = found->second;
+  if (demand.ranked) wanting_.erase(*demand.ranked);
+  demand.ranked.reset();
+  if (!demand.hungry || demand.open == 0) return;
+  demand.ranked = {slots_.held_by(id), demand.served, id};
+  wanting_.insert(*demand.ranked);
+}
+
+void Receiver::give_back(std::uint32_t slot) {
+  const std::uint32_t holder = slots_.at(slot)->link;
+  slots_.free(slot);
+  rank(holder);
+  slots_moved_ = true;
+}
+
+// Lends free slots to the links that can use them. Where one has none, asks for what others do not use.
 bool Receiver::grant() {
   slots_moved_ = false;
-  std::vector<Link*> hungry;
-  std::size_t contenders = 0;
-  for (auto& [id, at] : links_) {
-    if (!at->up()) continue;
-    const Demand& demand = demands_[id];
-    const bool wants = demand.hungry && demand.open > 0;
-    if (wants) hungry.push_back(at.get());
-    if (wants || slots_.held_by(id) > 0) ++contenders;
-  }
-  if (hungry.empty()) return false;
-  const std::size_t share = std::max<std::size_t>((slots_.size() - slots_.quarantined()) / hungry.size(), 1);
+  if (wanting_.empty()) return false;
+  const std::size_t share = std::max<std::size_t>((slots_.size() - slots_.quarantined()) / wanting_.size(), 1);
   const std::size_t most = std::min<std::size_t>(share, static_cast<std::size_t>(config_.max_slots_per_link));
-  const auto order = [&](const Link* at) { return std::make_pair(slots_.held_by(at->id), demands_[at->id].served); };
-  std::map<Link*, std::pair<wire::Grant, std::size_t>> grants;  // and its bytes
+  struct Message {
+    std::shared_ptr<Link> link;
+    wire::Grant grant;
+    std::size_t bytes = 0;
+  };
+  std::vector<Message> messages;
   wire::Prelude prelude;
   prelude.type = wire::Type::kGrant;
   Status status;
-  bool lent = false;
-  while (slots_.free_slots() > 0) {
-    Link* at = *std::min_element(hungry.begin(), hungry.end(), [&](Link* a, Link* b) { return order(a) < order(b); });
-    if (slots_.held_by(at->id) >= most) break;
+  while (slots_.free_slots() > 0 && !wanting_.empty()) {
+    const auto [held, served, link_id] = *wanting_.begin();
+    if (held >= most) break;
+    const auto at = link(link_id);
     std::uint32_t id = 0;
-    const Slot* slot = slots_.lend(*transport_, at->id, where(*at), &id, &status);
+    const Slot* slot = slots_.lend(*transport_, link_id, where(*at), &id, &status);
     if (slot == nullptr) break;
-    lent = true;
-    Demand& demand = demands_[at->id];
+    Demand& demand = demands_[link_id];
     demand.served = ++grants_;
+    rank(link_id);
     wire::SlotGrant given{id, slot->generation, 0, slot->memory->bytes(), {}};
     const auto [known, fresh] = demand.keys.emplace(id, slot->generation);
     if (fresh || known->second != slot->generation) {
@@ -129,31 +144,38 @@ bool Receiver::grant() {
       }
     }
     known->second = slot->generation;
-    auto& [grant, bytes] = grants[at];
+    auto mine = std::find_if(messages.begin(), messages.end(), [&](const Message& to) { return to.link == at; });
+    if (mine == messages.end()) mine = messages.insert(mine, {at, {}, 0});
     const std::size_t more = kSlotGrantBytes + given.rkey.size();
-    if (bytes > 0 && bytes + more > kMostInGrant) {
-      send(*at, prelude, std::exchange(grant, {}));
-      bytes = 0;
+    if (mine->bytes > 0 && mine->bytes + more > kMostInGrant) {
+      send(*at, prelude, std::exchange(mine->grant, {}));
+      mine->bytes = 0;
     }
-    grant.slots.push_back(std::move(given));
-    bytes += more;
+    mine->grant.slots.push_back(std::move(given));
+    mine->bytes += more;
   }
-  for (auto& [at, grant] : grants) send(*at, prelude, grant.first);
-  const bool starved = std::any_of(hungry.begin(), hungry.end(), [&](Link* at) { return slots_.held_by(at->id) == 0; });
+  for (const Message& message : messages) {
+    if (message.link->up()) send(*message.link, prelude, message.grant);
+  }
+  const bool starved = !wanting_.empty() && std::get<0>(*wanting_.begin()) == 0;
   if (starved && !status.ok() && slots_.in_use() == 0) {
-    for (Link* at : hungry) lose(*at, status);  // no slot can be made, and none will come back
+    const auto all = wanting_;
+    for (const auto& [held, served, id] : all) lose(*link(id), status);  // no slot can be made, and none will come back
   } else if (starved) {
-    recall(contenders);
+    recall();
   }
-  return lent;
+  return !messages.empty();
 }
 
 // A sender that is busy with its slots loses none by this; one that waits gives them back and asks when it needs them.
-void Receiver::recall(std::size_t contenders) {
+void Receiver::recall() {
   const std::size_t usable = slots_.size() - slots_.quarantined();
-  for (auto& [id, at] : links_) {
+  std::size_t contenders = wanting_.size();
+  for (const auto& [id, held] : slots_.holders()) contenders += demands_[id].ranked ? 0 : 1;
+  for (const auto& [id, held] : slots_.holders()) {
     Demand& demand = demands_[id];
-    if (!at->up() || demand.recalled || slots_.held_by(id) * contenders <= usable) continue;
+    const auto at = link(id);
+    if (at == nullptr || !at->up() || demand.recalled || held * contenders <= usable) continue;
     demand.recalled = true;
     wire::Prelude prelude;
     prelude.type = wire::Type::kRecall;
@@ -164,7 +186,7 @@ void Receiver::recall(std::size_t contenders) {
 // The part is complete, or its request has failed: it needs no more slots.
 void Receiver::close_part(const Part& part) {
   const auto found = demands_.find(part.link->id);
-  if (found != demands_.end()) --found->second.open;
+  if (found != demands_.end() && --found->second.open == 0) rank(part.link->id);
 }
 
 void Receiver::fail(Request& request, Status status, const Link* told_by) {
@@ -216,6 +238,8 @@ void Receiver::on_link_up(Link& link) {
 
 void Receiver::on_link_lost(Link& link, const Status& status) {
   slots_.quarantine(link.id);
+  demands_[link.id].hungry = false;
+  rank(link.id);
   slots_moved_ = true;
   stats_.quarantined_slots = slots_.quarantined();
   for (auto& [handle, request] : requests_) {

@@ -76,16 +76,33 @@ void Sender::extend(std::uint64_t handle, std::size_t group, std::vector<std::in
   });
 }
 
-void Sender::send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers) {
-  post_layers(std::move(batch), std::move(layers), nullptr, nullptr);
+void Sender::send_batch(std::shared_ptr<const SendBatch> batch, std::int32_t layer) {
+  post([this, batch = std::move(batch), layer] { add_batch(*batch, layer, nullptr); });
 }
 
-Status Sender::send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, void* stream) {
-  if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool lies in host memory: it has no streams");
+Status Sender::send_batch(std::shared_ptr<const SendBatch> batch, std::int32_t layer, void* stream) {
   After after;
-  if (auto status = device_->record_caller(stream, &after); !status.ok()) return status;
-  post_layers(std::move(batch), std::move(layers), std::move(after), stream);
+  if (auto status = record(stream, &after); !status.ok()) return status;
+  post([this, batch = std::move(batch), layer, after = std::move(after), stream] {
+    add_batch(*batch, layer, make_wave(after, stream, batch->handles));
+  });
   return {};
+}
+
+void Sender::send_layer(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens) {
+  post([=] { add_ready(handle, layer, tokens, nullptr); });
+}
+
+Status Sender::send_layer(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens, void* stream) {
+  After after;
+  if (auto status = record(stream, &after); !status.ok()) return status;
+  post([=, after = std::move(after)] { add_ready(handle, layer, tokens, make_wave(after, stream, {handle})); });
+  return {};
+}
+
+Status Sender::record(void* stream, After* out) {
+  if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool lies in host memory: it has no streams");
+  return device_->record_caller(stream, out);
 }
 
 Path Sender::path(std::uint32_t link) {
@@ -109,42 +126,44 @@ void Sender::abort(std::uint64_t handle, std::string reason) {
 
 // --- what is ready ---
 
-void Sender::post_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, After after,
-                         const void* stream) {
-  post([this, batch = std::move(batch), layers = std::move(layers), after = std::move(after), stream] {
-    std::shared_ptr<Wave> wave;
-    if (after != nullptr && !after->happened()) {
-      wave = std::make_shared<Wave>();
-      wave->after = after;
-      waves_[stream].push_back(wave);
-    }
-    for (const LayerOf& at : layers) add_ready(*batch, at, wave);
-  });
+// Null where `after` has happened.
+std::shared_ptr<Wave> Sender::make_wave(const After& after, const void* stream, std::vector<std::uint64_t> requests) {
+  if (after->happened()) return nullptr;
+  auto wave = std::make_shared<Wave>();
+  wave->after = after;
+  wave->requests = std::move(requests);
+  waves_[stream].push_back(wave);
+  return wave;
 }
 
-void Sender::add_ready(const SendBatch& batch, LayerOf at, const std::shared_ptr<Wave>& wave) {
-  const std::uint32_t layer = at.layer;
-  if (at.group >= batch.tokens.size() || layer >= kMostLayers) return;
-  const auto& ranges = batch.tokens[at.group];
-  for (std::size_t i = 0; i < batch.handles.size(); ++i) {
-    const auto found = requests_.find(batch.handles[i]);
-    if (found == requests_.end() || !found->second.failure.ok() || ranges[i].start >= ranges[i].stop) continue;
-    Request& request = found->second;
-    if (request.sent.size() <= layer) request.sent.resize(layer + 1);
-    if (!request.sent[layer].add(ranges[i])) {
-      fail(request,
-           Status::error(Code::kInvalid, "tokens " + range_text(ranges[i].start, ranges[i].stop) + " of layer " +
-                                             std::to_string(layer) + " overlap tokens that were sent before"));
-      continue;
-    }
-    request.ready.push_back({layer, ranges[i].start, ranges[i].stop, wave});
-    if (wave != nullptr && (wave->requests.empty() || wave->requests.back() != request.handle)) {
-      wave->requests.push_back(request.handle);
-    }
-    for (auto& lane : request.lanes) {
-      if (lane.place == Lane::Place::kNone) place(lane);
-      awaken(*lane.link);
-    }
+void Sender::add_batch(const SendBatch& batch, std::int32_t layer, const std::shared_ptr<Wave>& wave) {
+  const auto& groups = config_.layer_groups;
+  const auto first = layer == kAllLayers ? 0u : static_cast<std::uint32_t>(layer);
+  const auto last = layer == kAllLayers ? static_cast<std::uint32_t>(groups.size()) : first + 1;
+  for (std::uint32_t at = first; at < last && at < groups.size(); ++at) {
+    const auto group = static_cast<std::size_t>(groups[at]);
+    if (groups[at] < 0 || group >= batch.tokens.size()) continue;
+    const auto& ranges = batch.tokens[group];
+    for (std::size_t i = 0; i < batch.handles.size(); ++i) add_ready(batch.handles[i], at, ranges[i], wave);
+  }
+}
+
+void Sender::add_ready(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens,
+                       const std::shared_ptr<Wave>& wave) {
+  const auto found = requests_.find(handle);
+  if (found == requests_.end() || !found->second.failure.ok() || tokens.start >= tokens.stop) return;
+  if (layer >= kMostLayers) return;
+  Request& request = found->second;
+  if (request.sent.size() <= layer) request.sent.resize(layer + 1);
+  if (!request.sent[layer].add(tokens)) {
+    return fail(request,
+                Status::error(Code::kInvalid, "tokens " + range_text(tokens.start, tokens.stop) + " of layer " +
+                                                  std::to_string(layer) + " overlap tokens that were sent before"));
+  }
+  request.ready.push_back({layer, tokens.start, tokens.stop, wave});
+  for (auto& lane : request.lanes) {
+    if (lane.place == Lane::Place::kNone) place(lane);
+    awaken(*lane.link);
   }
 }
 

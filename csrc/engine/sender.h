@@ -38,11 +38,6 @@ struct SendBatch {
   std::vector<std::vector<wire::TokenRange>> tokens;  // per cache group: one range a handle; an empty one is skipped
 };
 
-struct LayerOf {
-  std::uint32_t layer = 0;  // global
-  std::size_t group = 0;    // its cache group
-};
-
 class Sender final : public Engine {
  public:
   Sender(const EngineConfig& config, Parts parts) : Engine(config, std::move(parts)) {}
@@ -52,12 +47,16 @@ class Sender final : public Engine {
   // kInvalid: a request with this id is under way; kClosed: the engine has ended.
   Status submit(Submission submission, std::shared_ptr<Outcome>* out);
   void extend(std::uint64_t handle, std::size_t group, std::vector<std::int32_t> blocks);
-  // The batch's tokens of these layers are in the pool and stay there unchanged until kPacked or kFailed. Blocks for
-  // them were submitted before. One hand-over to the progress thread, whatever the number of requests and layers.
-  void send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers);
+  static constexpr std::int32_t kAllLayers = -1;
+  // The batch's tokens of a global layer, or of all of the pool's, are in the pool and stay there unchanged until
+  // kPacked or kFailed. Blocks for them were submitted before. One hand-over to the progress thread, whatever the
+  // number of requests and layers.
+  void send_batch(std::shared_ptr<const SendBatch> batch, std::int32_t layer);
+  void send_layer(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens);
   // The same, of a pool on a device: they will be in the pool once what `stream` holds now has ended. Does not wait.
   // kInvalid: a stream of another device, or one that captures a graph; nothing is sent then.
-  Status send_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, void* stream);
+  Status send_batch(std::shared_ptr<const SendBatch> batch, std::int32_t layer, void* stream);
+  Status send_layer(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens, void* stream);
   // How payloads get to the peer of a link, by its latest window.
   Path path(std::uint32_t link);
   void abort(std::uint64_t handle, std::string reason);
@@ -112,6 +111,16 @@ class Sender final : public Engine {
     std::uint64_t put_ns = 0;  // when it began
     bool slow = false;         // it takes long: its buffer counts for nothing
     std::list<std::unique_ptr<Bundle>>::iterator self;
+
+    void clear() {  // as new, but for the memory of its vectors
+      pieces.clear();
+      task.clear();
+      link.reset();
+      bytes = 0;
+      direct = true;
+      ahead = false;
+      put = {};
+    }
   };
   struct PendingTicket {
     std::shared_ptr<Link> link;
@@ -169,9 +178,10 @@ class Sender final : public Engine {
   Request* find(const wire::RequestId& id);
 
   // sender.cpp: what is ready
-  void post_layers(std::shared_ptr<const SendBatch> batch, std::vector<LayerOf> layers, After after,
-                   const void* stream);
-  void add_ready(const SendBatch& batch, LayerOf at, const std::shared_ptr<Wave>& wave);
+  Status record(void* stream, After* out);
+  std::shared_ptr<Wave> make_wave(const After& after, const void* stream, std::vector<std::uint64_t> requests);
+  void add_batch(const SendBatch& batch, std::int32_t layer, const std::shared_ptr<Wave>& wave);
+  void add_ready(std::uint64_t handle, std::uint32_t layer, wire::TokenRange tokens, const std::shared_ptr<Wave>& wave);
   bool watch_waves();
   void place(Lane& lane);
   void unplace(Lane& lane);
@@ -198,11 +208,12 @@ class Sender final : public Engine {
 
   std::uint64_t next_arrival_ = 0;
   std::unordered_map<std::uint64_t, Request> requests_;
-  std::map<wire::RequestId, std::uint64_t> handles_;
+  std::unordered_map<wire::RequestId, std::uint64_t, IdHash> handles_;
   Pending pending_;
   std::map<wire::RequestId, Ended> ended_;
   std::deque<std::pair<std::uint64_t, wire::RequestId>> ended_order_;  // (at_ns, id), oldest first
   std::list<std::unique_ptr<Bundle>> bundles_;
+  std::vector<std::unique_ptr<Bundle>> unused_;
   std::vector<Bundle*> putting_;                                    // packed, and being put
   std::vector<RemapTask*> packed_;                                  // of one turn
   std::map<std::uint32_t, LinkWindows> windows_;                    // per link

@@ -17,6 +17,9 @@ constexpr std::uint64_t kSlowPutNs = 10'000'000;
 // Below this the pack stores across instead of leaving it to a copy engine. An estimate, not measured.
 constexpr std::size_t kCopyFrom = std::size_t{1} << 20;
 
+// Bundles that are kept for their memory.
+constexpr std::size_t kMostUnused = 8;
+
 constexpr std::uint64_t aligned(std::uint64_t offset) {
   return (offset + wire::kPayloadAlignment - 1) / wire::kPayloadAlignment * wire::kPayloadAlignment;
 }
@@ -45,7 +48,8 @@ bool Sender::feed(Link& link) {
   const Work work = ready_work(lanes, window.bytes(), most_frames(link));
   const bool full = work.bytes >= window.bytes() || work.frames >= most_frames(link);
   if (!ahead && !full && windows.in_flight >= kBusy) return false;
-  auto bundle = std::make_unique<Bundle>();
+  auto bundle = unused_.empty() ? std::make_unique<Bundle>() : std::move(unused_.back());
+  if (!unused_.empty()) unused_.pop_back();
   bundle->link = this->link(link.id);
   bundle->ahead = ahead;
   bundle->direct = window.local() != 0;
@@ -212,11 +216,11 @@ void Sender::launch(LinkWindows& windows, std::unique_ptr<Bundle> owned) {
   const bool staged = bundle.staging != nullptr;
   RemapTask& task = bundle.task;
   task.owner = &bundle;
-  task.parts.reserve(bundle.pieces.size());
+  task.reserve(bundle.pieces.size(), 2 * bundle.pieces.size());
   for (const Piece& piece : bundle.pieces) {
     const wire::Record& record = piece.record;
     const std::uint64_t payload = (staged ? bundle.staging->local() : window) + record.payload_offset;
-    add_part(*piece.plan, piece.lane->request->blocks[piece.plan->group], record, payload, true, &task);
+    add_frame(*piece.plan, piece.lane->request->blocks[piece.plan->group], record, payload, true, &task);
   }
   if (staged && bundle.direct) {
     task.copy_to = window;
@@ -242,7 +246,7 @@ void Sender::on_packed(Bundle& bundle) {
     Piece& piece = bundle.pieces[i];
     Lane& lane = *piece.lane;
     wire::Frame& frame = piece.record.frame;
-    const remap::Result& result = bundle.task.parts[i].result;
+    const remap::Result& result = bundle.task.frames[i].result;
     frame.checksum = result.checksum;
     frame.saturated = result.saturated;
     lane.remaining -= frame.token_stop - frame.token_start;
@@ -291,7 +295,11 @@ void Sender::end(Bundle& bundle) {
     const bool last = i + 1 == bundle.pieces.size() || bundle.pieces[i + 1].lane != &lane;
     if (last) conclude(*lane.request);
   }
+  auto owned = std::move(*bundle.self);
   bundles_.erase(bundle.self);
+  if (unused_.size() >= kMostUnused) return;
+  owned->clear();
+  unused_.push_back(std::move(owned));
 }
 
 // Tells the receiver of the frames whose requests still go on; where there are none the slot is unused.

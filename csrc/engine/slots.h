@@ -36,8 +36,9 @@ class SlotPool {
   std::size_t size() const { return slots_.size(); }
   std::size_t free_slots() const { return free_; }
   std::size_t quarantined() const { return quarantined_; }
-  std::size_t in_use() const { return slots_.size() - free_ - quarantined_; }  // lent or filled
-  std::size_t held_by(std::uint32_t link) const {                              // lent or filled
+  std::size_t in_use() const { return slots_.size() - free_ - quarantined_; }              // lent or filled
+  const std::unordered_map<std::uint32_t, std::size_t>& holders() const { return held_; }  // by link: lent or filled
+  std::size_t held_by(std::uint32_t link) const {                                          // lent or filled
     const auto found = held_.find(link);
     return found == held_.end() ? 0 : found->second;
   }

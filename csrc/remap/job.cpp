@@ -45,7 +45,8 @@ JobRunner::JobRunner(const Job& job, const Kernels& kernels, std::uint64_t seed)
       kernels_(kernels),
       from_size_(item_size(job.src.map.dtype)),
       to_size_(item_size(job.dst.map.dtype)),
-      converts_(job.src.map.dtype != job.dst.map.dtype || job.multipliers != nullptr) {
+      converts_(job.src.map.dtype != job.dst.map.dtype || job.multipliers != nullptr),
+      sums_(sums_in_parts(job)) {
   const std::int64_t channels = std::max(job.channels, 1);
   const std::int64_t s = std::min<std::int64_t>(job.src.map.pack, channels);
   const std::int64_t d = std::min<std::int64_t>(job.dst.map.pack, channels);
@@ -71,10 +72,12 @@ void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t h
   pending_ = next(piece_);
 }
 
-void JobRunner::step(Result& result) {
+void JobRunner::step(Result& result, const JobRunner* following) {
   const Piece current = piece_;
   pending_ = next(piece_);
-  run(current, pending_ ? &piece_ : nullptr, result);
+  const Piece* after = pending_ ? &piece_ : nullptr;
+  if (after == nullptr && following != nullptr && following->pending_) after = &following->piece_;
+  run(current, after, result);
 }
 
 void JobRunner::open_window() {
@@ -149,7 +152,7 @@ void JobRunner::run(const Piece& piece, const Piece* after, Result& result) {
   if (piece.tokens != plan_tokens_ || piece.heads != plan_heads_) plan(piece);
   const std::int64_t dst_ahead = after != nullptr ? after->dst - piece.dst : 0;
   const std::int64_t src_ahead = after != nullptr ? after->src - piece.src : 0;
-  const bool sums_on_the_way = sums_in_parts() && !converts_ && move_.can_sum();
+  const bool sums_on_the_way = sums_ && !converts_ && move_.can_sum();
   for (std::int64_t c = 0; c < job_.channels; c += span_) {
     const Move move{at(job_.dst, piece.token, piece.head, c), at(job_.src, piece.token, piece.head, c), dst_ahead,
                     src_ahead};
@@ -159,7 +162,7 @@ void JobRunner::run(const Piece& piece, const Piece* after, Result& result) {
       result.checksum += move_.run(kernels_, move, sums_on_the_way ? &sum_ : nullptr);
     }
   }
-  if (sums_in_parts() && !sums_on_the_way) result.checksum += sum(piece);
+  if (sums_ && !sums_on_the_way) result.checksum += sum(piece);
 }
 
 // Checksum of the piece's part of the payload: one contiguous run a head.

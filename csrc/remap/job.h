@@ -25,11 +25,15 @@ class JobRunner {
     return a.head != b.head ? a.head < b.head : a.token < b.token;
   }
 
-  // Moves one piece and adds to `result`.
-  void step(Result& result);
+  // Moves one piece and adds to `result`. Behind the last one, what `following` moves first is fetched.
+  void step(Result& result, const JobRunner* following = nullptr);
 
   // Every token of a head begins at a whole word of the payload, so any part of the job can be summed by itself.
-  bool sums_in_parts() const { return job_.wire != WireSide::kNone && wire_token_ % 8 == 0; }
+  static bool sums_in_parts(const Job& job) {
+    if (job.wire == WireSide::kNone) return false;
+    const SegmentMap& wire = job.wire == WireSide::kSource ? job.src.map : job.dst.map;
+    return job.channels * item_size(wire.dtype) % 8 == 0;
+  }
 
  private:
   struct Piece {
@@ -51,7 +55,7 @@ class JobRunner {
   const Job& job_;
   const Kernels& kernels_;
   const std::int64_t from_size_, to_size_;
-  const bool converts_;
+  const bool converts_, sums_;
   std::int64_t span_ = 1;   // channels within which both sides are affine in (outer, inner)
   std::int64_t inner_ = 1;  // channels of one inner run
   WireSum sum_;

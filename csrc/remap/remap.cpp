@@ -51,6 +51,25 @@ class Work {
     parts_ = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(1, bytes_ / kBytesPerThread));
   }
 
+  // All of it on this thread, which holds a DefaultRounding. `next`: the job that this thread runs then; null: none.
+  Result run_here(const Job* next, std::uint64_t next_seed) noexcept {
+    Result result;
+    for (std::size_t i = 0; i < num_jobs_;) {
+      const std::size_t count = group(i);
+      if (count > 1 || jobs_[i].scaled()) {
+        std::int64_t size = 0;
+        for (std::size_t j = i; j < i + count; ++j) size += bytes_of(jobs_[j]);
+        if (size > 0) run_group(i, count, size, 0, size, result);
+      } else {
+        const bool last = i + 1 == num_jobs_;
+        run_alone(jobs_[i], last ? next : &jobs_[i + 1], last ? next_seed : seed_, result);
+      }
+      i += count;
+    }
+    for (std::size_t i = 0; i < num_jobs_; ++i) result.checksum += sum_whole(jobs_[i]);
+    return result;
+  }
+
   Result run() noexcept {
     if (parts_ == 1) {
       run_part(0);
@@ -80,6 +99,18 @@ class Work {
     }
     checksum_.fetch_add(result.checksum, std::memory_order_relaxed);
     saturated_.fetch_add(result.saturated, std::memory_order_relaxed);
+  }
+
+  void run_alone(const Job& job, const Job* next, std::uint64_t next_seed, Result& result) const {
+    JobRunner runner(job, kernels_, seed_);
+    runner.start(0, job.tokens, 0, job.heads);
+    if (next == nullptr || next->scaled()) {
+      while (runner.pending()) runner.step(result);
+      return;
+    }
+    JobRunner following(*next, kernels_, next_seed);
+    following.start(0, next->tokens, 0, next->heads);
+    while (runner.pending()) runner.step(result, &following);
   }
 
   // Jobs from `first` on that take turns, so that a pool's block is read or written once.
@@ -137,7 +168,7 @@ class Work {
   // Payload parts whose tokens are not whole words, and scales, are summed once all of the job has been moved.
   std::uint64_t sum_whole(const Job& job) const {
     if (job.scaled()) return ScaledRunner(job, kernels_, seed_).sum_rest();
-    if (job.wire == WireSide::kNone || JobRunner(job, kernels_, seed_).sums_in_parts()) return 0;
+    if (job.wire == WireSide::kNone || JobRunner::sums_in_parts(job)) return 0;
     const SegmentMap& wire = job.wire == WireSide::kSource ? job.src.map : job.dst.map;
     const auto* data = reinterpret_cast<const Bytes*>(static_cast<std::uintptr_t>(wire.base));
     const std::int64_t bytes = job.tokens * job.heads * job.channels * item_size(wire.dtype);
@@ -158,6 +189,49 @@ class Work {
 
 Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept {
   return Work(jobs, num_jobs, seed, threads).run();
+}
+
+namespace {
+
+// Frames that threads take one at a time.
+struct Frames {
+  const Job* jobs;
+  Frame* frames;
+  std::size_t num_frames;
+  std::atomic<std::size_t> next{0};
+
+  void run() noexcept {
+    const DefaultRounding rounding;
+    const Job* first = jobs;
+    std::size_t at = 0;
+    for (std::size_t mine = next++; mine < num_frames; mine = next++) {
+      for (; at < mine; ++at) first += frames[at].num_jobs;
+      Frame& frame = frames[mine];
+      const bool more = mine + 1 < num_frames && frames[mine + 1].num_jobs > 0;
+      const Job* following = more ? first + frame.num_jobs : nullptr;
+      frame.result = Work(first, frame.num_jobs, frame.seed, 1).run_here(following, more ? frames[mine + 1].seed : 0);
+    }
+  }
+};
+
+}  // namespace
+
+void remap_frames_cpu(const Job* jobs, Frame* frames, std::size_t num_frames, int threads) noexcept {
+  std::int64_t bytes = 0;
+  std::size_t num_jobs = 0;
+  for (std::size_t i = 0; i < num_frames; ++i) num_jobs += frames[i].num_jobs;
+  for (std::size_t i = 0; i < num_jobs; ++i) bytes += bytes_of(jobs[i]);
+  const std::int64_t parts = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(1, bytes / kBytesPerThread));
+  if (parts > 1 && num_frames < 4 * static_cast<std::size_t>(parts)) {
+    for (std::size_t i = 0; i < num_frames; ++i) {
+      frames[i].result = remap_cpu(jobs, frames[i].num_jobs, frames[i].seed, threads);
+      jobs += frames[i].num_jobs;
+    }
+    return;
+  }
+  Frames all{jobs, frames, num_frames};
+  if (parts == 1) return all.run();
+  parallel(static_cast<int>(parts), [](void* work, int) noexcept { static_cast<Frames*>(work)->run(); }, &all);
 }
 
 }  // namespace hetkv::remap

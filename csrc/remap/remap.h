@@ -66,4 +66,15 @@ struct Result {
 // caller's.
 Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
 
+// One frame of a bundle: its jobs, behind those of the frame before, the key of its checksum, and what was found.
+struct Frame {
+  std::size_t num_jobs = 0;
+  std::uint64_t seed = 0;
+  Result result;
+};
+
+// remap_cpu for each frame. Small frames share the threads, one each at a time; the next one is fetched while one is
+// moved.
+void remap_frames_cpu(const Job* jobs, Frame* frames, std::size_t num_frames, int threads) noexcept;
+
 }  // namespace hetkv::remap

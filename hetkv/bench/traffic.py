@@ -168,6 +168,12 @@ def show(console: Any, report: dict[str, Any]) -> None:
             f"{row['frames_per_bundle']:.0f}", str(row["wrong_bytes"]), f"{row['gb_s'] / rival:.1f}" if rival else "",
         )  # fmt: skip
     console.print(table)
+    for row in report["results"]:
+        if "last_call_us" in row:
+            share, last = row["mean_of_ends_over_last"], row["last_call_us"]
+            console.print(
+                f"{row['name']}: mean of ends {share:.2f} of the last, which ended {last:,.0f} us after its call"
+            )
     for size, value in report["ceiling"].items():
         console.print(f"UCX put of {int(size) / 1024:g} KiB: {value} GB/s")
     for row in report["nixl"]:

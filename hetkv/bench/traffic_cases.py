@@ -21,6 +21,12 @@ class Case(NamedTuple):
     reps: int = 10
     kinds: tuple[str, ...] = ("ready", "layers")
     """How its layers become ready: see `KINDS`."""
+    last_tokens: int = 0
+    """Tokens of the last request, where it has fewer."""
+
+    def tokens_of(self, request: int) -> int:
+        """Tokens of one of the requests."""
+        return self.last_tokens if self.last_tokens and request == self.requests - 1 else self.tokens
 
     @property
     def spec(self) -> KVSpec:
@@ -44,15 +50,21 @@ class Case(NamedTuple):
     @property
     def payload_bytes(self) -> int:
         """Of all requests, each byte once."""
-        return self.layers * self.requests * self.layer_bytes
+        return self.layers * self.token_bytes * sum(map(self.tokens_of, range(self.requests)))
 
 
 HEAD_DIM = 128
 KINDS = {
     "ready": "all layers of all requests ready at once, handed over in one call",
     "layers": "a call a layer for all requests, one after the other",
+    "order": "all layers of each request ready at once, one request after the other: in which order do they end",
     "latency": "as ready, both sides spinning: engine threads, and the caller that waits",
 }
+
+ORDER = (
+    Case("8 equal requests, 32 x 8 heads, 512 tokens", 32, 8, 512, 8, reps=5, kinds=("order",)),
+    Case("16 tokens behind 1 GiB, 32 x 8 heads", 32, 8, 8192, 2, reps=5, kinds=("order",), last_tokens=16),
+)
 
 DEVICE = (
     Case("80 x 8 heads, 16k tokens", 80, 8, 16384, reps=10),
@@ -70,6 +82,7 @@ DEVICE = (
     Case("80 x 1 head, 1k tokens, 32 requests, fp8", 80, 1, 1024, 32, "fp8"),
     Case("1 layer x 8 heads, 16 tokens", 1, 8, 16, reps=200, kinds=("latency",)),
     Case("32 layers x 8 heads, 1 token", 32, 8, 1, reps=200, kinds=("latency", "layers")),
+    *ORDER,
 )
 CPU = (
     Case("32 x 8 heads, 4k tokens", 32, 8, 4096, reps=5),
@@ -81,4 +94,5 @@ CPU = (
     Case("80 x 1 head, 1k tokens, 8 requests, fp8", 80, 1, 1024, 8, "fp8", reps=5),
     Case("1 layer x 8 heads, 16 tokens", 1, 8, 16, reps=200, kinds=("latency",)),
     Case("32 layers x 8 heads, 1 token", 32, 8, 1, reps=200, kinds=("latency", "layers")),
+    *ORDER,
 )

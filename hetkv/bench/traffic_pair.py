@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.bench.pair import REPLY_S, Child, ask_all, synchronize, use_device
@@ -37,6 +39,8 @@ class Moved(NamedTuple):
     """How long each call of the batch took."""
     ends: dict[int, float]
     """`visible` by request."""
+    starts: list[float]
+    """When each call was made."""
 
 
 def make_pool(case: Case, side: int, device: str) -> tuple[KVPool, list[list[int]]]:
@@ -46,12 +50,10 @@ def make_pool(case: Case, side: int, device: str) -> tuple[KVPool, list[list[int
     from hetkv.kv.pool import KVPool
 
     layout, size = LAYOUTS[side] if case.heads else ("latent", LAYOUTS[side][1])
-    per = -(-case.tokens // size)
-    pool = KVPool.allocate(
-        case.spec, per * case.requests, layout=layout, block_size=size, dtype=case.dtype, device=device
-    )
-    order = torch.randperm(per * case.requests, generator=torch.Generator().manual_seed(side)).tolist()
-    return pool, [order[i * per : (i + 1) * per] for i in range(case.requests)]
+    counts = [-(-case.tokens_of(request) // size) for request in range(case.requests)]
+    pool = KVPool.allocate(case.spec, sum(counts), layout=layout, block_size=size, dtype=case.dtype, device=device)
+    order = iter(torch.randperm(sum(counts), generator=torch.Generator().manual_seed(side)).tolist())
+    return pool, [[next(order) for _ in range(count)] for count in counts]
 
 
 def pattern(tokens: int, heads: int, row: int, device: Any) -> torch.Tensor:
@@ -72,9 +74,9 @@ class _Side:
         self.node = kind(self.pool, secret=secret, instance=f"traffic-{kind.role}", config=config)
         self.handles: list[Any] = []
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each segment of each layer and request: the pool's bytes `[block, token, head, byte]`, the request's
-        block ids, and the bytes that its tokens have, blocks filled up."""
+    def parts(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each segment of each layer and request: the request, the pool's bytes `[block, token, head, byte]`, the
+        request's block ids, and the bytes that its tokens have, blocks filled up."""
         import torch
 
         made: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -82,11 +84,11 @@ class _Side:
             for number, segment in enumerate(kind.segments):
                 view = self.pool.view(layer, segment.name).view(torch.uint8)
                 ids = [torch.tensor(blocks, device=view.device) for blocks in self.blocks]
-                shape = (len(ids[0]) * view.shape[1], view.shape[2], view.shape[3])
-                if shape not in made:
-                    made[shape] = pattern(*shape, view.device)
                 for request, blocks in enumerate(ids):
-                    yield view, blocks, (made[shape] + (layer * 31 + request * 7 + number * 17) % 113) % 113
+                    shape = (len(blocks) * view.shape[1], view.shape[2], view.shape[3])
+                    if shape not in made:
+                        made[shape] = pattern(*shape, view.device)
+                    yield request, view, blocks, (made[shape] + (layer * 31 + request * 7 + number * 17) % 113) % 113
 
     def stats(self) -> dict[str, int]:
         counters: dict[str, int] = self.node.stats()
@@ -105,7 +107,7 @@ class _SenderSide(_Side):
         from hetkv.transport.sender import Sender
 
         super().__init__(Sender, 0, *arguments)
-        for view, blocks, rows in self.parts():
+        for _, view, blocks, rows in self.parts():
             view[blocks] = rows.reshape(len(blocks), *view.shape[1:])
         synchronize(self.device)
 
@@ -113,26 +115,29 @@ class _SenderSide(_Side):
         address: str = self.node.listen()
         return address
 
-    def run(self, name: str, kind: str, order: list[int]) -> tuple[float, float, list[float]]:
-        """Send the requests in this order of calls; when it began, when all were acknowledged, and each call."""
-        handles = [self.node.send(f"{name}-{i}", self.blocks[i], self.case.tokens) for i in order]
+    def run(self, name: str, kind: str) -> tuple[float, float, list[float], list[float]]:
+        """Send the requests; when it began, when all were acknowledged, when each call was made, how long it took."""
+        case = self.case
+        handles = [self.node.send(f"{name}-{i}", ids, case.tokens_of(i)) for i, ids in enumerate(self.blocks)]
         batch = self.node.batch(handles)
-        time.sleep(TICKETS_S)
-        calls = []
-        began = time.monotonic()
+        calls: list[Callable[[], None]] = [batch.send_layers]
         if kind == "layers":
-            for layer in range(self.case.layers):
-                before = time.perf_counter()
-                batch.send_layer(layer)
-                calls.append(time.perf_counter() - before)
-        else:
-            batch.send_layers()
-            calls.append(time.monotonic() - began)
-            if kind == "latency":
-                time.sleep(0.002)  # leave the cores to the threads that are measured
+            calls = [partial(batch.send_layer, layer) for layer in range(case.layers)]
+        elif kind == "order":
+            calls = [handle.send_layers for handle in handles]
+        times = []
+        time.sleep(TICKETS_S)
+        began = time.monotonic()
+        for call in calls:
+            times.append(time.monotonic())
+            call()
+        times.append(time.monotonic())
+        if kind == "latency" and (os.cpu_count() or 1) < 4:
+            time.sleep(0.002)  # leave the cores to the threads that are measured
         for handle in handles:
             handle.wait(REPLY_S / 2)
-        return began, time.monotonic(), calls
+        starts = [at - began for at in times]
+        return began, time.monotonic(), starts[:-1], [b - a for a, b in itertools.pairwise(starts)]
 
 
 class _ReceiverSide(_Side):
@@ -144,12 +149,14 @@ class _ReceiverSide(_Side):
     def connect(self, address: str) -> None:
         self.node.connect(address)
 
-    def receive(self, name: str, order: list[int]) -> None:
-        self.handles = [self.node.receive(f"{name}-{i}", self.blocks[i], self.case.tokens) for i in order]
+    def receive(self, name: str) -> None:
+        self.handles = [
+            self.node.receive(f"{name}-{i}", ids, self.case.tokens_of(i)) for i, ids in enumerate(self.blocks)
+        ]
 
     def wait(self, kind: str) -> list[tuple[str, float]]:
         """Each request and when it was seen complete."""
-        if len(self.handles) == 1 or kind != "order":
+        if kind != "order":
             for handle in self.handles:
                 handle.wait(REPLY_S / 2)
             now = time.monotonic()
@@ -169,16 +176,16 @@ class _ReceiverSide(_Side):
         return ended
 
     def clear(self) -> None:
-        for view, _, _ in self.parts():
+        for _, view, _, _ in self.parts():
             view.zero_()
         synchronize(self.device)
 
     def wrong_bytes(self) -> int:
         """Bytes of the requests that are not what the sender's pool holds."""
         wrong = 0
-        for view, blocks, rows in self.parts():
+        for request, view, blocks, rows in self.parts():
             found = view[blocks].reshape(rows.shape)
-            wrong += int((found != rows)[: self.case.tokens].sum())
+            wrong += int((found != rows)[: self.case.tokens_of(request)].sum())
         return wrong
 
 
@@ -198,16 +205,15 @@ class TrafficPair:
             self.close()
             raise
 
-    def move(self, kind: str, order: list[int] | None = None) -> Moved:
-        """All requests once; `order`: of the calls that ask for them and send them."""
+    def move(self, kind: str) -> Moved:
+        """All requests once."""
         self.round += 1
-        order = list(range(self.case.requests)) if order is None else order
         name = f"r{self.round}"
-        self.receiver.ask("receive", name, order)
+        self.receiver.ask("receive", name)
         self.receiver.pipe.send(("wait", kind))
-        began, acked, calls = self.sender.ask("run", name, kind, order)
+        began, acked, starts, calls = self.sender.ask("run", name, kind)
         ended = [(int(request.rpartition("-")[2]), at - began) for request, at in self.receiver.answer()]
-        return Moved([at for _, at in ended], acked - began, calls, dict(ended))
+        return Moved([at for _, at in ended], acked - began, calls, dict(ended), starts)
 
     def verify(self, kind: str = "ready") -> int:
         """Bytes that are wrong after one more repetition into cleared memory."""
@@ -257,6 +263,12 @@ def _row(pair: TrafficPair, kind: str) -> dict[str, Any]:
     middle = statistics.median(visible)
     frames, bundles = (after[0][name] - before[0][name] for name in ("frames", "bundles"))
     per = 1e6 / (case.reps * case.requests)
+    order = {
+        "mean_of_ends_over_last": round(
+            statistics.median(statistics.mean(at.visible) / max(at.visible) for at in moved), 3
+        ),
+        "last_call_us": round(1e6 * statistics.median(at.ends[case.requests - 1] - at.starts[-1] for at in moved), 1),
+    }
     return {
         **case._asdict(),
         "kinds": list(case.kinds),
@@ -269,6 +281,7 @@ def _row(pair: TrafficPair, kind: str) -> dict[str, Any]:
         "acked_us": round(statistics.median(one.acked for one in moved) * 1e6, 1),
         "gb_s": round(case.payload_bytes / middle / 1e9, 3),
         "call_us": round(statistics.median(call for one in moved for call in one.calls) * 1e6, 2),
+        **(order if kind == "order" else {}),
         "frames_per_bundle": round(frames / max(1, bundles), 1),
         "cpu_us_per_request": {
             f"{side} {part}": round(per * value, 1)

@@ -182,6 +182,10 @@ class KVPool:
             if both is not None:
                 raise InputError(f"{both[0].name} and {both[1].name} overlap: they would overwrite each other")
 
+    def block_size_of(self, group: int) -> int:
+        """Tokens of one block of a cache group; 0 where none of its layers is here."""
+        return self.cache_groups[group].block_size if group in self.cache_groups else 0
+
     def check_blocks(self, group: int, block_ids: Sequence[int], start: int, stop: int) -> None:
         """Raise `InputError` unless `block_ids` hold tokens `[start, stop)` of a cache group in distinct blocks.
 

@@ -16,6 +16,7 @@ from hetkv.errors import InputError
 if TYPE_CHECKING:
     from hetkv.transport.sender import Sender, SendHandle
 
+_ALL_LAYERS = -1
 Tokens = tuple[int, int] | None
 """Tokens `[start, stop)` of a request; `None`: all of it."""
 
@@ -26,17 +27,18 @@ class SendBatch:
     def __init__(self, sender: Sender, items: Iterable[SendHandle | tuple[SendHandle, Tokens]]) -> None:
         from hetkv.core import core
 
-        self._sender = sender
+        self._sender, self._device = sender, sender.device
         self._group_of = sender.group_of
         states = sender.pool.spec.state_groups
         pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
-        ranges = [[tx.tokens_of(group, tokens, group in states) for tx, tokens in pairs]
-                  for group in range(sender.pool.spec.num_groups)]  # fmt: skip
         foreign = [tx.request_id for tx, _ in pairs if tx.sender is not sender]
         if foreign:
             raise InputError(f"requests {foreign} are another sender's")
-        for number, (tx, _) in enumerate(pairs):
-            tx.batched([spans[number] for spans in ranges])
+        ranges = [[tx.tokens_of(group, tokens, group in states) for tx, tokens in pairs]
+                  for group in range(sender.pool.spec.num_groups)]  # fmt: skip
+        for group, spans in enumerate(ranges):
+            for (tx, _), (start, stop) in zip(pairs, spans, strict=True):
+                tx.batched(group, start, stop)
         self._core = core.SendBatch([tx.handle for tx, _ in pairs], ranges)
 
     def send_layer(self, layer: int, *, stream: Any = None) -> None:
@@ -46,17 +48,16 @@ class SendBatch:
         A stream that captures a graph is rejected, as what it holds runs only when the graph is launched: launch the
         graph, then send its layers from the stream that it was launched into.
         """
-        group = self._group_of.get(layer)
-        if group is None:
+        if layer not in self._group_of:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        self._send([(layer, group)], stream)
+        self._send(layer, stream)
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool, in one call."""
-        self._send(list(self._group_of.items()), stream)
+        self._send(_ALL_LAYERS, stream)
 
-    def _send(self, layers: list[tuple[int, int]], stream: Any) -> None:
-        device = self._sender.device
+    def _send(self, layer: int, stream: Any) -> None:
+        device = self._device
         if device is None and stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
-        self._sender.engine.send_batch(self._core, layers, device.stream(stream) if device else None)
+        self._sender.engine.send_batch(self._core, layer, device.stream(stream) if device else None)

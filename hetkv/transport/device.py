@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hetkv.errors import InputError
@@ -32,11 +34,7 @@ class PoolDevice:
         `None` is PyTorch's current stream on this device. Raises `InputError` for a stream of another device.
         """
         if stream is None:
-            if self.torch is None:
-                return None
-            import torch
-
-            return int(torch.cuda.current_stream(self.torch).cuda_stream)
+            return None if self.torch is None else _current_stream()(self.index)
         if isinstance(stream, int):
             return stream
         number, device = getattr(stream, "cuda_stream", None), getattr(stream, "device", None)
@@ -60,6 +58,18 @@ class PoolDevice:
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.index}"
+
+
+@cache
+def _current_stream() -> Callable[[int], int]:
+    """PyTorch's current stream on a device, by the device's index. Asked for once a layer, so without an object."""
+    import torch
+
+    def slow(index: int) -> int:
+        return int(torch.cuda.current_stream(index).cuda_stream)
+
+    found: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", slow)
+    return found
 
 
 def device_of(pool: KVPool) -> PoolDevice | None:

@@ -113,7 +113,8 @@ class Node(ABC, Generic[P]):
         self._closed = False
         on_device = self.device is not None
         config_of_engine = self._engine_config(on_device)
-        config_of_engine.num_layers = max(self.layers, default=-1) + 1
+        last = max(self.layers, default=-1)
+        config_of_engine.layer_groups = [self.group_of.get(layer, -1) for layer in range(last + 1)]
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
         self.requests: Requests[P] = Requests(self.engine)
         lifetime.starting.add(self)

@@ -59,8 +59,10 @@ class SendHandle(Handle):
     ) -> None:
         super().__init__(request_id, sender, outcome)
         self.sender = sender
-        self._pool, self._device = sender.pool, sender.device
+        self._pool, self._device, self._engine = sender.pool, sender.device, sender.engine
         self._tokens, self._blocks = tokens, blocks
+        self._room = [len(ids) * sender.pool.block_size_of(group) for group, ids in enumerate(blocks)]
+        """Tokens by cache group that the blocks hold; none where the pool has no layers of the group."""
         self._batched = [0] * len(tokens)
         """Tokens by cache group that are in batches: those hand them over in every layer."""
         self._given: dict[int, int] = {}
@@ -82,19 +84,20 @@ class SendHandle(Handle):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        complete = self.done() and self.error is None
-        if complete and self._sent_whole(layer):
+        given = self._given.get(layer, 0)
+        if given + self._batched[group] >= self._tokens[group].size and self.outcome.ended and self.error is None:
             raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
             start, stop = self.tokens_of(group, tokens)
         except InputError as error:
             raise InputError(f"layer {layer}: {error}") from None
-        if self._device is None and stream is not None:
+        if self._device is not None:
+            stream = self._device.stream(stream)
+        elif stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
-        self._given[layer] = self._given.get(layer, 0) + stop - start
-        if stop > start and not complete:
-            behind = self._device.stream(stream) if self._device else None
-            self.sender.engine.send_layer(self.handle, layer, start, stop, behind)
+        if stop > start:
+            self._engine.send_layer(self.handle, layer, start, stop, stream)
+        self._given[layer] = given + stop - start
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
@@ -106,19 +109,20 @@ class SendHandle(Handle):
         group = self._group_of[layer]
         return self._given.get(layer, 0) + self._batched[group] >= self._tokens[group].size
 
-    def batched(self, spans: Sequence[tuple[int, int]]) -> None:
-        """A batch sends these tokens, one interval per cache group, in every layer of the group."""
-        for group, (start, stop) in enumerate(spans):
-            self._batched[group] += stop - start
+    def batched(self, group: int, start: int, stop: int) -> None:
+        """A batch sends these tokens in every layer of the cache group."""
+        self._batched[group] += stop - start
 
     def tokens_of(self, group: int, tokens: tuple[int, int] | None, whole: bool = False) -> tuple[int, int]:
         """`tokens`, or all of them, as the engine takes them of a cache group. Raises `InputError`.
 
         `whole`: the group's layers have one record, which goes with the request's last tokens.
         """
+        count, room = self._tokens[group].stop, self._room[group]
+        if tokens is None and count <= room:
+            return 0, count
         if group not in self._pool.cache_groups:
             return 0, 0
-        count = self._tokens[group].stop
         try:
             start, stop = (0, count) if tokens is None else (index(at) for at in tokens)
         except (TypeError, ValueError):
@@ -127,9 +131,8 @@ class SendHandle(Handle):
             return (0, count) if stop >= max(span.stop for span in self._tokens) else (0, 0)
         if not 0 <= start <= stop <= count:
             raise InputError(f"tokens [{start}, {stop}): the request has {count} tokens")
-        blocks = len(self._blocks[group])
-        if stop > blocks * self._pool.cache_groups[group][0]:
-            raise InputError(f"tokens [{start}, {stop}): the request has {blocks} blocks")
+        if stop > room:
+            raise InputError(f"tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks")
         return start, stop
 
     def extend(self, block_ids: Any, group: int = 0) -> None:
@@ -138,10 +141,10 @@ class SendHandle(Handle):
             raise InputError(f"cache group {group} has no layers in this pool")
         more = block_array(block_ids)
         blocks = self._blocks[group] + more
-        span, room = self._tokens[group], len(blocks) * self._pool.cache_groups[group][0]
+        span, room = self._tokens[group], len(blocks) * self._pool.block_size_of(group)
         self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
-        self.sender.engine.extend(self.handle, group, more)
-        self._blocks[group] = blocks  # only now may a thread send layers that lie in them
+        self._engine.extend(self.handle, group, more)
+        self._blocks[group], self._room[group] = blocks, room  # only now may a thread send layers that lie in them
 
     @property
     def packed(self) -> Future[None]:

@@ -16,8 +16,7 @@ struct FastDiv {
 
   FastDiv() = default;
   explicit FastDiv(std::uint32_t d) : divisor(d) {
-    std::uint32_t s = 0;
-    while ((std::uint64_t{1} << s) < d) ++s;
+    const std::uint32_t s = d <= 1 ? 0 : 32 - static_cast<std::uint32_t>(__builtin_clz(d - 1));  // ceil(log2 d)
     shift = 31 + s;
     magic = static_cast<std::uint32_t>((std::uint64_t{1} << shift) / d + 1);
   }

@@ -64,17 +64,35 @@ bool is_tiled(const remap::Side& side, std::int64_t tile, std::int64_t lead) {
   return side.map.block_size == 0 || (side.map.block_size % tile == 0 && (side.first_token - lead) % tile == 0);
 }
 
-// What rows and cells share: whether tokens of an item lie in one block, and where the wire's words count from.
+// Whether tokens of an item lie in one block: rows and cells.
 void plan_items(const remap::Job& from, std::int64_t tile, std::int64_t lead, Job* job) {
   job->src.tiled = is_tiled(from.src, tile, lead);
   job->dst.tiled = is_tiled(from.dst, tile, lead);
+}
+
+// What of a side differs from frame to frame.
+void place_side(const remap::Side& from, Side* side) {
+  const SegmentMap& map = from.map;
+  side->base = map.base + static_cast<std::uint64_t>(from.first_head * map.head_stride);
+  if (map.block_size > 0) {
+    side->blocks = from.blocks;
+  } else {
+    side->base += static_cast<std::uint64_t>(from.first_token * map.token_stride);
+  }
+}
+
+void place_job(const remap::Job& from, Job* job) {
+  place_side(from.src, &job->src);
+  place_side(from.dst, &job->dst);
+  job->multipliers = from.multipliers;
+  job->wire_origin = 1 + from.wire_offset / 8;
+  if (job->path == Path::kWords) return;  // the others count the wire's words from address 0
   job->wire_origin -= (from.wire == remap::WireSide::kSource ? job->src.base : job->dst.base) / 8;
 }
 
 Side plan_side(const remap::Side& from) {
   const SegmentMap& map = from.map;
   Side side;
-  side.base = map.base + static_cast<std::uint64_t>(from.first_head * map.head_stride);
   side.block_stride = map.block_stride;
   side.token_stride = map.token_stride;
   side.head_stride = map.head_stride;
@@ -83,11 +101,8 @@ Side plan_side(const remap::Side& from) {
   side.pack = FastDiv(static_cast<std::uint32_t>(map.pack));
   side.dtype = map.dtype;
   if (map.block_size > 0) {
-    side.blocks = from.blocks;
     side.first_token = static_cast<std::uint32_t>(from.first_token);
     side.block_size = FastDiv(static_cast<std::uint32_t>(map.block_size));
-  } else {
-    side.base += static_cast<std::uint64_t>(from.first_token * map.token_stride);
   }
   return side;
 }
@@ -147,13 +162,12 @@ void plan_words(const remap::Job& from, Job* job) {
   job->whole_words = from.wire == remap::WireSide::kDestination && canonical.map.base % 8 == 0;
 }
 
+// All but what place_job() sets.
 void plan_job(const remap::Job& from, Job* job) {
   job->src = plan_side(from.src);
   job->dst = plan_side(from.dst);
-  job->multipliers = from.multipliers;
   job->converts = from.src.map.dtype != from.dst.map.dtype || from.multipliers != nullptr;
   job->wire = from.wire;
-  job->wire_origin = 1 + from.wire_offset / 8;
   job->tokens = static_cast<std::uint32_t>(from.tokens);
   job->token_count = FastDiv(static_cast<std::uint32_t>(std::max<std::int64_t>(1, from.tokens)));
   job->heads = FastDiv(static_cast<std::uint32_t>(std::max(1, from.heads)));
@@ -193,6 +207,21 @@ std::uint32_t chunks_of(const Job& job) {
   return static_cast<std::uint32_t>((job.elements + elements - 1) / elements);
 }
 
+// Their plans are alike: all that a plan looks at is the same, alignment too.
+bool alike(const remap::Side& a, const remap::Side& b) {
+  const SegmentMap& x = a.map;
+  const SegmentMap& y = b.map;
+  return x.block_stride == y.block_stride && x.token_stride == y.token_stride && x.head_stride == y.head_stride &&
+         x.outer_stride == y.outer_stride && x.inner_stride == y.inner_stride && x.block_size == y.block_size &&
+         x.pack == y.pack && x.dtype == y.dtype && (x.base ^ y.base) % 16 == 0 && a.first_token == b.first_token &&
+         a.first_head == b.first_head;
+}
+
+bool alike(const remap::Job& a, const remap::Job& b) {
+  return a.tokens == b.tokens && a.heads == b.heads && a.channels == b.channels && a.wire == b.wire &&
+         (a.multipliers == nullptr) == (b.multipliers == nullptr) && alike(a.src, b.src) && alike(a.dst, b.dst);
+}
+
 }  // namespace
 
 bool can_plan(const remap::Job& job) {
@@ -202,13 +231,20 @@ bool can_plan(const remap::Job& job) {
 
 std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames, Job* out,
                         std::uint32_t* first_chunk) {
+  const Job* first = out;
   std::uint32_t chunks = 0;
   for (std::size_t frame = 0; frame < num_frames; ++frame) {
     for (std::uint64_t i = 0; i < frames[frame].num_jobs; ++i, ++jobs, ++out, ++first_chunk) {
-      *out = Job{};
+      // K and V, and the same layer of several requests, differ in where they lie and in nothing else.
+      if (out != first && alike(jobs[0], jobs[-1])) {
+        *out = out[-1];
+      } else {
+        *out = Job{};
+        plan_job(*jobs, out);
+      }
+      place_job(*jobs, out);
       out->seed = frames[frame].seed;
       out->frame = static_cast<std::uint32_t>(frame);
-      plan_job(*jobs, out);
       *first_chunk = chunks;
       chunks += chunks_of(*out);
     }
