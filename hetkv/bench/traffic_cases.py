@@ -90,6 +90,7 @@ CPU = (
     Case("80 x 1 head, 1k tokens", 80, 1, 1024),
     Case("80 x 1 head, 1k tokens, 8 requests", 80, 1, 1024, 8, reps=5),
     Case("80 x 1 head, 16 tokens, 64 requests", 80, 1, 16, 64, reps=5),
+    Case("80 x 1 head, 16 tokens, 1000 requests", 80, 1, 16, 1000, reps=3, kinds=("ready",)),
     Case("61 x MLA, 256 tokens, 8 requests", 61, 0, 256, 8, reps=5),
     Case("80 x 1 head, 1k tokens, 8 requests, fp8", 80, 1, 1024, 8, "fp8", reps=5),
     Case("1 layer x 8 heads, 16 tokens", 1, 8, 16, reps=200, kinds=("latency",)),

@@ -282,6 +282,7 @@ def _row(pair: TrafficPair, kind: str) -> dict[str, Any]:
         "gb_s": round(case.payload_bytes / middle / 1e9, 3),
         "call_us": round(statistics.median(call for one in moved for call in one.calls) * 1e6, 2),
         **(order if kind == "order" else {}),
+        "requests_per_s": round(case.requests / middle, 1),
         "frames_per_bundle": round(frames / max(1, bundles), 1),
         "cpu_us_per_request": {
             f"{side} {part}": round(per * value, 1)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from hetkv import AbortedError, HetkvError, InputError, Receiver, Sender, TransferConfig, WaitTimeoutError
+from hetkv import Receiver, Sender, TransferConfig
+from hetkv.errors import AbortedError, HetkvError, InputError, WaitTimeoutError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from tests.transport.peers import WAIT_S, connected, randomise, settled, until
