@@ -129,7 +129,11 @@ Result Node::create(Role role, std::shared_ptr<const Pool> pool, NodeSettings se
 Result Node::start() {
   engine::EngineConfig config = settings_.engine;
   config.high_priority = !sends();
-  config.num_layers = pool_->spec.layers.size();
+  config.layer_groups.assign(pool_->spec.layers.size(), -1);
+  for (const control::LayerGroup& group : pool_->layers) {
+    const auto layer = static_cast<std::size_t>(group.layers[0]);
+    config.layer_groups[layer] = static_cast<std::int32_t>(pool_->spec.layers[layer].group);
+  }
   engine::Parts parts;
   parts.clock = system_clock();
   parts.transport = std::make_unique<transport::StreamTransport>(parts.clock, nullptr);

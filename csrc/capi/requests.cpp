@@ -139,7 +139,7 @@ Result Node::send_layers(hetkv_request* const* requests, std::size_t count, std:
   }
   const auto group = static_cast<std::size_t>(pool_->spec.layers[layer].group);
   auto batch = std::make_shared<engine::SendBatch>();
-  batch->tokens.resize(1);
+  batch->tokens.resize(group + 1);
   for (std::size_t at = 0; at < count; ++at) {
     const hetkv_request& request = *requests[at];
     if (request.node.get() != this) return invalid("a request is another node's");
@@ -151,14 +151,14 @@ Result Node::send_layers(hetkv_request* const* requests, std::size_t count, std:
                      std::to_string(all));
     }
     batch->handles.push_back(request.outcome->handle);
-    batch->tokens[0].push_back({start, stop});
+    batch->tokens[group].push_back({start, stop});
   }
   if (device_ == nullptr && stream != nullptr) return invalid("the pool lies in host memory: its stream is NULL");
   if (device_ == nullptr) {
-    sender_->send_layers(std::move(batch), {{layer, 0}});
+    sender_->send_batch(std::move(batch), static_cast<std::int32_t>(layer));
     return {};
   }
-  return result_of(sender_->send_layers(std::move(batch), {{layer, 0}}, stream));
+  return result_of(sender_->send_batch(std::move(batch), static_cast<std::int32_t>(layer), stream));
 }
 
 Result Node::wait(const hetkv_request& request, engine::Phase least, std::int64_t timeout_ms) const {
