@@ -84,20 +84,21 @@ class SendHandle(Handle):
         group = self._group_of.get(layer)
         if group is None:
             raise InputError(f"layer {layer}: the pool holds layers {list(self._group_of)}")
-        given = self._given.get(layer, 0)
-        if given + self._batched[group] >= self._tokens[group].size and self.outcome.ended and self.error is None:
-            raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         try:
             start, stop = self.tokens_of(group, tokens)
         except InputError as error:
             raise InputError(f"layer {layer}: {error}") from None
+        given, counted = self._given.get(layer, 0), self._counted(group, start, stop)
+        whole = counted and given + self._batched[group] >= self._tokens[group].size
+        if whole and self.outcome.ended and self.error is None:
+            raise InputError(f"layer {layer}: request {self.request_id!r} is complete, every layer of it was sent")
         if self._device is not None:
             stream = self._device.stream(stream)
         elif stream is not None:
             raise InputError("the pool lies in host memory: no stream has to be waited for")
         if stop > start:
             self._engine.send_layer(self.handle, layer, start, stop, stream)
-        self._given[layer] = given + stop - start
+        self._given[layer] = given + counted
 
     def send_layers(self, *, stream: Any = None) -> None:
         """`send_layer` for every layer of the pool: what a prefill did that finished before."""
@@ -109,9 +110,14 @@ class SendHandle(Handle):
         group = self._group_of[layer]
         return self._given.get(layer, 0) + self._batched[group] >= self._tokens[group].size
 
+    def _counted(self, group: int, start: int, stop: int) -> int:
+        """How many of these tokens the request has: a sliding window leaves those before it out."""
+        span = self._tokens[group]
+        return max(0, min(stop, span.stop) - max(start, span.start))
+
     def batched(self, group: int, start: int, stop: int) -> None:
         """A batch sends these tokens in every layer of the cache group."""
-        self._batched[group] += stop - start
+        self._batched[group] += self._counted(group, start, stop)
 
     def tokens_of(self, group: int, tokens: tuple[int, int] | None, whole: bool = False) -> tuple[int, int]:
         """`tokens`, or all of them, as the engine takes them of a cache group. Raises `InputError`.

@@ -38,6 +38,20 @@ def test_a_ticket_for_tokens_before_the_window_is_rejected() -> None:
         tx.wait(5)
 
 
+def test_a_chunk_before_the_window_does_not_stand_for_one_inside() -> None:
+    """A request that is complete, as nothing of it was wanted, whose prefill hands over chunk after chunk."""
+    source = randomise(KVPool.allocate(WINDOWED, 64), 1)
+    with connected([source], [KVPool.allocate(WINDOWED, 64)], TransferConfig()) as ([sender], [receiver]):
+        tx = sender.send("w", list(range(8)), 128)
+        receiver.receive("w", list(range(8)), 128, num_cached_tokens=128).wait(5)
+        tx.wait(5)
+        for start in range(0, 128, 32):
+            tx.send_layer(0, (start, start + 32))
+            tx.send_layer(1, (96 - start, 128 - start))
+        with pytest.raises(InputError, match="every layer of it was sent"):
+            tx.send_layer(0, (96, 128))
+
+
 def in_forked_child(work: Callable[[], None]) -> None:
     """Run `work` in a forked child, which must end well and soon."""
     child = multiprocessing.get_context("fork").Process(target=work)
