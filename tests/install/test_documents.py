@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import hetkv
 from hetkv import errors
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,12 @@ def test_every_error_has_its_advice() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     names = [n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.HetkvError)]
     assert not [name for name in names if f"`{name}`" not in text]
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    names = [name for name in hetkv.__all__ if not name.startswith("_") and name != "HetkvError"]
+    assert not [name for name in names if f"::: hetkv.{name}\n" not in text]
 
 
 def test_every_exception_is_in_errors() -> None:
