@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hetkv.errors import PoolFullError
 from hetkv.integrations.engine import Engine, EngineFull, Logits, Ready, Sequence
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
 from hetkv.runtime.generation import prefill
 from hetkv.runtime.model import Decoder
-from hetkv.runtime.paged import BlockAllocator, Pages, PoolFull
+from hetkv.runtime.paged import BlockAllocator, Pages
 
 
 class ReferenceEngine(Engine):
@@ -47,7 +48,7 @@ class ReferenceEngine(Engine):
     def open(self, num_tokens: int) -> ReferenceSequence:
         try:
             return ReferenceSequence(self, self.allocator.allocate(num_tokens))
-        except PoolFull as error:
+        except PoolFullError as error:
             raise EngineFull(str(error)) from None
 
 
