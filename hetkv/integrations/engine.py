@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from hetkv.errors import HetkvError, InputError
+from hetkv.errors import InputError, PoolFullError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 
@@ -21,10 +21,6 @@ Logits = npt.NDArray[np.float32]
 """`[vocabulary]`, before any sampling."""
 Ready = Callable[[int, int, int], None]
 """Called with (layer, start, stop) once the KV of these tokens of a global layer is in the pool."""
-
-
-class EngineFull(HetkvError):
-    """The engine has no room for one more sequence, or for so many tokens. Nothing was changed."""
 
 
 class Sequence(ABC):
@@ -65,7 +61,7 @@ class Engine(ABC):
 
     @abstractmethod
     def open(self, num_tokens: int) -> Sequence:
-        """Room for a sequence of up to `num_tokens` tokens. Raises `EngineFull`."""
+        """Room for a sequence of up to `num_tokens` tokens. Raises `PoolFullError`."""
 
     def close(self) -> None:  # noqa: B027  most have nothing to end
         """Free the model. All sequences are closed."""
@@ -83,11 +79,11 @@ class Slots:
         self._taken: set[int] = set()
 
     def take(self, num_tokens: int) -> int:
-        """A place for `num_tokens` tokens. Raises `EngineFull`."""
+        """A place for `num_tokens` tokens. Raises `PoolFullError`."""
         if num_tokens > self.capacity:
-            raise EngineFull(f"{num_tokens} tokens: a sequence has room for {self.capacity}")
+            raise PoolFullError(f"{num_tokens} tokens: a sequence has room for {self.capacity}")
         if not self._free:
-            raise EngineFull(f"all {len(self._taken)} sequences are in use")
+            raise PoolFullError(f"all {len(self._taken)} sequences are in use")
         slot = self._free.pop()
         self._taken.add(slot)
         return slot

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetkv.errors import IncompatibleError, InputError
-from hetkv.integrations.engine import EngineFull
+from hetkv.errors import IncompatibleError, InputError, PoolFullError
 from hetkv.integrations.instance import EngineInstance
 from hetkv.integrations.sampling import Sampling
 from hetkv.kv.spec import KVSpec, LayerSpec
@@ -96,12 +95,12 @@ def test_beams_leave_the_pool(model: Any) -> None:
 def test_a_full_cache_is_an_error(model: Any) -> None:
     memory = CacheMemory.of(model, slots=1, capacity=20)
     cache = memory.take(20)
-    with pytest.raises(EngineFull, match="room for 20"), torch.inference_mode():
+    with pytest.raises(PoolFullError, match="room for 20"), torch.inference_mode():
         model(torch.tensor([PROMPT]), **{cache_keyword(model): cache})
-    with pytest.raises(EngineFull, match="in use"):
+    with pytest.raises(PoolFullError, match="in use"):
         memory.take()
     cache.close()
-    with pytest.raises(EngineFull, match="room for 20"):
+    with pytest.raises(PoolFullError, match="room for 20"):
         memory.take(21)
     assert isinstance(memory.take(), PooledCache)
 

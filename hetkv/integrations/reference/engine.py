@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hetkv.errors import PoolFullError
-from hetkv.integrations.engine import Engine, EngineFull, Logits, Ready, Sequence
+from hetkv.integrations.engine import Engine, Logits, Ready, Sequence
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
@@ -46,10 +45,7 @@ class ReferenceEngine(Engine):
         self.facts = {"torch": torch.__version__, "dtype": dtype, "block_size": block_size, "layout": layout}
 
     def open(self, num_tokens: int) -> ReferenceSequence:
-        try:
-            return ReferenceSequence(self, self.allocator.allocate(num_tokens))
-        except PoolFullError as error:
-            raise EngineFull(str(error)) from None
+        return ReferenceSequence(self, self.allocator.allocate(num_tokens))
 
 
 class ReferenceSequence(Sequence):

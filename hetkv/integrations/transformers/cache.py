@@ -18,8 +18,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hetkv.errors import InputError
-from hetkv.integrations.engine import EngineFull, Slots, check_plain
+from hetkv.errors import InputError, PoolFullError
+from hetkv.integrations.engine import Slots, check_plain
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.models import parse_config
@@ -62,7 +62,7 @@ class CacheMemory:
         return cls(spec, slots=slots, capacity=capacity, dtype=model.dtype, device=model.device)
 
     def take(self, num_tokens: int = 0) -> PooledCache:
-        """An empty cache for one sequence of up to `num_tokens` tokens. Raises `EngineFull`."""
+        """An empty cache for one sequence of up to `num_tokens` tokens. Raises `PoolFullError`."""
         return PooledCache(self, self.slots.take(num_tokens), [(k, v) for k, v in self._tensors])
 
 
@@ -99,7 +99,7 @@ class PooledLayer(DynamicLayer):
         start = self.get_seq_length()
         stop, room = start + key_states.shape[-2], self._all[0].shape[-2]
         if stop > room:
-            raise EngineFull(f"{stop} tokens: the sequence has room for {room}")
+            raise PoolFullError(f"{stop} tokens: the sequence has room for {room}")
         self.fill(stop)
         self.keys[:, :, start:] = key_states
         self.values[:, :, start:] = value_states
