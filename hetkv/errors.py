@@ -126,7 +126,7 @@ class WaitTimeoutError(HetkvError, TimeoutError):
 
 
 class PoolFullError(HetkvError):
-    """Runtime: a cache group has too few free blocks. Nothing was allocated; try again once a sequence has ended."""
+    """A pool or an engine has no room for a sequence. Nothing was allocated; try again once another one has ended."""
 
 
 class GenerationError(HetkvError):

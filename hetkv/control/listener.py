@@ -252,7 +252,8 @@ class _Complaints:
         self._noted: dict[tuple[str, str], list[float]] = {}
 
     def log(self, peer: str, error: HetkvError) -> None:
-        kind, now = (peer.rpartition(":")[0], type(error).__name__), time.monotonic()
+        what = f"{type(error).__name__} {getattr(error, 'field', '')}"  # of an `IncompatibleError`
+        kind, now = (peer.rpartition(":")[0], what), time.monotonic()
         last = self._noted.get(kind)
         if last is not None and now - last[0] < _QUIET_S:
             last[1] += 1

@@ -12,7 +12,6 @@ An engine leaves out what it cannot know. How it loads a model must not matter: 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from hetkv.errors import InputError
+from hetkv.integrations.safetensors_files import checkpoint_files, stored_tensors
 from hetkv.models import FAMILIES, Rope
 from hetkv.models.families import COMMON
 from hetkv.models.fields import Fields, load_object
@@ -28,7 +28,6 @@ from hetkv.models.rope import read_rope
 
 SAMPLE_BYTES = 2048
 """Read at the start and in the middle of each tensor: training changes all of them, and nobody waits for gigabytes."""
-MAX_HEADER_BYTES = 100 << 20
 CONFIG_KEYS = (
     "model_type",
     "hidden_size",
@@ -47,12 +46,11 @@ NAMES = {
 
 
 def checkpoint_fingerprint(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """`weights`, `config` and `rope` of a Hugging Face directory, `config` as the engine has changed it."""
+    """All four of a Hugging Face directory, as far as its files tell; `config` as the engine has changed it."""
     if config is None:
         config = load_object(folder / "config.json")
-    found = config_fingerprint(config)
-    weights = weights_digest(folder)
-    return {"weights": weights, **found} if weights is not None else found
+    found = {"weights": weights_digest(folder), "vocabulary": folder_vocabulary(folder), **config_fingerprint(config)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
@@ -107,6 +105,24 @@ def _as_written(config: Mapping[str, Any]) -> str:
     return ", ".join([str(kind), *parts])[:512]
 
 
+def folder_vocabulary(folder: Path) -> str | None:
+    """`vocabulary_digest` of a directory's `tokenizer.json`; `None` without one. Raises `InputError`."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        return vocabulary_digest(tokenizer_vocabulary(load_object(file)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file}: its vocabulary is of no known form: {error!r}") from None
+
+
+def tokenizer_vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens and their ids of a `tokenizer.json`, added ones too."""
+    tokens = tokenizer["model"]["vocab"]
+    known = dict(tokens) if isinstance(tokens, Mapping) else {token: number for number, (token, _) in enumerate(tokens)}
+    return {**known, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}}
+
+
 def vocabulary_digest(vocabulary: Mapping[str, int]) -> str:
     """Of a tokenizer's tokens by text, added ones too."""
     digest = blake2b(digest_size=16)
@@ -121,7 +137,7 @@ def weights_digest(folder: Path) -> str | None:
 
     The files that a checkpoint is split into do not matter. Raises `InputError` for files that are none.
     """
-    files = _files(folder)
+    files = checkpoint_files(folder)
     if not files:
         return None
     tensors = sorted(entry for path in files for entry in _tensors(path))
@@ -131,28 +147,14 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    """What `transformers` would load: the index's files, the one file, or all there are."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(load_object(index).get("weight_map", {}).values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-
-
 def _tensors(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """Name, dtype with shape, and samples of each tensor of a safetensors file."""
+    stored = stored_tensors(path)
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: a header of {size} bytes")
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                yield name, f"{entry['dtype']}{entry['shape']}", _sample(file, 8 + size + start, stop - start)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for name, dtype, shape, start, stop in stored:
+                yield name, f"{dtype}{list(shape)}", _sample(file, start, stop - start)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a safetensors file: {error}") from None
 
 

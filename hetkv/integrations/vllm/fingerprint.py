@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetkv.integrations.fingerprint import config_fingerprint, vocabulary_digest, weights_digest
+from hetkv.integrations.fingerprint import config_fingerprint, folder_vocabulary, weights_digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,12 +25,8 @@ def fingerprint_of(config: VllmConfig) -> dict[str, str]:
     else:
         found["weights"] = weights
     folder = _folder(model.tokenizer, model.tokenizer_revision)
-    if folder is not None and (folder / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
-
-        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-        found["vocabulary"] = vocabulary_digest(vocabulary)
-    return found
+    vocabulary = folder_vocabulary(folder) if folder is not None else None
+    return found if vocabulary is None else {**found, "vocabulary": vocabulary}
 
 
 def _folder(name: str | None, revision: str | None) -> Path | None:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import vllm.envs as envs
 
+from hetkv.integrations.names import wire_name
+
 MAX_REMEMBERED = 4096
 _CHOICE = re.compile(r"\d+_(.+)")
 _RANDOMISED = re.compile(r"(cmpl-.+)-(\d+)-[0-9a-f]{8}")
@@ -48,7 +50,7 @@ class Sequence(NamedTuple):
 
     def name(self, transfer_id: str) -> str:
         """The sequence's request id on the wire: choices of one prompt share it, as they share its KV."""
-        return f"{transfer_id}/{self.position}"
+        return wire_name(transfer_id, self.position)
 
 
 class TransferIds:

@@ -1,0 +1,1 @@
+"""hetkv's own decoder (`hetkv.runtime`) as an engine among the others."""

@@ -1,0 +1,62 @@
+"""Prefill in one engine, decode in another: the greedy tokens are those of the decode engine alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from hetkv.errors import ContentError
+from hetkv.integrations.pairs import Pairs
+from hetkv.integrations.process import EngineProcess
+from tests.engines.conftest import installed
+
+NEW_TOKENS = 64
+LENGTHS = (5, 6, 7, 9, 13, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 90, 127, 129, 256, 800)
+"""Tokens of the prompts; at the edges of blocks, of chunks and of MLX's steps among them."""
+ENGINES = list(installed())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    draw = random.Random(2)
+    return [[draw.randrange(3, 3000) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def pairs(processes: dict[str, EngineProcess]) -> Iterator[Pairs]:
+    return Pairs(processes, NEW_TOKENS, distributions=1)
+
+
+@pytest.mark.parametrize("decode", ENGINES)
+@pytest.mark.parametrize("prefill", ENGINES)
+def test_tokens(pairs: Pairs, prompts: list[list[int]], prefill: str, decode: str) -> None:
+    """20 prompts of 5 to 800 tokens x 64 tokens, float32, half of them in each of the two ways to meet."""
+    half = len(prompts) // 2
+    for mode, some in (("concurrent", prompts[:half]), ("prefill_first", prompts[half:])):
+        result = pairs.run(prefill, decode, some, mode)  # type: ignore[arg-type]
+        different = {r.prompt_tokens: r.first_difference for r in result.requests if r.first_difference is not None}
+        assert not different, f"{mode}: first differing token by prompt length"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kv_decides_on_the_tokens(pairs: Pairs, prompts: list[list[int]], engine: str) -> None:
+    """Otherwise equal tokens would say nothing: prompts that end alike are continued differently."""
+    tails = [pairs.alone(engine, [*prompt[:-3], 7, 8, 9]).tokens for prompt in prompts[:4]]
+    assert len({tuple(tokens) for tokens in tails}) == len(tails)
+
+
+def test_another_prompt_is_rejected(processes: Mapping[str, EngineProcess], pairs: Pairs) -> None:
+    """One id for two prompts: an error on both sides, in every engine that names requests itself."""
+    for name in ENGINES:
+        other = "reference" if name != "reference" else "transformers"
+        pairs.run(name, other, [[3, 4, 5]])
+        source, destination = processes[name], processes[other]
+        accept = {"source": name, "tokens": [5, 4, 3, 2], "max_new_tokens": 4}
+        destination.call("accept", request_id=f"{name}-mixed-up", **accept)
+        first = source.call("prefill", request_id=f"{name}-mixed-up", tokens=[3, 4, 5, 6])
+        with pytest.raises(ContentError):
+            destination.call("decode", request_id=f"{name}-mixed-up", first=(first.tokens[0], 0.0), max_new_tokens=4)
+        with pytest.raises(ContentError):
+            source.call("finish", request_id=f"{name}-mixed-up")
