@@ -16,7 +16,9 @@ from hetkv.runtime.sampling import Sampling
 from hetkv.runtime.sequence import Sequence
 from hetkv.simulator.kv import KVBlocks
 from hetkv.simulator.request import FINISHED
-from tests.simulator.cases import MODEL, Case, cases
+from tests.simulator.cases import PLAIN, Case, Steps, cases
+
+MODEL = Steps(PLAIN)
 
 
 class Times:
@@ -73,7 +75,7 @@ def run(case: Case, requests: list[Any]) -> tuple[dict[int, Times], int]:
 def test_steps_are_those_of_the_simulator(case: Case) -> None:
     """Same arrivals, same step times: each request is scheduled, begins and ends when the simulator says."""
     case = case.without(
-        disaggregated=False, counts=(1, 1), outages=[], prefill_routing="round_robin", prefix_caching=False
+        disaggregated=False, counts=(1, 1), outages=[], prefill_routing="round_robin", prefix_caching=False, kv=PLAIN
     )
     _, columns, _ = case.run(skip_ahead=False)
     served = [request for request in case.requests() if columns["status"][request.id] == FINISHED]
@@ -87,7 +89,9 @@ def test_steps_are_those_of_the_simulator(case: Case) -> None:
 @settings(max_examples=100, deadline=None)
 @given(case=cases(prefix=True))
 def test_prefixes_are_found_as_the_simulator_finds_them(case: Case) -> None:
-    case = case.without(disaggregated=False, counts=(1, 1), outages=[], prefill_routing="round_robin", kv_blocks=1000)
+    case = case.without(
+        disaggregated=False, counts=(1, 1), outages=[], prefill_routing="round_robin", kv_blocks=1000, kv=PLAIN
+    )
     _, columns, _ = case.run(skip_ahead=False)
     served = [request for request in case.requests() if columns["status"][request.id] == FINISHED]
     times, _ = run(case, served)
