@@ -141,6 +141,7 @@ class Engine : private transport::Sink {
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
+  friend struct Inspect;  // of tests/sim
   struct Incoming {
     std::uint64_t link;
     std::vector<std::uint8_t> bytes;

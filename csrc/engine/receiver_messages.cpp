@@ -102,7 +102,7 @@ bool Receiver::grant() {
   const std::size_t share = std::max<std::size_t>((slots_.size() - slots_.quarantined()) / hungry.size(), 1);
   const std::size_t most = std::min<std::size_t>(share, static_cast<std::size_t>(config_.max_slots_per_link));
   const auto order = [&](const Link* at) { return std::make_pair(slots_.held_by(at->id), demands_[at->id].served); };
-  std::map<Link*, std::pair<wire::Grant, std::size_t>> grants;  // and its bytes
+  std::map<std::uint32_t, std::pair<wire::Grant, std::size_t>> grants;  // by link; and its bytes
   wire::Prelude prelude;
   prelude.type = wire::Type::kGrant;
   Status status;
@@ -126,7 +126,7 @@ bool Receiver::grant() {
       }
     }
     known->second = slot->generation;
-    auto& [grant, bytes] = grants[at];
+    auto& [grant, bytes] = grants[at->id];
     const std::size_t more = kSlotGrantBytes + given.rkey.size();
     if (bytes > 0 && bytes + more > kMostInGrant) {
       send(*at, prelude, std::exchange(grant, {}));
@@ -135,7 +135,7 @@ bool Receiver::grant() {
     grant.slots.push_back(std::move(given));
     bytes += more;
   }
-  for (auto& [at, grant] : grants) send(*at, prelude, grant.first);
+  for (auto& [id, grant] : grants) send(*links_.at(id), prelude, grant.first);
   const bool starved = std::any_of(hungry.begin(), hungry.end(), [&](Link* at) { return slots_.held_by(at->id) == 0; });
   if (starved && !status.ok() && slots_.in_use() == 0) {
     for (Link* at : hungry) lose(*at, status);  // no slot can be made, and none will come back
