@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 _U64 = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15
 
 
 def siphash24(key: bytes, data: bytes) -> int:
@@ -37,12 +38,16 @@ def siphash24(key: bytes, data: bytes) -> int:
     return digest
 
 
-def payload_checksum(payload: bytes | bytearray, seed: int) -> int:
-    """Checksum of a whole payload: the sum modulo 2^64 of `mix(word, index, seed)` over its 8-byte words."""
+def payload_checksum(payload: bytes | bytearray, seed: int, offset: int = 0) -> int:
+    """Checksum of a payload, or of its part from byte `offset` (a multiple of 8) on; those of parts add up.
+
+    The sum, modulo 2^64, over little-endian 8-byte words of `low32(x) * high32(x) + word`, where
+    `x = word ^ (seed + (index + 1) * step)`; the last word is padded with zeros.
+    """
     total = 0
-    key = seed
+    key = seed + offset // 8 * _STEP
     for (word,) in struct.iter_unpack("<Q", payload + bytes(-len(payload) % 8)):
-        key = (key + 0x9E3779B97F4A7C15) & _U64
+        key = (key + _STEP) & _U64
         x = word ^ key
         total += (x & 0xFFFFFFFF) * (x >> 32) + word
     return total & _U64

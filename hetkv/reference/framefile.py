@@ -14,7 +14,7 @@ from hetkv.reference.payload import payload_parts
 from hetkv.reference.wire import FRAME_BYTES, checksum_seed, decode, encode
 
 FILE_KEY = bytes(16)
-"""MAC key of files that no one keeps a key for: the MAC then only guards against faults."""
+"""MAC key of files without a secret key: the MAC then only guards against faults."""
 _CHUNK_BYTES = 1 << 24
 
 

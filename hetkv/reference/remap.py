@@ -16,9 +16,6 @@ from hetkv.kv.view import strided_view
 if TYPE_CHECKING:
     import torch
 
-_MASK = (1 << 64) - 1
-_STEP = 0x9E3779B97F4A7C15
-
 
 class Paged(NamedTuple):
     """A sequence in paged memory. `memory` starts at the base; `block_ids` are in token order."""
@@ -104,7 +101,7 @@ def encode(values: torch.Tensor, dtype: DType) -> tuple[torch.Tensor, int]:
     """Codes (as integers of the dtype's width) of float32 `values`, and how many of them saturated.
 
     Rounds to nearest even as if the exponent had no upper bound. A magnitude that is then above the largest finite
-    value, infinity included, becomes that value and counts. NaN becomes the canonical NaN, whatever its sign and
+    value, infinity included, becomes that value and counts. NaN becomes the canonical NaN, regardless of its sign and
     payload. The fnuz formats have no negative zero: what rounds to zero is +0.
     """
     import torch
@@ -147,7 +144,7 @@ def rescale(
     groups: int = 0,
     joint: bool = False,
 ) -> Rescaled:
-    """Convert codes `[heads, tokens, channels]` that have scales, or shall have `groups` new ones a token and head.
+    """Convert codes `[heads, tokens, channels]` that have scales, or get `groups` new ones a token and head.
 
     `scales` are the codes' own, `[heads, tokens, any groups]`; `multipliers` one per head. Without `groups` the result
     is the codes' values in `dst`. With `joint` all heads of a token get one scale. A new scale takes the largest
@@ -206,21 +203,6 @@ def _last_fitting(dtype: DType) -> float:
     if dtype is DType.FLOAT8_E4M3FN:
         return float(halfway)
     return float(torch.nextafter(halfway, torch.zeros_like(halfway)))
-
-
-def checksum(data: bytes, offset: int = 0, seed: int = 0) -> int:
-    """Payload checksum of `data`, whose first byte is byte `offset` (a multiple of 8) of the payload.
-
-    The sum, modulo 2^64, over little-endian 8-byte words of `low32(x) * high32(x) + word`, where
-    `x = word ^ (seed + (index + 1) * step)`; the last word is padded with zeros.
-    """
-    total = 0
-    for start in range(0, len(data), 8):
-        word = int.from_bytes(data[start : start + 8], "little")
-        index = (offset + start) // 8
-        x = word ^ ((seed + (index + 1) * _STEP) & _MASK)
-        total += (x & 0xFFFFFFFF) * (x >> 32) + word
-    return total & _MASK
 
 
 def dtype_of(side: Paged | Canonical) -> DType:

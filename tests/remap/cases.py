@@ -12,6 +12,7 @@ from hetkv.core import core as _core
 from hetkv.kv.dtypes import DType
 from hetkv.kv.segment import SegmentLayout
 from hetkv.reference import remap as reference
+from hetkv.reference.checksum import payload_checksum
 
 GUARD = 96
 WIRE_OFFSET = 16  # of the payload in its frame, which the checksum counts
@@ -97,7 +98,7 @@ def expected(
         return want, 0, saturated
     payload = source if side == "source" else want
     count = tokens * heads * channels * payload.dtype.itemsize
-    return want, reference.checksum(payload.body[:count].numpy().tobytes(), WIRE_OFFSET, seed), saturated
+    return want, payload_checksum(payload.body[:count].numpy().tobytes(), seed, WIRE_OFFSET), saturated
 
 
 def move(

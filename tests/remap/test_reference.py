@@ -10,6 +10,7 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.spec import LayerSpec
 from hetkv.reference import remap as reference
+from hetkv.reference.checksum import payload_checksum
 
 # exponent bits, mantissa bits, bias, kind of the codes at the top
 FORMATS = {
@@ -121,11 +122,11 @@ def test_checksum_by_hand() -> None:
     word = 0x0807060504030201
     x = word ^ (7 + step)
     first = ((x & 0xFFFFFFFF) * (x >> 32) + word) % 2**64
-    assert reference.checksum(bytes(range(1, 9)), 0, 7) == first
+    assert payload_checksum(bytes(range(1, 9)), 7) == first
     tail = 9 ^ ((7 + 2 * step) % 2**64)
     second = (tail & 0xFFFFFFFF) * (tail >> 32) + 9
-    assert reference.checksum(bytes(range(1, 10)), 0, 7) == (first + second) % 2**64
-    assert reference.checksum(bytes([9]), 8, 7) == second % 2**64
+    assert payload_checksum(bytes(range(1, 10)), 7) == (first + second) % 2**64
+    assert payload_checksum(bytes([9]), 7, 8) == second % 2**64
 
 
 def test_checksum_sees_swapped_duplicated_and_zeroed_words() -> None:
@@ -133,7 +134,7 @@ def test_checksum_sees_swapped_duplicated_and_zeroed_words() -> None:
     swapped = data[8:16] + data[:8] + data[16:]
     doubled = data[:8] + data[:8] + data[16:]
     zeroed = data[:24] + bytes(8) + data[32:]
-    sums = {reference.checksum(x, 0, 3) for x in (data, swapped, doubled, zeroed, data + bytes(8))}
+    sums = {payload_checksum(x, 3) for x in (data, swapped, doubled, zeroed, data + bytes(8))}
     assert len(sums) == 5
 
 

@@ -19,6 +19,7 @@ from hetkv.kv.presets import PRESETS
 from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import LayerSpec
 from hetkv.reference import remap as reference
+from hetkv.reference.checksum import payload_checksum
 from tests.remap.cases import Side, check, pool, random_bytes, wire
 
 FLOATS = [dtype for dtype in DType if dtype not in (DType.INT8, DType.UINT8)]
@@ -194,7 +195,7 @@ def test_several_jobs_add_up() -> None:
         part = Side(source.memory, source.dtype, source.layout, 16, source.num_blocks, source.block_ids, 0, first)
         expected = payload.copy()
         clamped += reference.remap(part.oracle(), expected.oracle(), 100, 2, 80)
-        want += reference.checksum(expected.body[: 100 * 2 * 80].numpy().tobytes(), offset, 5)
+        want += payload_checksum(expected.body[: 100 * 2 * 80].numpy().tobytes(), 5, offset)
         jobs.append(
             _core.RemapJob(
                 part.kernel(100, 80),
@@ -227,7 +228,7 @@ def test_segments_that_share_blocks_take_turns(preset: str, to_dtype: DType, thr
         expected = payload.copy()
         clamped += reference.remap(source.oracle(), expected.oracle(), tokens, heads, part.channels)
         size = tokens * heads * part.channels * to_dtype.itemsize
-        want += reference.checksum(expected.body[:size].numpy().tobytes(), offset, 6)
+        want += payload_checksum(expected.body[:size].numpy().tobytes(), 6, offset)
         sides = source.kernel(tokens, part.channels), payload.kernel(tokens, part.channels)
         count = {"tokens": tokens, "heads": heads, "channels": part.channels}
         jobs.append(_core.RemapJob(*sides, **count, wire="destination", wire_offset=offset))
@@ -243,7 +244,7 @@ def test_checksum_of_any_length(isa: str) -> None:
     _core.select_isa(isa)
     data = bytes(random.Random(0).randbytes(700))
     for length in (*range(140), 511, 512, 700):
-        assert _core.checksum(data[:length], 24, 2**63 + 5) == reference.checksum(data[:length], 24, 2**63 + 5)
+        assert _core.checksum(data[:length], 24, 2**63 + 5) == payload_checksum(data[:length], 2**63 + 5, 24)
 
 
 def test_callers_at_once_and_after_a_fork() -> None:
@@ -251,7 +252,7 @@ def test_callers_at_once_and_after_a_fork() -> None:
     source = segment_pool("rocm", "v", DType.BFLOAT16, 8, 128, 16, 512, 1)
     expected = wire(DType.BFLOAT16, 512, 8, 128, 2)
     reference.remap(source.oracle(), expected.oracle(), 512, 8, 128)
-    want = reference.checksum(expected.body[: 512 * 8 * 128 * 2].numpy().tobytes(), 0, 1)
+    want = payload_checksum(expected.body[: 512 * 8 * 128 * 2].numpy().tobytes(), 1)
 
     def once(seed: int) -> bool:
         payload = wire(DType.BFLOAT16, 512, 8, 128, 2)

@@ -39,6 +39,7 @@ from hetkv.reference.messages import (
     Ticket,
     Type,
 )
+from hetkv.reference.payload import payload_parts
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.handle import request_key
 from hetkv.transport.node import Node
@@ -80,7 +81,7 @@ class Attack:
 
 
 def frame(**changes: Any) -> Frame:
-    """A good frame of layer 1 (its checksum apart), as changed; slots are what the test makes of them."""
+    """A good frame of layer 1 (its checksum aside), as changed; slots are what the test makes of them."""
     fields = {
         "group": 0, "segments": 3, "layer": 1, "head_start": 0, "head_stop": 2, "token_start": 0, "token_stop": TOKENS,
         "dtypes": (3, 3, 0, 0), "channels": (64, 64, 0, 0), "slot": 0, "generation": 0,
@@ -88,7 +89,7 @@ def frame(**changes: Any) -> Frame:
     fields.update(changes)
     made = Frame(**fields)
     if "payload_length" not in changes:
-        length = sum(-(-part.bytes // 8) * 8 for part in wire.payload_parts(made))
+        length = sum(-(-part.bytes // 8) * 8 for part in payload_parts(made))
         made = msgspec.structs.replace(made, payload_length=length)
     return made
 

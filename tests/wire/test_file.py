@@ -13,7 +13,8 @@ from hetkv import errors
 from hetkv.core import core as _core
 from hetkv.reference.framefile import FILE_KEY, FrameWriter, read_frames, split_payload
 from hetkv.reference.messages import Frame, Type
-from hetkv.reference.wire import FRAME_BYTES, payload_parts
+from hetkv.reference.payload import payload_parts
+from hetkv.reference.wire import FRAME_BYTES
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 FILES = json.loads((VECTORS / "files.json").read_text(encoding="utf-8"))

@@ -16,27 +16,8 @@ from hetkv import errors
 from hetkv.core import core as _core
 from hetkv.kv.dtypes import DType
 from hetkv.kv.scale import SCALED
-from hetkv.reference import wire
-from hetkv.reference.messages import (
-    BODIES,
-    MAX_ABORT_CODE,
-    MAX_PAYLOAD_BYTES,
-    Abort,
-    Body,
-    BoundTicket,
-    Bundle,
-    Done,
-    Frame,
-    Grant,
-    Heartbeat,
-    Prelude,
-    Recall,
-    Record,
-    Release,
-    SlotGrant,
-    Ticket,
-    Type,
-)
+from hetkv.reference import layout, wire
+from hetkv.reference import messages as m
 from hetkv.reference.payload import payload_parts, scales_of
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -60,7 +41,7 @@ def replaced(values: tuple[int, ...], items: dict[int, int]) -> tuple[int, ...]:
 
 
 @st.composite
-def frames(draw: st.DrawFn) -> Frame:
+def frames(draw: st.DrawFn) -> m.Frame:
     segments = draw(st.integers(1, 15))
     present = [segments >> i & 1 for i in range(4)]
     heads, tokens = draw(intervals(32, 300)), draw(intervals(64, 5000))
@@ -75,74 +56,75 @@ def frames(draw: st.DrawFn) -> Frame:
         width = groups * draw(st.integers(1, 300))
         dtypes = replaced(dtypes, {i: draw(st.sampled_from(SCALED)).code, scale: DType.FLOAT32.code})
         channels = replaced(channels, {i: width, scale: groups})
-    frame = Frame(
+    frame = m.Frame(
         draw(u16), segments, draw(u32), *heads, *tokens, dtypes, channels, draw(u32), draw(u32), scale_encoding=encoding
     )
     length = sum((part.bytes + 7) // 8 * 8 for part in payload_parts(frame))
-    assume(length <= MAX_PAYLOAD_BYTES)
+    assume(length <= m.MAX_PAYLOAD_BYTES)
     return msgspec.structs.replace(
         frame, payload_length=length, checksum=draw(u64), saturated=draw(st.integers(0, length // 32))
     )
 
 
 @st.composite
-def bundles(draw: st.DrawFn) -> Bundle:
+def bundles(draw: st.DrawFn) -> m.Bundle:
     records, end = [], 0
     for frame in draw(st.lists(frames(), min_size=1, max_size=5)):
         at = (end + 63) // 64 * 64 + 64 * draw(st.integers(0, 2))
-        assume(at <= MAX_PAYLOAD_BYTES)
+        assume(at <= m.MAX_PAYLOAD_BYTES)
         named = msgspec.structs.replace(frame, slot=0, generation=0)
         request_id = draw(st.binary(min_size=16, max_size=16).filter(any))
-        records.append(Record(request_id, draw(u64), named, at))
+        records.append(m.Record(request_id, draw(u64), named, at))
         end = at + frame.payload_length
-    return Bundle(draw(u32), draw(u32), tuple(records))
+    return m.Bundle(draw(u32), draw(u32), tuple(records))
 
 
 @st.composite
-def slot_grants(draw: st.DrawFn) -> Grant:
+def slot_grants(draw: st.DrawFn) -> m.Grant:
     slots = []
     for slot, generation in draw(names.filter(bool)):
         address = draw(st.integers(0, 2**64 - 2))
         num_bytes = draw(st.integers(1, 2**64 - 1 - address))
-        slots.append(SlotGrant(slot, generation, address, num_bytes, draw(st.binary(max_size=40))))
-    return Grant(tuple(slots))
+        slots.append(m.SlotGrant(slot, generation, address, num_bytes, draw(st.binary(max_size=40))))
+    return m.Grant(tuple(slots))
 
 
 ranges = st.tuples(u64, u64).map(lambda pair: tuple(sorted(pair)))
 bodies = {
-    Type.FRAME: frames(),
-    Type.BUNDLE: bundles(),
-    Type.TICKET: st.builds(Ticket, u32, st.lists(ranges, min_size=1, max_size=20).map(tuple)),
-    Type.BOUND_TICKET: st.builds(
-        BoundTicket,
+    m.Type.FRAME: frames(),
+    m.Type.BUNDLE: bundles(),
+    m.Type.TICKET: st.builds(m.Ticket, u32, st.lists(ranges, min_size=1, max_size=20).map(tuple)),
+    m.Type.BOUND_TICKET: st.builds(
+        m.BoundTicket,
         u32,
         st.binary(min_size=16, max_size=16).filter(any),
         st.lists(ranges, min_size=1, max_size=20).map(tuple),
     ),
-    Type.GRANT: slot_grants(),
-    Type.RELEASE: st.builds(Release, names),
-    Type.RECALL: st.builds(Recall, names),
-    Type.DONE: st.builds(Done, u64, u64),
-    Type.ABORT: st.builds(Abort, st.integers(1, MAX_ABORT_CODE), st.text(max_size=128)),
-    Type.WANT: st.none(),
-    Type.HEARTBEAT: st.builds(Heartbeat, u64),
-    Type.BYE: st.none(),
-    Type.HOST_ONLY: st.none(),
+    m.Type.GRANT: slot_grants(),
+    m.Type.RELEASE: st.builds(m.Release, names),
+    m.Type.RECALL: st.builds(m.Recall, names),
+    m.Type.DONE: st.builds(m.Done, u64, u64),
+    m.Type.ABORT: st.builds(m.Abort, st.integers(1, m.MAX_ABORT_CODE), st.text(max_size=128)),
+    m.Type.WANT: st.none(),
+    m.Type.HEARTBEAT: st.builds(m.Heartbeat, u64),
+    m.Type.BYE: st.none(),
+    m.Type.HOST_ONLY: st.none(),
 }
 OF_LINK = {
-    Type.BUNDLE, Type.WANT, Type.GRANT, Type.RELEASE, Type.RECALL, Type.HEARTBEAT, Type.BYE, Type.HOST_ONLY
+    m.Type.BUNDLE, m.Type.WANT, m.Type.GRANT, m.Type.RELEASE, m.Type.RECALL, m.Type.HEARTBEAT, m.Type.BYE,
+    m.Type.HOST_ONLY,
 }  # fmt: skip
 
 
 @st.composite
-def messages(draw: st.DrawFn) -> tuple[Prelude, Body]:
-    kind = draw(st.sampled_from(Type))
+def messages(draw: st.DrawFn) -> tuple[m.Prelude, m.Body]:
+    kind = draw(st.sampled_from(m.Type))
     request, epoch = (bytes(16), 0) if kind in OF_LINK else (draw(st.binary(min_size=16, max_size=16)), draw(u64))
     assume(kind in OF_LINK or any(request))
-    return Prelude(kind, draw(u64), request, epoch), draw(bodies[kind])
+    return m.Prelude(kind, draw(u64), request, epoch), draw(bodies[kind])
 
 
-def python_verdict(data: bytes) -> tuple[int, str, tuple[Prelude, Body] | None]:
+def python_verdict(data: bytes) -> tuple[int, str, tuple[m.Prelude, m.Body] | None]:
     try:
         return 0, "", wire.decode(data, KEY)
     except (errors.WireError, errors.UnsupportedError, errors.AuthenticationError) as error:
@@ -154,7 +136,7 @@ def check_same(data: bytes) -> None:
     code, text, message = python_verdict(data)
     opened = _core.wire_open(data, KEY)
     assert (opened["code"], opened["detail"]) == (code, text)
-    for kind in Type:
+    for kind in m.Type:
         status, detail = _core.wire_decode_unopened(kind, data)
         assert status in (0, 2, 3)
         assert bool(detail) == bool(status)
@@ -164,17 +146,18 @@ def check_same(data: bytes) -> None:
     fields = {} if body is None else msgspec.to_builtins(body, builtin_types=(bytes,))
     assert opened["body"] == (None if body is None else opened["body"])
     assert (
-        opened["body"] is None or msgspec.convert(opened["body"], BODIES[prelude.type], builtin_types=(bytes,)) == body
+        opened["body"] is None
+        or msgspec.convert(opened["body"], m.BODIES[prelude.type], builtin_types=(bytes,)) == body
     )
     again = wire.encode(prelude, body, KEY)
-    if data[5] == wire.MINOR:
+    if data[5] == layout.MINOR:
         assert again == data
     assert _core.wire_encode(prelude.type, prelude.sequence, prelude.request_id, prelude.epoch, fields, KEY) == again
 
 
 @given(messages())
 @settings(max_examples=300, deadline=None)
-def test_random_messages(message: tuple[Prelude, Body]) -> None:
+def test_random_messages(message: tuple[m.Prelude, m.Body]) -> None:
     data = wire.encode(*message, KEY)
     assert python_verdict(data) == (0, "", message)
     check_same(data)

@@ -53,9 +53,9 @@ def test_malformed(name: str) -> None:
     """Both codecs, with the same error and the same words."""
     vector = VECTORS["bad"][name]
     data, error = bytes.fromhex(vector["hex"]), getattr(errors, vector["error"])
-    with pytest.raises(error, match=vector["text"]) as told:
+    with pytest.raises(error, match=vector["text"]) as caught:
         window_key.decode(data)
-    assert core.window_key_decode(data) == (errors.to_code(error()), str(told.value), None)
+    assert core.window_key_decode(data) == (errors.to_code(error()), str(caught.value), None)
 
 
 def changed(**fields: Any) -> bytes:
@@ -91,7 +91,7 @@ def test_bad_keys_end_the_link(monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
 
 def test_a_grant_of_this_process_names_only_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of the process is no secret, so an address beside it must be one of a window."""
+    """The number of the process is no secret, so an address with it must be one of a window."""
     on_device(monkeypatch)
     source, destination = pools()
     config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, heartbeat_s=60, peer_timeout_s=600)

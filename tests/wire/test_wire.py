@@ -13,21 +13,9 @@ import pytest
 from hetkv import errors
 from hetkv.core import core as _core
 from hetkv.kv.dtypes import DType
+from hetkv.reference import messages as m
 from hetkv.reference import wire
 from hetkv.reference.checksum import payload_checksum, siphash24
-from hetkv.reference.messages import (
-    BODIES,
-    Abort,
-    Body,
-    Bundle,
-    Frame,
-    Grant,
-    Heartbeat,
-    Prelude,
-    SlotGrant,
-    Ticket,
-    Type,
-)
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 GOOD = json.loads((VECTORS / "good.json").read_text(encoding="utf-8"))
@@ -37,30 +25,30 @@ KEY = bytes.fromhex(GOOD["key"])
 CODES = {"MalformedError": 2, "UnsupportedError": 3, "AuthenticationError": 4}
 
 
-def body_of(kind: Type, value: dict | None) -> Body:
+def body_of(kind: m.Type, value: dict | None) -> m.Body:
     """A body from its JSON description."""
-    if kind is Type.GRANT:
-        return Grant(tuple(SlotGrant(**{**slot, "rkey": bytes.fromhex(slot["rkey"])}) for slot in value["slots"]))
-    if kind is Type.BUNDLE:
+    if kind is m.Type.GRANT:
+        return m.Grant(tuple(m.SlotGrant(**{**slot, "rkey": bytes.fromhex(slot["rkey"])}) for slot in value["slots"]))
+    if kind is m.Type.BUNDLE:
         records = [{**record, "request_id": bytes.fromhex(record["request_id"])} for record in value["records"]]
-        return msgspec.convert({**value, "records": records}, Bundle, builtin_types=(bytes,))
-    if kind is Type.BOUND_TICKET:
+        return msgspec.convert({**value, "records": records}, m.Bundle, builtin_types=(bytes,))
+    if kind is m.Type.BOUND_TICKET:
         value = {**value, "content": bytes.fromhex(value["content"])}
-    return msgspec.convert(value, BODIES[kind])
+    return msgspec.convert(value, m.BODIES[kind])
 
 
-def fields_of(body: Body) -> dict:
+def fields_of(body: m.Body) -> dict:
     """A body as the extension's dict of fields."""
     return {} if body is None else msgspec.to_builtins(body, builtin_types=(bytes,))
 
 
-def native_body(fields: dict | None, kind: Type) -> Body:
+def native_body(fields: dict | None, kind: m.Type) -> m.Body:
     """The extension's dict of fields as a body."""
-    return None if fields is None else msgspec.convert(fields, BODIES[kind], builtin_types=(bytes,))
+    return None if fields is None else msgspec.convert(fields, m.BODIES[kind], builtin_types=(bytes,))
 
 
 def test_every_type_and_dtype_has_a_golden_frame() -> None:
-    assert {vector["type"] for vector in GOOD["vectors"].values()} == {kind.text for kind in Type}
+    assert {vector["type"] for vector in GOOD["vectors"].values()} == {kind.text for kind in m.Type}
     frames = [vector["body"] for vector in GOOD["vectors"].values() if vector["type"] == "frame"]
     assert {code for frame in frames for code in frame["dtypes"]} == {0, *(dtype.code for dtype in DType)}
 
@@ -73,16 +61,16 @@ def test_every_vector_is_described() -> None:
 @pytest.mark.parametrize("name", GOOD["vectors"])
 def test_golden(name: str) -> None:
     vector = GOOD["vectors"][name]
-    kind = Type[vector["type"].upper()]
+    kind = m.Type[vector["type"].upper()]
     data = (VECTORS / "good" / f"{name}.bin").read_bytes()
-    prelude = Prelude(kind, vector["sequence"], bytes.fromhex(vector["request_id"]), vector["epoch"])
+    prelude = m.Prelude(kind, vector["sequence"], bytes.fromhex(vector["request_id"]), vector["epoch"])
     body = body_of(kind, vector["body"])
     assert wire.decode(data, KEY) == (prelude, body)
     assert wire.encode(prelude, body, KEY) == data
 
     opened = _core.wire_open(data, KEY)
     assert (opened["code"], opened["detail"]) == (0, "")
-    assert Prelude(Type(opened["type"]), opened["sequence"], opened["request_id"], opened["epoch"]) == prelude
+    assert m.Prelude(m.Type(opened["type"]), opened["sequence"], opened["request_id"], opened["epoch"]) == prelude
     assert native_body(opened["body"], kind) == body
     native = _core.wire_encode(kind, prelude.sequence, prelude.request_id, prelude.epoch, fields_of(body), KEY)
     assert native == data
@@ -144,9 +132,9 @@ def test_checksum_is_the_documented_formula() -> None:
     assert payload_checksum(b"".join(word.to_bytes(8, "little") for word in words), seed) == total % 2**64
 
 
-def golden_frame() -> tuple[Prelude, Frame]:
+def golden_frame() -> tuple[m.Prelude, m.Frame]:
     prelude, body = wire.decode((VECTORS / "good" / "frame.bin").read_bytes(), KEY)
-    assert isinstance(body, Frame)
+    assert isinstance(body, m.Frame)
     return prelude, body
 
 
@@ -187,17 +175,33 @@ def test_seed_depends_on_request_and_epoch_but_not_on_the_sequence() -> None:
 @pytest.mark.parametrize(
     ("prelude", "body", "text"),
     [
-        (Prelude(Type.HEARTBEAT), None, "body of a heartbeat is a NoneType"),
-        (Prelude(Type.HEARTBEAT, -1), Heartbeat(1), "not a valid heartbeat"),
-        (Prelude(Type.HEARTBEAT), Heartbeat(2**64), "not a valid heartbeat"),
-        (Prelude(Type.HEARTBEAT, 0, b"short"), Heartbeat(1), "request_id has 5 bytes, not 16"),
-        (Prelude(Type.TICKET, 0, b"r" * 16, 1), Ticket(1, ()), "not a valid ticket: ticket: num_groups is 0"),
-        (Prelude(Type.TICKET, 0, b"r" * 16, 1), Ticket(1, ((0, 1),) * 4093), "length 65552 is over the limit of 65536"),
-        (Prelude(Type.ABORT, 0, b"r" * 16, 1), Abort(1, "x" * 513), "reason_length 513 is over the limit"),
-        (Prelude(Type.ABORT, 0, b"r" * 16, 1), Abort(1, "\ud800"), "surrogates not allowed"),
+        (m.Prelude(m.Type.HEARTBEAT), None, "body of a heartbeat is a NoneType"),
+        (m.Prelude(m.Type.HEARTBEAT, -1), m.Heartbeat(1), "not a valid heartbeat"),
+        (m.Prelude(m.Type.HEARTBEAT), m.Heartbeat(2**64), "not a valid heartbeat"),
+        (
+            m.Prelude(m.Type.HEARTBEAT, 0, b"short"),
+            m.Heartbeat(1),
+            "request_id has 5 bytes, not 16",
+        ),
+        (
+            m.Prelude(m.Type.TICKET, 0, b"r" * 16, 1),
+            m.Ticket(1, ()),
+            "not a valid ticket: ticket: num_groups is 0",
+        ),
+        (
+            m.Prelude(m.Type.TICKET, 0, b"r" * 16, 1),
+            m.Ticket(1, ((0, 1),) * 4093),
+            "length 65552 is over the limit of 65536",
+        ),
+        (
+            m.Prelude(m.Type.ABORT, 0, b"r" * 16, 1),
+            m.Abort(1, "x" * 513),
+            "reason_length 513 is over the limit",
+        ),
+        (m.Prelude(m.Type.ABORT, 0, b"r" * 16, 1), m.Abort(1, "\ud800"), "surrogates not allowed"),
     ],
 )
-def test_encode_refuses_what_decode_would(prelude: Prelude, body: Body, text: str) -> None:
+def test_encode_rejects_what_decode_would(prelude: m.Prelude, body: m.Body, text: str) -> None:
     with pytest.raises(errors.InputError, match=text):
         wire.encode(prelude, body, KEY)
 
@@ -213,5 +217,5 @@ def test_encode_refuses_what_decode_would(prelude: Prelude, body: Body, text: st
     ],
 )
 def test_native_abort_reason_is_always_valid(reason: bytes, kept: str) -> None:
-    message = _core.wire_encode(Type.ABORT, 0, b"r" * 16, 0, {"code": 1, "reason": reason}, KEY)
-    assert wire.decode(message, KEY)[1] == Abort(1, kept)
+    message = _core.wire_encode(m.Type.ABORT, 0, b"r" * 16, 0, {"code": 1, "reason": reason}, KEY)
+    assert wire.decode(message, KEY)[1] == m.Abort(1, kept)
