@@ -1,4 +1,4 @@
-"""A transfer between two processes by an installed hetkv without torch: NumPy pools of unlike layouts."""
+"""A transfer between two processes by an installed hetkv without torch: NumPy pools of different layouts."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def overlap_table(file: Path) -> str:
         lines.append(
             f"| {row['batch']} | {row['way']} | {row['prefill_ms']:.1f} | "
             f"{100 * row['slowdown']:.2f} % | {row['layer_us']:.0f} | {row['exposed_layers']:.2f} | "
-            f"{row['behind_kv_layers']:.2f} | {row['ttft_ratio']:.4f} |"
+            f"{row['after_kv_layers']:.2f} | {row['ttft_ratio']:.4f} |"
         )
     return "\n".join(lines)
 

@@ -15,42 +15,27 @@ namespace {
 // By its name, or, for tests, by the path of its shared object.
 const HetkvBackend& backend_of(const std::string& name) {
   const HetkvBackend* backend = nullptr;
-  check(name.find('/') == std::string::npos ? find_backend(name, &backend) : open_backend_at(name, &backend));
+  check(name.find('/') == std::string::npos ? backend::find_backend(name, &backend)
+                                            : backend::open_backend_at(name, &backend));
   return *backend;
 }
 
 py::dict device_info(const std::string& name, std::int32_t device) {
   const HetkvBackend& backend = backend_of(name);
   HetkvDeviceInfo info;
-  check(backend_status(backend, backend.device_info(device, &info), "device " + std::to_string(device)));
-  py::dict facts;
-  facts["name"] = info.name;
-  facts["arch"] = info.arch;
-  facts["pci_bus_id"] = info.pci_bus_id;
-  facts["total_memory"] = info.total_memory;
-  facts["l2_bytes"] = info.l2_bytes;
-  facts["multiprocessors"] = info.multiprocessors;
-  facts["capabilities"] = info.capabilities;
-  facts["driver_version"] = info.driver_version;
-  facts["runtime_version"] = info.runtime_version;
-  return facts;
+  check(backend::backend_status(backend, backend.device_info(device, &info), "device " + std::to_string(device)));
+  return device_facts(info);
 }
 
 py::dict pointer_info(const std::string& name, std::uint64_t pointer) {
   const HetkvBackend& backend = backend_of(name);
   HetkvPointerInfo info;
-  check(backend_status(backend, backend.pointer_info(reinterpret_cast<const void*>(pointer), &info), "a pointer"));
-  constexpr const char* kinds[] = {"host", "pinned", "device", "managed"};
-  py::dict facts;
-  facts["kind"] = kinds[info.kind];
-  facts["device"] = info.device;
-  facts["base"] = info.base;
-  facts["bytes"] = info.bytes;
-  facts["ipc"] = info.ipc != 0;
-  return facts;
+  check(backend::backend_status(backend, backend.pointer_info(reinterpret_cast<const void*>(pointer), &info),
+                                "a pointer"));
+  return pointer_facts(info);
 }
 
-// Jobs on one device, launched as often as one likes, with their block tables and multipliers in device memory.
+// Jobs on one device, launched any number of times, with their block tables and multipliers in device memory.
 class DeviceRemap {
  public:
   DeviceRemap(const std::string& name, std::int32_t device, const std::vector<OwnedJob>& jobs,
@@ -113,7 +98,7 @@ class DeviceRemap {
   }
 
  private:
-  void ok(std::int32_t status, const char* what) const { check(backend_status(backend_, status, what)); }
+  void ok(std::int32_t status, const char* what) const { check(backend::backend_status(backend_, status, what)); }
 
   // Copies `bytes` bytes to `next` and returns where they will be on the device.
   const void* put(const void* data, std::size_t bytes, char*& next) const {
@@ -162,7 +147,7 @@ void bind_backend(py::module_& m) {
       "load_backends",
       [](const std::string& folder) {
         py::list found;
-        for (const BackendEntry& entry : load_backends(folder)) {
+        for (const backend::BackendEntry& entry : backend::load_backends(folder)) {
           found.append(py::make_tuple(entry.name, entry.devices, entry.why));
         }
         return found;

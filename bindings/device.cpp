@@ -7,34 +7,38 @@
 
 namespace hetkv {
 using namespace engine;
-namespace {
 
-const char* kind_name(std::int32_t kind) {
-  switch (kind) {
-    case kHetkvMemoryPinned:
-      return "pinned";
-    case kHetkvMemoryDevice:
-      return "device";
-    case kHetkvMemoryManaged:
-      return "managed";
-    default:
-      return "host";
-  }
-}
-
-py::dict describe(const Device& device) {
-  const HetkvDeviceInfo& info = device.info();
+py::dict device_facts(const HetkvDeviceInfo& info) {
   py::dict out;
-  out["backend"] = device.backend().name;
-  out["index"] = device.index();
   out["name"] = info.name;
   out["arch"] = info.arch;
   out["pci_bus_id"] = info.pci_bus_id;
-  out["uuid"] = py::bytes(reinterpret_cast<const char*>(info.uuid), sizeof info.uuid);
   out["total_memory"] = info.total_memory;
+  out["l2_bytes"] = info.l2_bytes;
+  out["multiprocessors"] = info.multiprocessors;
+  out["capabilities"] = names_of(info.capabilities);
   out["driver_version"] = info.driver_version;
   out["runtime_version"] = info.runtime_version;
-  out["capabilities"] = info.capabilities;
+  return out;
+}
+
+py::dict pointer_facts(const HetkvPointerInfo& info) {
+  py::dict out;
+  out["kind"] = name_of(static_cast<HetkvMemoryKind>(info.kind));
+  out["device"] = info.device;
+  out["base"] = info.base;
+  out["bytes"] = info.bytes;
+  out["ipc"] = info.ipc != 0;
+  return out;
+}
+
+namespace {
+
+py::dict describe(const Device& device) {
+  py::dict out = device_facts(device.info());
+  out["backend"] = device.backend().name;
+  out["index"] = device.index();
+  out["uuid"] = py::bytes(reinterpret_cast<const char*>(device.info().uuid), sizeof device.info().uuid);
   return out;
 }
 
@@ -42,13 +46,7 @@ py::dict pointer_info(const Device& device, std::uint64_t address) {
   HetkvPointerInfo info{};
   check(device.check(device.backend().pointer_info(reinterpret_cast<const void*>(address), &info),
                      "asking about memory"));
-  py::dict out;
-  out["kind"] = kind_name(info.kind);
-  out["device"] = info.device;
-  out["base"] = info.base;
-  out["bytes"] = info.bytes;
-  out["ipc"] = info.ipc != 0;
-  return out;
+  return pointer_facts(info);
 }
 
 }  // namespace
@@ -62,14 +60,14 @@ void bind_device(py::module_& m) {
       "open_device",
       [](const std::string& folder, const std::string& name, int index) {
         const HetkvBackend* backend = nullptr;
-        load_backends(folder);
-        check(find_backend(name, &backend));
+        backend::load_backends(folder);
+        check(backend::find_backend(name, &backend));
         std::shared_ptr<Device> device;
         check(Device::open(*backend, index, &device));
         return device;
       },
       py::arg("folder"), py::arg("name"), py::arg("index"), py::call_guard<py::gil_scoped_release>(),
-      "A device of a backend whose shared object lies in `folder`.");
+      "A device of a backend whose shared object is in `folder`.");
   m.def(
       "process_number",
       [] {
@@ -81,7 +79,7 @@ void bind_device(py::module_& m) {
       "open_test_device",
       [](const std::string& path, int index) {
         const HetkvBackend* backend = nullptr;
-        check(open_backend_at(path, &backend));
+        check(backend::open_backend_at(path, &backend));
         std::shared_ptr<Device> device;
         check(Device::open(*backend, index, &device));
         return device;

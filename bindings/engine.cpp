@@ -71,8 +71,8 @@ std::vector<transport::StreamConfig> to_streams(const Streams& streams) {
 // Event as a tuple (kind, handle, link, layer, code, detail): the dispatcher thread of hetkv/transport/sender.py
 // unpacks it.
 py::tuple to_tuple(const Event& event) {
-  return py::make_tuple(static_cast<int>(event.kind), event.handle, event.link, event.layer,
-                        static_cast<int>(event.status.code), event.status.detail);
+  return py::make_tuple(name_of(event.kind), event.handle, event.link, event.layer, static_cast<int>(event.status.code),
+                        event.status.detail);
 }
 
 // Python collects what a forked child has of its parent's engines; these are the parent's to end.
@@ -150,8 +150,8 @@ void bind_common(EngineClass<E>& type) {
            [](E& self) {
              py::list out;
              for (const auto& span : self.trace().take()) {
-               out.append(py::make_tuple(static_cast<int>(span.kind), span.handle, span.layer, span.start_ns,
-                                         span.stop_ns, span.bytes));
+               out.append(py::make_tuple(name_of(span.kind), span.handle, span.layer, span.start_ns, span.stop_ns,
+                                         span.bytes));
              }
              return out;
            })
@@ -164,14 +164,14 @@ void bind_common(EngineClass<E>& type) {
              out["payload_bytes"] = at.payload_bytes.load();
              out["saturated"] = at.saturated.load();
              out["direct_frames"] = at.direct_frames.load();
-             out["peer_frames"] = at.device_frames.load();
+             out["device_frames"] = at.device_frames.load();
              out["stale_frames"] = at.stale_frames.load();
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
              out["wakeups"] = at.wakeups.load();
              out["open_requests"] = self.outcomes().size();
              out["pending_tickets"] = at.pending_tickets.load();
-             out["lent_slots"] = at.lent_slots.load();
+             out["granted_slots"] = at.granted_slots.load();
              return out;
            })
       .def(
@@ -306,7 +306,8 @@ void bind_engine(py::module_& m) {
             check(self.send_layer(handle, layer, {start, stop}, reinterpret_cast<void*>(*stream)));
           },
           py::arg("handle"), py::arg("layer"), py::arg("start"), py::arg("stop"), py::arg("stream") = py::none(),
-          "`stream`: of the pool's device, behind whose work the layer is in the pool; None: it is there now.")
+          "`stream`: of the pool's device; the layer is in the pool once its present work has run. None: it is there "
+          "now.")
       .def(
           "send_batch",
           [](Sender& self, std::shared_ptr<SendBatch> batch, std::int32_t layer, std::optional<std::uint64_t> stream) {
@@ -316,8 +317,8 @@ void bind_engine(py::module_& m) {
           py::arg("batch"), py::arg("layer"), py::arg("stream") = py::none(),
           "`send_layer` for the tokens that the batch has of a layer, or with -1 of each layer of the pool.")
       .def(
-          "path", [](Sender& self, std::uint32_t link) { return static_cast<int>(self.path(link)); }, py::arg("link"),
-          py::call_guard<py::gil_scoped_release>(), "Code of `Path` in csrc/engine/windows.h.")
+          "path", [](Sender& self, std::uint32_t link) { return name_of(self.path(link)); }, py::arg("link"),
+          py::call_guard<py::gil_scoped_release>(), "How payloads get to the peer; None: no slot of it is known yet.")
       .def("abort", &Sender::abort, py::arg("handle"), py::arg("reason"))
       .def(
           "reject",

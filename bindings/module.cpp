@@ -18,6 +18,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "hetkv's data plane: remap, wire format, transport. Its Python face is the hetkv package.";
   bind_remap(m);
   bind_wire(m);
+  hetkv::bind_codes(m);
   hetkv::bind_device(m);
   hetkv::bind_outcome(m);
   hetkv::bind_engine(m);

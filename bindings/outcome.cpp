@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 
 #include "bind.h"
 #include "clock.h"
@@ -34,12 +35,24 @@ bool wait_for(const std::optional<double>& timeout, Wait wait) {
   }
 }
 
+bool wait_phase(const Outcome& outcome, Phase least, const std::optional<double>& timeout) {
+  if (outcome.phase() >= least) return true;
+  return wait_for(timeout, [&](std::uint64_t until, bool slept) { return outcome.wait(least, until, slept); });
+}
+
+Outcome::Watch watch_named(const std::string& name) {
+  if (name == "end") return Outcome::kWatchEnd;
+  if (name == "packed") return Outcome::kWatchPacked;
+  if (name == "layers") return Outcome::kWatchLayers;
+  throw py::value_error("watch " + name);
+}
+
 }  // namespace
 
 void bind_outcome(py::module_& m) {
   py::class_<Outcome, std::shared_ptr<Outcome>>(m, "Outcome")
       .def_readonly("handle", &Outcome::handle)
-      .def_property_readonly("phase", [](const Outcome& self) { return static_cast<int>(self.phase()); })
+      .def_property_readonly("packed", [](const Outcome& self) { return self.phase() >= Phase::kPacked; })
       .def_property_readonly("ended", &Outcome::ended)
       .def_property_readonly(
           "failure",
@@ -49,16 +62,21 @@ void bind_outcome(py::module_& m) {
           },
           "Code and text of the failure; None where it has not failed.")
       .def("arrived", &Outcome::arrived, py::arg("layer"))
-      .def("watch", &Outcome::watch, py::arg("what"))
+      .def(
+          "watch", [](Outcome& self, const std::string& what) { self.watch(watch_named(what)); }, py::arg("what"),
+          "Have events of it: `end`, `packed` or `layers`.")
       .def(
           "wait",
-          [](const Outcome& self, int phase, const std::optional<double>& timeout) {
-            const auto least = static_cast<Phase>(phase);
-            if (self.phase() >= least) return true;
-            return wait_for(timeout, [&](std::uint64_t until, bool slept) { return self.wait(least, until, slept); });
+          [](const Outcome& self, const std::optional<double>& timeout) {
+            return wait_phase(self, Phase::kComplete, timeout);
           },
-          py::arg("phase"), py::arg("timeout") = py::none(),
-          "Until the request is in this phase or a later one; False after `timeout` seconds.")
+          py::arg("timeout") = py::none(), "Until the request has ended; False after `timeout` seconds.")
+      .def(
+          "wait_packed",
+          [](const Outcome& self, const std::optional<double>& timeout) {
+            return wait_phase(self, Phase::kPacked, timeout);
+          },
+          py::arg("timeout") = py::none(), "Until the request's blocks are not read any more, or it has ended.")
       .def(
           "wait_layer",
           [](const Outcome& self, std::size_t layer, const std::optional<double>& timeout) {

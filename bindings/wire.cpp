@@ -24,7 +24,7 @@ std::array<std::uint8_t, N> array_of(const std::string& bytes, const char* what)
   return out;
 }
 
-SipKey key_of(const py::bytes& key) {
+wire::SipKey key_of(const py::bytes& key) {
   return array_of<16>(key, "key");
 }
 
@@ -185,7 +185,7 @@ py::dict to_dict(const wire::Heartbeat& body) {
 }
 
 template <class Body>
-std::vector<std::uint8_t> encode_as(const wire::Prelude& prelude, const py::dict& fields, const SipKey& key) {
+std::vector<std::uint8_t> encode_as(const wire::Prelude& prelude, const py::dict& fields, const wire::SipKey& key) {
   Body body;
   from_dict(fields, &body);
   std::vector<std::uint8_t> out;
@@ -193,7 +193,7 @@ std::vector<std::uint8_t> encode_as(const wire::Prelude& prelude, const py::dict
   return out;
 }
 
-std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dict& fields, const SipKey& key) {
+std::vector<std::uint8_t> encode_any(const wire::Prelude& prelude, const py::dict& fields, const wire::SipKey& key) {
   switch (prelude.type) {
     case wire::Type::kFrame:
       return encode_as<wire::Frame>(prelude, fields, key);
@@ -355,7 +355,7 @@ void bind_wire(py::module_& m) {
       "siphash24",
       [](const py::bytes& key, const py::bytes& data) {
         const std::string_view view = data;
-        return siphash24(key_of(key), view.data(), view.size());
+        return wire::siphash24(key_of(key), view.data(), view.size());
       },
       "key"_a, "data"_a, "SipHash-2-4.");
 }

@@ -30,7 +30,7 @@ HETKV_HD constexpr int item_size(DType dtype) {
 }
 
 // Strides are bytes. `base` already includes the segment's offset. With `block_size` 0 the tokens are not paged: they
-// all lie in block 0 and no block table is read (the wire, staging buffers).
+// all are in block 0 and no block table is read (the wire, staging buffers).
 struct SegmentMap {
   std::uint64_t base = 0;
   std::int64_t block_stride = 0;

@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 ANY = 1_000_000
 
 CONNECTOR_VLLM = ">=0.32,<0.33"
-"""What the tests of `tests/vllm` ran hetkv's connector with. A newer minor may work, but nobody has seen it do so."""
+"""What the tests of `tests/vllm` ran hetkv's connector with. A newer minor may work, but was not tried."""
 
 
 class Way(NamedTuple):

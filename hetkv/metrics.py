@@ -21,7 +21,7 @@ COUNTERS = {
     "frames": "Frames that were committed (sender) or unpacked (receiver).",
     "payload_bytes": "Payload bytes of those frames.",
     "direct_frames": "Of those, frames that were stored straight into the receiver's window (paths device and shm).",
-    "peer_frames": "Of those, frames that were stored into another GPU's memory (path device).",
+    "device_frames": "Of those, frames that were stored into another GPU's memory (path device).",
     "bundles": "Sender: bundles in which frames were committed; the frames of a bundle share a slot and a commit.",
     "saturated": "Elements that did not fit the narrower dtype and were clamped.",
     "stale_frames": "Frames that arrived for a request which had ended; they were dropped.",
@@ -33,7 +33,7 @@ COUNTERS = {
 GAUGES = {
     "open_requests": "Requests in flight.",
     "pending_tickets": "Sender: tickets that wait for their request.",
-    "lent_slots": "Receiver: slots that senders hold.",
+    "granted_slots": "Receiver: slots that are granted to senders.",
     "quarantined_slots": "Receiver: slots that a stopped sender may still write to.",
 }
 """Keys of `stats()` that rise and fall."""

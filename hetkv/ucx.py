@@ -32,8 +32,8 @@ SONAME = "libucp.so.0"
 _PARTS = ("libucs.so.0", "libucs_signal.so.0", "libuct.so.0")
 """What `libucp` needs, in the order of loading; not every version has each."""
 
-# UCX reads these once, when it is loaded. Its errors reach the caller as exceptions, so it need not print them. SIGHUP
-# and the error signals, which it would take, belong to the process that imports hetkv.
+# UCX reads these once, when it is loaded. Its errors reach the caller as exceptions, so it does not have to print
+# them. SIGHUP and the error signals, which it would take, belong to the process that imports hetkv.
 _DEFAULTS = {
     "UCX_LOG_LEVEL": "fatal",
     "UCX_HANDLE_ERRORS": "none",

@@ -83,16 +83,16 @@ typedef struct hetkv_segment {
 
 typedef struct hetkv_layer {
   hetkv_layer_kind kind;
-  uint32_t group;        /* layers of one cache group share a block table */
-  uint32_t window;       /* sliding window in tokens; 0: none */
-  uint32_t shares;       /* 1 + index of the layer whose cache this one reads; 0: its own */
-  uint32_t num_segments; /* at most 4 */
+  uint32_t group;          /* layers of one cache group share a block table */
+  uint32_t sliding_window; /* in tokens; 0: none */
+  uint32_t shares;         /* 1 + index of the layer whose cache this one reads; 0: its own */
+  uint32_t num_segments;   /* at most 4 */
   const hetkv_segment* segments;
 } hetkv_layer;
 
 /* --- memory of one rank --- */
 
-/* Where element (block, token, head, channel) of a segment lies, in bytes from `base`:
+/* Where element (block, token, head, channel) of a segment is, in bytes from `base`:
      block * block_stride + token * token_stride + head * head_stride
        + (channel / pack) * pack_stride + (channel % pack) * channel_stride */
 typedef struct hetkv_segment_memory {
@@ -147,7 +147,7 @@ typedef struct hetkv_node_config {
   uint32_t handshake_timeout_ms;
   const char* const* fingerprint; /* name, value, name, value, ... of what made the KV; values of a name that both */
   uint32_t num_fingerprint;       /* sides have must be equal. Number of names */
-  const char* backends;           /* folder of the GPU backends; NULL: beside this library */
+  const char* backends;           /* folder of the GPU backends; NULL: next to this library */
 } hetkv_node_config;
 
 HETKV_API hetkv_status hetkv_sender_create(const hetkv_pool* pool, const hetkv_node_config* config, hetkv_node** node);

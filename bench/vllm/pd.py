@@ -7,8 +7,8 @@ Run with the Python of an environment that holds vLLM and hetkv (`make test-vllm
 
 The systems take turns, `--rounds` times: the servers of one are started, asked a share of the prompts one by one, then
 several at once, and stopped. So each has the machine to itself, and all see the same machine. Every P/D system runs
-behind one proxy. Tokens are greedy and compared with those of the one instance: a system whose tokens differ has no
-figures.
+with one proxy in front. Tokens are greedy and compared with those of the one instance: a system whose tokens differ
+has no figures.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     ttft: float
     whole: float
     first: int
-    """Tokens of the first piece: a server that lags behind its engine sends several at once, so the first one late."""
+    """Tokens of the first piece: a server slower than its engine sends several at once, so the first one late."""
 
     @property
     def tpot(self) -> float | None:
@@ -82,7 +82,7 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_S)
         finally:
-            self.signal(signal.SIGKILL)  # also what its leader left behind
+            self.signal(signal.SIGKILL)  # also children that its leader left
             self.process.wait()
 
     def observed(self, name: str, after: tuple[float, float]) -> tuple[float, float]:

@@ -100,7 +100,7 @@ struct HetkvRemapResult {
 };
 
 // Where a launch reports. Made by `slot_create`; used by one launch at a time, any number of times. `results`, one a
-// frame, are written once by the launch and may be read by the host as soon as an event recorded behind it is done.
+// frame, are written once by the launch and may be read by the host as soon as an event recorded after it is done.
 struct HetkvRemapSlot {
   const HetkvRemapResult* results;  // pinned host memory
   void* scratch;                    // the backend's own
@@ -135,7 +135,7 @@ struct HetkvBackend {
 
   // --- memory of another process on the same host, same vendor ---
   std::int32_t (*ipc_export)(const void* pointer, HetkvIpcHandle* handle);
-  // Maps it for kernels of `device`, with peer access where it lies on another one. `*pointer` is what was exported.
+  // Maps it for kernels of `device`, with peer access where it is on another one. `*pointer` is what was exported.
   // A process cannot open its own. One ipc_close for each ipc_open; the exporter frees only after the last of them.
   std::int32_t (*ipc_open)(std::int32_t device, const HetkvIpcHandle* handle, void** pointer);
   std::int32_t (*ipc_close)(std::int32_t device, const HetkvIpcHandle* handle, void* pointer);
@@ -184,7 +184,7 @@ struct HetkvBackend {
   // What is put into `stream` later runs once int32(*word - value) >= 0. `word` is memory of host_alloc, which the host
   // writes; the wait holds up no thread and no multiprocessor.
   std::int32_t (*stream_wait_value)(std::int32_t device, void* stream, const std::uint32_t* word, std::uint32_t value);
-  // Makes `device` this thread's current one for good: for a thread of the engine, on which UCX calls the driver.
+  // Makes `device` this thread's current one permanently: for a thread of the engine, on which UCX calls the driver.
   std::int32_t (*bind_thread)(std::int32_t device);
 };
 

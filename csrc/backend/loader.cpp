@@ -6,7 +6,7 @@
 #include <atomic>
 #include <mutex>
 
-namespace hetkv {
+namespace hetkv::backend {
 namespace {
 
 // Backends, and the files that may hold each. Every CUDA file has its runtime inside, which needs a driver of that
@@ -117,4 +117,4 @@ Status backend_status(const HetkvBackend& backend, std::int32_t status, const st
   return Status::error(code, what + ": " + text + " (" + backend.name + ")");
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::backend

@@ -7,7 +7,7 @@
 #include "backend/backend.h"
 #include "status.h"
 
-namespace hetkv {
+namespace hetkv::backend {
 
 // What became of one backend that was looked for.
 struct BackendEntry {
@@ -28,10 +28,10 @@ const std::vector<BackendEntry>& backends();
 // The backend of that name. kUnsupported, with the reason, where it cannot be used; kInvalid where the name is unknown.
 Status find_backend(const std::string& name, const HetkvBackend** backend);
 
-// For tests: the table in the shared object at `path`, beside those of `backends()`.
+// For tests: the table in the shared object at `path`, in addition to those of `backends()`.
 Status open_backend_at(const std::string& path, const HetkvBackend** backend);
 
 // kOk, or the backend's last error under the code that fits; `what` names the call: "pinning the window of 64 MiB".
 Status backend_status(const HetkvBackend& backend, std::int32_t status, const std::string& what);
 
-}  // namespace hetkv
+}  // namespace hetkv::backend

@@ -50,7 +50,7 @@ Result missing(const char* what) {
 }
 
 // `../backends` of this library's folder, as the wheel has them.
-std::string beside_library() {
+std::string next_to_library() {
   Dl_info found{};
   if (dladdr(reinterpret_cast<const void*>(&hetkv_version), &found) == 0 || found.dli_fname == nullptr) return "";
   const std::string path = found.dli_fname;
@@ -64,7 +64,7 @@ hetkv_status create(Role role, const hetkv_pool* pool, const hetkv_node_config* 
     hetkv::capi::NodeSettings settings;
     Result result = read_settings(*config, *pool->pool, &settings);
     if (!result.ok()) return result;
-    if (settings.backends.empty()) settings.backends = beside_library();
+    if (settings.backends.empty()) settings.backends = next_to_library();
     std::shared_ptr<Node> made;
     result = Node::create(role, pool->pool, std::move(settings), &made);
     if (result.ok()) *node = new hetkv_node{std::move(made)};

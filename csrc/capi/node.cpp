@@ -67,9 +67,9 @@ Result Node::start() {
     const std::size_t colon = pool_->device.find(':');
     backend = pool_->device.substr(0, colon);
     const int index = colon == std::string::npos ? 0 : std::atoi(pool_->device.c_str() + colon + 1);
-    load_backends(settings_.backends);
+    backend::load_backends(settings_.backends);
     const HetkvBackend* table = nullptr;
-    Status status = find_backend(backend, &table);
+    Status status = backend::find_backend(backend, &table);
     if (status.ok()) status = engine::Device::open(*table, index, &device_);
     if (status.ok()) status = engine::DeviceMover::create(device_, config, parts.clock, &parts.mover);
     if (!status.ok()) return result_of(status);

@@ -29,7 +29,7 @@ Result read_spec(const hetkv_pool_config& config, control::Spec* out) {
     control::LayerSpec spec;
     spec.kind = kinds[layer.kind];
     spec.group = layer.group;
-    if (layer.window > 0) spec.window = layer.window;
+    if (layer.sliding_window > 0) spec.sliding_window = layer.sliding_window;
     if (layer.shares > 0) spec.shares = static_cast<std::int64_t>(layer.shares) - 1;
     for (std::uint32_t part = 0; part < layer.num_segments; ++part) {
       const hetkv_segment& segment = layer.segments[part];
@@ -41,7 +41,7 @@ Result read_spec(const hetkv_pool_config& config, control::Spec* out) {
   return {};
 }
 
-// Strides nest where each passes what lies inside of it, so that no two elements share bytes.
+// Strides nest where each passes what is inside of it, so that no two elements share bytes.
 bool nests(const control::SegmentLayout& part, std::int64_t block_size, std::int64_t blocks) {
   std::vector<std::pair<std::int64_t, std::int64_t>> axes;  // stride, count
   for (const auto& [stride, count] : {std::pair{part.block_stride, blocks},
@@ -156,8 +156,8 @@ wire::TokenRange Pool::wanted(std::int64_t group, std::uint64_t tokens, std::uin
   bool windows = true;
   for (const control::LayerSpec& layer : spec.layers) {
     if (layer.group != group) continue;
-    windows = windows && layer.window.has_value();
-    reach = std::max(reach, static_cast<std::uint64_t>(layer.window.value_or(0)));
+    windows = windows && layer.sliding_window.has_value();
+    reach = std::max(reach, static_cast<std::uint64_t>(layer.sliding_window.value_or(0)));
   }
   // The next token, number `tokens`, sees keys from `tokens - window + 1` on.
   std::uint64_t first = cached;

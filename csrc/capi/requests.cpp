@@ -153,7 +153,7 @@ Result Node::send_layers(hetkv_request* const* requests, std::size_t count, std:
     batch->handles.push_back(request.outcome->handle);
     batch->tokens[group].push_back({start, stop});
   }
-  if (device_ == nullptr && stream != nullptr) return invalid("the pool lies in host memory: its stream is NULL");
+  if (device_ == nullptr && stream != nullptr) return invalid("the pool is in host memory: its stream is NULL");
   if (device_ == nullptr) {
     sender_->send_batch(std::move(batch), static_cast<std::int32_t>(layer));
     return {};

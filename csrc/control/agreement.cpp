@@ -14,33 +14,34 @@ std::string text(const std::optional<std::int64_t>& value) {
   return value ? std::to_string(*value) : "None";
 }
 
-Incompatible unlike(const std::string& field, std::int64_t mine, std::int64_t theirs) {
+Incompatible different(const std::string& field, std::int64_t mine, std::int64_t theirs) {
   return {field, std::to_string(mine), std::to_string(theirs), ""};
 }
 
 // The first difference of two specs. The number of layers comes first, so that no layer is compared with another.
 Incompatible compare(const Spec& mine, const Spec& theirs) {
   if (mine.layers.size() != theirs.layers.size()) {
-    return unlike("len(spec.layers)", static_cast<std::int64_t>(mine.layers.size()),
-                  static_cast<std::int64_t>(theirs.layers.size()));
+    return different("len(spec.layers)", static_cast<std::int64_t>(mine.layers.size()),
+                     static_cast<std::int64_t>(theirs.layers.size()));
   }
   for (std::size_t at = 0; at < mine.layers.size(); ++at) {
     const LayerSpec &ours = mine.layers[at], &other = theirs.layers[at];
     const std::string where = "spec.layers[" + std::to_string(at) + "]";
     if (ours.kind != other.kind) return {where + ".kind", ours.kind, other.kind, ""};
     if (ours.segments.size() != other.segments.size()) {
-      return unlike("len(" + where + ".segments)", static_cast<std::int64_t>(ours.segments.size()),
-                    static_cast<std::int64_t>(other.segments.size()));
+      return different("len(" + where + ".segments)", static_cast<std::int64_t>(ours.segments.size()),
+                       static_cast<std::int64_t>(other.segments.size()));
     }
     for (std::size_t part = 0; part < ours.segments.size(); ++part) {
       const Segment &a = ours.segments[part], &b = other.segments[part];
       const std::string segment = where + ".segments[" + std::to_string(part) + "]";
       if (a.name != b.name) return {segment + ".name", a.name, b.name, ""};
-      if (a.heads != b.heads) return unlike(segment + ".heads", a.heads, b.heads);
-      if (a.channels != b.channels) return unlike(segment + ".channels", a.channels, b.channels);
+      if (a.heads != b.heads) return different(segment + ".heads", a.heads, b.heads);
+      if (a.channels != b.channels) return different(segment + ".channels", a.channels, b.channels);
     }
-    if (ours.group != other.group) return unlike(where + ".group", ours.group, other.group);
-    if (ours.window != other.window) return {where + ".window", text(ours.window), text(other.window), ""};
+    if (ours.group != other.group) return different(where + ".group", ours.group, other.group);
+    if (ours.sliding_window != other.sliding_window)
+      return {where + ".sliding_window", text(ours.sliding_window), text(other.sliding_window), ""};
     if (ours.shares != other.shares) return {where + ".shares", text(ours.shares), text(other.shares), ""};
   }
   return {};

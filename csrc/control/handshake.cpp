@@ -86,8 +86,8 @@ Result verify(Channel& channel, const Hash& expected, std::int64_t deadline) {
   return failure(HETKV_AUTHENTICATION, channel.peer() + ": " + kWrongSecret);
 }
 
-SipKey half(const Hash& key) {
-  SipKey out{};
+wire::SipKey half(const Hash& key) {
+  wire::SipKey out{};
   std::memcpy(&out, key.data(), sizeof out);
   return out;
 }

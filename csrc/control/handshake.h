@@ -23,8 +23,8 @@ constexpr char kMagic[] = "hetkvctl", kStreamMagic[] = "hetkvdat";
 struct LinkKeys {
   Hash control_send{}, control_receive{};
   Hash call_send{}, call_receive{};
-  SipKey data_send{}, data_receive{};
-  std::vector<std::pair<SipKey, SipKey>> streams;  // send, receive
+  wire::SipKey data_send{}, data_receive{};
+  std::vector<std::pair<wire::SipKey, wire::SipKey>> streams;  // send, receive
   std::uint64_t number = 0;
   std::uint8_t minor = 0;
 };

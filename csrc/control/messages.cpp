@@ -142,7 +142,7 @@ Spec spec(const Object& at) {
                                 integer(*parts[2], of.path("segments"))});
     }
     layer.group = of.integer("group", 0);
-    layer.window = optional_integer(of, "window");
+    layer.sliding_window = optional_integer(of, "window");
     layer.shares = optional_integer(of, "shares");
     of.end();
     out.layers.push_back(std::move(layer));
@@ -162,8 +162,8 @@ Scale scale(const Object& at, const std::string& where) {
     const std::int64_t value = fields.integer(name, 0);
     if (value < 0 || (value > 0 && !out.values.empty())) fail(fields.path(name));
   }
-  if (const Object* apart = fields.optional("apart")) {
-    if (apart->type != msgpack::type::BOOLEAN) fail(fields.path("apart"));
+  if (const Object* separate = fields.optional("apart")) {
+    if (separate->type != msgpack::type::BOOLEAN) fail(fields.path("apart"));
   }
   fields.end();
   return out;

@@ -72,7 +72,7 @@ void put(Packer& pack, const Spec& spec) {
       pack.pack_int64(segment.channels);
     }
     put(pack, "group", layer.group);
-    put(pack, "window", layer.window);
+    put(pack, "window", layer.sliding_window);
     put(pack, "shares", layer.shares);
   }
 }

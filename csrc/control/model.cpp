@@ -51,7 +51,7 @@ Status check_spec(const Spec& spec) {
         return malformed(where + ": one head interval must serve all segments");
       }
     }
-    if (layer.window && *layer.window < 1) return malformed(where + ".window");
+    if (layer.sliding_window && *layer.sliding_window < 1) return malformed(where + ".sliding_window");
     if (layer.group < 0 || layer.group > 0xffff) return malformed(where + ".group");
     if (layer.shares && (*layer.shares < 0 || *layer.shares >= static_cast<std::int64_t>(spec.layers.size()) ||
                          *layer.shares == static_cast<std::int64_t>(at))) {

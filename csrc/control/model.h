@@ -38,7 +38,7 @@ struct LayerSpec {
   std::string kind;  // kv, latent, state
   std::vector<Segment> segments;
   std::int64_t group = 0;
-  std::optional<std::int64_t> window;
+  std::optional<std::int64_t> sliding_window;
   std::optional<std::int64_t> shares;
 };
 

@@ -24,7 +24,7 @@ struct EngineConfig {
   std::uint32_t spin_us = 1000;         // how long the progress thread, and who waits for it, spins before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
-  bool copy_engine = true;    // into a window on another device: pack beside the pool, then copy, so that few
+  bool copy_engine = true;    // into a window on another device: pack next to the pool, then copy, so that few
                               // multiprocessors are taken; otherwise the pack stores over the link itself
   bool high_priority = true;  // of remaps on a device, over other work of the process
   bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
@@ -57,7 +57,7 @@ struct ScaleFill {
   std::vector<float> values;  // per head of the route
 };
 
-// One layer of one route: what a frame of it holds, and where that lies in this side's pool.
+// One layer of one route: what a frame of it holds, and where that is in this side's pool.
 struct LayerPlan {
   std::uint32_t layer = 0;  // global
   std::uint16_t group = 0;  // cache group
@@ -95,12 +95,12 @@ struct LinkConfig {
   std::vector<std::uint8_t> address;  // of the peer's transport; empty: no RDMA
   std::uint64_t number = 0;           // of the link, equal on both sides; travels in the header of each message
   std::uint8_t minor = 0;             // version of the link: the lower one of the two sides
-  SipKey send_key{};
-  SipKey receive_key{};
+  wire::SipKey send_key{};
+  wire::SipKey receive_key{};
   std::string name;                  // of the peer, `instance/rank`
   std::string instance;              // of the peer
   std::uint32_t instance_links = 1;  // links to that instance that have plans
-  bool device_windows = false;       // receiver: lend this peer slots in the pool's device's memory,
+  bool device_windows = false;       // receiver: grant this peer slots in the pool's device's memory,
   bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
   std::vector<transport::StreamConfig> streams;  // sockets to the peer

@@ -50,7 +50,7 @@ Status Device::record_caller(void* stream, After* out) {
   }
   if (of != index_) {
     return Status::error(Code::kInvalid, "the stream is one of device " + std::to_string(of) +
-                                             ", the pool lies on device " + std::to_string(index_));
+                                             ", the pool is on device " + std::to_string(index_));
   }
   return record(stream, false, out);
 }

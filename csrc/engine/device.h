@@ -53,7 +53,7 @@ class Device : public std::enable_shared_from_this<Device> {
   // kOk, or kDevice with what was tried, the device and the backend's own text.
   Status check(std::int32_t status, const std::string& what) const;
 
-  // A point behind all that `stream` holds now. kInvalid: a stream of another device, or one that captures a graph.
+  // A point after all that `stream` holds now. kInvalid: a stream of another device, or one that captures a graph.
   Status record_caller(void* stream, After* out);
   // The same for the engine's own streams; `timed` ones can be subtracted.
   Status record(void* stream, bool timed, After* out);

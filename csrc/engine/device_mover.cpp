@@ -5,7 +5,7 @@
 namespace hetkv::engine {
 namespace {
 
-// Launches of so many bytes read block tables that are new over the bus, instead of behind a copy of them.
+// Launches of so many bytes read block tables that are new over the bus, instead of after a copy of them.
 constexpr std::int64_t kReadOverBus = 256 << 10;
 constexpr std::size_t kSlots = 32;  // made at the start; more are made when so many launches are in flight
 
@@ -110,7 +110,7 @@ Status DeviceMover::launch(RemapTask& task, Launch* made) {
   return status;
 }
 
-// Sends the payload on, behind its pack and beside the next one.
+// Sends the payload on, after its pack and during the next one.
 Status DeviceMover::copy(const RemapTask& task, bool ready, Launch* made) {
   const HetkvBackend& backend = device_->backend();
   const std::size_t which = ready ? turn_++ % 2 : 2;

@@ -1,4 +1,4 @@
-// Runs remaps on a device: one launch a task on side streams, behind the caller's event, and no wait on the host. Any
+// Runs remaps on a device: one launch a task on side streams, after the caller's event, and no wait on the host. Any
 // number may be in flight; those whose event has happened run back to back. Tasks of one stream end in its order, so
 // that one query a stream tells which have.
 #pragma once
@@ -52,8 +52,8 @@ class DeviceMover final : public Mover {
   const bool timed_;
   void* ready_ = nullptr;    // for tasks whose event has happened, and for uploads
   void* waiting_ = nullptr;  // for the others: what waits in it holds nobody else up
-  // For payloads that go on by the copy engine, beside the next pack: in turn behind packs of `ready_`, so that one
-  // copy begins while the one before it ends, and behind those of `waiting_`.
+  // For payloads that go on by the copy engine, during the next pack: in turn after packs of `ready_`, so that one
+  // copy begins while the one before it ends, and after those of `waiting_`.
   std::array<void*, 3> copying_{};
   std::size_t turn_ = 0;
   std::unique_ptr<DeviceTables> tables_;

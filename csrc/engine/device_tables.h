@@ -1,5 +1,5 @@
 // Small constants that kernels read: block tables, one upload for each request and cache group, and scale multipliers.
-// They lie in device memory with a pinned twin to upload from. Progress thread only.
+// They are in device memory with a pinned twin to upload from. Progress thread only.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ class DeviceTables {
   Status find(const BlockTable& blocks, bool once, const std::int32_t** out);
   // The same for `count` multipliers; these are few and alike, and are kept.
   Status find(const float* multipliers, std::size_t count, const float** out);
-  // Copies what is new, with one copy where it lies together; readable in the order of `reader` from now on.
+  // Copies what is new, with one copy where it is contiguous; readable in the order of `reader` from now on.
   Status upload(void* reader);
 
  private:
@@ -63,7 +63,7 @@ class DeviceTables {
   std::unordered_map<const void*, Entry> entries_;
   std::map<std::vector<float>, Place> constants_;
   std::vector<Place> fresh_;  // not copied yet, or not asked to be
-  After uploaded_;            // behind the last copy
+  After uploaded_;            // after the last copy
   std::size_t sweep_at_ = 64;
 };
 

@@ -34,7 +34,7 @@ struct EngineStats {
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
   std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
-  std::atomic<std::uint64_t> lent_slots{0};       // receiver: lent or being unpacked now; sender: held now
+  std::atomic<std::uint64_t> granted_slots{0};  // receiver: granted to senders or being unpacked; sender: granted to it
 };
 
 // What an engine is made of.
@@ -42,7 +42,7 @@ struct Parts {
   std::unique_ptr<transport::Transport> transport;
   std::unique_ptr<Mover> mover;
   std::shared_ptr<const Clock> clock;
-  std::shared_ptr<Device> device;  // the pool's; null where it lies in host memory
+  std::shared_ptr<Device> device;  // the pool's; null where it is in host memory
 };
 
 class Engine : private transport::Sink {
@@ -79,9 +79,9 @@ class Engine : private transport::Sink {
   // served.
   Status add_link(LinkConfig config, std::uint32_t* id);
   // The peer has added its side of the link: messages may be sent. Where the link was lost before, kLinkLost and
-  // kLinkDrained are told again, as whoever added it may not have known it the first time.
+  // kLinkDrained come again, as the caller that added it may not have known it the first time.
   void activate_link(std::uint32_t id);
-  // The link is over (`status` says why): the peer is told where it can be; kLinkLost and, once nothing is in flight,
+  // The link is over (`status` says why): the peer gets a bye where it can; kLinkLost and, once nothing is in flight,
   // kLinkDrained follow. Idempotent.
   void drop_link(std::uint32_t id, Status status);
   // For tests of what a peer does with them: sends `bytes` as they are; they take one sequence number.
@@ -141,6 +141,8 @@ class Engine : private transport::Sink {
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
+  static constexpr int kProgressBurst = 64;  // calls of the transport's progress in a row
+
   struct Incoming {
     std::uint64_t link;
     std::vector<std::uint8_t> bytes;

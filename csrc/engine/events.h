@@ -1,4 +1,4 @@
-// What the progress thread tells: what somebody watches for (outcome.h), failures and ends of links, through a queue
+// What the progress thread tells: what is watched for (outcome.h), failures and ends of links, through a queue
 // that a thread sleeps on; and spans of time for pictures. Both are thread safe.
 #pragma once
 
@@ -39,7 +39,7 @@ class EventQueue {
       first = events_.empty();
       events_.push_back(std::move(event));
     }
-    if (first) ready_.notify_one();  // whoever was woken for the first takes all that came since
+    if (first) ready_.notify_one();  // the thread woken for the first takes all that came since
   }
   // Sleeps until there are events or the queue is closed; empty then and only then.
   std::vector<Event> wait() {

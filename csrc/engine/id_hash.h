@@ -12,13 +12,13 @@ namespace hetkv::engine {
 
 struct IdHash {
   std::size_t operator()(const wire::RequestId& id) const {
-    static const SipKey key = [] {
+    static const wire::SipKey key = [] {
       std::random_device source;
-      SipKey made;
+      wire::SipKey made;
       std::generate(made.begin(), made.end(), [&] { return static_cast<std::uint8_t>(source()); });
       return made;
     }();
-    return siphash24(key, id.data(), id.size());
+    return wire::siphash24(key, id.data(), id.size());
   }
 };
 

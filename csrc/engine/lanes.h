@@ -24,7 +24,7 @@ namespace hetkv::engine {
 struct Wave {
   After after;
   std::vector<std::uint64_t> requests;  // handles of those that wait for it
-  bool admitted = false;                // may be launched in a stream behind `after`
+  bool admitted = false;                // may be launched in a stream after `after`
   bool computed() const { return after == nullptr; }
 };
 
@@ -82,7 +82,7 @@ struct SendRequest {
 
 // Lanes of one link that have something to send. Every other bundle goes to the lane that came first, so that equal
 // requests end one after another and none waits for ever; the others go to the lane that has least left, so that a
-// small request does not wait behind a large one.
+// small request does not wait for a large one.
 class LaneQueue {
  public:
   bool empty() const { return by_arrival_.empty(); }

@@ -16,7 +16,7 @@ namespace hetkv::engine {
 constexpr std::uint8_t kContentSince = 2;  // minor version from which tickets have contents
 constexpr std::uint8_t kBundlesSince = 3;  // and from which frames share a slot
 
-// The code that a peer of a link is told: what a device says is this side's own affair.
+// The code that a peer of a link gets: what a device says is this side's own affair.
 inline Code wire_code(Code code, std::uint8_t minor) {
   if (code == Code::kContent && minor < kContentSince) return Code::kProtocol;
   return code == Code::kDevice ? Code::kTransport : code;
@@ -43,7 +43,7 @@ struct Link {
   std::uint64_t sent_ns = 0;
   std::uint64_t lost_ns = 0;
   bool farewell = false;  // a goodbye is on its way
-  bool device_windows;    // receiver: slots in device memory are lent to it
+  bool device_windows;    // receiver: slots in device memory are granted to it
   bool retired = false;   // receiver: the peer is gone, as soon as the endpoint is closed
 
   bool up() const { return state == LinkState::kUp; }

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kOne = 1.0f;  // source of a fill, all strides 0
 
-// The bytes behind a part that ends inside a word: the slot may hold an earlier frame there.
+// The bytes after a part that ends inside a word: the slot may hold an earlier frame there.
 void clear_padding(const SegmentMap& wire, std::int64_t elements) {
   const std::int64_t bytes = elements * item_size(wire.dtype);
   const std::int64_t tail = bytes % 8;

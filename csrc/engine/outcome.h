@@ -1,5 +1,5 @@
 // What becomes of a request, for its callers: the progress thread keeps it, any thread reads it and waits for it. No
-// thread stands between the two, and nothing is allocated or woken where nobody waits.
+// thread stands between the two, and nothing is allocated or woken where no thread waits.
 #pragma once
 
 #include <atomic>
@@ -25,7 +25,7 @@ enum class Phase : std::uint32_t {
 
 class Outcome {
  public:
-  // What a caller wants to hear of by an event (events.h), beside asking; kFailed is told always.
+  // What a caller gets events of (events.h), in addition to asking; kFailed always has one.
   enum Watch : std::uint32_t { kWatchEnd = 1, kWatchPacked = 2, kWatchLayers = 4, kWatchEvents = 7, kWatchStreams = 8 };
 
   // Layers are global, below `num_layers`. `spin_ns`: how long a caller spins in `wait` before it sleeps.
@@ -49,7 +49,7 @@ class Outcome {
   // Until the layer has arrived or the request has ended.
   bool wait_layer(std::size_t layer, std::uint64_t deadline_ns, bool slept = false) const;
 
-  // From now on events tell of it. What has happened before this returns may have no event: look once more.
+  // From now on it has events. What has happened before this returns may have no event: look once more.
   void watch(std::uint32_t what) { watched_.fetch_or(what); }
   bool watched(std::uint32_t what) const { return (watched_.load() & what) != 0; }
 
@@ -59,7 +59,7 @@ class Outcome {
 
  private:
   friend class Outcomes;
-  // For those who sleep until something changes. Whoever changes it writes what it is, and then looks for sleepers; a
+  // For threads that sleep until something changes. A thread that changes it writes it, and then looks for sleepers; a
   // sleeper says that it is one, and then looks at what it is, both in one total order.
   struct Word {
     std::atomic<std::uint32_t> value{0};
@@ -73,7 +73,7 @@ class Outcome {
   std::atomic<Phase> phase_{Phase::kOpen};
   mutable Word phase_changes_;
   Status failure_;  // written before `phase_` says kFailed
-  // What the progress thread reads for each layer lies apart from what callers spin on.
+  // What the progress thread reads for each layer is separate from what callers spin on.
   alignas(64) mutable Word layer_changes_;
   std::atomic<std::uint32_t> watched_{0};
   std::vector<std::atomic<std::uint64_t>> layers_;
@@ -90,7 +90,7 @@ class Outcomes {
   void end(Outcome& outcome, Status failure);
   // As if it had never been opened.
   void forget(const Outcome& outcome);
-  // The same for all that are left: nobody waits for ever.
+  // The same for all that are left: no caller waits forever.
   void end_all(const Status& failure);
 
   std::size_t size() const;

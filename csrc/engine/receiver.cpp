@@ -85,7 +85,7 @@ Status Receiver::receive(Intake intake, std::shared_ptr<Outcome>* out) {
 }
 
 Status Receiver::wait_stream(Outcome& outcome, std::int32_t layer, void* stream) {
-  if (!gates_) return Status::error(Code::kInvalid, "the pool lies in host memory: no stream has to wait for it");
+  if (!gates_) return Status::error(Code::kInvalid, "the pool is in host memory: no stream has to wait for it");
   return gates_->wait(outcome, layer, stream);
 }
 
@@ -113,7 +113,7 @@ void Receiver::retire_link(std::uint32_t id) {
   post([this, id] {
     const auto at = link(id);
     if (at == nullptr) return retire(id);
-    at->retired = true;  // memory goes once nothing can write to it: behind the endpoint's close
+    at->retired = true;  // memory goes once nothing can write to it: after the endpoint's close
     lose(*at, Status::error(Code::kPeerLost, "the peer's process has ended"), false);
   });
 }

@@ -86,14 +86,15 @@ class Receiver final : public Engine {
     std::uint32_t slot = 0;
     std::list<std::unique_ptr<Unpack>>::iterator self;
   };
-  // Slots that a link holds, when it was last lent one, and its number: who is served first among those that want one.
+  // Slots that a link holds, when it was last granted one, and its number: who is served first among those that want
+  // one.
   using Rank = std::tuple<std::size_t, std::uint64_t, std::uint32_t>;
   // What the receiver knows of a sender's wishes.
   struct Demand {
     bool hungry = false;                          // it can use slots
     bool recalled = false;                        // it was asked to give unused ones back, and has not answered
     std::size_t open = 0;                         // parts of unfinished requests that it still has to send
-    std::uint64_t served = 0;                     // when it was last lent a slot
+    std::uint64_t served = 0;                     // when it was last granted a slot
     std::optional<Rank> ranked;                   // where it is in `wanting_`
     std::map<std::uint32_t, std::uint32_t> keys;  // slot -> generation whose key the link has
   };
@@ -126,7 +127,7 @@ class Receiver final : public Engine {
   void finish(Unpack& unpack);
   void finish(const Unpack& unpack, const Piece& piece, const remap::Result& result);
   void complete(Request& request);
-  void fail(Request& request, Status status, const Link* told_by = nullptr);
+  void fail(Request& request, Status status, const Link* reporter = nullptr);
   void rank(std::uint32_t link);
   void give_back(std::uint32_t slot);
   bool grant();
@@ -141,7 +142,7 @@ class Receiver final : public Engine {
   Where where(const Link& link) const { return link.device_windows ? Where::kDevice : Where::kHost; }
 
   SlotPool slots_;
-  std::unique_ptr<StreamGates> gates_;  // where the pool lies on a device
+  std::unique_ptr<StreamGates> gates_;  // where the pool is on a device
   std::uint64_t next_epoch_;
   std::unordered_map<std::uint64_t, Request> requests_;
   std::unordered_map<wire::RequestId, std::uint64_t, IdHash> handles_;

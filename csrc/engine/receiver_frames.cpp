@@ -20,7 +20,7 @@ void Receiver::on_frame(Link& link, const wire::Prelude& prelude, const wire::Fr
 // Each frame is judged alone; what is unpacked is unpacked together.
 void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
   Slot* slot = slots_.at(bundle.slot);
-  const bool held = slot != nullptr && slot->state == SlotState::kLent && slot->link == link.id &&
+  const bool held = slot != nullptr && slot->state == SlotState::kGranted && slot->link == link.id &&
                     slot->generation == bundle.generation;
   auto unpack = make_unpack();
   unpack->slot = bundle.slot;
@@ -78,7 +78,7 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
 
 void* Receiver::place(Link& link, wire::SlotName name, std::uint64_t offset, std::uint64_t bytes) {
   const Slot* slot = slots_.at(name.slot);
-  const bool held = slot != nullptr && slot->state == SlotState::kLent && slot->link == link.id &&
+  const bool held = slot != nullptr && slot->state == SlotState::kGranted && slot->link == link.id &&
                     slot->generation == name.generation && slot->memory->where() == Where::kHost;
   if (!held || offset > slot->memory->bytes() || bytes > slot->memory->bytes() - offset) return nullptr;
   return reinterpret_cast<void*>(slot->memory->address() + offset);
@@ -142,7 +142,7 @@ Status Receiver::admit(Request& request, Part& part, const wire::Record& record,
   return {};
 }
 
-// The unpack has ended: its slot goes back, and its layers and requests are told.
+// The unpack has ended: its slot goes back, and its layers and requests count it.
 void Receiver::finish(Unpack& unpack) {
   give_back(unpack.slot);
   for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, unpack.pieces[i], unpack.task.frames[i].result);

@@ -58,7 +58,7 @@ void Receiver::on_message(Link& link, const wire::Prelude& prelude, const std::u
 void Receiver::on_release(Link& link, const wire::Release& release) {
   for (const auto& name : release.slots) {
     Slot* slot = slots_.at(name.slot);
-    if (slot == nullptr || slot->state != SlotState::kLent || slot->link != link.id ||
+    if (slot == nullptr || slot->state != SlotState::kGranted || slot->link != link.id ||
         slot->generation != name.generation) {
       return lose(link, Status::error(Code::kProtocol, "slot " + std::to_string(name.slot) +
                                                            " was released by a sender that does not hold it"));
@@ -86,11 +86,11 @@ bool Receiver::step(std::uint64_t now) {
   for (RemapTask* task : std::exchange(unpacked_, {})) finish(*static_cast<Unpack*>(task->owner));
   moved |= sweep(now);
   if (slots_moved_) moved |= grant();
-  stats_.lent_slots = slots_.in_use();
+  stats_.granted_slots = slots_.in_use();
   return moved;
 }
 
-// Puts the link where it belongs among those that can use slots: behind those that hold fewer, or waited longer.
+// Puts the link where it belongs among those that can use slots: after those that hold fewer, or waited longer.
 void Receiver::rank(std::uint32_t id) {
   const auto found = demands_.find(id);
   if (found == demands_.end()) return;
@@ -109,7 +109,7 @@ void Receiver::give_back(std::uint32_t slot) {
   slots_moved_ = true;
 }
 
-// Lends free slots to the links that can use them. Where one has none, asks for what others do not use.
+// Grants free slots to the links that can use them. Where one has none, asks for what others do not use.
 bool Receiver::grant() {
   slots_moved_ = false;
   if (wanting_.empty()) return false;
@@ -129,7 +129,7 @@ bool Receiver::grant() {
     if (held >= most) break;
     const auto at = link(link_id);
     std::uint32_t id = 0;
-    const Slot* slot = slots_.lend(*transport_, link_id, where(*at), &id, &status);
+    const Slot* slot = slots_.grant(*transport_, link_id, where(*at), &id, &status);
     if (slot == nullptr) break;
     Demand& demand = demands_[link_id];
     demand.served = ++grants_;
@@ -189,7 +189,7 @@ void Receiver::close_part(const Part& part) {
   if (found != demands_.end() && --found->second.open == 0) rank(part.link->id);
 }
 
-void Receiver::fail(Request& request, Status status, const Link* told_by) {
+void Receiver::fail(Request& request, Status status, const Link* reporter) {
   if (!request.failure.ok()) return;
   request.failure = std::move(status);
   failed_.push_back(request.handle);
@@ -200,7 +200,7 @@ void Receiver::fail(Request& request, Status status, const Link* told_by) {
   prelude.epoch = request.epoch;
   for (auto& part : request.parts) {
     if (part.remaining > 0) close_part(part);
-    if (part.link.get() != told_by && part.link->up() && !part.done) {
+    if (part.link.get() != reporter && part.link->up() && !part.done) {
       send(*part.link, prelude,
            wire::Abort{wire_code(request.failure.code, part.link->config.minor), request.failure.detail});
     }

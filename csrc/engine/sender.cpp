@@ -101,7 +101,7 @@ Status Sender::send_layer(std::uint64_t handle, std::uint32_t layer, wire::Token
 }
 
 Status Sender::record(void* stream, After* out) {
-  if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool lies in host memory: it has no streams");
+  if (device_ == nullptr) return Status::error(Code::kInvalid, "the pool is in host memory: it has no streams");
   return device_->record_caller(stream, out);
 }
 

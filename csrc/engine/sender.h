@@ -100,7 +100,7 @@ class Sender final : public Engine {
   // What shares a slot, a launch, a copy or put, and a commit.
   struct Bundle {
     std::shared_ptr<Link> link;
-    std::vector<Piece> pieces;  // those of a lane lie together
+    std::vector<Piece> pieces;  // those of a lane are adjacent
     std::uint64_t bytes = 0;    // up to the end of the last payload
     RemapTask task;
     std::uint32_t slot = 0;
@@ -133,10 +133,12 @@ class Sender final : public Engine {
   // A request that failed. A peer whose ticket was under way then learns of it once; its next ticket is a new attempt,
   // unless the id is never sent again.
   struct Ended {
+    static constexpr std::uint64_t kFinalNs = 600'000'000'000;  // for how long a final one is remembered
+
     std::uint64_t at_ns;
     Status why;
-    std::vector<std::string> told;  // peers that know
-    bool final = false;             // by `reject`: all are told, always
+    std::vector<std::string> informed;  // peers that know
+    bool final = false;                 // by `reject`: all are informed, always
   };
 
   void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) override;
@@ -164,11 +166,13 @@ class Sender final : public Engine {
   Pending::iterator drop_ticket(Pending::iterator at);
   Status check_ticket(const Request& request, const PendingTicket& ticket) const;
   void add_lane(Request& request, PendingTicket ticket);
-  void cancel(Lane& lane);
   void send_back(Link& link, const wire::Release& slots);
   void release(Link& link);
   void release_idle(Link& link);
-  void fail(Request& request, Status status, const Link* told_by = nullptr);
+
+  // sender_endings.cpp
+  void cancel(Lane& lane);
+  void fail(Request& request, Status status, const Link* reporter = nullptr);
   void reject(Link& link, const wire::RequestId& id, std::uint64_t epoch, Status why);
   void conclude(Request& request);  // may erase it
   void remember(const wire::RequestId& id, Ended ended);

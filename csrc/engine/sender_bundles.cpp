@@ -165,7 +165,7 @@ void Sender::fill(LaneQueue& lanes, std::size_t room, bool shortest, Bundle* bun
   }
 }
 
-// Cuts the lane's next frame off `tokens`, as many as fit behind what the bundle holds, and moves the cursor behind it.
+// Cuts the lane's next frame off `tokens`, as many as fit after what the bundle holds, and moves the cursor past it.
 // False: too few fit.
 bool Sender::cut(Lane& lane, wire::TokenRange tokens, std::size_t room, Bundle* bundle) {
   const LayerPlan& plan = lane.link->config.plans[lane.plan];

@@ -14,8 +14,8 @@ Status SlotPool::reserve(transport::Transport& transport, Where where) {
   return OwnWindow::make(transport, device_, where, slot_bytes_, &slots_.front().memory);
 }
 
-Slot* SlotPool::lend(transport::Transport& transport, std::uint32_t link, Where where, std::uint32_t* id,
-                     Status* status) {
+Slot* SlotPool::grant(transport::Transport& transport, std::uint32_t link, Where where, std::uint32_t* id,
+                      Status* status) {
   if (free_ == 0) return nullptr;
   // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory is of the
   // right kind; then one that has none yet.
@@ -39,7 +39,7 @@ Slot* SlotPool::lend(transport::Transport& transport, std::uint32_t link, Where 
     *status = OwnWindow::make(transport, device_, where, slot_bytes_, &best->memory);
     if (!status->ok()) return nullptr;
   }
-  best->state = SlotState::kLent;
+  best->state = SlotState::kGranted;
   best->link = link;
   --free_;
   ++held_[link];
@@ -61,7 +61,7 @@ void SlotPool::drop_holder(std::uint32_t link) {
 
 void SlotPool::release() {
   for (auto& slot : slots_) {
-    const bool held = slot.state == SlotState::kLent || slot.state == SlotState::kQuarantined;
+    const bool held = slot.state == SlotState::kGranted || slot.state == SlotState::kQuarantined;
     if (held && slot.memory != nullptr) slot.memory->abandon();
     slot.memory.reset();
   }
@@ -69,7 +69,7 @@ void SlotPool::release() {
 
 void SlotPool::quarantine(std::uint32_t link) {
   for (auto& slot : slots_) {
-    if (slot.link != link || slot.state != SlotState::kLent) continue;
+    if (slot.link != link || slot.state != SlotState::kGranted) continue;
     slot.state = SlotState::kQuarantined;
     ++quarantined_;
     drop_holder(link);

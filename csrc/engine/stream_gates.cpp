@@ -17,7 +17,7 @@ Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
                                                  ": its streams cannot wait for the host; wait() on the host instead");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  outcome.watch(Outcome::kWatchStreams);  // what happens from now on comes here, behind the lock
+  outcome.watch(Outcome::kWatchStreams);  // what happens from now on comes here, after the lock
   if (outcome.ended() || (layer != kAll && outcome.arrived(static_cast<std::size_t>(layer)))) return {};
   Word word;
   if (auto status = take(&word); !status.ok()) return status;

@@ -23,7 +23,7 @@ class StreamGates {
   // The stream goes on once the layer has arrived, or once the request has ended, however it ended. At once where that
   // has happened.
   Status wait(Outcome& outcome, std::int32_t layer, void* stream);
-  // Progress thread, behind the outcome's own change, and only where it is watched for streams.
+  // Progress thread, after the outcome's own change, and only where it is watched for streams.
   void arrived(const Outcome& outcome, std::int32_t layer);
   void close(const Outcome& outcome);
   // No stream waits for ever.

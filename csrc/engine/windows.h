@@ -59,7 +59,7 @@ class OwnWindow {
   std::unique_ptr<HostMapping> mapping_;
 };
 
-// Where a sender's staging must lie for such a window: where the transport can put from, or, with `direct`, where the
+// Where a sender's staging must be for such a window: where the transport can put from, or, with `direct`, where the
 // device copies from. `device` may be null.
 Where staging_for(const transport::Transport& transport, const Device* device, Where window, bool direct);
 

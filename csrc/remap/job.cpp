@@ -85,20 +85,20 @@ void JobRunner::open_window() {
   std::int64_t tokens = affine_tokens(job_.dst, window_, affine_tokens(job_.src, window_, token_end_ - window_));
   std::int64_t heads = head_end_ - first_head_;
   const std::int64_t row = job_.channels * std::max(from_size_, to_size_);
-  // Pools that keep all heads of a token together are walked token by token; where tokens lie within one cache line,
+  // Pools that keep all heads of a token together are walked token by token; where tokens are within one cache line,
   // the whole block of few heads is taken instead.
   const SegmentMap& pool = job_.src.map.block_size > 0 ? job_.src.map : job_.dst.map;
-  bool tokens_apart = pool.token_stride >= pool.head_stride;
+  bool token_by_token = pool.token_stride >= pool.head_stride;
   for (const Side* side : {&job_.src, &job_.dst}) {
     const SegmentMap& map = side->map;
     if (map.block_size <= 1 || map.token_stride >= kLineBytes) continue;
-    tokens_apart = false;
+    token_by_token = false;
     const std::int64_t to_block_end = map.block_size - (side->first_token + window_) % map.block_size;
     if (to_block_end <= kMaxWindow) tokens = std::max(tokens, to_block_end);
   }
   tokens = std::min(tokens, token_end_ - window_);
   window_end_ = window_ + tokens;
-  if (tokens_apart) {
+  if (token_by_token) {
     tokens = std::clamp(kPieceBytes / (row * heads) / 4 * 4, std::min<std::int64_t>(4, tokens), tokens);
   }
   piece_heads_ = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);

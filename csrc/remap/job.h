@@ -18,14 +18,14 @@ class JobRunner {
   bool pending() const { return pending_; }
 
   // The next piece comes before the other's, for jobs that take turns.
-  bool behind(const JobRunner& other) const {
+  bool slower_than(const JobRunner& other) const {
     const Piece& a = piece_;
     const Piece& b = other.piece_;
     if (a.window != b.window) return a.window < b.window;
     return a.head != b.head ? a.head < b.head : a.token < b.token;
   }
 
-  // Moves one piece and adds to `result`. Behind the last one, what `following` moves first is fetched.
+  // Moves one piece and adds to `result`. After the last one, what `following` moves first is fetched.
   void step(Result& result, const JobRunner* following = nullptr);
 
   // Every token of a head begins at a whole word of the payload, so any part of the job can be summed by itself.
@@ -62,7 +62,7 @@ class JobRunner {
   std::int64_t wire_token_ = 0;  // bytes of one token of one head in the payload
 
   // Where the pieces are cut. A window of tokens is moved for some heads, then for the next: the larger of the two
-  // sides' blocks where tokens lie close together, so that its lines are finished while they are in the caches.
+  // sides' blocks where tokens are close together, so that its lines are finished while they are in the caches.
   std::int64_t token_ = 0, token_end_ = 0, first_head_ = 0, head_ = 0, head_end_ = 0;
   std::int64_t window_ = 0, window_end_ = 0;
   std::int64_t stretch_ = 0;  // tokens from token_ on that are affine on both sides

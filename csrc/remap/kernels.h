@@ -12,7 +12,7 @@ namespace hetkv::remap {
 using Bytes = unsigned char;
 constexpr int kNumValues = 8;  // DType codes 1 to 8: the floats, and int8 where it has scales
 
-// Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What lies `dst_ahead` and `src_ahead`
+// Rows on both sides: row r goes from src + r * src_step to dst + r * dst_step. What is `dst_ahead` and `src_ahead`
 // bytes further is what the caller will move next: kernels prefetch it line by line as they go (0: nothing to
 // prefetch).
 struct Rows {

@@ -153,7 +153,7 @@ std::uint64_t convert_rows(const Rows& rows, std::int64_t count, const float* mu
       convert_vector<kFrom, kTo>(to_tail, from_tail, factor, saturated);
       std::memcpy(out, to_tail, static_cast<std::size_t>(left * to));
       if constexpr (kTo == DType::kInt8) {
-        // Lanes behind the row hold 0. A multiplier that is not finite makes them NaN, which counts in int8.
+        // Lanes past the row hold 0. A multiplier that is not finite makes them NaN, which counts in int8.
         const bool counted = !(0.0f * multipliers[r * step_of_row] == 0.0f);
         if (counted) saturated -= lanes - left;
       }

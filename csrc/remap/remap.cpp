@@ -20,7 +20,7 @@ std::int64_t bytes_of(const Job& job) {
   return job.tokens * job.heads * job.channels * std::max(item_size(job.src.map.dtype), item_size(job.dst.map.dtype));
 }
 
-// Rounding to nearest and subnormals kept, whatever the caller's thread has set.
+// Rounding to nearest and subnormals kept, regardless of what the caller's thread has set.
 class DefaultRounding {
  public:
   DefaultRounding() {
@@ -38,8 +38,8 @@ class DefaultRounding {
 // Both sides keep the same tokens in the same blocks: packed or interleaved K and V.
 bool shares_blocks(const Side& a, const Side& b) {
   if (a.map.block_size == 0 || a.map.block_size != b.map.block_size || a.first_token != b.first_token) return false;
-  const std::uint64_t apart = a.map.base > b.map.base ? a.map.base - b.map.base : b.map.base - a.map.base;
-  return a.map.block_stride == b.map.block_stride && apart < static_cast<std::uint64_t>(a.map.block_stride);
+  const std::uint64_t distance = a.map.base > b.map.base ? a.map.base - b.map.base : b.map.base - a.map.base;
+  return a.map.block_stride == b.map.block_stride && distance < static_cast<std::uint64_t>(a.map.block_stride);
 }
 
 // The work of all jobs on one scale of bytes, so that each thread takes one contiguous part of it.
@@ -151,7 +151,7 @@ class Work {
     for (;;) {
       JobRunner* last = nullptr;
       for (std::size_t i = 0; i < count; ++i) {
-        if (runners[i]->pending() && (last == nullptr || runners[i]->behind(*last))) last = &*runners[i];
+        if (runners[i]->pending() && (last == nullptr || runners[i]->slower_than(*last))) last = &*runners[i];
       }
       if (last == nullptr) return;
       last->step(result);

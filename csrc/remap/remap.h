@@ -1,5 +1,5 @@
 // remap: copy elements from any map to any other, converting their dtype on the way. Pack is pool -> frame, unpack is
-// frame -> pool. This header is the contract; the CPU kernels are beside it, the GPU ones under backend/.
+// frame -> pool. This header is the contract; the CPU kernels are in this folder, the GPU ones under backend/.
 #pragma once
 
 #include <cstddef>
@@ -66,7 +66,7 @@ struct Result {
 // caller's.
 Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
 
-// One frame of a bundle: its jobs, behind those of the frame before, the key of its checksum, and what was found.
+// One frame of a bundle: its jobs, after those of the frame before, the key of its checksum, and what was found.
 struct Frame {
   std::size_t num_jobs = 0;
   std::uint64_t seed = 0;

@@ -36,7 +36,7 @@ std::int64_t divisor(std::int64_t channels, std::int64_t limit) {
   return best;
 }
 
-// How a row of `unit` channels lies: `packs` runs of `pack` channels, `outer` bytes apart.
+// The shape of a row of `unit` channels: `packs` runs of `pack` channels, `outer` bytes from one to the next.
 struct Channels {
   std::int64_t pack, packs, outer;
   Channels(const SegmentMap& map, std::int64_t unit)
@@ -173,7 +173,7 @@ Rows ScaledRunner::rows(const Step& step, std::int64_t channel) const {
           ahead * job_.src.map.head_stride};
 }
 
-// Gathers the rows of a source whose channels do not lie together.
+// Gathers the rows of a source whose channels are not contiguous.
 Rows ScaledRunner::gather(const Rows& whole, Bytes* tile) const {
   const std::int64_t row = unit_ * from_size_;
   const Channels c(job_.src.map, unit_);

@@ -7,7 +7,7 @@
 namespace hetkv::remap {
 
 constexpr std::int64_t kScaledTokens = 64;      // of one step, so that a step's rows stay in the first caches
-constexpr std::int64_t kScaledElements = 2048;  // of a tile, for a side whose channels do not lie together
+constexpr std::int64_t kScaledElements = 2048;  // of a tile, for a side whose channels are not contiguous
 
 class ScaledRunner {
  public:
@@ -24,7 +24,7 @@ class ScaledRunner {
   std::uint64_t sum_rest() const;
 
  private:
-  // One step: tokens [token, token + tokens), which lie in one block on either side, of one head.
+  // One step: tokens [token, token + tokens), which are in one block on either side, of one head.
   struct Step {
     std::int64_t token, tokens, head;
   };

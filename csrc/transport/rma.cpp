@@ -63,7 +63,7 @@ class UcxTarget final : public RmaTarget {
   const std::uint64_t address;
 };
 
-// A put and the flush behind it: the caller's Op is done when both are.
+// A put and the flush after it: the caller's Op is done when both are.
 struct Put {
   Op* op;
   int left;

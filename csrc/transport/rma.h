@@ -51,7 +51,7 @@ class Rma {
   virtual Status connect(const std::vector<std::uint8_t>& address, std::unique_ptr<RmaEndpoint>* out) = 0;
 };
 
-// The transports that puts are done on, as UCX_TLS names them; and those that a GPU's memory needs beside them.
+// The transports that puts are done on, as UCX_TLS names them; and those that a GPU's memory needs in addition.
 constexpr char kRmaTransports[] = "rc,dc,cuda_copy,rocm_copy";
 
 // kTransport: UCX is not loaded, was not there when hetkv was built, or has no such transport here.

@@ -34,7 +34,8 @@ void set(int descriptor, int level, int option, int value) {
 
 }  // namespace
 
-Stream::Stream(StreamOwner& owner, int descriptor, const SipKey& send_key, const SipKey& receive_key, bool first)
+Stream::Stream(StreamOwner& owner, int descriptor, const wire::SipKey& send_key, const wire::SipKey& receive_key,
+               bool first)
     : owner_(owner),
       descriptor_(descriptor),
       send_key_(send_key),

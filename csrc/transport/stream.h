@@ -41,7 +41,7 @@ class StreamOwner {
 class Stream {
  public:
   // Takes the descriptor over. `first`: the stream that carries messages, too.
-  Stream(StreamOwner& owner, int descriptor, const SipKey& send_key, const SipKey& receive_key, bool first);
+  Stream(StreamOwner& owner, int descriptor, const wire::SipKey& send_key, const wire::SipKey& receive_key, bool first);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -84,8 +84,8 @@ class Stream {
 
   StreamOwner& owner_;
   int descriptor_;
-  const SipKey send_key_;
-  const SipKey receive_key_;
+  const wire::SipKey send_key_;
+  const wire::SipKey receive_key_;
   const bool first_;
   bool local_ = false;
   bool ended_ = false;

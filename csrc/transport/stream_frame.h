@@ -31,11 +31,11 @@ static_assert(offsetof(FrameHeader, kind) == 4 && offsetof(FrameHeader, number) 
 static_assert(offsetof(FrameHeader, slot) == 16 && offsetof(FrameHeader, generation) == 20);
 static_assert(offsetof(FrameHeader, offset) == 24 && offsetof(FrameHeader, mac) == 32);
 
-inline std::uint64_t frame_mac(const FrameHeader& header, std::uint64_t place, const SipKey& key) {
+inline std::uint64_t frame_mac(const FrameHeader& header, std::uint64_t place, const wire::SipKey& key) {
   std::uint8_t bytes[sizeof header];
   std::memcpy(bytes, &header, sizeof header);
   std::memcpy(bytes + offsetof(FrameHeader, mac), &place, sizeof place);
-  return siphash24(key, bytes, sizeof bytes);
+  return wire::siphash24(key, bytes, sizeof bytes);
 }
 
 }  // namespace hetkv::transport

@@ -220,7 +220,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   }
 
   void on_frame(const FrameHeader& header, const std::uint8_t* data) override {
-    if (header.number > parts_in_ || !held_.empty()) {  // behind parts that are on their way on other streams
+    if (header.number > parts_in_ || !held_.empty()) {  // after parts that are on their way on other streams
       held_.emplace_back(header.number, std::vector<std::uint8_t>(data, data + header.length));
       return;
     }
@@ -305,7 +305,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   std::uint64_t parts_out_ = 0;                                           // taken by streams
   std::uint64_t parts_in_ = 0;                                            // all before this one are in their slots
   std::set<std::uint64_t> early_;                                         // and some that come later
-  std::deque<std::pair<std::uint64_t, std::vector<std::uint8_t>>> held_;  // messages behind parts
+  std::deque<std::pair<std::uint64_t, std::vector<std::uint8_t>>> held_;  // messages after parts
   std::map<std::uint32_t, Window> windows_;                               // by slot: sent, and not granted yet
 };
 

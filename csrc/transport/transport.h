@@ -1,4 +1,4 @@
-// What an engine asks of a transport: links to peers, messages in order, puts into the slots that a peer lends. Every
+// What an engine asks of a transport: links to peers, messages in order, puts into the slots that a peer grants. Every
 // call belongs to the engine's progress thread, except where a comment says otherwise; nothing blocks.
 #pragma once
 
@@ -19,7 +19,7 @@ struct Op {
   Status status;
 };
 
-// Where memory lies that a transport is asked to reach.
+// Where the memory is that a transport is asked to reach.
 enum class MemoryKind : std::uint8_t { kHost, kCuda, kRocm };
 
 // The engine, as the transport calls it from Transport::progress. `link` is the number that connect() was given.
@@ -66,7 +66,7 @@ class Endpoint {
   // Takes the message over. The peer gets all messages, once each and in this order, or the endpoint fails.
   virtual void send(std::vector<std::uint8_t> message) = 0;
   // Writes `bytes` at `source` to the start of a peer's slot. `op` is done when `source` may be reused and a message
-  // that is sent from then on arrives behind the bytes.
+  // that is sent from then on arrives after the bytes.
   virtual void put(const void* source, std::size_t bytes, const PeerMemory& target, Op* op) = 0;
 
   // Lets the peer reach the slot that `grant` names: fills in `rkey`, and `address` where puts need it. An empty key:
@@ -88,8 +88,8 @@ class Endpoint {
 // A connected socket to the peer. The transport uses a duplicate, so that the descriptor stays its owner's.
 struct StreamConfig {
   int descriptor = -1;
-  SipKey send_key{};
-  SipKey receive_key{};
+  wire::SipKey send_key{};
+  wire::SipKey receive_key{};
 };
 
 // What connect() needs to know of a peer.

@@ -95,7 +95,7 @@ Status check_payload(const Frame& frame) {
   return {};
 }
 
-// All that a frame says of itself; its payload is the caller's to check.
+// All that a frame says of itself; the caller checks its payload.
 Status read_identity(const FrameIdentityBytes& raw, std::uint8_t minor, Frame* frame) {
   if (raw.segments == 0) return malformed("frame: segments is 0, which names no segment");
   if (raw.segments >> kMaxSegments != 0) {

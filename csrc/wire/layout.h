@@ -1,5 +1,5 @@
 // Byte layout of every message: the one place in C++ that states offsets. docs/wire-format.md has the same tables.
-// The structs are what lies on the wire (little-endian, natural alignment, no padding), so a bounded memcpy reads them.
+// The structs are what is on the wire (little-endian, natural alignment, no padding), so a bounded memcpy reads them.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ static_assert(offsetof(PreludeBytes, reserved) == 12 && offsetof(PreludeBytes, s
 static_assert(offsetof(PreludeBytes, request) == 24 && offsetof(PreludeBytes, epoch) == 40);
 
 // Bodies start at byte 48 of the message; offsets below are from there.
-// What a frame is, and nothing of where it travels.
+// What a frame is, without where it travels.
 struct FrameIdentityBytes {
   std::uint16_t group;
   std::uint16_t segments;

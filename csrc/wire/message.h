@@ -37,7 +37,7 @@ enum class Type : std::uint16_t {
   kBye = 10,          // either: orderly end of the link
   kBoundTicket = 11,  // receiver -> sender: a ticket for a request of one content
   kBundle = 12,       // sender -> receiver: a slot is filled with the payloads of several frames
-  kHostOnly = 13,     // sender -> receiver: cannot reach device memory of the peer: lend slots in host memory
+  kHostOnly = 13,     // sender -> receiver: cannot reach device memory of the peer: grant slots in host memory
 };
 
 const char* name(Type type);  // as docs/wire-format.md spells it: "frame", "want"
@@ -92,7 +92,7 @@ struct Bundle {
 // followed by zeros up to the next multiple of 8, so `total` (the frame's payload_length) is one as well.
 struct PayloadLayout {
   std::array<std::uint64_t, kMaxSegments> offsets{};  // 0 where the segment is absent
-  std::array<std::uint64_t, kMaxSegments> bytes{};    // without the zeros behind it; 0 where the segment is absent
+  std::array<std::uint64_t, kMaxSegments> bytes{};    // without the zeros after it; 0 where the segment is absent
   std::uint64_t total = 0;                            // above kMaxPayloadBytes where the frame asks for more than that
 };
 // From segments, heads, tokens, channels and dtypes of `frame`, whose intervals are not reversed.
@@ -167,7 +167,7 @@ void encode(const Prelude& prelude, const Heartbeat& body, const SipKey& key, st
 void encode(const Prelude& prelude, const SipKey& key, std::vector<std::uint8_t>& out);  // kWant, kBye, kHostOnly
 
 // Checks magic, versions, reserved fields, type, length and MAC, in that order, then whether the message names a
-// request where its type wants one. The body decoders may run after that. The sequence number is the caller's to check.
+// request where its type wants one. The body decoders may run after that. The caller checks the sequence number.
 Status open(const std::uint8_t* data, std::size_t size, const SipKey& key, Prelude* prelude);
 // Each checks every length, count, interval and code of the body. `data` and `size` are the whole message.
 Status decode(const std::uint8_t* data, std::size_t size, Frame* body);

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-namespace hetkv {
+namespace hetkv::wire {
 namespace {
 
 constexpr std::uint64_t rotate(std::uint64_t value, int bits) {
@@ -56,4 +56,4 @@ std::uint64_t siphash24(const SipKey& key, const void* data, std::size_t bytes) 
   return state.v0 ^ state.v1 ^ state.v2 ^ state.v3;
 }
 
-}  // namespace hetkv
+}  // namespace hetkv::wire

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace hetkv {
+namespace hetkv::wire {
 
 using SipKey = std::array<std::uint8_t, 16>;
 
 std::uint64_t siphash24(const SipKey& key, const void* data, std::size_t bytes) noexcept;
 
-}  // namespace hetkv
+}  // namespace hetkv::wire

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetkv.bench.pair import REPLY_S, TICKET_S, Child, synchronize, use_device
+from hetkv.bench.child import REPLY_S, Child
+from hetkv.bench.pair import TICKET_S, synchronize, use_device
 from hetkv.errors import InputError
 from hetkv.transport.config import TransferConfig
 
@@ -29,8 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "stream": {"direct": False},
 }
 """Settings: packed and copied by the copy engine, stored across by the pack, or sent through host memory."""
-UNPACK = 3
-"""Kind of span (`csrc/engine/events.h`)."""
 
 
 class Run(NamedTuple):
@@ -142,7 +141,7 @@ class _Decode:
         """(layer, time) of every unpack of the request."""
         for one in self.handles:
             one.wait(REPLY_S / 2)
-        return [(span[2], span[4]) for span in self.node.engine.take_trace() if span[0] == UNPACK]
+        return [(span[2], span[4]) for span in self.node.engine.take_trace() if span[0] == "unpack"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(
             str(row["batch"]), row["way"], f"{row['prefill_ms']:.2f}", f"{100 * row['slowdown']:.2f} %",
             f"{row['layer_us']:.0f}", f"{row['exposed_us']:.0f}", f"{row['exposed_layers']:.2f}",
-            f"{row['behind_kv_us']:.0f}",
+            f"{row['after_kv_us']:.0f}",
             f"{row['ttft_ratio']:.4f}",
         )  # fmt: skip
     console.print(table)
@@ -256,10 +255,10 @@ def measure(args: argparse.Namespace, batch: int, way: str) -> dict[str, Any]:
         "layer_us": round(layer_us, 1),
         "exposed_us": round(exposed_us, 1),
         "exposed_layers": round(exposed_us / layer_us, 3),
-        "behind_kv_us": round(statistics.median(last), 1),
-        "behind_kv_layers": round(statistics.median(last) / layer_us, 3),
+        "after_kv_us": round(statistics.median(last), 1),
+        "after_kv_layers": round(statistics.median(last) / layer_us, 3),
         "ttft_ms": round(statistics.median(ttft), 3),
         "ttft_ratio": round(statistics.median(ttft) / plain_ms, 4),
         "note": "exposed: from the end of the last layer's compute to the last byte in the decode's pool, 0 where that "
-        "comes first; behind_kv: from the last layer's KV being in the prefill's pool, which its attention follows",
+        "comes first; after_kv: from the last layer's KV being in the prefill's pool, which its attention follows",
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import statistics
 import time
@@ -11,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hetkv.bench.child import REPLY_S, Child, ask_all
 from hetkv.errors import BenchmarkError, InputError
-from hetkv.interrupt import kept_from_children
 from hetkv.transport.config import TransferConfig
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
     from types import TracebackType
 
     import torch
@@ -30,7 +27,6 @@ TOKEN_BYTES = HEADS * HEAD_DIM * 2
 """Bytes of one token's K, or V: bf16."""
 TICKET_S = 0.005
 """Time for the ticket to reach the sender before the clock starts."""
-REPLY_S = 120.0
 
 
 class Shape(NamedTuple):
@@ -258,71 +254,6 @@ class _ReceiverSide(_Side):
         synchronize(self.device)
 
 
-def _serve(
-    connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]
-) -> None:
-    """Body of a child: answers `(method, *arguments)` until the pipe closes."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.update(environment)
-    try:
-        side = make(*arguments)
-        connection.send((True, None))
-    except Exception as error:  # reported to the parent, which raises it
-        connection.send((False, f"{type(error).__name__}: {error}"))
-        return
-    try:
-        while True:
-            method, *rest = connection.recv()
-            if method == "close":
-                break
-            try:
-                connection.send((True, getattr(side, method)(*rest)))
-            except Exception as error:
-                connection.send((False, f"{type(error).__name__}: {error}"))
-    except EOFError:
-        pass
-    side.close()
-
-
-class Child:
-    """A child process with a pipe to it."""
-
-    def __init__(
-        self, name: str, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str] | None = None
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments, environment or {}), daemon=True)
-        with kept_from_children():
-            self.process.start()
-        theirs.close()
-
-    def answer(self) -> Any:
-        try:
-            if not self.pipe.poll(REPLY_S):
-                raise BenchmarkError(f"the {self.name} did not answer within {REPLY_S:.0f} s")
-            done, value = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.process.join(5)
-            raise BenchmarkError(f"the {self.name} ended with exit code {self.process.exitcode}") from None
-        if not done:
-            raise BenchmarkError(f"the {self.name}: {value}")
-        return value
-
-    def ask(self, *message: Any) -> Any:
-        self.pipe.send(message)
-        return self.answer()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(("close",))
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
 class Pair:
     """A connected sender and receiver, a process a rank, or (`together`) a process a side. Close it, or use `with`."""
 
@@ -378,10 +309,11 @@ class Pair:
     def path(self) -> str:
         """How payloads got there, by the senders' own count: `device`, `shm`, `stream`, or `mixed`."""
         stats = ask_all(self.senders, "stats")
-        direct, peer, frames = (sum(one[name] for one in stats) for name in ("direct_frames", "peer_frames", "frames"))
-        if peer not in (0, frames) or direct not in (0, frames):
+        names = ("direct_frames", "device_frames", "frames")
+        direct, device, frames = (sum(one[name] for one in stats) for name in names)
+        if device not in (0, frames) or direct not in (0, frames):
             return "mixed"
-        return "device" if peer else "shm" if direct else "stream"
+        return "device" if device else "shm" if direct else "stream"
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""
@@ -403,13 +335,6 @@ class Pair:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def ask_all(children: Sequence[Child], *message: Any) -> list[Any]:
-    """The same question to several processes at once; their answers in order."""
-    for child in children:
-        child.pipe.send(message)
-    return [child.answer() for child in children]
 
 
 def gb_s(payload_bytes: int, seconds: list[float]) -> float:

@@ -79,7 +79,7 @@ def measure(
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """One run of an adapter: `{gb_s, variant, variants, version, how}`, or `{error}`. `device`: from GPU 0 to GPU 1.
-    `environment`: set for the adapter beside this process's own."""
+    `environment`: set for the adapter in addition to this process's own."""
     options = {"--layers": layers, "--layer-mib": layer_mib, "--block-kib": block_kib, "--reps": reps}
     options["--threads"] = threads
     command = [python, str(SCRIPTS / f"{name}_peer.py"), *(str(word) for pair in options.items() for word in pair)]

@@ -21,11 +21,6 @@ from hetkv.transport.backends import folder
 from hetkv.transport.config import TransferConfig
 
 MIB = 1 << 20
-CAPABILITIES = (
-    "ipc", "host-register", "host-same-pointer", "rdma", "rdma-ordered", "rdma-flush", "stream-device",
-    "relaxed-capture", "hardware-conversion", "host-atomic-stores", "stream-wait-value",
-)  # fmt: skip
-"""Names of the bits of `HetkvCapability` (`csrc/backend/backend.h`), from bit 0."""
 LAYERS = 4
 REPEATS = 5
 
@@ -62,9 +57,6 @@ def gpus() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, count, why in core.load_backends(folder()):
         devices = [core.device_info(name, index) for index in range(count)]
-        for device in devices:
-            bits = device["capabilities"]
-            device["capabilities"] = [text for bit, text in enumerate(CAPABILITIES) if bits >> bit & 1]
         found[name] = {"present": count > 0, "why_not": why, "devices": devices}
     for name, node in (("cuda", "/dev/nvidiactl"), ("hip", "/dev/kfd")):
         found.setdefault(name, {"present": False, "why_not": "no backend was built", "devices": []})
@@ -168,7 +160,7 @@ def listen(address: str, secret: bytes, mib: float, timeout: float, report: Call
         deadline = time.monotonic() + timeout
         while not receiver.peers:
             if time.monotonic() > deadline:
-                raise HetkvError(f"no one connected to {address} within {timeout:g} s")
+                raise HetkvError(f"no peer connected to {address} within {timeout:g} s")
             time.sleep(0.05)
         peer, seconds = receiver.peers[0], []
         _check_size(peer.description.instance, mib)

@@ -63,7 +63,7 @@ KINDS = {
 
 ORDER = (
     Case("8 equal requests, 32 x 8 heads, 512 tokens", 32, 8, 512, 8, reps=5, kinds=("order",)),
-    Case("16 tokens behind 1 GiB, 32 x 8 heads", 32, 8, 8192, 2, reps=5, kinds=("order",), last_tokens=16),
+    Case("16 tokens after 1 GiB, 32 x 8 heads", 32, 8, 8192, 2, reps=5, kinds=("order",), last_tokens=16),
 )
 
 DEVICE = (

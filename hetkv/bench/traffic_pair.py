@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetkv.bench.pair import REPLY_S, Child, ask_all, synchronize, use_device
+from hetkv.bench.child import REPLY_S, Child, ask_all
+from hetkv.bench.pair import synchronize, use_device
 from hetkv.errors import BenchmarkError
 from hetkv.transport.config import TransferConfig
 

@@ -105,7 +105,7 @@ def put_gb_s(
 
 
 def free_port() -> int:
-    """A TCP port that no one listens on now."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

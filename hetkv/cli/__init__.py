@@ -1,7 +1,7 @@
-"""The `hetkv` command: one module of this package per subcommand, imported only when it is asked for.
+"""The `hetkv` command: one module per subcommand, imported when it is asked for, with `add_arguments` and `run`.
 
-A subcommand module has `add_arguments(parser)`, which imports nothing that an extra brings, and `run(args) -> int`. Bad
-input is a `hetkv.errors.HetkvError` (or `OSError` for files): it prints one line and the command exits with 2.
+May import everything, but only inside functions: `add_arguments` works without any extra. Bad input is a `HetkvError`
+(or `OSError` for files): it prints one line and the command exits with 2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
         ("aiohttp", "yaml", "rich"),
     ),
     "serve": Command(
-        "serve a model over instances that prefill and decode, behind an OpenAI-compatible server",
+        "serve a model over instances that prefill and decode, with an OpenAI-compatible server",
         "serve",
         ("torch", "safetensors", "tokenizers", "fastapi", "uvicorn", "prometheus_client", "rich"),
     ),

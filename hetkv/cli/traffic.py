@@ -98,9 +98,9 @@ def print_slo(console: Any, summary: dict[str, Any], slo: Slo) -> None:
     if any(v is not None for v in slo.as_json().values()):
         ends = summary.get("interval", {})
         span = " to ".join(f"{ends[end]['slo_attainment']:.1%}" for end in ("high", "low") if ends)
-        beside = f" ({span} over the interval of the step times)" if ends else ""
+        interval = f" ({span} over the interval of the step times)" if ends else ""
         attained, goodput = f"{summary['slo_attainment']:.1%}", f"{summary['goodput_rps']:,.3g} requests/s"
-        console.print(f"SLO attainment {attained}{beside}, goodput {goodput}")
+        console.print(f"SLO attainment {attained}{interval}, goodput {goodput}")
 
 
 def write_rows(path: str, columns: Any) -> None:

@@ -57,7 +57,7 @@ class Agreement(NamedTuple):
 
 
 def _incomplete(mine: Description, theirs: Description, sender: Description, why: str) -> IncompatibleError:
-    """The sender's instance lacks what a rank of the receiver's needs, most often as nobody said what its ranks are."""
+    """The sender's instance lacks what a rank of the receiver's needs, most often because its ranks were not named."""
     alone = not sender.instance_shards
     field = "instance_shards" if alone else "shard"
     advice = (

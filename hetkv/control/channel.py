@@ -20,7 +20,7 @@ from hetkv.control.reactor import Steps, Wait
 from hetkv.errors import AuthenticationError, ControlError, MessageError, PeerLostError
 
 MAX_MESSAGE_BYTES = 1 << 20
-"""Largest payload of one control record. A description of 128 unlike layers with 128 scales each takes 0.4 MiB."""
+"""Largest payload of one control record. A description of 128 different layers with 128 scales each takes 0.4 MiB."""
 
 _HEADER = struct.Struct("<IIQ")
 MAC_BYTES = 32

@@ -152,7 +152,7 @@ def _check_alike(sender: Description, receiver: Description, layer: int, name: s
     held = {shard.heads[layer] for shard in shards if (shard.heads[layer] & wanted).size}
     if len(held) > 1:
         ours, other = (scale_text(side.layout(layer).segments[name]) for side in (sender, receiver))
-        why = "ranks of the sender that hold unlike heads share other scales"
+        why = "ranks of the sender that hold different heads share other scales"
         raise IncompatibleError(f"{name}.scale", ours, other, why)
 
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from hetkv.control.address import Address
 from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
 from hetkv.control.compat import check_minor
@@ -53,30 +54,6 @@ RETRY_S, MAX_RETRY_S = 0.05, 1.0
 Describe = Callable[[], Description]
 Admit = Callable[[Description], None]
 _M = TypeVar("_M")
-
-
-class Address(NamedTuple):
-    """A host name or address literal, and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """`host:port`, `[ipv6]:port`, or `:port` for all interfaces of a listener. Raises `InputError`."""
-        host, colon, port = text.rpartition(":")
-        if not colon:
-            raise InputError(f"address {text!r} has no port; write host:port")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            raise InputError(f"address {text!r}: write an IPv6 address in brackets, [host]:port")
-        if not (port.isascii() and port.isdigit() and int(port) <= 65535):
-            raise InputError(f"address {text!r}: port {port!r} is not a number from 0 to 65535")
-        return cls(host, int(port))
 
 
 class DataKeys(NamedTuple):
@@ -227,9 +204,7 @@ class ControlConnection:
             raise MessageError(f"{self.peer_address}: message {type(message).__name__} after the handshake")
         with self._state:
             if len(self._unread) == MAX_UNREAD_MESSAGES:
-                raise MessageError(
-                    f"{self.peer_address}: more than {MAX_UNREAD_MESSAGES} control messages that nobody read"
-                )
+                raise MessageError(f"{self.peer_address}: more than {MAX_UNREAD_MESSAGES} unread control messages")
             self._unread.append(message)
             self._state.notify_all()
 
@@ -254,7 +229,7 @@ def connect(
     checked as the context says, against `tls_hostname` (default: the address's host). `silence` and `admit` are as for
     `Listener`. `streams`: how many connections of the data plane to make where they are TCP.
 
-    Raises `InputError`, `PeerLostError` (nobody listens, or the peer ended), `ControlTimeoutError`,
+    Raises `InputError`, `PeerLostError` (no process listens there, or the peer ended), `ControlTimeoutError`,
     `AuthenticationError`, `MessageError`, `HandshakeError` with its subclasses `VersionError` and `IncompatibleError`.
     """
     check_secret(secret)
@@ -342,7 +317,7 @@ def receive(
     admit: Admit | None = None,
     on_authenticated: Callable[[], None] = lambda: None,
 ) -> Steps[ControlConnection]:
-    """The listening side's handshake behind the hello, with the same fate of the channel."""
+    """The listening side's handshake after the hello, with the same fate of the channel."""
 
     def steps() -> Steps[ControlConnection]:
         keys = yield from authenticate(channel, secret, role, False, timeout, opening)

@@ -96,7 +96,7 @@ def segment_conversion(
         return _with_scales_in_memory(src, dst, heads, src_heads, dst_heads)
     wire = wire_dtype(src.dtype, dst.dtype)
     if wire is None:
-        raise _unlike_dtypes(src, dst)
+        raise _different_dtypes(src, dst)
     if wire is DType.UINT8:
         return Conversion(wire, None, None)
     source, target = static_scales(src, heads, src_heads), static_scales(dst, heads, dst_heads)
@@ -139,7 +139,7 @@ def _with_scales_in_memory(
     exact = [DType.UINT8] + [DType.INT8] * (not all(p.scale_groups for p in (src, dst) if p.dtype is DType.INT8))
     wire = wire_dtype(src.dtype, dst.dtype, exact)
     if wire is None:
-        raise _unlike_dtypes(src, dst)
+        raise _different_dtypes(src, dst)
     if src.dtype is dst.dtype:
         wire = src.dtype  # also an fnuz dtype: only its own kind reads it
     if src.scale_groups:
@@ -212,7 +212,7 @@ def _check_normal(
         raise IncompatibleError("scale", source, target, why)
 
 
-def _unlike_dtypes(src: SegmentLayout, dst: SegmentLayout) -> IncompatibleError:
+def _different_dtypes(src: SegmentLayout, dst: SegmentLayout) -> IncompatibleError:
     return IncompatibleError(
         "dtype",
         src.dtype.value,

@@ -32,7 +32,7 @@ class _Memory(Protocol):
 
 
 class LayerGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Layers of one rank that are alike: same layout, same block count."""
+    """Layers of one rank with the same layout and block count."""
 
     layers: tuple[int, ...]
     """Global layer indices, rising."""
@@ -41,7 +41,7 @@ class LayerGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def group_layers(layers: Mapping[int, _Memory]) -> tuple[LayerGroup, ...]:
-    """Groups of `KVPool.layers`, so that layers that are alike are sent once."""
+    """Groups of `KVPool.layers`, so that equal layers are sent once."""
     groups: list[tuple[KVLayout, int, list[int]]] = []
     for index in sorted(layers):
         layout, num_blocks = layers[index].layout, layers[index].num_blocks
@@ -80,7 +80,7 @@ class Description(
     instance_shards: tuple[Shard, ...] = ()
     """Shards of all ranks of the instance, so that one peer can compute all routes; empty: this rank is alone."""
     device: str = "cpu"
-    """Where the pool lies: `cpu`, or the backend of its GPU. From minor 1 on."""
+    """Where the pool is: `cpu`, or the backend of its GPU. From minor 1 on."""
     fingerprint: dict[str, str] = {}
     """What made the KV, as values that must be equal where both sides name them: weights, vocabulary, rope, ... From
     minor 2 on."""
@@ -89,7 +89,7 @@ class Description(
     worker_address: bytes = b""
     """UCX worker address for RDMA; empty: this side does none."""
     sockets: tuple[str, ...] = ()
-    """Listening side: unix sockets at which it takes streams, beside its port."""
+    """Listening side: unix sockets at which it takes streams, in addition to its port."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:

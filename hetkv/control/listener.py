@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from hetkv.control.address import Address
 from hetkv.control.channel import Channel
 from hetkv.control.connection import (
     DEFAULT_TIMEOUT_S,
     SILENCE_S,
-    Address,
     Admit,
     ControlConnection,
     Describe,

@@ -1,5 +1,5 @@
-"""Unix sockets beside a listener's port: `LocalSockets`. One without a file, which works within one network namespace,
-and one in a folder that containers of a host can share."""
+"""Unix sockets in addition to a listener's port: `LocalSockets`. One without a file, which works within one network
+namespace, and one in a folder that containers of a host can share."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LocalSockets:
         return True
 
     def _claim(self, folder: Path, token: str) -> bool:
-        """Lock a file beside the socket's: whoever finds it unlocked knows that its process is gone."""
+        """Lock a file next to the socket's: where it is unlocked, its process is gone."""
         self._remove()
         path = folder / f"{token}.lock"
         try:

@@ -1,7 +1,7 @@
 """One thread of the process that waits for all of its control connections and listeners: `start`, `Task`.
 
 What waits is written as steps: a generator that yields a `Wait` where a blocking program would sleep. The same steps
-run in the reactor, beside thousands of others, or to their end in the caller's thread (`run`).
+run in the reactor, with thousands of others, or to their end in the caller's thread (`run`).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Reactor:
 
 
 def call(callback: Callable[..., object], *arguments: object) -> None:
-    """A callback of the user's: whatever it raises, also what would end a thread, is logged and harms no one else."""
+    """A user's callback: what it raises, even what would end a thread, is logged and harms nothing else."""
     try:
         callback(*arguments)
     except BaseException:

@@ -1,6 +1,6 @@
 """The sockets of the data plane, dialled by the side that connected: `dial`, and `Desk` of the side that listens.
 
-They reach the listener's own port, or a unix socket beside it where both processes run under one kernel and can. Each
+They reach the listener's own port, or a unix socket next to it where both processes run under one kernel and can. Each
 is tied to its control connection by a key of that connection (`docs/control-channel.md`, "Streams").
 """
 
@@ -90,7 +90,7 @@ class Desk:
             raise AuthenticationError(f"{channel.peer}: a stream without the key of its connection")
         if index in came:
             raise AuthenticationError(f"{channel.peer}: stream {index} of its connection came twice")
-        came[index] = channel  # before the answer, behind which the peer may say that all are there
+        came[index] = channel  # before the answer, after which the peer may say that all are there
         yield from channel.write(_tag(keys.call_send, sent, head), time.monotonic() + timeout)
 
     def collect(self, keys: Keys, kind: Kind, count: int, peer: str) -> Streams:

@@ -1,6 +1,6 @@
 """The cost model: catalogue of GPUs and models, step times, KV sizes, transfer times, calibration.
 
-`step_model` is the way in. Imports nothing of the simulator.
+`step_model` is the entry point. May import `hetkv.models`, and nothing of the simulator.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Span(NamedTuple):
         Log-normal on each side of the centre. Raises `InputError` outside (0, 1).
         """
         if not 0 < quantile < 1:
-            raise InputError(f"confidence must lie between 0 and 1, got {quantile}")
+            raise InputError(f"confidence must be between 0 and 1, got {quantile}")
         z = NormalDist().inv_cdf(quantile) / NormalDist().inv_cdf(0.95)
         return float(self.high**z if z > 0 else self.low**-z)
 

@@ -13,7 +13,7 @@ from hetkv.errors import InputError
 
 
 class Link(NamedTuple):
-    """One rank's port: bytes per second each way, and seconds that each layer's frame costs besides its bytes."""
+    """One rank's port: bytes per second each way, and seconds that each layer's frame costs on top of its bytes."""
 
     bytes_per_second: float
     latency_s: float = 0.0

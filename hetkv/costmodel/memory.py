@@ -36,11 +36,11 @@ def request_bytes(model: ModelShape, tp: int, kv_dtype: str) -> RequestBytes:
         raise InputError(f"{model.name} has no layer with a KV cache")
     layer = kv_bytes_per_token(model, tp, kv_dtype) / model.attention_layers
     state = model.state_bytes(DTYPE_BYTES[kv_dtype])
-    return RequestBytes(layer, model.full_layers, model.window_layers, max(model.window - 1, 0), state)
+    return RequestBytes(layer, model.full_layers, model.sliding_layers, max(model.sliding_window - 1, 0), state)
 
 
 def activation_bytes(model: ModelShape, tp: int, max_batched_tokens: int) -> float:
-    """Bytes of activations of one rank at the most: two hidden states, and gate, up and product of the widest MLP."""
+    """Bytes of activations of one rank at most: two hidden states, and gate, up and product of the widest MLP."""
     dense = model.dense_mlp_params / (3 * model.hidden) if model.dense_mlp_layers else 0.0
     shared = model.shared_params / (3 * model.hidden)
     routed = model.experts_per_token * (model.expert_params / (3 * model.hidden) * 3 / tp + model.hidden)
@@ -64,7 +64,7 @@ def kv_capacity_tokens(
     Raises `InputError` with the sizes when the weights alone do not fit.
     """
     if not 0 < memory_share <= 1:
-        raise InputError(f"memory share must lie in (0, 1], got {memory_share}")
+        raise InputError(f"memory share must be in (0, 1], got {memory_share}")
     budget = gpu.memory_bytes * memory_share
     weights = weight_bytes(model, tp, pp, dp, weight_dtype)
     activations = activation_bytes(model, tp, max_batched_tokens)

@@ -19,17 +19,17 @@ from hetkv.models.fields import load_object
 class ModelShape:
     """Counts that set a model's operations and bytes. Parameters are numbers of weights, not bytes.
 
-    `full_layers` attend to every token, `window_layers` to the last `window` ones, `state_layers` keep a state of fixed
-    size. `latent` is MLA: one KV head of `kv_elements` shared by all query heads, held whole by every TP rank.
+    `full_layers` attend to every token, `sliding_layers` to the last `sliding_window` ones, `state_layers` keep a state
+    of fixed size. `latent` is MLA: one KV head of `kv_elements` shared by all query heads, held whole by every TP rank.
     """
 
     name: str
     hidden: int
     vocab: int
     full_layers: int
-    window_layers: int
+    sliding_layers: int
     state_layers: int
-    window: int
+    sliding_window: int
     latent: bool
     heads: int
     kv_heads: int
@@ -56,12 +56,12 @@ class ModelShape:
 
     @property
     def layers(self) -> int:
-        return self.full_layers + self.window_layers + self.state_layers
+        return self.full_layers + self.sliding_layers + self.state_layers
 
     @property
     def attention_layers(self) -> int:
         """Layers with a KV cache."""
-        return self.full_layers + self.window_layers
+        return self.full_layers + self.sliding_layers
 
     @property
     def dense_params(self) -> int:
@@ -95,16 +95,16 @@ class ModelShape:
         return self.dense_params + self.head_params + self.moe_layers * self.experts_per_token * self.expert_params
 
     def kv_elements_per_token(self, tp: int = 1) -> int:
-        """KV cache elements per token on one of `tp` ranks, all full and window layers (a window bounds the tokens)."""
+        """KV cache elements per token on one of `tp` ranks, of all full and sliding layers."""
         if self.latent:
             return self.attention_layers * self.kv_elements
         return self.attention_layers * -(-self.kv_heads // tp) * (self.qk_dim + self.v_dim)
 
     def kv_bytes_of_request(self, tokens: int, element_bytes: float) -> float:
-        """Bytes that a request of `tokens` tokens must keep to go on, held once: KV, of layers with a window only of
+        """Bytes that a request of `tokens` tokens must keep to go on, held once: KV, in sliding layers for
         the tokens that the next one can see, and states."""
-        seen = min(tokens, self.window - 1) if self.window_layers else 0
-        kv = (self.full_layers * tokens + self.window_layers * seen) * self.kv_elements * element_bytes
+        seen = min(tokens, self.sliding_window - 1) if self.sliding_layers else 0
+        kv = (self.full_layers * tokens + self.sliding_layers * seen) * self.kv_elements * element_bytes
         return kv + self.state_bytes(element_bytes)
 
     def state_bytes(self, element_bytes: float) -> float:
@@ -121,7 +121,8 @@ def shape_from_config(config: Mapping[str, Any], name: str, origin: str) -> Mode
 
 def shape_of(model: ModelConfig, name: str) -> ModelShape:
     """A model's counts. Norms and biases are left out: they are less than a thousandth of the weights."""
-    windows = [window for i, window in enumerate(model.windows) if window is not None and not model.keeps_state(i)]
+    given = enumerate(model.sliding_windows)
+    windows = [window for i, window in given if window is not None and not model.keeps_state(i)]
     states = sum(model.state_layers)
     experts, gated = model.experts, 3 * model.hidden_size
     sparse = 0 if experts is None else sum(experts.layers)
@@ -130,9 +131,9 @@ def shape_of(model: ModelConfig, name: str) -> ModelShape:
         hidden=model.hidden_size,
         vocab=model.vocab_size,
         full_layers=model.num_layers - len(windows) - states,
-        window_layers=len(windows),
+        sliding_layers=len(windows),
         state_layers=states,
-        window=windows[0] if windows else 0,
+        sliding_window=windows[0] if windows else 0,
         heads=model.num_heads,
         **_attention(model),
         **_state(model.state, model.hidden_size),

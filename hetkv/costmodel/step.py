@@ -48,11 +48,11 @@ class Work(NamedTuple):
     kv_s_per_token: Any
     kv_group: Any
     query_heads: Any
-    window_s_per_token: Any
-    window: Any
+    sliding_s_per_token: Any
+    sliding_window: Any
     state_s_per_sequence: Any
     pair_s: Any
-    window_pair_s: Any
+    sliding_pair_s: Any
     reduce_small_s: Any
     reduce_small_s_per_token: Any
     reduce_large_s: Any
@@ -102,9 +102,9 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
     swap_s, swap_s_per_token = swaps * swap.small_s, swaps * swap.small_s_per_byte * swap_bytes
     latent_absorbed = model.kv_elements * 4 * model.heads / shards if model.latent else 0
     kv_s = max(kv_bytes / place.dp / bandwidth, latent_absorbed / bf16)
-    full, windowed, window = model.full_layers, model.window_layers, model.window
+    full, sliding, window = model.full_layers, model.sliding_layers, model.sliding_window
     if model.index_topk:
-        full, windowed, window = 0, model.full_layers, model.index_topk
+        full, sliding, window = 0, model.full_layers, model.index_topk
     return Work(
         layers=model.layers,
         dense_bytes_s=dense_bytes / bandwidth,
@@ -117,11 +117,11 @@ def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str,
         kv_s_per_token=full * kv_s,
         kv_group=1.0 if model.latent else max(1.0, model.heads / model.kv_heads),
         query_heads=model.heads / place.tp,
-        window_s_per_token=windowed * kv_s,
-        window=float(window),
+        sliding_s_per_token=sliding * kv_s,
+        sliding_window=float(window),
         state_s_per_sequence=2 * model.state_layers * model.state_elements * 4 / shards / bandwidth,
         pair_s=full * pair_flops / bf16,
-        window_pair_s=windowed * pair_flops / bf16,
+        sliding_pair_s=sliding * pair_flops / bf16,
         reduce_small_s=reduces * reduce_s.small_s + swap_s,
         reduce_small_s_per_token=reduces * reduce_s.small_s_per_byte * token_bytes + swap_s_per_token,
         reduce_large_s=reduces * reduce_s.large_s + swap_s,
@@ -146,7 +146,7 @@ def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
         work.pair_s / c.attention_flops,
     )
     experts = (work.expert_bytes_s / c.expert_bytes, work.expert_s_per_token / c.expert_flops, work.expert_miss)
-    window = (work.window_s_per_token * kv_reads, work.window_pair_s / c.attention_flops, work.window)
+    sliding = (work.sliding_s_per_token * kv_reads, work.sliding_pair_s / c.attention_flops, work.sliding_window)
     reduce = (
         work.reduce_small_s_per_token * c.reduce,
         (work.reduce_large_s - work.reduce_small_s) * c.reduce_latency,
@@ -165,7 +165,7 @@ def coefficients(work: Work, c: Constants) -> tuple[Any, ...]:
         few_rows if _any(few_rows) else None,
         unsplit if _any(unsplit[0]) else None,
         experts if _any(work.expert_bytes_s) else None,
-        window if _any(work.window) else None,
+        sliding if _any(work.sliding_window) else None,
     )
 
 
@@ -199,7 +199,7 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
         few_rows,
         unsplit,
         experts,
-        window,
+        sliding,
     ) = k
     tokens = batch + prompt
     flop = gf * tokens
@@ -217,8 +217,8 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
         byte, flop = byte_s * (1 - miss**tokens), flop_s * tokens
         byte, flop = byte * byte, flop * flop
         device = device + (byte * byte + flop * flop) ** 0.25
-    if window is not None:
-        kv, pr, length = window
+    if sliding is not None:
+        kv, pr, length = sliding
         held, reach = length * batch, length * prompt
         device = device + kv * crowded * 0.5 * (context + held - abs(context - held))
         device = device + pr * 0.5 * (pairs + reach - abs(pairs - reach))
@@ -270,7 +270,7 @@ class RooflineStepModel(StepModel):
         With `pp` stages a decode step is the time in which every sequence advances once: the batch is cut into as many
         micro-batches as there are stages (fewer where it is smaller), and each of them passes through all stages.
         Prompt tokens pass through all stages in steps of the engine's budget; where more of them are asked for, the
-        later ones follow one stage behind.
+        later ones follow one stage later.
         """
         scale = self._prompt_scale if prefill_tokens else self._decode_scale
         if self._simple:

@@ -1,1 +1,4 @@
-"""Connectors that serving engines load. Each engine's imports stay in the folder of its name."""
+"""Connectors that serving engines load, a folder an engine.
+
+May import `hetkv.transport` and `hetkv.models`; an engine itself is imported in the folder of its name only.
+"""

@@ -38,7 +38,7 @@ class Sequence(ABC):
 
     @abstractmethod
     def adopt(self, num_tokens: int) -> None:
-        """The KV of the first `num_tokens` tokens has arrived in `blocks`: go on behind them."""
+        """The KV of the first `num_tokens` tokens has arrived in `blocks`: go on after them."""
 
     @abstractmethod
     def step(self, token: int) -> Logits:
@@ -99,6 +99,6 @@ class Slots:
 def check_plain(spec: KVSpec) -> None:
     """Raise `InputError` unless all layers are plain attention over all tokens, with a cache of their own."""
     for number, layer in enumerate(spec.layers):
-        if layer.kind != "kv" or layer.window is not None or layer.shares is not None or layer.group:
-            window = "" if layer.window is None else f" with a window of {layer.window} tokens"
+        if layer.kind != "kv" or layer.sliding_window is not None or layer.shares is not None or layer.group:
+            window = "" if layer.sliding_window is None else f" with a window of {layer.sliding_window} tokens"
             raise InputError(f"layer {number}: {layer.kind}{window} is not supported by this integration")

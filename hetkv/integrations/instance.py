@@ -132,7 +132,7 @@ class EngineInstance:
         distributions: int = 0,
         timeout: float = WAIT_S,
     ) -> Generated:
-        """Go on with an accepted request behind its first token, once its KV is there. Raises what ended it."""
+        """Go on with an accepted request after its first token, once its KV is there. Raises what ended it."""
         sequence, handle, tokens = self._incoming.pop(request_id)
         start = time.monotonic_ns()
         try:

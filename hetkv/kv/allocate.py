@@ -33,6 +33,6 @@ def allocate(layout: KVLayout, num_blocks: int, device: Any = "cpu", framework: 
     one = zeros(max(sizes.values())) if layout.shared else None
     arrays = {name: zeros(size) if one is None else one for name, size in sizes.items()}
     for name, part in layout.segments.items():
-        if part.scale is not None and part.scale.apart:
+        if part.scale is not None and part.scale.separate:
             arrays[f"{name}.scale"] = zeros(part.scales.extent(layout.block_size, num_blocks))
     return arrays

@@ -24,4 +24,4 @@ class LayerMemory(NamedTuple):
         for name, part in self.layout.segments.items():
             yield name, part.extent(size, self.num_blocks)
             if part.scale_groups and part.scale is not None:
-                yield f"{name}.scale" if part.scale.apart else name, part.scales.extent(size, self.num_blocks)
+                yield f"{name}.scale" if part.scale.separate else name, part.scales.extent(size, self.num_blocks)

@@ -1,4 +1,4 @@
-"""Memory that holds KV, whoever allocated it: `Memory`, read from PyTorch, NumPy, DLPack or a raw pointer."""
+"""Memory that holds KV, from any allocator: `Memory`, read from PyTorch, NumPy, DLPack or a raw pointer."""
 
 from __future__ import annotations
 

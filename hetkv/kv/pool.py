@@ -219,7 +219,7 @@ class KVPool:
         scale = self.layers[layer].layout.segments[segment].scale
         if scale is None or not scale.in_memory:
             raise InputError(f"layer {layer}, segment {segment!r} has no scales in memory")
-        return f"{segment}.scale" if scale.apart else segment
+        return f"{segment}.scale" if scale.separate else segment
 
     def _check_mapped(self, write: bool) -> None:
         if self.device == "cpu":

@@ -56,7 +56,7 @@ def _dense(
     )
 
 
-def _apart(order: str) -> _Preset:
+def _separate(order: str) -> _Preset:
     def make(
         name: str, segments: Sequence[Segment], block_size: int, dtype: DType, scale: ScaleLayout | None
     ) -> Placement:
@@ -154,8 +154,8 @@ def _fp8_ds_mla(
 
 
 PRESETS: dict[str, _Preset] = {
-    "nhd": _apart("nhd"),
-    "hnd": _apart("hnd"),
+    "nhd": _separate("nhd"),
+    "hnd": _separate("hnd"),
     "nhd_interleaved": _interleaved("nhd"),
     "hnd_interleaved": _interleaved("hnd"),
     "packed_nhd": _packed("nhd"),
@@ -163,5 +163,5 @@ PRESETS: dict[str, _Preset] = {
     "rocm": _rocm,
     "latent": _packed("nhd"),
     "fp8_ds_mla": _fp8_ds_mla,
-    "state": _apart("hnd"),
+    "state": _separate("hnd"),
 }

@@ -41,7 +41,7 @@ def routes(spec: KVSpec, sources: Sequence[Shard], destinations: Sequence[Shard]
 
     Each destination is served in full, also where destinations are replicas of each other. The elements that a set of
     replicas holds are shared evenly between them: the loads differ by less than twice the largest head of one layer,
-    and by at most one head where all are alike. Replicas split destinations first, so that each has few peers; then
+    and by at most one head where all are equal. Replicas split destinations first, so that each has few peers; then
     heads, so that a layer leaves all of them at once; then layers. Layers that read another cache have no route.
 
     Raises `InputError` where a shard does not fit the spec, a layer's segments have different head counts, or a
@@ -104,7 +104,7 @@ def _pieces(
         tuple((s, source.heads[layer]) for s, source in enumerate(sources) if layer in range(*source.layers))
         for layer in range(len(spec.layers))
     ]
-    cut = functools.cache(_cut)  # most layers of a model are held alike
+    cut = functools.cache(_cut)  # most layers of a model are split equally
     for index, destination in enumerate(destinations):
         for layer in range(*destination.layers):
             if spec.layers[layer].shares is not None:

@@ -27,7 +27,7 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """Scales of a segment, all above 0: static `values`, or float32 in memory, one a token, head and group of channels.
 
     Those in memory are at `offset + block * block_stride + (token % block_size) * token_stride + head * head_stride +
-    group * group_stride` bytes from the base of the segment's memory, or of separate memory (`apart`).
+    group * group_stride` bytes from the base of the segment's memory, or of separate memory (`separate`).
     """
 
     values: tuple[float, ...] = ()
@@ -40,7 +40,7 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     group_stride: int = 0
     channels_per_scale: int = 0
     """Channels that share a scale; 0: all channels of the head."""
-    apart: bool = False
+    separate: bool = msgspec.field(default=False, name="apart")
     """In a separate tensor: `<segment>.scale` of the pool."""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise InputError(f"strides of scales must be multiples of {FLOAT32_BYTES} bytes, not below 0: {strides}")
         if self.channels_per_scale < 0:
             raise InputError(f"{self.channels_per_scale} channels per scale")
-        if self.values and (any(strides) or self.channels_per_scale or self.apart):
+        if self.values and (any(strides) or self.channels_per_scale or self.separate):
             raise InputError("static scales have no place in memory")
 
     @property
@@ -74,7 +74,7 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             head_stride=head if per == "token_head" else 0,
             group_stride=head // groups if groups > 1 else 0,
             channels_per_scale=channels,
-            apart=True,
+            separate=True,
         )
 
     @classmethod
@@ -94,5 +94,5 @@ class ScaleLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             head_stride=step.get("head", 0),
             group_stride=step.get("group", 0),
             channels_per_scale=channels_per_scale,
-            apart=True,
+            separate=True,
         )

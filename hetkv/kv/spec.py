@@ -29,9 +29,9 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segments: tuple[Segment, ...]
     group: int = 0
     """Cache group: layers of one group share a block table."""
-    window: int | None = None
-    """Sliding window in tokens, the querying one among them: the last `window - 1` tokens of a prompt are ever read
-    again, and of a group whose layers all have a window only those are sent."""
+    sliding_window: int | None = msgspec.field(default=None, name="window")
+    """In tokens, the querying one among them: the last `sliding_window - 1` tokens of a prompt are ever read again, and
+    of a group whose layers all have a sliding window only those are sent. Peers know it as `window`."""
     shares: int | None = None
     """Global index of the layer whose cache this layer reads (cross-layer KV sharing); it has no memory of its own."""
 
@@ -40,8 +40,8 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for segment in self.segments:
             if segment.heads < 1 or segment.channels < 1:
                 raise InputError(f"segment {segment.name!r} has {segment.heads} heads of {segment.channels} channels")
-        if self.window is not None and self.window < 1:
-            raise InputError(f"sliding window of {self.window} tokens")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise InputError(f"sliding window of {self.sliding_window} tokens")
 
     @classmethod
     def kv(
@@ -51,12 +51,12 @@ class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         v_head_dim: int | None = None,
         *,
         group: int = 0,
-        window: int | None = None,
+        sliding_window: int | None = None,
         shares: int | None = None,
     ) -> LayerSpec:
         """MHA, GQA or MQA: keys `heads x head_dim` and values `heads x v_head_dim` (default `head_dim`) a token."""
         segments = (Segment("k", heads, head_dim), Segment("v", heads, v_head_dim or head_dim))
-        return cls("kv", segments, group, window, shares)
+        return cls("kv", segments, group, sliding_window, shares)
 
     @classmethod
     def latent(cls, latent_dim: int, rope_dim: int, *, group: int = 0) -> LayerSpec:
@@ -91,7 +91,7 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
 
     @classmethod
     def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> KVSpec:
-        """A model whose layers are all alike and in one cache group (Llama, Mistral, Qwen)."""
+        """A model with equal layers in one cache group (Llama, Mistral, Qwen)."""
         return cls((LayerSpec.kv(num_kv_heads, head_dim, v_head_dim),) * num_layers)
 
     @cached_property
@@ -105,11 +105,11 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
         return frozenset(layer.group for layer in self.layers if layer.kind == "state")
 
     @cached_property
-    def windows(self) -> tuple[int | None, ...]:
+    def sliding_windows(self) -> tuple[int | None, ...]:
         """By cache group the widest sliding window; `None` where a layer of it has none."""
         found: list[int | None] = []
         for group in range(self.num_groups):
-            windows = [layer.window for layer in self.layers if layer.group == group]
+            windows = [layer.sliding_window for layer in self.layers if layer.group == group]
             bounded = [window for window in windows if window is not None]
             found.append(max(bounded) if bounded and len(bounded) == len(windows) else None)
         return tuple(found)

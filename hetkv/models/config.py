@@ -156,9 +156,9 @@ class ModelConfig(msgspec.Struct, frozen=True):
     output_gate: bool = False
     """The query projection also makes a gate on attention's output."""
     rope: Rope = Rope()
-    window_rope: Rope | None = None
-    """Of layers with a window, where it differs."""
-    windows: tuple[int | None, ...] = ()
+    sliding_rope: Rope | None = None
+    """Of layers with a sliding window, where it differs."""
+    sliding_windows: tuple[int | None, ...] = ()
     """Per layer: the sliding window in tokens, or None for full attention."""
     eos_ids: tuple[int, ...] = ()
     """Token ids that end a text."""
@@ -188,10 +188,12 @@ class ModelConfig(msgspec.Struct, frozen=True):
         """KV geometry of a model without state layers. Full and sliding layers are two cache groups, full first."""
         if self.latent is not None:
             return KVSpec((LayerSpec.latent(self.latent.rank, self.latent.rope_dim),) * self.num_layers)
-        mixed = len(set(self.windows)) > 1
+        mixed = len(set(self.sliding_windows)) > 1
         return KVSpec(
             tuple(
-                LayerSpec.kv(self.num_kv_heads, self.head_dim, window=window, group=int(mixed and window is not None))
-                for window in self.windows
+                LayerSpec.kv(
+                    self.num_kv_heads, self.head_dim, sliding_window=window, group=int(mixed and window is not None)
+                )
+                for window in self.sliding_windows
             )
         )

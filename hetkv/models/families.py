@@ -70,14 +70,14 @@ class Family(NamedTuple):
     """Fields and defaults beyond `COMMON`, or other than there."""
     options: Mapping[str, Any] = {}
     """Fields of `ModelConfig` that the family fixes."""
-    windows: Literal["none", "all", "switched", "switched_all", "alternating"] = "none"
+    sliding_windows: Literal["none", "all", "switched", "switched_all", "alternating"] = "none"
     period: int = 0
     """`alternating`: each `period`-th layer has full attention."""
     experts: Literal["none", "flat", "sparse_step", "first_dense"] = "none"
     rope: Mapping[str, Any] = {}
     """Rotary embedding that a file without any has."""
     nested_rope: bool = False
-    """Layers with a window have a rotary embedding of their own."""
+    """Layers with a sliding window have a rotary embedding of their own."""
     partial_rotary: bool = False
     """It rotates a part of a head's channels where `partial_rotary_factor` says so."""
     fixed: Mapping[str, tuple[Any, ...]] = {}
@@ -116,17 +116,17 @@ _ALL = (
     Family(
         "mistral", "MistralForCausalLM",
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "eos_token_id": 2},
-        windows="all",
+        sliding_windows="all",
     ),
     Family(
         "qwen2", "Qwen2ForCausalLM", {**_SLIDING, "num_key_value_heads": 32, "max_position_embeddings": 32768},
-        options={"qkv_bias": True}, windows="switched",
+        options={"qkv_bias": True}, sliding_windows="switched",
     ),
     Family(
         "qwen3", "Qwen3ForCausalLM",
         {**_SLIDING, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768,
          "attention_bias": False},
-        options={"qk_norm": "head"}, windows="switched",
+        options={"qk_norm": "head"}, sliding_windows="switched",
     ),
     Family(
         "qwen3_moe", "Qwen3MoeForCausalLM",
@@ -134,13 +134,13 @@ _ALL = (
          "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": None, "decoder_sparse_step": 1,
          "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False,
          "mlp_only_layers": None},
-        options={"qk_norm": "head"}, windows="switched_all", experts="sparse_step",
+        options={"qk_norm": "head"}, sliding_windows="switched_all", experts="sparse_step",
     ),
     Family(
         "mixtral", "MixtralForCausalLM",
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "sliding_window": None,
          "num_experts_per_tok": 2, "num_local_experts": 8, "rope_theta": 1e6, "eos_token_id": 2},
-        windows="all", experts="flat",
+        sliding_windows="all", experts="flat",
     ),
     Family(
         "gemma", "GemmaForCausalLM",
@@ -150,14 +150,14 @@ _ALL = (
     ),
     Family(
         "gemma2", "Gemma2ForCausalLM", {**_GEMMA_2, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-        options={"unit_offset": True, "norms": _SANDWICH}, windows="alternating", period=2, fixed=_GELU,
+        options={"unit_offset": True, "norms": _SANDWICH}, sliding_windows="alternating", period=2, fixed=_GELU,
     ),
     Family(
         "gemma3_text", "Gemma3ForCausalLM",
         {**_GEMMA_2, "max_position_embeddings": 131072, "final_logit_softcapping": None,
          "attn_logit_softcapping": None, "use_bidirectional_attention": False, "rope_theta": 1e6,
          "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "_sliding_window_pattern": None},
-        options={"unit_offset": True, "norms": _SANDWICH, "qk_norm": "head"}, windows="alternating", period=6,
+        options={"unit_offset": True, "norms": _SANDWICH, "qk_norm": "head"}, sliding_windows="alternating", period=6,
         nested_rope=True,
         fixed={**_GELU, "attn_logit_softcapping": (None,), "original_max_position_embeddings": (None,)},
     ),
@@ -165,7 +165,7 @@ _ALL = (
         "phi3", "Phi3ForCausalLM",
         {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
          "sliding_window": None, "eos_token_id": 32000, "attention_bias": False},
-        options={"fused_qkv": True, "fused_gate_up": True}, windows="all", partial_rotary=True,
+        options={"fused_qkv": True, "fused_gate_up": True}, sliding_windows="all", partial_rotary=True,
         fixed={"attention_bias": (False,)},
     ),
     Family(
@@ -174,7 +174,7 @@ _ALL = (
          "rms_norm_eps": 1e-5, "num_experts_per_tok": 4, "experts_per_token": None, "num_local_experts": 128,
          "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "layer_types": None, "attention_bias": True,
          "rope_theta": 10000.0, "initial_context_length": None},
-        options={"sinks": True}, windows="alternating", period=2, experts="flat",
+        options={"sinks": True}, sliding_windows="alternating", period=2, experts="flat",
         rope={"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
               "original_max_position_embeddings": 4096},
         fixed={"hidden_act": ("silu",)},
@@ -186,7 +186,7 @@ _ALL = (
     Family("olmo2", "Olmo2ForCausalLM", _OLMO, options={"qk_norm": "all", "norms": _POST}),
     Family(
         "olmo3", "Olmo3ForCausalLM", {**_OLMO, "sliding_window": 4096, "layer_types": None},
-        options={"qk_norm": "all", "norms": _POST}, windows="alternating", period=4, nested_rope=True,
+        options={"qk_norm": "all", "norms": _POST}, sliding_windows="alternating", period=4, nested_rope=True,
         fixed={"original_max_position_embeddings": (None,)},
     ),
     Family(

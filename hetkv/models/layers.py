@@ -1,4 +1,4 @@
-"""What differs from layer to layer: windows, states, experts."""
+"""What differs from layer to layer: sliding windows, states, experts."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _OLD_KINDS = {
 }
 
 
-def read_windows(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
+def read_sliding_windows(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
     """Per layer: the sliding window in tokens, or None for full attention."""
-    if family.windows == "none":
+    if family.sliding_windows == "none":
         return (None,) * layers
     window = fields.whole_or_none("sliding_window", 2)
-    if family.windows == "all":
+    if family.sliding_windows == "all":
         return (window,) * layers
     kinds = layer_types(fields, layers, ("full_attention", "sliding_attention"))
-    if family.windows == "alternating":
+    if family.sliding_windows == "alternating":
         period = family.period
         if "sliding_window_pattern" in fields.defaults:
             period = fields.whole("sliding_window_pattern")
         kinds = kinds or ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     else:
         used = fields.flag("use_sliding_window") and window is not None
-        if family.windows == "switched_all":
+        if family.sliding_windows == "switched_all":
             if used:
                 fields.only("max_window_layers", None)
             return (window if used else None,) * layers
         if not used:
             if kinds and "sliding_attention" in kinds:
-                raise fields.error("`layer_types` names layers with a window, `use_sliding_window` is not set")
+                raise fields.error("`layer_types` names layers with a sliding window, `use_sliding_window` is not set")
             return (None,) * layers
         first = fields.whole("max_window_layers", 0)
         kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if "sliding_attention" in kinds and window is None:
-        raise fields.error("`layer_types` names layers with a window, `sliding_window` is null")
+        raise fields.error("`layer_types` names layers with a sliding window, `sliding_window` is null")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

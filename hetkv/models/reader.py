@@ -12,7 +12,7 @@ from hetkv.errors import InputError
 from hetkv.models.config import IndexedAttention, Latent, ModelConfig
 from hetkv.models.families import COMMON, EXPERT_COUNTS, FAMILIES, FIXED, HARMLESS, WRAPPERS, Family
 from hetkv.models.fields import Fields, load_object
-from hetkv.models.layers import layer_types, read_experts, read_state, read_windows
+from hetkv.models.layers import layer_types, read_experts, read_sliding_windows, read_state
 from hetkv.models.rope import read_rope
 
 
@@ -77,7 +77,7 @@ def _read(fields: Fields, family: Family) -> ModelConfig:
     kv_heads = fields.whole_or_none("num_key_value_heads") or heads
     if heads % kv_heads:
         raise fields.error(f"`num_attention_heads` {heads} is no multiple of `num_key_value_heads` {kv_heads}")
-    rope, window_rope = read_rope(fields, family)
+    rope, sliding_rope = read_rope(fields, family)
     rotated = int(head_dim * rope.fraction)
     if rotated % 2 or rotated == 0:
         raise fields.error(f"{rotated} of {head_dim} channels of a head are rotated (`head_dim`): pairs are needed")
@@ -98,8 +98,8 @@ def _read(fields: Fields, family: Family) -> ModelConfig:
         norm_eps=fields.number("rms_norm_eps"),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         rope=rope,
-        window_rope=window_rope,
-        windows=read_windows(fields, family, layers),
+        sliding_rope=sliding_rope,
+        sliding_windows=read_sliding_windows(fields, family, layers),
         eos_ids=token_ids(fields, "eos_token_id"),
         latent=latent,
         indexed=_indexed(fields, layers),

@@ -23,7 +23,7 @@ _KEYS: Mapping[str, frozenset[str]] = {
 
 
 def read_rope(fields: Fields, family: Family) -> tuple[Rope, Rope | None]:
-    """The rotary embedding, and that of layers with a window where it differs.
+    """The rotary embedding, and that of layers with a sliding window where it differs.
 
     `rope_scaling` wins over `rope_parameters` where it is not empty, with all its fields: theta is then that of
     `rope_theta`. The original context next to them wins over the one inside.
@@ -54,7 +54,7 @@ def _read_nested(fields: Fields, family: Family) -> tuple[Rope, Rope | None]:
     local_theta = "rope_local_base_freq" if "rope_local_base_freq" in fields.defaults else "rope_theta"
     if local_theta == "rope_theta" and "rope_theta" in fields.values and local.get("rope_theta") is None:
         raise fields.error(
-            "`rope_theta` may not count for layers with a window: give it in `rope_parameters` of each kind"
+            "`rope_theta` may not count for layers with a sliding window: give it in `rope_parameters` of each kind"
         )
     return (
         _read(fields, family, full, "rope_parameters", fields.number("rope_theta")),

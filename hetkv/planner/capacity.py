@@ -226,7 +226,7 @@ def aggregated(steps: StepModel, demand: Demand, places: int, budget: int) -> Ca
     each = max(demand.steps, 1.0)
     context = demand.context + 8.0
     chunk = min(demand.prompt, float(budget))
-    free = steps.kv_room - steps.kv.layer * steps.kv.windowed * budget  # a step's prompts are held whole until its end
+    free = steps.kv_room - steps.kv.layer * steps.kv.sliding * budget  # a step's prompts are held whole until its end
     room = min(float(places), free / steps.kv.bytes(context))
     if room < 1:
         return NONE

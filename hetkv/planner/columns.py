@@ -47,7 +47,7 @@ class Column:
 
     `rates[i]` holds in a pool of `COUNTS[i]` or more, `relaxed` without queueing. `port_rate` is what its port carries.
     `unstartable` says why the engine cannot start it; empty where it can. `handover`, of a decode column where the
-    first token comes from decode: what it takes at the least, in a batch of one.
+    first token comes from decode: what it takes at least, in a batch of one.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Column:
 
     @property
     def key(self) -> tuple[str, str, str, int, int, int, int]:
-        """What tells columns apart."""
+        """What distinguishes columns."""
         return self.model, self.role, self.gpu, self.tp, self.pp, self.dp, self.budget
 
     def __str__(self) -> str:
@@ -189,7 +189,7 @@ class _Builder:
                 self._add("aggregated", own, aggregated(own.steps, self.demand, places, budget * own.place.dp))
 
     def _sizes(self, offer: GpuOffer) -> list[Placement]:
-        """The sizes to try; a word about those that are not."""
+        """The sizes to try; the reasons for the others go to `rejected`."""
         found = []
         for place, why in considered(self.model, offer, self.shape):
             if why:
@@ -199,7 +199,7 @@ class _Builder:
         return found
 
     def _starts(self, one: _Instance, disaggregated: bool) -> bool:
-        """Whether it can be started, or need not; a word about it where not."""
+        """Whether it can be started, or does not have to; adds the reason to `rejected` where not."""
         why = self._obstacle(one, disaggregated)
         if why:
             role = "disaggregated" if disaggregated else "aggregated"
@@ -211,7 +211,7 @@ class _Builder:
         return obstacle(use_of(one.engine, one.place, self.shape, disaggregated))
 
     def _steps(self, offer: GpuOffer, place: Placement, engine: Engine) -> StepModel | None:
-        """The step model of one size; None, and a word about it, where the model does not fit."""
+        """The step model of one size; None, with the reason in `rejected`, where the model does not fit."""
         gpu = self.catalogue.gpu(offer.gpu)
         count_work(gpu, self.shape, place, engine.weight_dtype, engine.kv_dtype)  # missing figures are errors
         where = f"{self.shape.name} on {gpu.name} {shape_text(place)}"

@@ -198,10 +198,10 @@ class _Milp:
     def _model(self, model: str, kv_bytes: float) -> None:
         """Every request is served: by prefill and decode instances, or by aggregated ones."""
         rate = self.rates[model]
-        apart, both = (
+        separate, both = (
             [c for c in self.columns if c.model == model and (c.role == "aggregated") is x] for x in (False, True)
         )
-        split = self.split[model] = self.variables.add(1.0 if apart else 0.0)
+        split = self.split[model] = self.variables.add(1.0 if separate else 0.0)
         if not both:
             self.rows.add({split: 1.0}, 1.0, 1.0)
         most = rate if self.for_cost else self._largest(model)
@@ -219,11 +219,11 @@ class _Milp:
                 self.rows.add({**terms, self.scale: -rate, split: most}, 0.0, inf)
             chosen = [y for c in both for y in self.y[c.key]]
             self.rows.add({**dict.fromkeys(chosen, 1.0), split: len(chosen)}, -inf, len(chosen))
-            for size in {c.key[:-1] for c in both}:  # instances of one size are set up alike
-                alike = [y for c in both if c.key[:-1] == size for y in self.y[c.key]]
-                self.rows.add(dict.fromkeys(alike, 1.0), -inf, 1.0)
+            for size in {c.key[:-1] for c in both}:  # instances of one size have one setting
+                same_size = [y for c in both if c.key[:-1] == size for y in self.y[c.key]]
+                self.rows.add(dict.fromkeys(same_size, 1.0), -inf, 1.0)
         fabric = self.problem.link.fabric_gb_s
-        if fabric is not None and apart:
+        if fabric is not None and separate:
             carried = PORT_LOAD * fabric * 1e9 / kv_bytes
             if self.for_cost:
                 self.rows.add({split: rate}, -inf, carried)

@@ -16,7 +16,7 @@ LARGEST = 8
 """Instances of a role, at most: beyond that the program's plan stands."""
 
 BURSTS = 1.05
-"""Share of a TPOT that a decode pool may use behind the strongest prefill pool and still be tried behind the plan's
+"""Share of a TPOT that a decode pool may use after the strongest prefill pool and still be tried after the plan's
 own: KV arrives in other bursts there."""
 
 VECTORS = 20_000
@@ -127,7 +127,7 @@ def vectors(columns: Sequence[Column], trials: Trials, rate: float, most: float)
 
 
 def one_budget(counts: Counts) -> bool:
-    """Whether no two columns differ in their prompt budget alone: instances of one size are set up alike."""
+    """Whether no two columns differ in their prompt budget alone: instances of one size have one setting."""
     return len({k[:-1] for k in counts}) == len(counts)
 
 

@@ -1,4 +1,4 @@
-"""TTFT and TPOT that the formulas behind the capacities expect of a plan."""
+"""TTFT and TPOT that the formulas of the capacities expect of a plan."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 def load_problem(path: str | Path) -> Problem:
-    """Read a problem from YAML. Whatever is wrong is one `InputError` that names file, place and value.
+    """Read a problem from YAML. Anything wrong is one `InputError` that names file, place and value.
 
     `catalogue` and `calibration` files count from the problem's own folder.
     """
@@ -200,8 +200,8 @@ def check_problem(problem: Problem, origin: str = "problem") -> Problem:
     bases = sorted({o.basis for o in problem.gpus if o.basis})
     if len(bases) > 1 and not problem.allow_mixed_price_bases:
         raise InputError(
-            f"{origin}: gpus: prices of unlike basis ({', '.join(bases)}) do not compare; "
-            "`allow_mixed_price_bases: true` mixes them all the same"
+            f"{origin}: gpus: prices of different basis ({', '.join(bases)}) do not compare; "
+            "`allow_mixed_price_bases: true` mixes them nevertheless"
         )
     _objective(problem, origin)
     _link(problem, origin)
@@ -238,7 +238,7 @@ def _offer(offer: GpuOffer, where: str, catalogue: Catalogue, goal: Goal) -> Gpu
 
 
 def check_date(text: str, what: str) -> None:
-    """`InputError` unless `text` is a month or a day as ISO 8601 writes it: prices are told by their dates."""
+    """`InputError` unless `text` is a month or a day as ISO 8601 writes it: a price counts only with its date."""
     try:
         date.fromisoformat(text if len(text) == len("2026-05-01") else f"{text}-01")
     except ValueError:
@@ -267,7 +267,7 @@ def _class(spec: WorkloadClass, index: int, problem: Problem, origin: str) -> Wo
     for field in ("ttft_percentile", "tpot_percentile"):
         value = getattr(spec, field)
         if not 0 < value < 100:
-            raise InputError(f"{where}: `{field}` must lie between 0 and 100, got {value}")
+            raise InputError(f"{where}: `{field}` must be between 0 and 100, got {value}")
     for field in ("prompt_tokens", "output_tokens"):
         parse_lengths(getattr(spec, field), f"{where}: `{field}`")
     return msgspec.structs.replace(spec, model=model)

@@ -22,10 +22,10 @@ from hetkv.simulator.traffic.trace import Row, hash_tokens_of, read_rows
 
 PERIODS = 12
 GROWTH, MOST = 1.25, 32
-"""A pool whose target is missed grows by this factor, to `MOST` times its instances at the most."""
+"""A pool whose target is missed grows by this factor, to at most `MOST` times its instances."""
 
 FEWEST = 50
-"""Requests that a period needs for its lengths to be told."""
+"""Requests that a period needs for its lengths to be known."""
 
 
 class Period(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class Period(msgspec.Struct, frozen=True):
 
 
 class Replan(msgspec.Struct, frozen=True):
-    """The periods of a trace. `cost` is USD for the whole trace, replanned; `peak_cost` with the dearest plan held."""
+    """The periods of a trace. `cost`: USD for the whole trace, replanned; `peak_cost`: with the costliest plan kept."""
 
     trace: str
     periods: list[Period]
@@ -194,7 +194,7 @@ class _Own:
         return self._spare(said, grown) if said.meets and grown is not instances else (said, grown)
 
     def _spare(self, said: Verdict, instances: list[Instances]) -> tuple[Verdict, list[Instances]]:
-        """Take instances away, the dearest first, while the targets hold without them."""
+        """Take instances away, the most expensive first, while the targets hold without them."""
         for at in sorted(range(len(instances)), key=lambda i: -(instances[i].usd_per_hour or instances[i].gpus)):
             while instances[at].count > 1:
                 fewer = list(instances)

@@ -30,7 +30,7 @@ RESERVE = 0.02
 
 
 DEARER = 1.1
-"""Where no plan met the targets, the neighbours are asked up to this multiple of the dearest plan that was tried."""
+"""Where no plan met the targets, the neighbours are asked up to this multiple of the costliest plan that was tried."""
 
 TOO_SLOW = {"prefill": NEAR, "decode": BURSTS, "aggregated": NEAR}
 """Of a target, the share that a pool uses that is out: what misses by less may hold with more of the other role."""
@@ -252,9 +252,9 @@ class Search:
         plan = self.best or self.near() or min(self._left(), key=lambda c: c.used, default=None)
         if plan is None:
             return
-        dearest = plan.cost if plan.used <= NEAR else DEARER * max(c.cost for c in self.seen)
+        most = plan.cost if plan.used <= NEAR else DEARER * max(c.cost for c in self.seen)
         for model in self.checkers:
-            plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else dearest)
+            plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else most)
         if self._better(plan):
             self.best = plan
         self.verify_seconds += time.perf_counter() - start

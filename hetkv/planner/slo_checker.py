@@ -172,15 +172,15 @@ def deployment(problem: Problem, model: ModelSpec, instances: Sequence[Instances
                 weight=item.weight,
             )
         )
-    unlike = sum(i.role == "aggregated" for i in instances) > 1
-    apart = any(i.role == "prefill" for i in instances)
+    mixed = sum(i.role == "aggregated" for i in instances) > 1
+    separate = any(i.role == "prefill" for i in instances)
     used = {i.gpu for i in instances}
     return Deployment(
         model=model.name,
         pools=pools,
         engine=engine,
-        link=problem.link if apart else None,
-        routing=Routing("weighted" if unlike else "least_loaded", "least_loaded"),
+        link=problem.link if separate else None,
+        routing=Routing("weighted" if mixed else "least_loaded", "least_loaded"),
         prices=[p for p in problem.prices if p.gpu in used],
         allow_mixed_price_bases=problem.allow_mixed_price_bases,
         first_token_at=problem.first_token_at,

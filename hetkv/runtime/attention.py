@@ -45,7 +45,7 @@ class Attention:
             for name in (("q_norm", "k_norm") if config.qk_norm != "none" else ())
         ]
         self.sinks = weights.get(at + "sinks")
-        self.window = config.windows[index]
+        self.sliding_window = config.sliding_windows[index]
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
 
     def project(self, x: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ class Attention:
     def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
         for number, part in enumerate(batch.parts):
-            k, v, mask = batch.read(number, self.index, query.dtype, self.window)
+            k, v, mask = batch.read(number, self.index, query.dtype, self.sliding_window)
             q = query[part.rows].view(len(part.spans), part.queries, *query.shape[1:])
             out[part.rows] = self._product(q, k, v, mask).flatten(0, 1)
         return out.flatten(1)

@@ -45,7 +45,7 @@ def check_computed(config: ModelConfig, origin: str) -> None:
         raise InputError(
             f"{origin}: activation {config.activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
         )
-    for rope in (config.rope, config.window_rope):
+    for rope in (config.rope, config.sliding_rope):
         if rope is not None and rope.kind not in ROPE_KINDS:
             raise InputError(
                 f"{origin}: rope type {rope.kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}"

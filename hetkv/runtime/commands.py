@@ -1,4 +1,4 @@
-"""What an instance's engine is told (`Command`), and what it tells (`Report`). They travel as MessagePack, too."""
+"""What an instance's engine receives (`Command`) and sends (`Report`). They travel as MessagePack, too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Give a sequence up, whatever it is doing. Nothing more is told of it."""
+    """Give a sequence up, whatever it is doing. Nothing more is reported of it."""
 
     id: str
     reason: str = "aborted"

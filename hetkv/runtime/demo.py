@@ -68,7 +68,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Outcome = Literal["identical", "rounding", "different", "not compared"]
-"""`rounding`: other tokens than `transformers`, which keeps KV in fp32, but of one process that rounds it alike."""
+"""`rounding`: other tokens than `transformers`, which keeps KV in fp32, but one process that rounds so gives them."""
 
 
 class RequestResult(msgspec.Struct, kw_only=True):

@@ -7,7 +7,7 @@
     engine.submit(Begin("c", token))                                            # ... with this first token
 
 An engine has no role: what it is asked for makes it one that prefills, one that decodes, or both. One thread runs it;
-`submit` may be called from any. What happens is told in a `Report` a step.
+`submit` may be called from any. What happened is in one `Report` a step.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._transfers: dict[str, _Transfer] = {}
         self._of: dict[str, _Transfer] = {}  # by sequence
-        self._told: dict[str, int] = {}  # blocks of a sequence that the ranks know
+        self._known_blocks: dict[str, int] = {}  # blocks of a sequence that the ranks know
         self._forget: list[str] = []
         self._abort: dict[str, str] = {}
         self._announce: list[Announce] = []
@@ -167,7 +167,7 @@ class Engine:
         """Do all that can be done now; whether anything was computed."""
         granted = [self._ticket(sequence) for sequence in self.batching.grant()]
         chunks = self.batching.plan()
-        for name in [name for name in self._told if not self._sequences[name].blocks]:
+        for name in [name for name in self._known_blocks if not self._sequences[name].blocks]:
             self._gone(name)  # preempted
         pieces = [self._piece(chunk) for chunk in chunks]
         order = Order(
@@ -227,18 +227,18 @@ class Engine:
 
     def _gone(self, name: str) -> None:
         """The ranks forget a sequence's blocks."""
-        if self._told.pop(name, None) is not None:
+        if self._known_blocks.pop(name, None) is not None:
             self._forget.append(name)
 
     def _piece(self, chunk: Chunk) -> Piece:
         sequence, start, stop = chunk
-        told = self._told.get(sequence.id, 0)
-        if sequence.goes_to and not told:
+        known = self._known_blocks.get(sequence.id, 0)
+        if sequence.goes_to and not known:
             self._announced(sequence)
-        self._told[sequence.id] = len(sequence.blocks)
+        self._known_blocks[sequence.id] = len(sequence.blocks)
         return Piece(
-            id=sequence.id, start=start, tokens=sequence.tokens[start:stop], blocks=sequence.blocks[told:],
-            fresh=told == 0, draw=Draw(sequence.sampling, sequence.generated) if chunk.last else None,
+            id=sequence.id, start=start, tokens=sequence.tokens[start:stop], blocks=sequence.blocks[known:],
+            fresh=known == 0, draw=Draw(sequence.sampling, sequence.generated) if chunk.last else None,
             transfer=self._of[sequence.id].name if sequence.goes_to else "",
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 A token leaves `rank + rope_dim` channels in the pool: the normed latent, and one rotated key that all heads share. Keys
 and values are never expanded. The key of head h is `K_h @ latent`, so `query . key = (query @ K_h) . latent`, and the
 output `V_h @ (weights @ latents)`: queries go into the latent's space, attention there has one key and value head, and
-its result comes back out. This is the paper's "absorbed" form, for prefill and decoding alike.
+its result comes back out. This is the paper's "absorbed" form, for both prefill and decoding.
 """
 
 from __future__ import annotations

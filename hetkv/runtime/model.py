@@ -75,8 +75,8 @@ class Decoder:
         some = next(iter(weights.values()))
         self.dtype, self.device = some.dtype, some.device
         self._rotary = Rotary(config.rope, config.head_dim, self.device)
-        self._window_rotary = (
-            self._rotary if config.window_rope is None else Rotary(config.window_rope, config.head_dim, self.device)
+        self._sliding_rotary = (
+            self._rotary if config.sliding_rope is None else Rotary(config.sliding_rope, config.head_dim, self.device)
         )
         self._spec = config.kv_spec()
 
@@ -143,11 +143,11 @@ class Decoder:
             self._check(span)
         batch = Batch(spans)
         full = self._rotary.at(batch.positions, self.dtype)
-        local = full if self._window_rotary is self._rotary else self._window_rotary.at(batch.positions, self.dtype)
+        local = full if self._sliding_rotary is self._rotary else self._sliding_rotary.at(batch.positions, self.dtype)
         shape = (len(batch.ids), self.config.hidden_size)
         x = self._embed(batch.ids) if self.part.first else self.group.receive(shape, self.dtype)
         for index, layer in self.layers.items():
-            turn = full if self.config.windows[index] is None else local
+            turn = full if self.config.sliding_windows[index] is None else local
             with around_layer(index):
                 x = self._run(index, layer, x, batch, turn, on_layer)
         if not self.part.last:

@@ -64,7 +64,7 @@ class BlockAllocator:
 
 
 class Pages:
-    """One sequence's blocks in a pool. It borrows both: whoever allocated the blocks frees them.
+    """One sequence's blocks in a pool. It borrows both: the caller that allocated the blocks frees them.
 
     `block_ids`: one list per cache group, in token order.
     """

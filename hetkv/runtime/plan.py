@@ -39,7 +39,7 @@ class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 PREFILL_POOL = SideOptions(block_size=16, layout="nhd")
 DECODE_POOL = SideOptions(block_size=64, layout="rocm")
-"""Unlike in block size and layout: what the demo converts by default."""
+"""Different in block size and layout: what the demo converts by default."""
 
 
 class InstancePlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -96,7 +96,7 @@ def encode(prompts: Sequence[Prompt], tokenizer: TextTokenizer, model: str) -> l
         else:
             ids = tokenizer.encode(template.render(prompt.messages), special_tokens=False)
         if not ids:
-            raise InputError("a prompt has no tokens: the tokenizer makes none of its text")
+            raise InputError("a prompt has no tokens: the tokenizer returns none for its text")
         found.append(ids)
     return found
 

@@ -1,7 +1,7 @@
 """One rank of a serving instance: `Rank`, a part of the model, its pool, and both ends of the transport over it.
 
 It decides nothing: the instance's `Engine` says what to compute, to announce and to receive, as an `Order`, and every
-rank of the instance gets the same orders. Ends of transfers are told as events, in a thread of the transport.
+rank of the instance gets the same orders. Ends of transfers are reported as events, in a thread of the transport.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Rank:
         block_bytes = sum(tensor.nbytes for at in one.layers.values() for tensor in at.tensors.values())
         self.blocks = self.fitting_blocks(block_bytes)
         if self.blocks < 1:
-            raise InputError(f"{config.name}: no room for a block of {block_bytes} bytes beside the weights")
+            raise InputError(f"{config.name}: no room for a block of {block_bytes} bytes after the weights")
         self.pool = KVPool.allocate(self.model.kv_spec, self.blocks, device=self.device, **kinds)  # type: ignore[arg-type]
         self.token_bytes = block_bytes / pool.block_size
         self.exchange = self._stack.enter_context(

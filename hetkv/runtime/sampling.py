@@ -26,7 +26,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     top_p: float = 1.0
     seed: int = 0
     logprobs: int = -1
-    """Likeliest tokens to report beside each chosen one; -1: nothing is reported."""
+    """Likeliest tokens to report with each chosen one; -1: nothing is reported."""
     ignore_eos: bool = False
 
     @property
@@ -63,15 +63,15 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Token]:
     if drawn:
         for row, token in zip(drawn, _draw(logits[drawn], [draws[row] for row in drawn]).tolist(), strict=True):
             chosen[row] = token
-    told = [row for row, draw in enumerate(draws) if draw.sampling.logprobs >= 0]
+    asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs >= 0]
     tokens = [Token(token) for token in chosen]
-    if told:
-        most = max(draws[row].sampling.logprobs for row in told)
-        logs = logits[told].float().log_softmax(dim=-1)
+    if asked:
+        most = max(draws[row].sampling.logprobs for row in asked)
+        logs = logits[asked].float().log_softmax(dim=-1)
         best = logs.topk(max(most, 1), dim=-1)
-        own = logs.gather(1, torch.tensor([[chosen[row]] for row in told], device=logs.device))[:, 0].tolist()
+        own = logs.gather(1, torch.tensor([[chosen[row]] for row in asked], device=logs.device))[:, 0].tolist()
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for row, log, (ids, values) in zip(told, own, pairs, strict=True):
+        for row, log, (ids, values) in zip(asked, own, pairs, strict=True):
             count = draws[row].sampling.logprobs
             tokens[row] = Token(chosen[row], log, tuple(zip(ids[:count], values[:count], strict=True)))
     return tokens

@@ -20,7 +20,7 @@ def _shape(
     return ModelConfig(
         family=family, vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_layers=layers,
         num_heads=heads, num_kv_heads=kv_heads, head_dim=128, max_context=32768,
-        qk_norm="head" if family == "qwen3" else "none", rope=Rope(theta=theta), windows=(None,) * layers,
+        qk_norm="head" if family == "qwen3" else "none", rope=Rope(theta=theta), sliding_windows=(None,) * layers,
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def shape(name: str, layers: int | None = None) -> ModelConfig:
         return whole
     if not 1 <= layers <= whole.num_layers:
         raise InputError(f"{layers} layers of {name}: it has {whole.num_layers}")
-    return msgspec.structs.replace(whole, num_layers=layers, windows=whole.windows[:layers])
+    return msgspec.structs.replace(whole, num_layers=layers, sliding_windows=whole.sliding_windows[:layers])
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

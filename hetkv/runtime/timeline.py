@@ -13,7 +13,6 @@ from hetkv.errors import InputError
 
 ROWS = {"compute": "prefill", "pack": "prefill", "wire": "prefill", "unpack": "decode"}
 """Row names in the order of a byte's way, and the process that each belongs to."""
-_KINDS = {1: "pack", 2: "wire", 3: "unpack"}
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -33,9 +32,9 @@ class Span(msgspec.Struct, frozen=True):
         return self.process or ROWS[self.row]
 
 
-def engine_spans(trace: Sequence[tuple[int, int, int, int, int, int]], process: str = "") -> list[Span]:
+def engine_spans(trace: Sequence[tuple[str, int, int, int, int, int]], process: str = "") -> list[Span]:
     """Spans of `engine.take_trace()`: (kind, handle, layer, start, stop, bytes)."""
-    return [Span(_KINDS[kind], layer, start, stop, size, process) for kind, _, layer, start, stop, size in trace]
+    return [Span(kind, layer, start, stop, size, process) for kind, _, layer, start, stop, size in trace]
 
 
 def write_perfetto(path: Path | str, spans: Sequence[Span]) -> None:

@@ -17,7 +17,7 @@ class TextTokenizer:
     """A thin cover of `tokenizers.Tokenizer`, which neither truncates nor pads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # A file remembers how it was last used, which says nothing of the next text.
+        # A file remembers how it was last used, which says nothing about the next text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -67,14 +67,14 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._told = 0
+        self._sent = 0
 
     def push(self, token_id: int, last: bool = False) -> str:
         """What the token adds; empty where its characters are not whole yet. The `last` one brings what is left."""
         self._ids.append(token_id)
         text = self._stream.step(self._tokenizer, token_id) or ""
-        self._told += len(text)
-        return text + str(self._tokenizer.decode(self._ids))[self._told :] if last else text
+        self._sent += len(text)
+        return text + str(self._tokenizer.decode(self._ids))[self._sent :] if last else text
 
 
 class TokenIds:

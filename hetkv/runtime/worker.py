@@ -129,7 +129,7 @@ class Worker:
         )
         self.sending: dict[str, tuple[SendHandle, list[list[int]]]] = {}
         self.kv_ns: dict[str, int] = {}
-        self.trace: list[tuple[int, int, int, int, int, int]] = []
+        self.trace: list[tuple[str, int, int, int, int, int]] = []
         self.accepted: dict[str, tuple[RecvHandle, list[list[int]], int]] = {}
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ def serve(config: WorkerConfig, pipe: Connection) -> None:
     """Body of a rank's process: answer `("ok", result)` or `("error", kind, text)` to each call until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its ranks
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and nobody else should reach them
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host, and no other host should reach them
     with suppress(EOFError, OSError):  # the parent has hung up
         _serve(config, pipe)
 

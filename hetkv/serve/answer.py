@@ -34,20 +34,20 @@ class StopStrings:
         self._longest = max(map(len, stops), default=0)
 
     def push(self, text: str, last: bool = False) -> tuple[str, bool]:
-        """What can be told of the text so far, and whether a stop string ended it."""
+        """What can be sent of the text so far, and whether a stop string ended it."""
         self._kept += text
         found = [at for at in (self._kept.find(stop) for stop in self._stops) if at >= 0]
         if found:
-            told, self._kept = self._kept[: min(found)], ""
-            return told, True
+            sent, self._kept = self._kept[: min(found)], ""
+            return sent, True
         keep = 0
         if not last:
             for count in range(min(self._longest - 1, len(self._kept)), 0, -1):
                 if any(stop.startswith(self._kept[-count:]) for stop in self._stops):
                     keep = count
                     break
-        told, self._kept = self._kept[: len(self._kept) - keep], self._kept[len(self._kept) - keep :]
-        return told, False
+        sent, self._kept = self._kept[: len(self._kept) - keep], self._kept[len(self._kept) - keep :]
+        return sent, False
 
 
 class Answer:

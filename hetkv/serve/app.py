@@ -36,7 +36,7 @@ class Engines(Protocol):
 
 
 class Fleet:
-    """hetkv's own instances behind a scheduler. Implements `Engines`."""
+    """A scheduler over hetkv's own instances. Implements `Engines`."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Fleet:
             any(m.up and m.role == role for m in members) for role in ("prefill", "decode")
         )
         detail = {m.name: {"role": m.role, "up": m.up, "requests": m.requests} for m in members}
-        return ready, {"instances": detail, "refused": self.scheduler.refused}
+        return ready, {"instances": detail, "rejected": self.scheduler.rejected}
 
 
 async def _collected(pieces: AsyncGenerator[Piece]) -> list[Piece]:

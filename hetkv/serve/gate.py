@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hetkv.control.connection import Address
+from hetkv.control.address import Address
 from hetkv.errors import AuthenticationError, HetkvError, InputError
 from hetkv.runtime.commands import Report
 from hetkv.serve.member import Member

@@ -57,7 +57,7 @@ class Generation:
 
     @property
     def transfer(self) -> str:
-        """Name of the transfer of this attempt, unlike any other's."""
+        """Unique name of the transfer of this attempt."""
         return f"{self.id}/{self.attempt}"
 
     def push(self, token: Token, finish: str) -> None:

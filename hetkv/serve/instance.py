@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from hetkv.control.connection import Address
+from hetkv.control.address import Address
 from hetkv.control.secret import shared_secret
 from hetkv.errors import HetkvError, PeerLostError
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
@@ -30,9 +30,9 @@ from hetkv.runtime.commands import Report, Reset
 from hetkv.runtime.engine import Engine
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.rank import RankConfig
+from hetkv.runtime.rank_processes import ranks_of
 from hetkv.runtime.synthetic import shape
-from hetkv.runtime.team import ranks_of
-from hetkv.serve.messages import Beat, Goodbye, Hello, Leaving, Refused, ToScheduler, Trace, Welcome
+from hetkv.serve.messages import Beat, Goodbye, Hello, Leaving, Rejected, ToScheduler, Trace, Welcome
 from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, Seal, greeting
 
 BEAT_S = 1.0
@@ -117,13 +117,13 @@ class Connection:
 
 
 class Instance:
-    """An engine that registers with a scheduler. `run` returns when it is told to end."""
+    """An engine that registers with a scheduler. `run` returns when the scheduler ends it."""
 
     def __init__(self, config: InstanceConfig) -> None:
         self.config = config
         self._secret = shared_secret(config.secret_file)
         self.name = f"{config.plan.name}.{secrets.token_hex(2)}"
-        """Unlike that of one that had this place before, which others may still have a link to."""
+        """Different from that of one that had this place before, which others may still have a link to."""
         described = model_config(config.model)
         model: str | ModelConfig
         if is_shape(config.model):
@@ -190,8 +190,8 @@ class Instance:
             self._connection = connection
             while True:
                 message = connection.receive()
-                if isinstance(message, Refused):
-                    self._end(f"refused: {message.reason}")
+                if isinstance(message, Rejected):
+                    self._end(f"rejected: {message.reason}")
                     return
                 if isinstance(message, Goodbye):
                     self._end("")

@@ -1,7 +1,7 @@
 """A traffic against a running OpenAI-compatible server, measured by the simulator's metrics: `LoadTest`.
 
 Requests are streamed completions of fixed lengths. Times count from the moment a request should have been sent, so that
-a client that falls behind does not hide a server that does.
+a slow client does not hide a slow server.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LoadTest:
 
     async def _read(self, answer: aiohttp.ClientResponse, request: Request) -> int:
         """A stream to its end."""
-        chunks, told, status = 0, 0, FAILED
+        chunks, counted, status = 0, 0, FAILED
         async for line in answer.content:
             if not line.startswith(b"data: "):
                 continue
@@ -122,14 +122,14 @@ class LoadTest:
                 self._note(_message(line[6:]))
                 return FAILED
             elif b'"choices":[]' in line or b'"choices": []' in line:
-                told = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)
+                counted = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)
             else:
                 chunks += 1
                 request.last_token = now
                 if chunks == 1:
                     request.first_token = now
         # Several tokens may share a chunk, and a token may have no text of its own: the server's count holds.
-        request.output = request.generated = told or chunks
+        request.output = request.generated = counted or chunks
         return status if request.generated else FAILED
 
     def _note(self, text: str) -> None:
@@ -137,7 +137,7 @@ class LoadTest:
 
 
 class Prompts:
-    """Made-up prompts, each unlike the others but for the blocks that a trace's hashes say are the same."""
+    """Made-up prompts, each different from the others except for the blocks that a trace's hashes say are the same."""
 
     def __init__(self, vocabulary: int, hash_tokens: int, seed: int) -> None:
         if vocabulary and vocabulary <= FIRST_ID + 1:

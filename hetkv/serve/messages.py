@@ -1,4 +1,4 @@
-"""What an instance and its scheduler say to each other, beside the engine's own commands and reports."""
+"""What an instance and its scheduler say to each other, in addition to the engine's own commands and reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """An instance registers."""
 
     name: str
-    """Unlike any other instance's, also of one that had its place before."""
+    """Different from every other instance's, also from one that had its place before."""
     role: Role
     pool: str
     """Line of the plan that it belongs to."""
@@ -47,7 +47,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     """The instance is known; it gets requests once it is linked to those of the other role."""
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class Rejected(msgspec.Struct, frozen=True, tag=True):
     """The instance does not fit here. It should end."""
 
     reason: str
@@ -73,5 +73,5 @@ class Trace(msgspec.Struct, frozen=True, tag=True):
     """CLOCK_REALTIME minus CLOCK_MONOTONIC of the instance's host."""
 
 
-ToInstance = Welcome | Refused | Goodbye | Compute | Expect | Begin | Abort | Link | Reset
+ToInstance = Welcome | Rejected | Goodbye | Compute | Expect | Begin | Abort | Link | Reset
 ToScheduler = Hello | Report | Beat | Leaving | Trace

@@ -1,7 +1,7 @@
 """OpenAI's requests as this server understands them: `Call`, made of a body. What is not understood is an error.
 
-Beside OpenAI's fields there are vLLM's `top_k` and `ignore_eos`. Fields whose effect is not implemented are taken where
-their value asks for nothing, as clients send them so.
+vLLM's `top_k` and `ignore_eos` are taken, too. Fields whose effect is not implemented are taken where their value asks
+for nothing, as clients send them so.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hetkv.runtime.block_manager import prefix_hashes
 from hetkv.runtime.commands import Abort, Begin, Compute, Expect, Link, Linked, Output, Report, Reset
 from hetkv.serve.generation import Generation
 from hetkv.serve.member import Member
-from hetkv.serve.messages import Goodbye, Hello, Refused, Role, Welcome
+from hetkv.serve.messages import Goodbye, Hello, Rejected, Role, Welcome
 from hetkv.simulator.router import BALANCED, Router
 
 MOST_ATTEMPTS = 5
@@ -39,7 +39,7 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         """No instance can take them now."""
         self.generations: dict[str, Generation] = {}
-        self.refused: dict[str, str] = {}
+        self.rejected: dict[str, str] = {}
         """Instances that did not fit, and why."""
         self._on_end = on_end or (lambda generation: None)
         self._link_attempts: dict[tuple[str, str], int] = {}
@@ -226,10 +226,10 @@ class Scheduler:
     # -- instances
 
     def join(self, member: Member) -> None:
-        """A new instance; it gets requests once it is linked. One that does not fit is refused."""
+        """A new instance; it gets requests once it is linked. One that does not fit is rejected."""
         reason = self._against(member.hello)
         if reason:
-            self.refuse(member, reason)
+            self.reject(member, reason)
             return
         self.members[member.name] = member
         hello = member.hello
@@ -269,12 +269,12 @@ class Scheduler:
         self._link()
         return member
 
-    def refuse(self, member: Member, reason: str) -> None:
-        """It does not fit, and is told to end."""
-        self.refused[member.name] = reason
-        log.warning("%s is refused: %s", member.name, reason)
-        member.send(Refused(reason))
-        self.lost(member, "it was refused")
+    def reject(self, member: Member, reason: str) -> None:
+        """It does not fit, and has to end."""
+        self.rejected[member.name] = reason
+        log.warning("%s is rejected: %s", member.name, reason)
+        member.send(Rejected(reason))
+        self.lost(member, "it was rejected")
 
     def _against(self, hello: Hello) -> str:
         """Why an instance cannot serve with those that are there."""
@@ -333,7 +333,7 @@ class Scheduler:
                 log.warning("%s stays %s: %s", newer.name, newer.role, reason)
                 newer.wanted = newer.role
             else:
-                self.refuse(newer, reason)
+                self.reject(newer, reason)
         self._link()
 
     def _route(self, member: Member, up: bool) -> None:

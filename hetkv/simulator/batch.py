@@ -39,8 +39,8 @@ class DecodeBatch:
         request.finish_step = self.steps + request.output - request.generated
         request.phase = (tokens - self.steps) % self.pages.block_size
         self._phases[request.phase] += 1
-        if self.pages.windowed:
-            request.full_step = self.steps + self.pages.window - tokens
+        if self.pages.sliding:
+            request.full_step = self.steps + self.pages.sliding_tokens - tokens
             if request.full_step > self.steps:
                 self._filling[request.phase] += 1
                 heappush(self._full, (request.full_step, request.id, request.run, request))
@@ -54,7 +54,7 @@ class DecodeBatch:
         request.run += 1  # voids its entry in the finish heap
         request.generated = request.output - (request.finish_step - self.steps)
         self._phases[request.phase] -= 1
-        if self.pages.windowed and request.full_step > self.steps:
+        if self.pages.sliding and request.full_step > self.steps:
             self._filling[request.phase] -= 1
         self.context -= request.prompt + request.generated - 1
 
@@ -89,7 +89,7 @@ class DecodeBatch:
         """Pages that the next `steps` steps take, no more of them than `to_next_change`."""
         taken = self.pages.full * self._crossed(self._phases, len(self.members), steps)
         if self._full:
-            taken += self.pages.windowed * self._crossed(self._filling, sum(self._filling), steps)
+            taken += self.pages.sliding * self._crossed(self._filling, sum(self._filling), steps)
         return taken
 
     def _crossed(self, phases: list[int], members: int, steps: int) -> int:

@@ -103,7 +103,7 @@ class Cluster:
             chosen.enqueue(request)
 
     def _offer(self, _: object = None) -> None:
-        """The central queue has a new head: an idle instance takes it now, else whichever ends a step first."""
+        """The central queue has a new head: an idle instance takes it now, else the first that ends a step."""
         instances = self.entry.by_load()
         for instance in instances:
             if instance.idle and self.central:

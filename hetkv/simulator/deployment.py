@@ -162,7 +162,7 @@ StepModels = Callable[[PoolPlan, Engine], StepModel]
 
 
 def load_plan(path: str | Path, model: str | None = None) -> Plan:
-    """Read `plan.yaml`, with `model` in place of its own. Whatever is wrong is an `InputError` by file and field.
+    """Read `plan.yaml`, with `model` in place of its own. Anything wrong is an `InputError` by file and field.
 
     `catalogue` and `calibration` files count from the plan's own folder.
     """
@@ -348,7 +348,7 @@ def _check(plan: Plan, origin: str) -> None:
         for field in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _positive(getattr(engine, field), f"{where}: engine `{field}`")
         if not 0 < engine.confidence < 1:
-            raise InputError(f"{where}: engine `confidence` must lie between 0 and 1, got {engine.confidence}")
+            raise InputError(f"{where}: engine `confidence` must be between 0 and 1, got {engine.confidence}")
         if engine.chunked_prefill and engine.max_num_seqs >= engine.max_num_batched_tokens:
             raise InputError(
                 f"{where}: engine `max_num_batched_tokens` {engine.max_num_batched_tokens} leaves no room for prompts "
@@ -387,7 +387,7 @@ def _check_rest(plan: Plan, origin: str) -> None:
     if len(bases) > 1 and not plan.allow_mixed_price_bases:
         raise InputError(
             f"{origin}: prices of different basis ({', '.join(bases)}) do not compare; "
-            "`allow_mixed_price_bases: true` mixes them all the same"
+            "`allow_mixed_price_bases: true` mixes them nevertheless"
         )
 
 

@@ -17,8 +17,8 @@ AGGREGATED, PREFILL, DECODE = "aggregated", "prefill", "decode"
 class Pool:
     """`count` equal instances of `gpus` GPUs each. Lengths are tokens.
 
-    `kv_blocks` of `block_size` tokens in all layers fit in what the weights leave; a request has `most_tokens` of KV at
-    the most (None: what fits). `weight` is an instance's share of the requests under the discipline `weighted`.
+    `kv_blocks` of `block_size` tokens in all layers fit in what the weights leave; a request has `most_tokens` of KV
+    at most (None: what fits). `weight` is an instance's share of the requests under the discipline `weighted`.
     `skip_ahead` False runs every decode step as an event of its own: the same results, slowly (the tests compare both).
     """
 
@@ -70,7 +70,7 @@ class Pool:
         line = self._lines.get(batch)
         if line is None:
             reach = self.kv_blocks * self.block_size * (8 if self.prefix_caching else 1)
-            if self.pages.windowed:
+            if self.pages.sliding:
                 reach = min(batch * self.longest, reach * self.pages.block // max(self.pages.full, 1))
             line = self._lines[batch] = StepLine(self.model, batch, reach)
         return line

@@ -103,11 +103,11 @@ class Router(Generic[T]):
         self.central = discipline == CENTRAL_QUEUE
         self._next = self._number = 0
         costs: dict[str, Callable[[T, Routed], float]] = {
-            BALANCED: _shares_taken if for_decode else _prompt_seconds_beside_prefix,
+            BALANCED: _shares_taken if for_decode else _prompt_seconds_after_prefix,
             CENTRAL_QUEUE: lambda instance, _: instance.requests,
             JOIN_SHORTEST_QUEUE: lambda instance, _: instance.requests,
             LEAST_LOADED: _requests_per_block if for_decode else _prompt_seconds,
-            PREFIX_AWARE: _bytes_to_move if for_decode else _prompt_seconds_beside_prefix,
+            PREFIX_AWARE: _bytes_to_move if for_decode else _prompt_seconds_after_prefix,
             WEIGHTED: lambda instance, _: (instance.requests + 1) / instance.pool.weight,
         }
         self._cost = costs.get(discipline)
@@ -206,7 +206,7 @@ def _prompt_seconds(instance: Candidate, request: Routed) -> float:
     return (instance.prompt_tokens + request.target) * instance.pool.seconds_per_prompt_token + 1e-9 * instance.requests
 
 
-def _prompt_seconds_beside_prefix(instance: Candidate, request: Routed) -> float:
+def _prompt_seconds_after_prefix(instance: Candidate, request: Routed) -> float:
     return _prompt_seconds(instance, request) - _held(instance, request) * instance.pool.seconds_per_prompt_token
 
 

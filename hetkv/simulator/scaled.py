@@ -15,8 +15,8 @@ LOW, HIGH = "low", "high"
 class ScaledStepModel(StepModel):
     """`model` with all step times multiplied by `end`, or so that a typical step is at that end of its interval.
 
-    Errors of a cost model are mostly common to all steps of a kind (an efficiency that is off), hence one factor for
-    steps that decode only and one for steps with prompt tokens.
+    Errors of a cost model are mostly common to all steps of a kind (an efficiency that is off), so there is one
+    factor for steps that decode only and one for steps with prompt tokens.
     """
 
     def __init__(self, model: StepModel, end: str | float) -> None:

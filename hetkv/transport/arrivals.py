@@ -1,4 +1,4 @@
-"""`Arrivals`: which layers of a request have arrived; a future of a layer exists only once somebody asks for it."""
+"""`Arrivals`: which layers of a request have arrived; a future of a layer exists only once it is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
-from hetkv.transport.handle import WATCH_LAYERS, Handle, running, settle
+from hetkv.transport.handle import Handle, running, settle
 
 
 class Arrivals(Mapping[int, "Future[None]"]):
@@ -32,7 +32,7 @@ class Arrivals(Mapping[int, "Future[None]"]):
         if layer not in self._layers:
             raise KeyError(layer)
         if not self._watched:
-            self._handle.watch(WATCH_LAYERS)
+            self._handle.watch("layers")
             self._watched = True
         with self._lock:
             future = self._futures.setdefault(layer, running())

@@ -23,7 +23,7 @@ class Backend(NamedTuple):
 
 
 def folder() -> str:
-    """Where the shared objects lie: `backends/` beside the extension, which an editable install keeps apart from the
+    """Where the shared objects are: `backends/` next to the extension, which an editable install keeps away from the
     sources; or the folder that `HETKV_BACKENDS` names."""
     from hetkv.core import core
 

@@ -3,7 +3,7 @@
 batch = sender.batch([(a, (0, 512)), (b, (4096, 4097)), c])    # once a step
 for layer in range(num_layers):
     ...                                                        # compute the layer for all of them
-    batch.send_layer(layer)                                    # one event, one hand-over, whatever their number
+    batch.send_layer(layer)                                    # one event, one hand-over for all
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ class SendBatch:
     def _send(self, layer: int, stream: Any) -> None:
         device = self._device
         if device is None and stream is not None:
-            raise InputError("the pool lies in host memory: no stream has to be waited for")
+            raise InputError("the pool is in host memory: no stream has to be waited for")
         self._sender.engine.send_batch(self._core, layer, device.stream(stream) if device else None)

@@ -20,7 +20,7 @@ with an order: also an array of NumPy or PyTorch, an `array.array`, a generator.
 
 
 def per_group(spec: KVSpec, num_tokens: int | Sequence[int], block_ids: BlockIds) -> tuple[list[int], list[array[int]]]:
-    """Token counts and block ids per cache group; a `state` group has one record, whatever the token count.
+    """Token counts and block ids per cache group; a `state` group has one record for any token count.
 
     Raises `InputError`.
     """

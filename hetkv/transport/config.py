@@ -23,16 +23,16 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     slot_bytes: int | None = None
     """Bytes of one window slot and of one staging buffer: the largest payload of a frame. Default: 1 MiB, and 16 MiB
-    where the pool lies on a device, so that a layer is one frame."""
+    where the pool is on a device, so that a layer is one frame."""
     window_bytes: int | None = None
-    """Receiver: memory of all its slots together, whatever the number of senders. Default: see `default_window`, and
-    16 slots where the pool lies on a device."""
+    """Receiver: memory of all its slots together, for any number of senders. Default: see `default_window`, and
+    16 slots where the pool is on a device."""
     window: Literal["auto", "host", "device"] = "auto"
-    """Receiver with a pool on a device: where slots lie. `auto`: in the device's memory for peers that can store into
+    """Receiver with a pool on a device: where slots are. `auto`: in the device's memory for peers that can store into
     it (same host, same vendor), in pinned host memory for all others."""
     staging_slots: int | None = None
     """Sender: staging buffers, used where a peer's window cannot be stored into, and for what the copy engine takes
-    across. Default: 4, and 6 where the pool lies on a device."""
+    across. Default: 4, and 6 where the pool is on a device."""
     bundle_frames: int = 64
     """Sender: most frames (layers of requests) that share a slot, a launch and a message; at most 64."""
     max_slots_per_link: int = 8
@@ -46,7 +46,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     pack kernel stores across by itself, and holds multiprocessors for as long as that takes."""
     high_priority: bool | None = None
     """Packs and unpacks on a device go before other work of the process. Default: a receiver's do, as they are short
-    and awaited; a sender's do not, as they run beside its compute."""
+    and awaited; a sender's do not, as they run during its compute."""
     spin_us: int = 1000
     """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5

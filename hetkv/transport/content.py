@@ -17,7 +17,7 @@ CONTENT_BYTES = 16
 
 
 def content_digest(token_ids: Sequence[int], extra: Sequence[Any] = ()) -> bytes:
-    """Digest of all that a prompt's KV depends on beside the model: 16 bytes, equal in every process and engine.
+    """Digest of all that a prompt's KV depends on other than the model: 16 bytes, equal in every process and engine.
 
     `extra` is what else enters the computation, in an order that both sides keep: hashes of images and where they
     stand, the adapter's name, a cache salt, hashes of embeddings; anything that MessagePack can say. Raises

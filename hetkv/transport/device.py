@@ -1,4 +1,4 @@
-"""The device that a pool lies on: its backend, its streams, and what its driver says of the pool's memory."""
+"""The device that a pool is on: its backend, its streams, and what its driver says of the pool's memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PoolDevice:
         if not isinstance(number, int):
             raise InputError(f"a stream is an integer or a torch.cuda.Stream, not {type(stream).__name__}")
         if device is not None and device.index != self.index:
-            raise InputError(f"the stream is one of {device}, the pool lies on {self}")
+            raise InputError(f"the stream is one of {device}, the pool is on {self}")
         return number
 
     def check(self, pool: KVPool) -> None:
@@ -53,7 +53,7 @@ class PoolDevice:
                 raise InputError(f"layer {layer}, segment {name!r}: the memory is {_NOT_DEVICE[found['kind']]}")
             if found["device"] != self.index:
                 raise InputError(
-                    f"layer {layer}, segment {name!r}: the memory lies on device {found['device']}, not on {self}"
+                    f"layer {layer}, segment {name!r}: the memory is on device {found['device']}, not on {self}"
                 )
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def device_of(pool: KVPool) -> PoolDevice | None:
     if name == "cpu":
         return None
     if name not in ("cuda", "hip"):
-        raise InputError(f"a pool on {pool.device}: pools lie in host memory or on a CUDA or HIP device")
+        raise InputError(f"a pool on {pool.device}: pools are in host memory or on a CUDA or HIP device")
     from hetkv.core import core
     from hetkv.transport.backends import backends, folder
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetkv.control.connection import Address
+from hetkv.control.address import Address
 from hetkv.kv.pool import KVPool
-from hetkv.kv.spec import Shard
-from hetkv.transport.config import TransferConfig
+from hetkv.transport.node import Node
 from hetkv.transport.peer import Peer
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 
 if TYPE_CHECKING:
-    import ssl
+    from typing import Concatenate
 
-    from typing_extensions import Self
+    from typing_extensions import ParamSpec, Self
+
+    P = ParamSpec("P")
+
+
+def same_arguments(
+    of: Callable[Concatenate[Any, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """The method takes the arguments of `of` and hands them on; its signature and docstring are those of `of`."""
+    return wraps(of)
 
 
 class Addresses(NamedTuple):
@@ -30,34 +39,20 @@ class Addresses(NamedTuple):
 class Exchange:
     """One rank that is `sender` and `receiver` at once, each with its own progress thread, links and requests.
 
-    The two are independent: what is sent must not lie in blocks of a ticket that is open, which is the owner's to see
-    to, as with any other writer of the pool. A request id may be under way in both directions. `close` (or `with`) ends
-    both.
+    The two are independent: what is sent must not be in blocks of an open ticket. The caller ensures that, as with any
+    other writer of the pool. A request id may be under way in both directions. `close` (or `with`) ends both.
     """
 
-    def __init__(
-        self,
-        pool: KVPool,
-        *,
-        instance: str,
-        rank: int = 0,
-        tp: int = 1,
-        pp: int = 1,
-        instance_shards: Sequence[Shard] = (),
-        secret: bytes | None = None,
-        config: TransferConfig | None = None,
-        tls: ssl.SSLContext | None = None,
-        fingerprint: Mapping[str, str] | None = None,
-    ) -> None:
-        """Arguments and errors are those of `Sender` and `Receiver`."""
-        self.pool = pool
+    @same_arguments(Node.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as stack:
-            common: dict[str, Any] = {"secret": secret, "instance": instance, "rank": rank, "tp": tp, "pp": pp}
-            common |= {"instance_shards": instance_shards, "config": config, "tls": tls}
-            common["fingerprint"] = fingerprint
-            self.sender = stack.enter_context(Sender(pool, **common))
-            self.receiver = stack.enter_context(Receiver(pool, **common))
+            self.sender = stack.enter_context(Sender(*args, **kwargs))
+            self.receiver = stack.enter_context(Receiver(*args, **kwargs))
             self._nodes = stack.pop_all()
+
+    @property
+    def pool(self) -> KVPool:
+        return self.sender.pool
 
     def listen(self, address: str = "127.0.0.1:0") -> Addresses:
         """Accept peers for both roles. With a port that is not 0 the sender takes it, and the receiver the next."""

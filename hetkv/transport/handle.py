@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     import hetkv._core as _core
 
 RequestId = uuid.UUID | bytes | str
-LAYER, COMPLETE, PACKED, FAILED, LINK_LOST, LINK_DRAINED = range(1, 7)
-"""Kinds of events of the engine (`csrc/engine/events.h`)."""
-IS_PACKED, HAS_ENDED = 1, 2
-"""Phases of a request (`csrc/engine/outcome.h`): its blocks are free; complete or failed."""
-WATCH_END, WATCH_PACKED, WATCH_LAYERS = 1, 2, 4
-"""What the engine tells events of, where it is asked to."""
-
 making = threading.Lock()
 
 
@@ -61,7 +54,7 @@ class Handle:
         self._error: HetkvError | None = None
         self._finish = begin(type(self).__name__, request_id)
         if self._finish is not None:
-            self.watch(WATCH_END)
+            self.watch("end")
 
     def __repr__(self) -> str:
         if not self.done():
@@ -78,7 +71,7 @@ class Handle:
             with making:
                 if self._future is None:
                     self._future = running()
-            self.watch(WATCH_END)
+            self.watch("end")
         if self.done():
             settle(self._future, self.error)
         return self._future
@@ -94,7 +87,7 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the request is complete. Raises its `HetkvError`; `WaitTimeoutError` after `timeout` seconds."""
-        self._wait(HAS_ENDED, timeout)
+        self.check_end(self.outcome.wait(timeout), timeout)
 
     def done(self) -> bool:
         """Whether the request has ended, well or not."""
@@ -104,23 +97,24 @@ class Handle:
         return asyncio.wrap_future(self.future).__await__()
 
     def abort(self, reason: str = "aborted by the caller") -> None:
-        """Give the request up on both sides. `future` fails once nothing of this side touches its blocks any more."""
+        """Give the request up on both sides. `future` fails once this side no longer touches its blocks."""
         self._node.engine.abort(self.handle, reason.encode(errors="replace").decode())
 
-    def _wait(self, phase: int, timeout: float | None) -> None:
-        if not self.outcome.wait(phase, timeout):
+    def check_end(self, in_time: bool, timeout: float | None) -> None:
+        """Raise the error of a wait that was not in time, or of a request that has failed."""
+        if not in_time:
             raise timed_out(timeout)
         error = self.error
         if error is not None:
             raise error
 
-    def watch(self, what: int) -> None:
+    def watch(self, what: _core._Watch) -> None:
         """Have `on_event` called for what happens from now on, and for an end that has happened."""
         self._node.requests.watch(self, what)
 
-    def on_event(self, kind: int, layer: int) -> None:
-        """Take an event of the engine; called in the dispatching thread. An end may be told twice."""
-        if kind not in (COMPLETE, FAILED):
+    def on_event(self, kind: _core._EventKind, layer: int) -> None:
+        """Take an event of the engine; called in the dispatching thread. An end may come twice."""
+        if kind not in ("complete", "failed"):
             return
         with making:
             finish, self._finish = self._finish, None
@@ -131,7 +125,7 @@ class Handle:
 
 
 class Ending(Future[None]):
-    """A future whose callbacks harm nobody: what one raises, also `SystemExit`, is logged, and the next one runs."""
+    """A future that logs what a callback raises, also `SystemExit`, and runs the next one."""
 
     def add_done_callback(self, fn: Callable[[Future[None]], object]) -> None:
         super().add_done_callback(lambda future: call(fn, future))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hetkv.control.connection import Address
+from hetkv.control.address import Address
 from hetkv.errors import ControlTimeoutError, IncompatibleError, InputError, PeerLostError
 
 if TYPE_CHECKING:

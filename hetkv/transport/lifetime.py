@@ -15,7 +15,7 @@ _forked = False
 
 
 def check_process() -> None:
-    """Raise `TransportError` in a child that was forked beside an open node."""
+    """Raise `TransportError` in a child that was forked while a node was open."""
     if _forked:
         raise TransportError(
             "this process was forked from one with an open Sender or Receiver, whose UCX threads it lacks: "

@@ -1,4 +1,4 @@
-"""From what two ranks agreed on to the plans of their link: where what travels lies in this pool."""
+"""From what two ranks agreed on to the plans of their link: where in this pool the transferred parts are."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.Lay
             continue
         encoding |= 1 << index
         factor = [how.factor] * heads.size if not sends and step == "keep" and how.factor != 1.0 else []
-        nowhere = core.SegmentMap.canonical(base, 1, how.scale_groups, DType.FLOAT32.code)
+        constant = core.SegmentMap.canonical(base, 1, how.scale_groups, DType.FLOAT32.code)
         scales.append(
             core.SegmentPlan(
-                pool=place if place is not None and not found_here else nowhere,
+                pool=place if place is not None and not found_here else constant,
                 first_head=first_head,
                 channels=how.scale_groups,
                 wire_dtype=DType.FLOAT32.code,
@@ -76,7 +76,7 @@ def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.Lay
 def wanted(mine: Description, stops: list[int], cached: list[int]) -> list[Interval]:
     """Tokens to ask for, per cache group: what is not cached, and of a sliding-window group only the window's reach."""
     ranges = []
-    for stop, start, window in zip(stops, cached, mine.spec.windows, strict=True):
+    for stop, start, window in zip(stops, cached, mine.spec.sliding_windows, strict=True):
         # The next token, number `stop`, sees keys from `stop - window + 1` on.
         first = start if window is None else max(start, stop + 1 - window)
         ranges.append(Interval(min(first, stop), stop))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
 
-from hetkv.control.connection import Address, ControlConnection, connect
+from hetkv.control.address import Address
+from hetkv.control.connection import ControlConnection, connect
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.handshake import Role, check_secret
 from hetkv.control.listener import Listener
@@ -20,7 +21,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.transport import lifetime
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
-from hetkv.transport.handle import FAILED, LINK_DRAINED, LINK_LOST, Handle, RequestId
+from hetkv.transport.handle import Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
 from hetkv.transport.peer import Peer, Peers
@@ -53,7 +54,7 @@ class Node(ABC, Generic[P]):
 
     The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; a node that
     is dropped without it works on until the interpreter exits, which closes it. Any thread may call any method, also
-    from a future's callback. A node does not survive a fork, and where one was open a forked child can make none of its
+    from a future's callback. A node does not survive a fork, and where one was open a forked child cannot make its
     own: it has the memory but not the threads. Start processes with the `spawn` method, or before the first node.
     """
 
@@ -82,9 +83,9 @@ class Node(ABC, Generic[P]):
         of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values.
 
         Raises `InputError` for what does not fit together, also where a receiver's pool is not writable or overlaps
-        itself; `TransportError` where RDMA is asked for and UCX does not start, or the process was forked beside an
-        open node; and for a pool on a device what `device_of` raises and `DeviceError` where the device has no memory
-        left for windows.
+        itself; `TransportError` where RDMA is asked for and UCX does not start, or the process was forked while a
+        node was open; and for a pool on a device what `device_of` raises and `DeviceError` where it has no memory left
+        for windows.
         """
         if not isinstance(instance, str) or not isinstance(rank, SupportsIndex):
             raise InputError(f"instance is a name and rank an integer, not {instance!r} and {rank!r}")
@@ -96,7 +97,7 @@ class Node(ABC, Generic[P]):
         shards = instance_shards_of(pool, self.rank, tp, pp, instance_shards)
         self.pool = pool
         self.device = device_of(pool)
-        """The device that the pool lies on; `None` in host memory."""
+        """The device that the pool is on; `None` in host memory."""
         if self.role == "receiver":
             pool.check_destination()
         else:
@@ -197,7 +198,7 @@ class Node(ABC, Generic[P]):
         something of this pool; ranks of an `Instance` that are linked already stay so.
 
         Raises `IncompatibleError` with the field and both values, `AuthenticationError`, `PeerLostError`, `InputError`;
-        nothing of an instance is linked then that was not before.
+        no rank of an instance is linked then that was not before.
         """
         if not isinstance(address, str):
             return connect_instance(self, address)
@@ -272,7 +273,7 @@ class Node(ABC, Generic[P]):
         self.close()
 
     def _accept(self, connection: ControlConnection) -> None:
-        """Link a peer that has connected. A failure is the peer's to see; it closes the connection."""
+        """Link a peer that has connected. A failure closes the connection, which the peer sees."""
         try:
             self._link(connection)
         except HetkvError as error:
@@ -329,7 +330,7 @@ class Node(ABC, Generic[P]):
             self.engine.drop_link(before.link, to_code(ClosedError()), f"{before.name} has linked again")
 
     def _device_windows(self, connection: ControlConnection) -> bool:
-        """Whether this side lends that peer slots in device memory: where its device can store into them."""
+        """Whether this side grants that peer slots in device memory: where its device can store into them."""
         if self.device is None or self.role == "sender" or self.config.window == "host":
             return False
         theirs = connection.peer
@@ -338,7 +339,7 @@ class Node(ABC, Generic[P]):
         return near or self.config.window == "device"
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
-        """The peer's process ended or closed, so nothing of it touches this side's memory any more."""
+        """The peer's process ended or closed, so it no longer touches this side's memory."""
         self._set_lost(peer, error)
         self.engine.drop_link(peer.link, to_code(PeerLostError("")), f"{peer.name}: {error}")
         self._retire(peer)
@@ -358,7 +359,7 @@ class Node(ABC, Generic[P]):
 
     @abstractmethod
     def _retire(self, peer: Peer) -> None:
-        """The peer is gone for good."""
+        """The peer is gone permanently."""
 
     def _check_reachable(self, address: str, verb: str) -> None:
         """Raise `InputError` for another host where the secret is this host's own."""
@@ -380,22 +381,22 @@ class Node(ABC, Generic[P]):
                 raise InputError(f"request {request_id!r} is under way already") from None
 
     def _dispatch(self) -> None:
-        """Body of the dispatching thread: ends when the engine has stopped and its events are told."""
+        """Body of the dispatching thread: ends when the engine has stopped and its events are handled."""
         while events := self.engine.wait_events():
             for kind, handle, link, layer, code, detail in events:
-                if kind in (LINK_LOST, LINK_DRAINED):
+                if kind in ("link_lost", "link_drained"):
                     self._on_link_event(kind, link, from_code(code, detail) if code else None)
                     continue
-                if kind == FAILED:
+                if kind == "failed":
                     log.info("%s: a request failed: %s", self.role, detail)
                 self.requests.dispatch(kind, handle, layer)
         self.requests.end()
 
-    def _on_link_event(self, kind: int, link: int, error: HetkvError | None) -> None:
+    def _on_link_event(self, kind: _core._EventKind, link: int, error: HetkvError | None) -> None:
         peer = self._peers.get(link)
         if peer is None:
             return
-        if kind == LINK_LOST:
+        if kind == "link_lost":
             self._set_lost(peer, error)
         elif self.role == "sender":
             # The end of the connection tells the receiver that no store of this side is under way any more.

@@ -16,7 +16,7 @@ from hetkv.errors import InputError, PeerLostError, UnsupportedError
 from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group
 from hetkv.transport.content import check_content
-from hetkv.transport.handle import LAYER, Handle, RequestId, making, request_key, timed_out
+from hetkv.transport.handle import Handle, RequestId, making, request_key, timed_out
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import Node
 from hetkv.transport.peer import Peer
@@ -46,11 +46,11 @@ class RecvHandle(Handle):
     def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
         """Block until the request is complete, or make `stream` wait for that while the host goes on.
 
-        What is put into the stream later runs behind it. It also runs once the request has failed, over undefined
+        What is put into the stream later runs after it. It also runs once the request has failed, over undefined
         blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`.
 
         Raises the request's `HetkvError`, and `WaitTimeoutError` after `timeout` seconds, which a stream does not
-        count. With `stream`: `InputError` where the pool lies in host memory or the stream on another device,
+        count. With `stream`: `InputError` where the pool is in host memory or the stream on another device,
         `UnsupportedError` where the device cannot do that (`hetkv probe` says so).
         """
         if stream is None:
@@ -73,12 +73,12 @@ class RecvHandle(Handle):
     def _stream_waits(self, stream: Any, layer: int) -> None:
         device = self._node.device
         if device is None:
-            raise InputError("the pool lies in host memory: wait on the host")
+            raise InputError("the pool is in host memory: wait on the host")
         self._node.engine.wait_stream(self.outcome, layer, device.stream(stream))
 
-    def on_event(self, kind: int, layer: int) -> None:
+    def on_event(self, kind: _core._EventKind, layer: int) -> None:
         if self._arrivals is not None:
-            if kind == LAYER:
+            if kind == "layer":
                 self._arrivals.arrive(layer)
             else:
                 self._arrivals.end()

@@ -1,4 +1,4 @@
-"""`Requests`: a node's handles, as long as somebody may still ask for them or wait for their futures."""
+"""`Requests`: a node's handles, as long as they may be asked for, or their futures waited for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hetkv.control.reactor import call
-from hetkv.transport.handle import COMPLETE, FAILED, Handle
+from hetkv.transport.handle import Handle
+
+if TYPE_CHECKING:
+    import hetkv._core as _core
 
 P = TypeVar("P", bound=Handle)
 log = logging.getLogger("hetkv.transport")
@@ -53,30 +56,33 @@ class Requests(Generic[P]):
         return found
 
     def _reap(self) -> None:
-        """Let go of what ended, where nobody polls. Under the lock."""
+        """Let go of what ended, where no one polls. Under the lock."""
         for handle in self._engine.take_ended():
             self._dropped += len(self._finished) == MOST_UNASKED
             self._finished.append(self._unpolled.pop(handle))
         self._reap_at = len(self._unpolled) + MOST_UNASKED
 
-    def watch(self, handle: P, what: int) -> None:
-        """Have `handle.on_event` called for `what` (`WATCH_...`), and for its end, also where that has happened."""
+    def watch(self, handle: P, what: _core._Watch) -> None:
+        """Have `handle.on_event` called for `what`, and for its end, also where that has happened."""
         self._watched[handle.handle] = handle
         handle.outcome.watch(what)
-        if handle.done() and self._watched.pop(handle.handle, None) is not None:
-            handle.on_event(COMPLETE if handle.error is None else FAILED, -1)
+        self._report_end(handle)
 
-    def dispatch(self, kind: int, number: int, layer: int) -> None:
+    def _report_end(self, handle: P) -> None:
+        if handle.done() and self._watched.pop(handle.handle, None) is not None:
+            handle.on_event("complete" if handle.error is None else "failed", -1)
+
+    def dispatch(self, kind: _core._EventKind, number: int, layer: int) -> None:
         """An event of the engine's about a request; called in the dispatching thread."""
-        ended = kind in (COMPLETE, FAILED)
+        ended = kind in ("complete", "failed")
         watched = self._watched.pop(number, None) if ended else self._watched.get(number)
         if watched is not None:
             call(watched.on_event, kind, layer)
 
     def end(self) -> None:
-        """The engine has ended, and may not have told of all."""
+        """The engine has ended, and may not have had an event for each."""
         for watched in [*self._watched.values()]:
-            self.watch(watched, 0)
+            self._report_end(watched)
 
     @property
     def watched(self) -> int:

@@ -1,4 +1,4 @@
-"""RDMA through UCX: whether this host has it, and what an engine is told."""
+"""RDMA through UCX: whether this host has it, and the engine's settings for it."""
 
 from __future__ import annotations
 

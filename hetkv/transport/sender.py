@@ -22,8 +22,6 @@ from hetkv.transport.batch import SendBatch
 from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group
 from hetkv.transport.content import check_content
 from hetkv.transport.handle import (
-    IS_PACKED,
-    WATCH_PACKED,
     Handle,
     RequestId,
     making,
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 Path = Literal["rma", "shm", "device", "stream"]
 """`device`: packed straight into memory of the peer's device. `shm`: packed straight into host memory that both sides
 map. `rma`: packed into staging, then put by UCX."""
-_PATHS: tuple[Path | None, ...] = (None, "rma", "shm", "device", "stream")
 
 
 class SendHandle(Handle):
@@ -77,7 +74,7 @@ class SendHandle(Handle):
         request has failed, as a prefill learns that late, or where no receiver needs this rank's part of it. A layer
         that was handed over whole, of a request that is complete, raises `InputError`.
 
-        Where the pool lies on a device, the layer will be in it once the work that `stream` holds now has run: an
+        Where the pool is on a device, the layer will be in it once the work that `stream` holds now has run: an
         integer (`cudaStream_t`, `hipStream_t`), a `torch.cuda.Stream`, or PyTorch's current stream by default. Raises
         `InputError` for a stream of another device, or one that captures a graph.
         """
@@ -95,7 +92,7 @@ class SendHandle(Handle):
         if self._device is not None:
             stream = self._device.stream(stream)
         elif stream is not None:
-            raise InputError("the pool lies in host memory: no stream has to be waited for")
+            raise InputError("the pool is in host memory: no stream has to be waited for")
         if stop > start:
             self._engine.send_layer(self.handle, layer, start, stop, stream)
         self._given[layer] = given + counted
@@ -150,7 +147,7 @@ class SendHandle(Handle):
         span, room = self._tokens[group], len(blocks) * self._pool.block_size_of(group)
         self._pool.check_blocks(group, blocks, span.start, min(span.stop, room))
         self._engine.extend(self.handle, group, more)
-        self._blocks[group], self._room[group] = blocks, room  # only now may a thread send layers that lie in them
+        self._blocks[group], self._room[group] = blocks, room  # only now may a thread send layers that are in them
 
     @property
     def packed(self) -> Future[None]:
@@ -158,7 +155,7 @@ class SendHandle(Handle):
         if self._packed is None:
             with making:
                 self._packed = self._packed or running()
-            self.watch(WATCH_PACKED)
+            self.watch("packed")
         if self.is_packed:
             settle(self._packed, self.error)
         return self._packed
@@ -166,13 +163,13 @@ class SendHandle(Handle):
     @property
     def is_packed(self) -> bool:
         """Whether the request has ended, or its blocks are not read any more."""
-        return self.outcome.phase >= IS_PACKED
+        return self.outcome.packed
 
     def wait_packed(self, timeout: float | None = None) -> None:
         """Block until the request's blocks may be freed."""
-        self._wait(IS_PACKED, timeout)
+        self.check_end(self.outcome.wait_packed(timeout), timeout)
 
-    def on_event(self, kind: int, layer: int) -> None:
+    def on_event(self, kind: _core._EventKind, layer: int) -> None:
         if self._packed is not None:
             settle(self._packed, self.error)
         super().on_event(kind, layer)
@@ -236,9 +233,9 @@ class Sender(Node[SendHandle]):
         self.engine.reject(request_key(request_id), reason)
 
     def path(self, peer: Peer) -> Path | None:
-        """How payloads get to a peer, once it has lent a slot: see `Path`."""
-        code: int = self.engine.path(peer.link)
-        return _PATHS[code]
+        """How payloads get to a peer, once it has granted a slot: see `Path`."""
+        engine: _core.Sender = self.engine
+        return engine.path(peer.link)
 
     def _retire(self, peer: Peer) -> None:
-        pass  # what a receiver that ended leaves behind is its own
+        pass  # a receiver that ended leaves nothing to retire here

@@ -13,7 +13,7 @@ Finish = Callable[[BaseException | None], None]
 
 
 def begin(name: str, request_id: object) -> Finish | None:
-    """Begin a range and a span of a request; what is returned ends them. `None` where nobody watches."""
+    """Begin a range and a span of a request; what is returned ends them. `None` where neither is on."""
     nvtx, tracing = sys.modules.get("nvtx"), sys.modules.get("opentelemetry.trace")
     if nvtx is None and tracing is None:
         return None
@@ -42,7 +42,7 @@ def _span(tracing: Any, name: str, attributes: dict[str, str | int]) -> Finish:
     return end
 
 
-LEVELS = ("open_requests", "pending_tickets", "lent_slots", "quarantined_slots")
+LEVELS = ("open_requests", "pending_tickets", "granted_slots", "quarantined_slots")
 """Counters of `Node.stats` that go down again."""
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from hetkv.bench import peers, ucx
-from hetkv.bench.pair import BenchmarkError, Pair, Shape
+from hetkv.bench.pair import Pair, Shape
 from hetkv.cli import main
-from hetkv.errors import HetkvError, InputError
+from hetkv.errors import BenchmarkError, HetkvError, InputError
 from hetkv.transport.config import TransferConfig
 
 
@@ -55,7 +55,7 @@ def test_small_run_writes_every_field(tmp_path: Path, monkeypatch: pytest.Monkey
     assert report["results"][1]["path"] == "stream"
 
 
-def test_resharded_beside_unsharded(tmp_path: Path) -> None:
+def test_resharded_and_unsharded(tmp_path: Path) -> None:
     out = tmp_path / "transfer.json"
     command = (
         "bench transfer --layers 2 --layer-mib 0.5 --rounds 2 --reps 1 --to hnd:32 --path auto --peers none --tp 2:3"

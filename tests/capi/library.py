@@ -1,4 +1,4 @@
-"""The C library as the tests find it: beside the extension, as a build or a wheel has put it there."""
+"""The C library as the tests find it: next to the extension, as a build or a wheel has put it there."""
 
 from __future__ import annotations
 

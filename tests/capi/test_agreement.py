@@ -29,7 +29,7 @@ def random_spec(rng: random.Random) -> KVSpec:
     heads = rng.choice([1, 2, 3, 4, 6, 8])
     layers = [LayerSpec.kv(heads, 16, rng.choice([None, 32])) for _ in range(count)]
     if kind == "mixed":
-        layers[0] = LayerSpec.kv(heads, 16, group=1, window=rng.randint(1, 9))
+        layers[0] = LayerSpec.kv(heads, 16, group=1, sliding_window=rng.randint(1, 9))
         layers.append(LayerSpec.state(heads, 24, group=2))
         layers.append(LayerSpec.kv(heads, 16, shares=0, group=1))
     return KVSpec(layers)
@@ -86,11 +86,12 @@ def test_random_pairs(seed: int) -> None:
 
 @pytest.mark.parametrize(("field", "change"), [
     ("len(spec.layers)", lambda spec: KVSpec(spec.layers[:-1])),
-    ("spec.layers[1].window", lambda spec: KVSpec([spec.layers[0], LayerSpec.kv(4, 16, window=4), *spec.layers[2:]])),
+    ("spec.layers[1].sliding_window",
+     lambda spec: KVSpec([spec.layers[0], LayerSpec.kv(4, 16, sliding_window=4), *spec.layers[2:]])),
     ("spec.layers[0].segments[0].channels", lambda spec: KVSpec.uniform(3, 4, 32)),
     ("spec.layers[0].segments[0].heads", lambda spec: KVSpec.uniform(3, 2, 16)),
 ])  # fmt: skip
-def test_unlike_models_have_the_same_name(field: str, change: Any) -> None:
+def test_different_models_have_the_same_name(field: str, change: Any) -> None:
     spec = KVSpec.uniform(3, 4, 16)
     mine, theirs = describe("sender", spec), describe("receiver", change(spec))
     assert expected(mine, theirs)["field"] == field

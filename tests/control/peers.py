@@ -189,12 +189,12 @@ def drain(sock: socket.socket) -> bytes:
 
 
 def loss_of(connection: ControlConnection, seconds: float = 5.0) -> ControlError:
-    """Wait for the loss, check that it is told exactly once, return it."""
-    told: list[ControlError] = []
+    """Wait for the loss, check that it is reported exactly once, return it."""
+    reported: list[ControlError] = []
     event = threading.Event()
-    connection.on_lost(lambda error: (told.append(error), event.set()))
+    connection.on_lost(lambda error: (reported.append(error), event.set()))
     assert event.wait(seconds)
     time.sleep(0.02)
-    assert len(told) == 1
-    assert connection.lost is told[0]
-    return told[0]
+    assert len(reported) == 1
+    assert connection.lost is reported[0]
+    return reported[0]

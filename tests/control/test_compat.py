@@ -70,7 +70,12 @@ def test_a_hybrid_model_fits():
         (KVSpec.uniform(4, 4, 80), "spec.layers[0].segments[0].channels", "64", "80"),
         (KVSpec.uniform(4, 8, 64), "spec.layers[0].segments[0].heads", "4", "8"),
         (KVSpec.uniform(4, 4, 64, 32), "spec.layers[0].segments[1].channels", "64", "32"),
-        (KVSpec((*SPEC.layers[:3], LayerSpec.kv(4, 64, window=9))), "spec.layers[3].window", "None", "9"),
+        (
+            KVSpec((*SPEC.layers[:3], LayerSpec.kv(4, 64, sliding_window=9))),
+            "spec.layers[3].sliding_window",
+            "None",
+            "9",
+        ),
         (KVSpec((*SPEC.layers[:2], LayerSpec.state(4, 64), SPEC.layers[3])), "spec.layers[2].kind", "kv", "state"),
         (KVSpec((*SPEC.layers[:3], LayerSpec.kv(4, 64, group=1))), "spec.layers[3].group", "0", "1"),
     ],

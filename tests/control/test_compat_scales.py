@@ -99,13 +99,13 @@ def test_shared_scales_need_all_heads_from_one_sender():
     compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
 
 
-def test_unlike_replicas_do_not_share_a_scale():
+def test_other_replicas_do_not_share_a_scale():
     """Heads [0, 2) come from a rank of 2 heads and one of 4: each has a scale of its own for them."""
     whole = Shard.whole(SPEC)
     half = Shard.of(SPEC, 2, 0)
     receiver = scaled("receiver", FN, "token", shard=half, instance_shards=(half,))
-    unlike = scaled("sender", FN, "token", shard=whole, instance_shards=(whole, half))
-    assert rejected(unlike, receiver).field == "layers[0].k.scale"
+    other = scaled("sender", FN, "token", shard=whole, instance_shards=(whole, half))
+    assert rejected(other, receiver).field == "layers[0].k.scale"
     compat.check(scaled("sender", FN, "token", shard=whole, instance_shards=(whole, whole)), receiver)
 
 

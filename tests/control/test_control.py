@@ -1,4 +1,4 @@
-"""The control channel over real sockets: what works, how it ends, TLS, what is left behind."""
+"""The control channel over real sockets: what works, how it ends, TLS, what remains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from hetkv.control import handshake
-from hetkv.control.connection import Address, ControlConnection, connect
+from hetkv.control.address import Address
+from hetkv.control.connection import ControlConnection, connect
 from hetkv.control.description import Ready
 from hetkv.control.handshake import Schedule, hkdf_expand, hkdf_extract
 from hetkv.control.listener import Listener
@@ -129,7 +130,7 @@ def test_many_peers_at_once():
 # --- the end of a connection
 
 
-def test_orderly_close_is_told_once_with_its_reason():
+def test_orderly_close_is_reported_once_with_its_reason():
     with linked() as (client, peer):
         client.close("scaled down")
         lost = loss_of(peer)
@@ -146,8 +147,8 @@ def test_orderly_close_is_told_once_with_its_reason():
 
 def test_own_close_is_no_loss_and_messages_before_a_loss_are_kept():
     with linked() as (client, peer):
-        told: list[ControlError] = []
-        client.on_lost(told.append)
+        reported: list[ControlError] = []
+        client.on_lost(reported.append)
         client.send(Ready())
         client.close()
         client.close()
@@ -155,7 +156,7 @@ def test_own_close_is_no_loss_and_messages_before_a_loss_are_kept():
         assert peer.recv(5) == Ready()
         with pytest.raises(PeerLostError):
             peer.recv(5)
-        assert told == []
+        assert reported == []
         assert client.lost is None
 
 
@@ -258,7 +259,7 @@ def test_tls_with_an_unknown_certificate_or_without_tls_fails(contexts):
 # --- resources
 
 
-def test_nothing_is_left_behind():
+def test_nothing_remains():
     threads, descriptors = threading.active_count(), open_descriptors()
     kept: list[ControlConnection] = []  # so that it is close, not the garbage collector, that frees the descriptors
     with serving(timeout=1.0) as server:
@@ -355,7 +356,7 @@ def test_malformed_addresses_are_named(text, problem):
         Address.parse(text)
 
 
-def test_a_side_that_describes_itself_in_the_other_role_is_told():
+def test_a_side_that_describes_itself_in_the_other_role_is_reported():
     with (
         serving() as server,
         pytest.raises(InputError, match="this side is the sender, but describes itself as receiver"),

@@ -199,7 +199,7 @@ def test_a_silent_server_times_out():
         done.set()
 
 
-# --- a broken or hostile peer behind the handshake
+# --- a broken or hostile peer after the handshake
 
 
 @pytest.mark.parametrize("bit", [0, 40, 70, 8 * 16, 8 * 20, -1])

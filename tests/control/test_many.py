@@ -138,11 +138,11 @@ def test_callbacks_that_exit_end_nobody() -> None:
         with pytest.raises(HetkvError):
             join(server, secret=bytes(20))
         with join(server) as client, server.next() as peer:
-            told = threading.Event()
+            lost = threading.Event()
             peer.on_lost(leave)
-            peer.on_lost(lambda _: told.set())
+            peer.on_lost(lambda _: lost.set())
             client.close()
-            assert told.wait(5)
+            assert lost.wait(5)
         with join(server), server.next():
             pass
 

@@ -84,7 +84,7 @@ def test_names_as_drivers_and_people_write_them(name: str, found: str) -> None:
     assert CATALOGUE.gpu(name).name == found
 
 
-def test_a_pair_in_a_mesh_has_one_link_and_behind_a_switch_the_whole_port() -> None:
+def test_a_pair_in_a_mesh_has_one_link_and_with_a_switch_the_whole_port() -> None:
     mesh, switch = CATALOGUE.gpu("MI300X"), CATALOGUE.gpu("H100-SXM")
     assert mesh.link_bandwidth(1) == 64e9
     assert mesh.link_bandwidth(7) == 448e9

@@ -109,7 +109,7 @@ def test_confidence_moves_step_times_between_the_ends_of_the_interval() -> None:
     slow = step_model("MI325X", "Llama-3.1-8B", confidence=0.95).step_estimate(32, 32_000)
     assert (slow.low, slow.high) == pytest.approx((centre.low, centre.high))
     for confidence in (0, 1, -0.1):
-        with pytest.raises(InputError, match="confidence must lie between 0 and 1"):
+        with pytest.raises(InputError, match="confidence must be between 0 and 1"):
             step_model("MI325X", "Llama-3.1-8B", confidence=confidence)
 
 

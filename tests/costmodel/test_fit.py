@@ -148,8 +148,8 @@ def test_a_closed_loop_keeps_littles_law() -> None:
 def test_disaggregation_takes_prompts_out_of_the_decode_steps() -> None:
     one, room = np.array([1.0]), np.array([1e6])
     together = aggregated(K, load(64), room, 8192, QUIET)
-    apart = disaggregated(K, K, load(64), one, one, room, 8192, 0 * one, QUIET)
-    assert apart.tpot_s[0] < together.tpot_s[0]
+    separate = disaggregated(K, K, load(64), one, one, room, 8192, 0 * one, QUIET)
+    assert separate.tpot_s[0] < together.tpot_s[0]
 
 
 def test_prefill_workers_bound_the_rate() -> None:

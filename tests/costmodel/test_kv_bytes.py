@@ -60,7 +60,7 @@ def test_a_request_keeps_what_transformers_keeps(family: str, tmp_path: Path) ->
         model_shape.cache_clear()
         shape, size = cached(family, config, tokens, tmp_path)
         assert shape.kv_bytes_of_request(tokens, 4) == size
-        if not shape.window_layers and not shape.state_layers:
+        if not shape.sliding_layers and not shape.state_layers:
             assert kv_bytes_per_token(shape, 1, "bf16") * 2 * tokens == size
 
 
@@ -105,7 +105,7 @@ def test_fields_that_were_read_wrong(family: str, changes: dict[str, Any], messa
     with torch.no_grad():
         cache = AutoModelForCausalLM.from_config(again).eval().float()(torch.arange(40)[None]).past_key_values
     assert shape.kv_bytes_of_request(40, 4) == sum(sizes(layer) for layer in cache.layers)
-    assert shape.window_layers == sum(layer.is_sliding for layer in cache.layers)
+    assert shape.sliding_layers == sum(layer.is_sliding for layer in cache.layers)
 
 
 def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     model_shape.cache_clear()
     shape = model_shape(str(tmp_path))
-    assert (shape.full_layers, shape.window_layers, shape.window) == (1, 2, 9)
+    assert (shape.full_layers, shape.sliding_layers, shape.sliding_window) == (1, 2, 9)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma3"
 
 

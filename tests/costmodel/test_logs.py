@@ -12,7 +12,7 @@ from hetkv.cli import main
 from hetkv.costmodel import load_catalogue, load_efficiencies, step_model
 from hetkv.costmodel.calibration.engine_steps import EngineSteps
 from hetkv.costmodel.calibration.fit import PRIORS, STEP_NAMES
-from hetkv.costmodel.calibration.logs import Prompt, Setup, Window, read
+from hetkv.costmodel.calibration.logs import Period, Prompt, Setup, read
 from hetkv.costmodel.calibration.logs import request_log as requests
 from hetkv.costmodel.calibration.own_runs import from_log
 from hetkv.costmodel.efficiency import Constants, Key
@@ -65,13 +65,13 @@ def test_a_request_log_moves_a_vendors_prior_to_the_gpu_and_narrows_the_interval
 
 @needs_data
 def test_a_real_log_calibrates_without_looking_ahead() -> None:
-    """The first 22 s predict the windows of the rest; nothing that happened later changes the entry."""
+    """The first 22 s predict the periods of the rest; nothing that happened later changes the entry."""
     setup = Setup("RTX-PRO-6000", "Llama-3.1-8B", "vllm", "0.19.0", "bf16", chunk=2048)
     whole = requests.parse((DATA / RUN).read_text(), "run")
     horizon = float(whole.queued.min()) + 22
     seen = requests.observations(whole, horizon)
     entry, _ = from_log(seen, setup, load_efficiencies(), CATALOGUE, "run")
-    later = [row for row in requests.observations(whole)[7:20] if isinstance(row, Window)]
+    later = [row for row in requests.observations(whole)[7:20] if isinstance(row, Period)]
     base = load_efficiencies().find("RTX-PRO-6000", "nvidia", "vllm", "0.19.0", "bf16")
 
     def error(constants: Constants) -> np.ndarray:
@@ -132,28 +132,28 @@ vllm:request_prefill_time_seconds_count{{model_name="m"}} {count}
 """
 
 
-def test_vllms_own_lines_give_steady_windows(tmp_path: Path) -> None:
+def test_vllms_own_lines_give_steady_periods(tmp_path: Path) -> None:
     """The first line has none before it, the third hides prompt work in the prefix cache, the fourth jumps."""
     path = tmp_path / "vllm.log"
     path.write_text(VLLM_LOG)
-    assert read([path], SETUP)[1] == [Window(10.0, 20.0, 40_000.0, 8000.0, 0.0, 0.0)]
+    assert read([path], SETUP)[1] == [Period(10.0, 20.0, 40_000.0, 8000.0, 0.0, 0.0)]
     path.write_text(VLLM_LOG.split("\n", 1)[1])
     with pytest.raises(InputError, match="no line `GPU KV cache size"):
         read([path], SETUP)
 
 
-def test_sglangs_decode_lines_beside_a_prefill_are_left_out(tmp_path: Path) -> None:
+def test_sglangs_decode_lines_next_to_a_prefill_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "sglang.log"
     path.write_text(SGLANG_LOG)
-    assert read([path], SETUP)[1] == [Window(1.0, 5.0, 20_800.0, 150.0)]
+    assert read([path], SETUP)[1] == [Period(1.0, 5.0, 20_800.0, 150.0)]
 
 
-def test_two_scrapes_give_a_window_and_a_prompt(tmp_path: Path) -> None:
+def test_two_scrapes_give_a_period_and_a_prompt(tmp_path: Path) -> None:
     first, second = tmp_path / "1.prom", tmp_path / "2.prom"
     first.write_text(SCRAPE.format(tokens=1000, prompt=5000, steps=100, spent=20, count=10, prefill=1))
     second.write_text(SCRAPE.format(tokens=9000, prompt=25_000, steps=600, spent=180, count=50, prefill=5))
-    window, prompt = read([first, second], SETUP)[1]
-    assert window == Window(8000 / 16 * 0.02, 16.0, 16 * (500 + 100), 8000.0, 20_000.0, 40.0)
+    period, prompt = read([first, second], SETUP)[1]
+    assert period == Period(8000 / 16 * 0.02, 16.0, 16 * (500 + 100), 8000.0, 20_000.0, 40.0)
     assert prompt == Prompt(0.1, 500.0, 16.0, 16 * (500 + 100))
     with pytest.raises(InputError, match="shrank between two scrapes"):
         read([second, first], SETUP)

@@ -88,9 +88,9 @@ def test_quantised_experts_leave_the_rest_in_bf16() -> None:
     assert size == pytest.approx(shape.routed_params * 0.53125 + (shape.total_params - shape.routed_params) * 2)
 
 
-def test_window_and_state_layers() -> None:
+def test_sliding_and_state_layers() -> None:
     gpt, qwen = model_shape("gpt-oss-120b"), model_shape("Qwen3.5-397B-A17B")
-    assert (gpt.full_layers, gpt.window_layers, gpt.window) == (18, 18, 128)
+    assert (gpt.full_layers, gpt.sliding_layers, gpt.sliding_window) == (18, 18, 128)
     assert (qwen.full_layers, qwen.state_layers) == (15, 45)
 
 

@@ -62,7 +62,7 @@ def test_experts_touched_grow_with_the_batch() -> None:
     assert seconds(k, 40, 0, 0, 0) == pytest.approx(dense + routed, rel=0.05)
 
 
-def test_a_window_bounds_the_keys() -> None:
+def test_a_sliding_window_bounds_the_keys() -> None:
     work = count_work(load_catalogue().gpu("H100"), model_shape("gpt-oss-120b"), Placement(), "bf16", "bf16")
     k = coefficients(work, IDEAL)
     per_token = 2 * 8 * 64 * 2 / 3.35e12  # K and V, 8 heads of 64, bf16, one layer
@@ -205,7 +205,7 @@ def test_estimate_holds_the_prediction() -> None:
         ({"pp": 100}, "too few for 100 pipeline stages"),
         ({"weight_dtype": "fp7"}, "unknown weight dtype 'fp7'"),
         ({"kv_dtype": "int3"}, "unknown KV dtype 'int3'"),
-        ({"memory_share": 1.5}, r"memory share must lie in \(0, 1\], got 1.5"),
+        ({"memory_share": 1.5}, r"memory share must be in \(0, 1\], got 1.5"),
         ({"max_batched_tokens": 0}, "at least 1, got 0"),
         ({"tp": 1}, r"does not fit on 1 x H100-SXM .*131.4 GiB of weights"),
     ],

@@ -20,8 +20,8 @@ using namespace hetkv;
 namespace wire = hetkv::wire;
 using Bytes = std::vector<std::uint8_t>;
 
-SipKey key() {
-  SipKey out{};
+wire::SipKey key() {
+  wire::SipKey out{};
   for (std::size_t i = 0; i < out.size(); ++i) out[i] = static_cast<std::uint8_t>(i);
   return out;
 }
@@ -70,7 +70,7 @@ Status run(const std::uint8_t* data, std::size_t size, wire::Type type, const wi
 void repair_mac(Bytes* message) {
   if (message->size() < 8) return;
   const std::size_t covered = message->size() - 8;
-  const std::uint64_t mac = siphash24(key(), message->data(), covered);
+  const std::uint64_t mac = wire::siphash24(key(), message->data(), covered);
   std::memcpy(message->data() + covered, &mac, sizeof(mac));
 }
 

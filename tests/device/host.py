@@ -66,7 +66,7 @@ def options(text: str = "") -> Iterator[None]:
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, source: bool = True, destination: bool = True) -> None:
-    """Pools of NHD lie on device 0 and all others on device 1, where the side has one; the backend has no options."""
+    """Pools of NHD are on device 0 and all others on device 1, where the side has one; the backend has no options."""
     library().host_options(b"")
 
     def place(pool: KVPool) -> object:

@@ -1,4 +1,4 @@
-"""Pools on a device: what a caller is told, and what is left, when a device fails or is asked for what it cannot do."""
+"""Pools on a device that fails or is asked for what it cannot do: the caller's error, and what remains."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_bad_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     other, capturing = HostStream(1), HostStream(0)
     with connected([source], [destination], SMALL) as ([sender], [receiver]):
         tx, rx = sender.send("r", [3, 1, 2], 40), receiver.receive("r", [7, 5], 40)
-        with pytest.raises(InputError, match="stream is one of device 1, the pool lies on device 0"):
+        with pytest.raises(InputError, match="stream is one of device 1, the pool is on device 0"):
             tx.send_layer(0, stream=other.number)
         capturing.capture(True)
         with pytest.raises(InputError, match="captures a graph"):

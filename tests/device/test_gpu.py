@@ -75,7 +75,7 @@ def test_every_byte_arrives(source: str, destination: str, how: dict[str, object
 
 @pytest.mark.parametrize(("source", "destination"), PLACES)
 def test_the_callers_stream_comes_first_and_waits(source: str, destination: str) -> None:
-    """The pool is filled by work that is queued behind a long kernel; the decoder reads behind `wait(stream=...)`."""
+    """The pool is filled by work that is queued after a long kernel; the decoder reads after `wait(stream=...)`."""
     mine, theirs, here, there = pair(source, destination)
     fresh = to(randomise(mine, 77), source)
     with connected([here], [there], SMALL) as ([sender], [receiver]):
@@ -137,7 +137,7 @@ def test_bad_places() -> None:
     with connected([here], [there], SMALL) as ([sender], [receiver]):
         tx, rx = sender.send("r", [list(range(7))], 100), receiver.receive("r", [[1, 0]], 100)
         other = torch.cuda.Stream("cuda:1")
-        with pytest.raises(InputError, match="stream is one of cuda:1, the pool lies on cuda:0"):
+        with pytest.raises(InputError, match="stream is one of cuda:1, the pool is on cuda:0"):
             tx.send_layer(0, stream=other)
         with pytest.raises(InputError, match="stream is one of device 1"):
             tx.send_layer(0, stream=other.cuda_stream)

@@ -72,17 +72,23 @@ def test_every_environment_variable_is_listed() -> None:
     assert not [name for name in sorted(used) if f"`{name}`" not in text]
 
 
-def test_the_data_path_is_seven_files_with_the_functions_it_names() -> None:
-    text = (ROOT / "docs" / "data-path.md").read_text()
-    tour = text[text.index("## Seven files") : text.index("## What must be there first")]
+@pytest.mark.parametrize(
+    ("name", "where_it_ends"),
+    [("data-path.md", "hetkv/transport/receiver.py"), ("capacity-path.md", "hetkv/planner/columns.py")],
+)
+def test_a_tour_is_seven_files_with_the_functions_it_names(name: str, where_it_ends: str) -> None:
+    text = (ROOT / "docs" / name).read_text()
+    tour = text[text.index("## Seven files") :]
     steps = re.findall(r"^\d+\. `([^`]+)`:(.*?)(?=^\d+\. |\Z|^$)", tour, re.S | re.M)
     assert len(steps) == 7
     assert len({file for file, _ in steps}) == 7
     sources = {file: (ROOT / file).read_text() for file, _ in steps}
-    sources["hetkv/transport/receiver.py"] = (ROOT / "hetkv/transport/receiver.py").read_text()  # where it ends
+    also = {file for _, body in steps for file in PATH.findall(body) if file.endswith((".py", ".cpp", ".h"))}
+    also.add(where_it_ends)
+    every = [*sources.values(), *((ROOT / file).read_text() for file in also)]
     for file, body in steps:
-        for name in re.findall(r"`(?:\w+\.)?(\w+)\(\)`", body):
-            assert any(f"{name}(" in source for source in sources.values()), (file, name)
-        first = re.search(r"`(\w+)\(\)`", body)
+        for function in re.findall(r"`(?:\w+\.)?(\w+)\(\)`", body):
+            assert any(f"{function}(" in source for source in every), (file, function)
+        first = re.search(r"`(?:\w+\.)?(\w+)\(\)`", body)
         assert first is not None
         assert f"{first[1]}(" in sources[file]

@@ -12,7 +12,7 @@ import pytest
 import hetkv
 
 RIGHT = """
-from hetkv import KVPool, KVSpec, Receiver, Sender
+from hetkv import Exchange, KVPool, KVSpec, Receiver, Sender
 
 spec: KVSpec = KVSpec.uniform(num_layers=2, num_kv_heads=1, head_dim=8)
 pool: KVPool = KVPool.allocate(spec, 4, layout="nhd", block_size=4, dtype="bf16")
@@ -20,11 +20,17 @@ with Sender(pool, secret=b"0" * 16, instance="prefill-0") as sender:
     address: str = sender.listen("127.0.0.1:0")
 with Receiver(pool, secret=b"0" * 16, instance="decode-0") as receiver:
     receiver.connect(address)
+with Exchange(pool, instance="both-0", tp=1) as exchange:
+    sender_at: str = exchange.listen().sender
 """
 WRONG = """
-from hetkv import KVSpec
+from hetkv import Exchange, KVPool, KVSpec
 
 spec: int = KVSpec.uniform(num_layers="two", num_kv_heads=1, head_dim=8)
+
+
+def both(pool: KVPool) -> Exchange:
+    return Exchange(pool, instance=0)
 """
 
 
@@ -47,4 +53,5 @@ def test_a_right_program_passes(tmp_path: Path) -> None:
 def test_a_wrong_program_does_not(tmp_path: Path) -> None:
     done = mypy(tmp_path, WRONG)
     assert 'incompatible type "str"; expected "int"' in done.stdout
+    assert 'incompatible type "int"; expected "str"' in done.stdout, done.stdout
     assert 'Incompatible types in assignment (expression has type "KVSpec"' in done.stdout

@@ -61,7 +61,7 @@ def test_what_the_model_writes_is_in_the_pool(model: Any) -> None:
 
 
 def test_generate_over_what_has_arrived(model: Any) -> None:
-    """Two pools, one transfer, and transformers' own `generate` on both kinds of cache behind it."""
+    """Two pools, one transfer, and transformers' own `generate` on both kinds of cache after it."""
     expected = greedy(model, transformers.DynamicCache(), PROMPT, TOKENS)
     filled = transformers.DynamicCache()
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def test_a_full_cache_is_an_error(model: Any) -> None:
 
 
 def test_layers_that_are_not_plain_are_rejected() -> None:
-    for layer in (LayerSpec.kv(2, 8, window=4), LayerSpec.latent(8, 4)):
+    for layer in (LayerSpec.kv(2, 8, sliding_window=4), LayerSpec.latent(8, 4)):
         with pytest.raises(InputError, match="layer 1"):
             CacheMemory(KVSpec((LayerSpec.kv(2, 8), layer)), slots=1, capacity=8, dtype=torch.float32)
 

@@ -74,7 +74,7 @@ def test_one_tensor(name: str) -> None:
         assert pool.view(0, segment).data_ptr() == pick(tensor, part).data_ptr() or "split" in name
 
 
-def test_k_and_v_apart_with_axes_of_their_own() -> None:
+def test_separate_k_and_v_with_axes_of_their_own() -> None:
     k, v = numbered(BLOCKS, HEADS, DIM // 8, SIZE, 8), numbered(BLOCKS, HEADS, DIM, SIZE)
     axes = {"k": "block head outer token inner", "v": "block head channel token"}
     pool = KVPool.from_tensors(SPEC, {layer: {"k": k, "v": v} for layer in (0, 1)}, axes)

@@ -178,7 +178,7 @@ def test_layers_of_a_stage_are_counted_from_its_first() -> None:
         KVPool.from_tensors(spec, arrays(), AXES)
 
 
-def test_axes_of_unlike_layers() -> None:
+def test_axes_of_different_layers() -> None:
     spec = KVSpec([LayerSpec.kv(HEADS, DIM), LayerSpec.latent(DIM, 4, group=1), LayerSpec.state(2, 24, group=2)])
     given = [np.zeros(SHAPE, np.float16), np.zeros((9, SIZE, DIM + 4), np.float16), np.zeros((3, 2, 24), np.uint8)]
     with pytest.raises(InputError, match="layer 1: "):

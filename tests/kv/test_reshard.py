@@ -211,7 +211,7 @@ def test_a_shard_that_does_not_fit_is_named(shard, text):
         routes(spec, [shard], [Shard.whole(spec)])
 
 
-def test_unlike_head_counts_in_one_layer_are_rejected():
+def test_different_head_counts_in_one_layer_are_rejected():
     spec = KVSpec((LayerSpec("kv", (Segment("k", 4, 64), Segment("v", 2, 64))),))
     with pytest.raises(InputError, match=r"layer 0: segments have \[2, 4\] heads"):
         routes(spec, [Shard.whole(spec)], [Shard.whole(spec)])

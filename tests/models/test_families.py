@@ -55,17 +55,17 @@ def check(ours: ModelConfig, theirs: Any) -> None:
     assert (ours.tied_embeddings, ours.norm_eps) == (theirs.tie_word_embeddings, theirs.rms_norm_eps)
     kinds = getattr(theirs, "layer_types", None)
     window = getattr(theirs, "sliding_window", None)
-    if FAMILIES[ours.family].windows == "none":
-        assert ours.windows == (None,) * ours.num_layers
+    if FAMILIES[ours.family].sliding_windows == "none":
+        assert ours.sliding_windows == (None,) * ours.num_layers
     elif kinds is None:
-        assert ours.windows == (window,) * ours.num_layers
+        assert ours.sliding_windows == (window,) * ours.num_layers
     else:
-        assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        assert ours.sliding_windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     nested = theirs.rope_parameters.get("full_attention")
     check_rope(ours.rope, nested or theirs.rope_parameters)
     if nested:
-        assert ours.window_rope is not None
-        check_rope(ours.window_rope, theirs.rope_parameters["sliding_attention"])
+        assert ours.sliding_rope is not None
+        check_rope(ours.sliding_rope, theirs.rope_parameters["sliding_attention"])
 
 
 def check_rope(ours: Rope, theirs: dict[str, Any]) -> None:

@@ -92,9 +92,9 @@ class Force:
     """Tries every plan of at most `MOST` instances. `checker` may have simulated some of them before.
 
     Left out are only those that cannot do: pools whose instances together compute less than the traffic asks even at
-    the best batch; prefill pools that are late with no decoding behind them; decode pools that are far too slow behind
-    the strongest prefill; and whatever has the columns of a plan that is too slow by more than `MARGIN`, and no more of
-    any.
+    the best batch; prefill pools that are late with no decoding after them; decode pools that are far too slow after
+    the strongest prefill; and all that have the columns of a plan that is too slow by more than `MARGIN`, and no
+    more of any.
     """
 
     problem: Problem

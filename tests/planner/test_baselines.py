@@ -102,7 +102,7 @@ def test_aiconfigurator_repeats_replicas_until_the_rate_is_met():
     assert hourly(PROBLEM, mixed) <= hourly(PROBLEM, many)
 
 
-def test_a_plan_that_is_too_small_is_told_what_it_misses():
+def test_a_plan_that_is_too_small_says_what_it_misses():
     one = Instances("aggregated", "MI300X", 1, 1, 1, MODEL.name, 8192, None, PRICES["MI300X"])
     option = baselines.judged("tiny", PROBLEM, [one], 40.0, 0.0)
     assert not option.feasible

@@ -123,8 +123,8 @@ def test_the_demo_takes_its_instances_from_the_plan(folder):
     for pool in text["pools"]:
         pool["engine"] = {"block_size": {"prefill": 16, "decode": 32}[pool["role"]]}
         pool["layout"] = {"prefill": "hnd", "decode": "rocm"}[pool["role"]]
-    (folder / "unlike.yaml").write_text(yaml.safe_dump(text))
-    instances = read_plan(folder / "unlike.yaml", PREFILL_POOL, DECODE_POOL)
+    (folder / "different.yaml").write_text(yaml.safe_dump(text))
+    instances = read_plan(folder / "different.yaml", PREFILL_POOL, DECODE_POOL)
     assert len(instances) == sum(pool.get("count", 1) for pool in text["pools"])
     pools = {instance.role: instance.pool for instance in instances}
     assert (pools["prefill"].block_size, pools["prefill"].layout, pools["prefill"].dtype) == (16, "hnd", "bfloat16")

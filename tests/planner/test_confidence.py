@@ -51,5 +51,5 @@ def test_the_option_repeats() -> None:
 
 
 def test_a_confidence_in_a_problem_is_checked() -> None:
-    with pytest.raises(InputError, match=r"`confidence` must lie between 0 and 1, got 1.5"):
+    with pytest.raises(InputError, match=r"`confidence` must be between 0 and 1, got 1.5"):
         small(engine={"confidence": 1.5})

@@ -76,7 +76,7 @@ def test_an_interval_decides(shares: list[float], holds: bool) -> None:
     assert attainment(shares, 99.0).holds is holds
 
 
-def test_unlike_aggregated_instances_are_one_pool() -> None:
+def test_different_aggregated_instances_are_one_pool() -> None:
     """One H100 carries 8 requests/s and one A10G 1: for 8.5 an H100 and an A10G are cheaper than two H100."""
     problem = mixed()
     columns = build_columns(problem).columns

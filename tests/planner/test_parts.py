@@ -54,7 +54,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gpus.0.as_of", ..., "gpus[0] (H100-SXM): a price needs `as_of`"),
         ("gpus.0.as_of", "yesterday", "gpus[0] (H100-SXM): `as_of` must be a date such as 2026-05 or 2026-05-31"),
         ("gpus.0.as_of", "2026-13", "`as_of` must be a date such as 2026-05 or 2026-05-31, got '2026-13'"),
-        ("gpus.1.basis", "reserved", "prices of unlike basis (on_demand, reserved) do not compare"),
+        ("gpus.1.basis", "reserved", "prices of different basis (on_demand, reserved) do not compare"),
         ("gpus.1.gpu", "H200-XXL", "gpus[1]: unknown GPU 'H200-XXL'"),
         ("gpus.1.gpu", "H100", "H100-SXM is given twice"),
         ("gpus.1.cap", -1, "gpus[1] (MI300X): `cap` must be 0 or more GPUs, got -1"),
@@ -62,7 +62,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("classes", [], "`classes` is empty"),
         ("classes.0.rate", 0, "classes[0] (chat): `rate` must be greater than 0, got 0"),
         ("classes.0.ttft_ms", float("nan"), "classes[0] (chat): `ttft_ms` must be greater than 0"),
-        ("classes.0.ttft_percentile", 100, "`ttft_percentile` must lie between 0 and 100"),
+        ("classes.0.ttft_percentile", 100, "`ttft_percentile` must be between 0 and 100"),
         ("classes.0.prompt_tokens", "normal:5", "`prompt_tokens`: 'normal:5' is not a length distribution"),
         ("classes.0.model", "Llama-9", "`model` 'Llama-9' is not among `models`"),
         ("models.0.name", "Llama-9", "Llama-9"),
@@ -242,7 +242,7 @@ def few(asked: Any) -> list[Column]:
     return [c for c in found if (c.role != "aggregated" and c.tp == 1) or c.role == "prefill"]
 
 
-def test_the_programme_finds_what_counting_finds() -> None:
+def test_the_milp_finds_what_counting_finds() -> None:
     asked = problem(roles="disaggregated")
     columns = few(asked)
     for rate in (5.0, 23.0, 61.0):
@@ -262,7 +262,7 @@ def test_the_programme_finds_what_counting_finds() -> None:
         assert solution.gap == 0
 
 
-def test_cuts_and_pair_limits_hold_in_the_programme() -> None:
+def test_cuts_and_pair_limits_hold_in_the_milp() -> None:
     asked = problem(roles="disaggregated")
     columns = few(asked)
     rates, sent = {"Llama-3.1-8B": 20.0}, {"Llama-3.1-8B": 1e8}
@@ -274,10 +274,10 @@ def test_cuts_and_pair_limits_hold_in_the_programme() -> None:
     assert any(n > first.get(k, 0) for k, n in other.counts.items() if k[1] == "prefill")
     assert other.value >= plain.value
     pairs = [{"prefill": a, "decode": b, "gb_s": 0} for a in ("H100", "MI300X") for b in ("H100", "MI300X") if a != b]
-    apart = optimise(problem(roles="disaggregated", pair_limits=pairs), columns, rates, sent)
-    assert apart is not None
-    assert len({k[2] for k in apart.counts}) == 1
-    assert apart.value >= plain.value
+    separate = optimise(problem(roles="disaggregated", pair_limits=pairs), columns, rates, sent)
+    assert separate is not None
+    assert len({k[2] for k in separate.counts}) == 1
+    assert separate.value >= plain.value
 
 
 def test_the_spare_instance_is_more_than_is_needed() -> None:

@@ -246,8 +246,8 @@ def test_small_fleets_200() -> None:
     near(range(200))
 
 
-def test_a_decode_pool_that_holds_behind_its_own_prefill_alone_is_found():
-    # Behind the strongest prefill pool it uses 1.005 of its TPOT, behind the plan's own 0.996.
+def test_a_decode_pool_that_holds_after_its_own_prefill_alone_is_found():
+    # After the strongest prefill pool it uses 1.005 of its TPOT, after the plan's own 0.996.
     found = compare(22)
     assert found["meets"]
     assert found["ratio"] <= NEAR

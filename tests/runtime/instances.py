@@ -19,7 +19,7 @@ from hetkv.runtime.commands import Link, Report
 from hetkv.runtime.engine import Engine
 from hetkv.runtime.plan import InstancePlan, SideOptions
 from hetkv.runtime.rank import RankConfig
-from hetkv.runtime.team import ranks_of
+from hetkv.runtime.rank_processes import ranks_of
 
 SECRET = b"a secret of tests"
 UNIT = 16
@@ -96,7 +96,7 @@ class Instance:
     def is_empty(self) -> bool:
         """Nothing is left here of any sequence."""
         engine: Any = self.engine
-        tables = [engine._sequences, engine._transfers, engine._of, engine._told]
+        tables = [engine._sequences, engine._transfers, engine._of, engine._known_blocks]
         if isinstance(self.ranks, Alone):
             rank = self.ranks.rank
             tables += [rank._sending, rank._receiving]

@@ -54,7 +54,7 @@ link: {gb_s: 25}
 """
 
 
-def test_a_plan_with_unlike_decode_instances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_with_different_decode_instances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN)
     trace = tmp_path / "trace.json"
     options = ("--plan", str(tmp_path / "plan.yaml"), "--chunk", "40", "--tokens", "16", "--requests", "3")

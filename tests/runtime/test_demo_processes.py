@@ -142,7 +142,7 @@ def test_a_killed_rank_is_named_and_ends_all(role: str, rank: int) -> None:
     assert not any(map(alive, pids))
 
 
-def test_an_error_of_one_rank_is_told_and_ends_all(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_reported_and_ends_all(tmp_path: Path) -> None:
     pids: list[int] = []
     with pytest.raises(InputError, match=r"prefill-0/[01]: .*no such checkpoint directory"):
         until_the_end(pids, tmp_path / "absent", 100, lambda *_: None)

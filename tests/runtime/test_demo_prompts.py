@@ -71,7 +71,7 @@ def test_chats_are_rendered_by_the_template(tmp_path: Path, chatty: Path) -> Non
     assert result["requests"][0]["prompt_ids"] == tokenizer.encode("<user> Who?\n<assistant>", special_tokens=False)
 
 
-def test_rounding_is_told_from_a_fault(tmp_path: Path) -> None:
+def test_rounding_is_distinguished_from_a_fault(tmp_path: Path) -> None:
     """Decoding from fp8 KV gives other tokens than transformers' fp32: those of one process that rounds alike."""
     options = ("--tokens", "60", "--decode-dtype", "float8_e5m2", "--prefill-dtype", "float16")
     result = demo(tmp_path, *options)

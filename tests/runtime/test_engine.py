@@ -146,10 +146,10 @@ def test_random_aborts_leave_nothing(pair: tuple[Instance, Instance], prompts: l
         wait_until([prefill, decode], lambda: kept <= set(decode.finished))
     wait_until([prefill, decode], lambda: prefill.is_empty() and decode.is_empty())
     stats = decode.ranks.rank.exchange.receiver.stats()
-    assert stats["open_requests"] == stats["lent_slots"] == 0
+    assert stats["open_requests"] == stats["granted_slots"] == 0
 
 
-def test_what_cannot_be_is_told(pair: tuple[Instance, Instance]) -> None:
+def test_what_cannot_be_is_reported(pair: tuple[Instance, Instance]) -> None:
     """A prompt that the pool cannot hold, and one whose source is not linked, are lost at once, not waited for."""
     _, decode = pair
     decode.engine.submit(Compute("long", [1] * 4090, Sampling(max_tokens=20)))

@@ -74,7 +74,7 @@ def test_chunks_layouts_and_block_ids_do_not_change_logits(
     config = ModelConfig(
         family="qwen3", vocab_size=50, hidden_size=24, intermediate_size=36, num_layers=2,
         num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, norm_eps=1e-5, max_context=128,
-        tied_embeddings=True, qkv_bias=True, qk_norm="head" if qk_norm else "none", windows=(None, window),
+        tied_embeddings=True, qkv_bias=True, qk_norm="head" if qk_norm else "none", sliding_windows=(None, window),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(length)
     specs = expected_tensors(config).items()
@@ -125,7 +125,7 @@ def test_pages_reject_what_they_cannot_use() -> None:
 
 
 def test_allocator_hands_out_each_block_once() -> None:
-    mixed = KVSpec((LayerSpec.kv(1, 64), LayerSpec.kv(1, 64, window=8, group=1)))
+    mixed = KVSpec((LayerSpec.kv(1, 64), LayerSpec.kv(1, 64, sliding_window=8, group=1)))
     allocator = BlockAllocator(KVPool.allocate(mixed, [6, 4], block_size=[16, 32]))
     first, second = allocator.allocate(40), allocator.allocate(33)
     assert [len(ids) for ids in first] == [3, 2]

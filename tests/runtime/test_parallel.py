@@ -24,7 +24,7 @@ from tests.runtime.test_runtime import DEMO, RANDOM_MODELS, SMALL, reference, sa
 
 
 @given(kv_heads=st.integers(1, 12), group=st.integers(1, 8), data=st.data())
-def test_query_heads_are_split_once_and_lie_where_their_kv_head_is(
+def test_query_heads_are_split_once_and_are_where_their_kv_head_is(
     kv_heads: int, group: int, data: st.DataObject
 ) -> None:
     tp = data.draw(st.integers(1, kv_heads * group))

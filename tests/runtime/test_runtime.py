@@ -215,7 +215,7 @@ def test_sharded_checkpoint_and_old_config_fields(tmp_path: Path) -> None:
 def test_mixed_windows_are_two_cache_groups(tmp_path: Path) -> None:
     save_random("qwen2-mixed-windows", tmp_path)
     spec = Decoder.load(tmp_path).kv_spec
-    assert [(layer.group, layer.window) for layer in spec.layers] == [(0, None), (1, 19)]
+    assert [(layer.group, layer.sliding_window) for layer in spec.layers] == [(0, None), (1, 19)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])

@@ -96,13 +96,13 @@ def test_instances_register_again_with_a_successor(checkpoint: tuple[Path, Any],
     assert set(code.values()) == {0}
 
 
-def test_a_refused_instance_ends(checkpoint: tuple[Path, Any], secret: Path) -> None:
+def test_a_rejected_instance_ends(checkpoint: tuple[Path, Any], secret: Path) -> None:
     async def run() -> None:
         async with opened(secret.read_bytes()) as (scheduler, address):
             scheduler._against = lambda hello: "not today"  # type: ignore[method-assign]
             instance = Instance(config("decode", checkpoint[0], address, secret))
             assert await asyncio.to_thread(instance.run) == 1
-            assert scheduler.refused == {instance.name: "not today"}
+            assert scheduler.rejected == {instance.name: "not today"}
 
     asyncio.run(run())
 

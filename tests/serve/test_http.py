@@ -83,20 +83,20 @@ def test_a_fault_tells_nothing_of_the_server() -> None:
     cuts=st.lists(st.integers(0, 30), max_size=6),
 )
 def test_stop_strings_end_a_text_however_it_comes(text: str, stops: list[str], cuts: list[int]) -> None:
-    """What is told is the text before the first of them; nothing is told that would have to be taken back."""
+    """What is sent is the text before the first of them; nothing is sent that would have to be taken back."""
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    strings, told, stopped = StopStrings(stops), "", False
+    strings, sent, stopped = StopStrings(stops), "", False
     for start, stop in pairwise(edges):
         more, stopped = strings.push(text[start:stop], last=stop == len(text))
-        told += more
+        sent += more
         if stopped:
             break
     if text:
         assert stopped == bool(found)
         # Of overlapping ones the first that is whole ends it, which may begin after another.
-        assert told == text[: len(told)]
-        assert (told == text) if not found else any(text[len(told) :].startswith(stop) for stop in stops)
+        assert sent == text[: len(sent)]
+        assert (sent == text) if not found else any(text[len(sent) :].startswith(stop) for stop in stops)
 
 
 MESSAGES = [

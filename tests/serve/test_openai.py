@@ -161,7 +161,7 @@ def test_what_is_no_request_of_openai(server: Serving) -> None:
     assert server.is_empty()
 
 
-def test_more_at_a_time_than_allowed_are_told_to_come_again(server: Serving) -> None:
+def test_more_at_a_time_than_allowed_are_asked_to_come_again(server: Serving) -> None:
     """40 are served at a time; the others get 429 and when to retry, which the `openai` package does by itself."""
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 32, "ignore_eos": True}
     with httpx.Client(timeout=60, limits=httpx.Limits(max_connections=80)) as client, ThreadPoolExecutor(80) as pool:

@@ -15,7 +15,7 @@ from hetkv.runtime.commands import Abort, Begin, Compute, Expect, Link, Linked, 
 from hetkv.runtime.sampling import Sampling, Token
 from hetkv.serve.generation import Generation
 from hetkv.serve.member import Member
-from hetkv.serve.messages import Goodbye, Hello, Refused
+from hetkv.serve.messages import Goodbye, Hello, Rejected
 from hetkv.serve.scheduler import MOST_ATTEMPTS, Scheduler
 from hetkv.simulator.router import DISCIPLINES
 
@@ -42,7 +42,7 @@ class Fleet:
             self.join(hello(f"{role}-{number}", role))
 
     def join(self, hello: Hello, link: bool = True) -> Member:
-        """A member that is linked as it is told to."""
+        """A member that links as the scheduler asks."""
         said = self.said[hello.name] = []
         member = Member(hello, said.append)
         self.scheduler.join(member)
@@ -57,7 +57,7 @@ class Fleet:
         return self.scheduler.members[name]
 
     def take(self, name: str, kind: Callable[..., Any]) -> list[Any]:
-        """Remove and return what a member was told of one kind."""
+        """Remove and return the messages of one kind that a member was sent."""
         found = [message for message in self.said[name] if isinstance(message, kind)]  # type: ignore[arg-type]
         self.said[name][:] = [message for message in self.said[name] if message not in found]
         return found
@@ -113,7 +113,7 @@ def test_a_request_is_computed_here_and_decoded_there() -> None:
     fleet.check_empty()
 
 
-def test_one_token_needs_no_decoding_and_an_early_end_is_told() -> None:
+def test_one_token_needs_no_decoding_and_an_early_end_is_reported() -> None:
     fleet = Fleet("prefill", "decode")
     one = fleet.submit(tokens=1)
     assert fleet.take("prefill-0", Compute)[0].goes_to == ""
@@ -196,16 +196,16 @@ def test_an_instance_gets_requests_once_it_is_linked() -> None:
     assert fleet.take("late", Expect)
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_what_does_not_fit_is_rejected_by_name() -> None:
     fleet = Fleet("prefill", "decode")
     fleet.join(hello("other", "decode", fingerprint={"w": "2"}))
-    [refused] = fleet.take("other", Refused)
-    assert refused.reason == "its w 2 are not those of prefill-0, 1"
+    [rejected] = fleet.take("other", Rejected)
+    assert rejected.reason == "its w 2 are not those of prefill-0, 1"
     fleet.join(hello("odd", "decode"), link=False)
     fleet.report("odd", linked=[Linked("prefill-0", "IncompatibleError: head_dim: mine 64, theirs 128")])
-    assert "head_dim" in fleet.take("odd", Refused)[0].reason
+    assert "head_dim" in fleet.take("odd", Rejected)[0].reason
     assert set(fleet.scheduler.members) == {"prefill-0", "decode-1"}
-    assert set(fleet.scheduler.refused) == {"other", "odd"}
+    assert set(fleet.scheduler.rejected) == {"other", "odd"}
     assert fleet["prefill-0"].up
 
 

@@ -74,7 +74,7 @@ def test_what_is_wrong_is_named(tmp_path, old, new, fault):
     assert "\n" not in str(caught.value)
 
 
-def test_prices_of_unlike_basis_need_consent(tmp_path):
+def test_prices_of_different_basis_need_consent(tmp_path):
     other = '  - {gpu: A100-80-SXM, usd_per_gpu_hour: 1, basis: reserved, as_of: "2026-05"}\n'
     with pytest.raises(InputError, match="different basis"):
         load_plan(write(tmp_path, GOOD + other))

@@ -110,18 +110,18 @@ def test_state_takes_places_from_a_batch() -> None:
     assert found.pools[0].running.peak <= 21
 
 
-WINDOWS = RequestBytes(100.0, 1, 3, 127)
+SLIDING = RequestBytes(100.0, 1, 3, 127)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 127, 128, 129, 1000])
 def test_layers_with_a_window_keep_the_window(tokens: int) -> None:
     """Bytes, what is sent in any pieces, and pages: blocks of 16 tokens in one layer."""
     seen = min(tokens, 127)
-    assert WINDOWS.bytes(tokens) == 100 * (tokens + 3 * seen)
+    assert SLIDING.bytes(tokens) == 100 * (tokens + 3 * seen)
     for piece in (1, 50, 2000):
         cuts = [*range(0, tokens, piece), tokens]
-        assert sum(WINDOWS.sent(a, b, tokens) for a, b in pairwise(cuts)) == WINDOWS.bytes(tokens)
-    pages = Pages.of_request(WINDOWS, 16)
+        assert sum(SLIDING.sent(a, b, tokens) for a, b in pairwise(cuts)) == SLIDING.bytes(tokens)
+    pages = Pages.of_request(SLIDING, 16)
     assert pages.kept(tokens) == -(-tokens // 16) + 3 * -(-seen // 16)
     assert pages.computing(0, tokens) == 4 * -(-tokens // 16)
     for total in (pages.computing(0, tokens), pages.kept(tokens) + 40):

@@ -74,7 +74,7 @@ def specs(draw: st.DrawFn) -> KVSpec:
             else:
                 window = 9 if kind == "window" else None
                 layers.append(
-                    LayerSpec.kv(heads, dim, draw(st.sampled_from([None, 16, 64])), group=group, window=window)
+                    LayerSpec.kv(heads, dim, draw(st.sampled_from([None, 16, 64])), group=group, sliding_window=window)
                 )
     if draw(st.booleans()) and layers[-1].kind == "kv":
         layers.append(LayerSpec.kv(1, 16, group=layers[-1].group, shares=len(layers) - 1))

@@ -26,7 +26,7 @@ class Side(NamedTuple):
 
 
 D = Side(layout="hnd", block=64)
-"""A decode side that is unlike a `Side()` in layout and block size."""
+"""A decode side that is different a `Side()` in layout and block size."""
 GQA = KVSpec.uniform(3, 8, 32)
 
 
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     theirs: KVSpec | None = None
     """The destination's spec where it is another."""
     tokens: int = 117
-    held: int = 0
+    cached: int = 0
     """Tokens that the destination holds already."""
     chunks: tuple[int, ...] = ()
     """Where the chunks of a prefill end, before `tokens`."""
@@ -60,12 +60,12 @@ def layers(*made: LayerSpec) -> KVSpec:
 
 MLA = layers(*[LayerSpec.latent(512, 64)] * 2)
 STATE = layers(LayerSpec.kv(4, 32), LayerSpec.state(6, 200, group=1), LayerSpec.kv(4, 32))
-WINDOW = layers(LayerSpec.kv(4, 32), LayerSpec.kv(4, 32, group=1, window=40))
+SLIDING = layers(LayerSpec.kv(4, 32), LayerSpec.kv(4, 32, group=1, sliding_window=40))
 GROUPS = layers(LayerSpec.kv(4, 32), LayerSpec.kv(2, 64, group=1), LayerSpec.kv(8, 16, group=2), LayerSpec.kv(4, 32))
 SHARED = layers(LayerSpec.kv(4, 32), LayerSpec.kv(4, 32, shares=0), LayerSpec.kv(4, 32), LayerSpec.kv(4, 32, shares=2))
 HYBRID = layers(
     LayerSpec.kv(6, 32),
-    LayerSpec.kv(6, 32, group=1, window=40),
+    LayerSpec.kv(6, 32, group=1, sliding_window=40),
     LayerSpec.state(6, 200, group=2),
     LayerSpec.latent(64, 16, group=3),
     LayerSpec.kv(1, 32, group=4),
@@ -95,12 +95,12 @@ PARALLELISM = [
 
 KINDS = [
     Pair("MQA", Side(2), D, uniform(1)),
-    Pair("value head dim unlike key head dim", Side(2), D, uniform(4, v_head_dim=80)),
+    Pair("value head dim different key head dim", Side(2), D, uniform(4, v_head_dim=80)),
     Pair("several cache groups", Side(block=(16, 8, 4)), D._replace(block=(64, 3, 128)), GROUPS),
     Pair("several cache groups, TP 3 to TP 2", Side(3), D._replace(tp=2), GROUPS),
     Pair("a block size for each layer", Side(block=(16, 1, 5)), D._replace(block=(3, 128, 7)), GROUPS),
-    Pair("sliding-window layers: 39 of 117 tokens are sent", Side(), D, WINDOW),
-    Pair("sliding-window layers, everything before the window held", Side(), D, WINDOW, held=90),
+    Pair("sliding-window layers: 39 of 117 tokens are sent", Side(), D, SLIDING),
+    Pair("sliding-window layers, everything before the window cached", Side(), D, SLIDING, cached=90),
     Pair("cross-layer shared KV", Side(2), D, SHARED),
     Pair("MLA, latent 512 + 64", Side(layout="latent"), Side(layout="latent", block=64), MLA),
     Pair("MLA, TP 4 to TP 2: replicas share the layers", Side(4), D._replace(tp=2), MLA),
@@ -108,7 +108,7 @@ KINDS = [
     Pair("Mamba or linear-attention state", Side(), D, STATE),
     Pair("Mamba or linear-attention state, TP 3 to TP 2", Side(3), D._replace(tp=2), STATE),
     Pair("hybrid of all kinds", *HYBRID_SIDES, HYBRID),
-    Pair("hybrid of all kinds, half of it held, fp8 to bf16", *HYBRID_SIDES, HYBRID, held=55),
+    Pair("hybrid of all kinds, half of it cached, fp8 to bf16", *HYBRID_SIDES, HYBRID, cached=55),
 ]
 KINDS[-1] = KINDS[-1]._replace(source=HYBRID_SIDES[0]._replace(dtype="float8_e4m3fn"))
 
@@ -133,32 +133,34 @@ SCALES = [
 ]
 
 REQUESTS = [
-    Pair("nothing held", tokens=117),
-    Pair("40 tokens held: inside a block of both", held=40),
-    Pair("48 tokens held: the end of a block of the source, inside one of the destination", held=48),
-    Pair("64 tokens held: the end of a block of both", held=64),
-    Pair("48 tokens held: inside a block of the source, the end of one of the destination", Side(block=64), held=48),
-    Pair("everything held", held=117),
-    Pair("1 token of 117 missing", held=116),
+    Pair("nothing cached", tokens=117),
+    Pair("40 tokens cached: inside a block of both", cached=40),
+    Pair("48 tokens cached: the end of a block of the source, inside one of the destination", cached=48),
+    Pair("64 tokens cached: the end of a block of both", cached=64),
+    Pair("48 tokens cached: inside a block of the source, the end of one of the destination", Side(block=64),
+         cached=48),
+    Pair("everything cached", cached=117),
+    Pair("1 token of 117 missing", cached=116),
     Pair("chunked prefill, chunks that end inside blocks", chunks=(30, 77, 80)),
     Pair("chunked prefill, a token at a time", tokens=9, chunks=tuple(range(1, 9))),
-    Pair("chunked prefill behind 40 held tokens, TP 3 to TP 2", Side(3), D._replace(tp=2), held=40, chunks=(50, 99)),
-    Pair("decode to prefill at the same time (multi-turn)", held=40, back=True),
+    Pair("chunked prefill after 40 cached tokens, TP 3 to TP 2", Side(3), D._replace(tp=2), cached=40, chunks=(50, 99)),
+    Pair("decode to prefill at the same time (multi-turn)", cached=40, back=True),
     Pair("decode to prefill at the same time, TP 3 to TP 2, fp8 to bf16", FN._replace(tp=3), D._replace(tp=2),
          back=True),
 ]  # fmt: skip
 
 REJECTED = [
-    Pair("unlike head dims", theirs=uniform(8, 3, 64), rejected="spec.layers[0].segments[0].channels"),
-    Pair("unlike value head dims", theirs=uniform(8, 3, 32, 64), rejected="spec.layers[0].segments[1].channels"),
-    Pair("unlike numbers of KV heads", theirs=uniform(4), rejected="spec.layers[0].segments[0].heads"),
-    Pair("unlike numbers of layers", theirs=uniform(8, 4), rejected="len(spec.layers)"),
-    Pair("unlike windows", Side(), D, WINDOW, layers(WINDOW.layers[0], LayerSpec.kv(4, 32, group=1, window=64)),
-         rejected="spec.layers[1].window"),
-    Pair("opaque state of unlike size", Side(), D, STATE, layers(STATE.layers[0], LayerSpec.state(6, 208, group=1),
+    Pair("different head dims", theirs=uniform(8, 3, 64), rejected="spec.layers[0].segments[0].channels"),
+    Pair("different value head dims", theirs=uniform(8, 3, 32, 64), rejected="spec.layers[0].segments[1].channels"),
+    Pair("different numbers of KV heads", theirs=uniform(4), rejected="spec.layers[0].segments[0].heads"),
+    Pair("different numbers of layers", theirs=uniform(8, 4), rejected="len(spec.layers)"),
+    Pair("different sliding windows", Side(), D, SLIDING,
+         layers(SLIDING.layers[0], LayerSpec.kv(4, 32, group=1, sliding_window=64)),
+         rejected="spec.layers[1].sliding_window"),
+    Pair("opaque state of different size", Side(), D, STATE, layers(STATE.layers[0], LayerSpec.state(6, 208, group=1),
          STATE.layers[2]), rejected="spec.layers[1].segments[0].channels"),
-    Pair("unlike layer kinds: MLA to GQA", Side(), D, MLA, uniform(1, 2, 512), rejected="spec.layers[0].kind"),
-    Pair("unlike cache groups", Side(), D, GROUPS, layers(*GROUPS.layers[:3], LayerSpec.kv(4, 32, group=1)),
+    Pair("different layer kinds: MLA to GQA", Side(), D, MLA, uniform(1, 2, 512), rejected="spec.layers[0].kind"),
+    Pair("different cache groups", Side(), D, GROUPS, layers(*GROUPS.layers[:3], LayerSpec.kv(4, 32, group=1)),
          rejected="spec.layers[3].group"),
     Pair("int8 to bf16", Side(dtype="int8"), D, rejected="layers[0].k.dtype"),
     Pair("bf16 to int8", Side(), D._replace(dtype="int8"), rejected="layers[0].k.dtype"),

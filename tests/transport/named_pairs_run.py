@@ -44,7 +44,7 @@ SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Outcome(NamedTuple):
-    """What a pair's transfer told."""
+    """What a pair's transfer showed."""
 
     result: str
     """`identical` to the oracle, or `rejected`; `wrong` fails the test."""
@@ -122,19 +122,19 @@ class Flow:
         pair, spec = self.pair, self.ours.whole.spec
         states = spec.state_groups
         counts = [1 if group in states else pair.tokens for group in range(spec.num_groups)]
-        held = [0 if group in states else pair.held for group in range(spec.num_groups)]
+        cached = [0 if group in states else pair.cached for group in range(spec.num_groups)]
         self.expected = [duplicate(pool) for pool in self.theirs.ranks]
         for pool in self.expected:
-            want = wanted(self.receivers[0].description, counts, held)
+            want = wanted(self.receivers[0].description, counts, cached)
             deliver([(self.ours.whole, from_blocks)], pool, to_blocks, want)
         self.requests = [
-            r.receive(self.name, to_blocks, pair.tokens, num_cached_tokens=pair.held) for r in self.receivers
+            r.receive(self.name, to_blocks, pair.tokens, num_cached_tokens=pair.cached) for r in self.receivers
         ]
         for sender in self.senders:
             if sender.peers:
-                transmission = sender.send(self.name, from_blocks, pair.tokens)
-                self.requests.append(transmission)
-                send_chunks(transmission, sender.pool, pair)
+                tx = sender.send(self.name, from_blocks, pair.tokens)
+                self.requests.append(tx)
+                send_chunks(tx, sender.pool, pair)
 
     def finish(self) -> bool:
         """Wait for all ranks; whether every byte of the destination is as the oracle says."""
@@ -146,13 +146,13 @@ class Flow:
         return sum(sender.stats()["payload_bytes"] for sender in self.senders)
 
 
-def send_chunks(transmission: SendHandle, pool: KVPool, pair: Pair) -> None:
+def send_chunks(tx: SendHandle, pool: KVPool, pair: Pair) -> None:
     for start, stop in itertools.pairwise((0, *pair.chunks, pair.tokens)):
         for layer in pool.layers:
             if pool.spec.layers[layer].kind != "state":
-                transmission.send_layer(layer, (start, stop))
+                tx.send_layer(layer, (start, stop))
             elif stop == pair.tokens:
-                transmission.send_layer(layer)
+                tx.send_layer(layer)
 
 
 @functools.cache
@@ -202,15 +202,15 @@ def rejection(flow: Flow) -> Outcome:
 
 def conversions(spec: KVSpec, ours: Instance, theirs: Instance) -> Iterator[str]:
     """Each way in which a segment travels, once, in layer order."""
-    told = set()
+    seen = set()
     for source, destination in itertools.product(ours.ranks, theirs.ranks):
         for layer, heads in overlap(spec, source.shard, destination.shard):
-            held = source.shard.heads[layer], destination.shard.heads[layer]
+            owned = source.shard.heads[layer], destination.shard.heads[layer]
             for name, there in destination.layers[layer].layout.segments.items():
                 here = source.layers[layer].layout.segments[name]
-                text = tell(here.dtype.value, segment_conversion(here, there, heads, *held), there.dtype.value)
-                if text not in told:
-                    told.add(text)
+                text = tell(here.dtype.value, segment_conversion(here, there, heads, *owned), there.dtype.value)
+                if text not in seen:
+                    seen.add(text)
                     yield text
 
 

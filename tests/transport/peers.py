@@ -146,11 +146,17 @@ def connected(
         yield senders, receivers
 
 
+AT_REST = ("open_requests", "pending_tickets", "granted_slots")
+"""What `stats` counts as 0 where nothing is under way."""
+
+
 def settled(*nodes: Sender | Receiver) -> None:
     """Wait until no node holds a request, a ticket or a slot, as after any request they must."""
     for node in nodes:
         until(
-            lambda node=node: not any(node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")),
+            lambda node=node: (
+                not any(node.stats()[key] for key in ("open_requests", "pending_tickets", "granted_slots"))
+            ),
             lambda node=node: f"{node.role} still holds {node.stats()}",
         )
         until(lambda node=node: not node.requests.watched)

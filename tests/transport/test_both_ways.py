@@ -87,10 +87,10 @@ def test_the_end_of_one_direction_leaves_the_other() -> None:
         b.sender.close()
         with pytest.raises(PeerLostError):
             lost.wait(WAIT_S)
-        reception = b.receiver.receive("still", [3, 4], 32)
+        rx = b.receiver.receive("still", [3, 4], 32)
         sending = a.sender.send("still", [1, 2], 32)
         sending.send_layers()
-        reception.wait(WAIT_S)
+        rx.wait(WAIT_S)
         sending.wait(WAIT_S)
         assert torch.equal(
             pools[1].view(0, "k")[[3, 4]].view(torch.int16), pools[0].view(0, "k")[[1, 2]].view(torch.int16)
@@ -159,7 +159,7 @@ def test_conversation(
             token_bytes = sum(
                 4 * segment.heads * segment.channels for layer in model.kv_spec.layers for segment in layer.segments
             )
-            window = model.kv_spec.layers[0].window or 10**9
+            window = model.kv_spec.layers[0].sliding_window or 10**9
             assert turn.sent_bytes == min(turn.sent, window - 1) * token_bytes
             assert turn.returned_bytes == min(turn.returned, window - 1) * token_bytes
         assert conversation.tokens == said

@@ -73,7 +73,7 @@ def test_equal_contents(pair: tuple[Sender, Receiver], ticket_first: bool) -> No
 @pytest.mark.parametrize("ticket_first", [True, False])
 @pytest.mark.parametrize(("sent", "asked"), [(MINE, OTHER), (MINE, None), (None, OTHER)])
 def test_other_content(pair: tuple[Sender, Receiver], ticket_first: bool, sent: Any, asked: Any) -> None:
-    """Both sides fail with an error that names both contents; no byte is sent, nothing stays behind."""
+    """Both sides fail with an error that names both contents; no byte is sent, nothing remains."""
     sender, receiver = pair
     before = duplicate(receiver.pool)
     tx, rx = both(sender, receiver, ticket_first, sent, asked)
@@ -94,8 +94,8 @@ def test_slots_of_a_ticket_that_waited(pair: tuple[Sender, Receiver], sent: byte
     """The sender has slots for it when it finds that it cannot serve it: they go back."""
     sender, receiver = pair
     rx = receiver.receive("r", BLOCKS, TOKENS, content=asked)
-    until(lambda: sender.stats()["pending_tickets"] == 1 and receiver.stats()["lent_slots"] > 0)
-    time.sleep(0.1)  # for the grant behind the ticket
+    until(lambda: sender.stats()["pending_tickets"] == 1 and receiver.stats()["granted_slots"] > 0)
+    time.sleep(0.1)  # for the grant after the ticket
     tx = sender.send("r", BLOCKS, tokens, content=sent)
     with pytest.raises(ContentError if sent != asked else ProtocolError):
         rx.wait(WAIT_S)
@@ -117,7 +117,7 @@ def test_id_is_free_again(pair: tuple[Sender, Receiver]) -> None:
 
 
 def test_one_of_many(pair: tuple[Sender, Receiver]) -> None:
-    """Requests under way beside a rejected one are not touched."""
+    """Requests under way next to a rejected one are not touched."""
     sender, receiver = pair
     contents = [content_digest([number]) for number in range(24)]
     asked = list(contents)

@@ -62,7 +62,7 @@ def test_random_deployments(case: Deployment) -> None:
             ]
 
         tickets_first = [request for request in range(case.requests) if rng.random() < 0.5]
-        receptions = [handle for request in tickets_first for handle in receive(request)]
+        received = [handle for request in tickets_first for handle in receive(request)]
         sending = [
             [sender.send(f"{request}", case.source.blocks[request], case.tokens) for request in range(case.requests)]
             for sender in senders
@@ -70,9 +70,9 @@ def test_random_deployments(case: Deployment) -> None:
         send_layers(case, senders, sending, rng)
         for request in range(case.requests):
             if request not in tickets_first:
-                receptions += receive(request)
+                received += receive(request)
         used = [handle for handles, s in zip(sending, senders, strict=True) if s.peers for handle in handles]
-        for handle in [*receptions, *used]:
+        for handle in [*received, *used]:
             handle.wait(WAIT_S)
         for rank, pool in enumerate(case.destination.pools):
             for layer, memory in pool.layers.items():

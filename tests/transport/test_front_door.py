@@ -375,7 +375,7 @@ def test_spans_where_a_tracer_is_imported() -> None:
     assert span.status.description == "enough"
 
 
-def test_a_forked_child_is_told(home: Path) -> None:
+def test_a_forked_child_gets_an_error(home: Path) -> None:
     with Side(Sender, "p"):
         child = os.fork()
         if child == 0:

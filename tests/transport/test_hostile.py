@@ -20,13 +20,13 @@ from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 from tests.transport.peers import SECRET, connected, randomise, until
 
-WINDOWED = KVSpec((LayerSpec.kv(2, 64, window=32),) * 2)
+SLIDING = KVSpec((LayerSpec.kv(2, 64, sliding_window=32),) * 2)
 
 
-def test_a_ticket_for_tokens_before_the_window_is_rejected() -> None:
+def test_a_ticket_for_tokens_before_the_sliding_window_is_rejected() -> None:
     """Ids of blocks that the window does not reach are placeholders: nothing may be read through them."""
-    source = randomise(KVPool.allocate(WINDOWED, 64), 1)
-    with connected([source], [KVPool.allocate(WINDOWED, 64)], TransferConfig()) as ([sender], [receiver]):
+    source = randomise(KVPool.allocate(SLIDING, 64), 1)
+    with connected([source], [KVPool.allocate(SLIDING, 64)], TransferConfig()) as ([sender], [receiver]):
         tx = sender.send("w", [-1] * 6 + [5, 6], 128)
         tx.extend([7])
         tx.send_layers()
@@ -40,8 +40,8 @@ def test_a_ticket_for_tokens_before_the_window_is_rejected() -> None:
 
 def test_a_chunk_before_the_window_does_not_stand_for_one_inside() -> None:
     """A request that is complete, as nothing of it was wanted, whose prefill hands over chunk after chunk."""
-    source = randomise(KVPool.allocate(WINDOWED, 64), 1)
-    with connected([source], [KVPool.allocate(WINDOWED, 64)], TransferConfig()) as ([sender], [receiver]):
+    source = randomise(KVPool.allocate(SLIDING, 64), 1)
+    with connected([source], [KVPool.allocate(SLIDING, 64)], TransferConfig()) as ([sender], [receiver]):
         tx = sender.send("w", list(range(8)), 128)
         receiver.receive("w", list(range(8)), 128, num_cached_tokens=128).wait(5)
         tx.wait(5)
@@ -63,7 +63,7 @@ def in_forked_child(work: Callable[[], None]) -> None:
 
 
 def test_a_forked_child_leaves_its_parents_nodes_alone() -> None:
-    """It may close and collect them, also beside threads of its own; and it is told that it can have none itself."""
+    """It may close and collect them, also while it has threads of its own; it can have no node itself."""
     spec = KVSpec.uniform(2, 2, 64)
     source = randomise(KVPool.allocate(spec, 16), 1)
     with connected([source], [KVPool.allocate(spec, 16)], TransferConfig()) as ([sender], [receiver]):

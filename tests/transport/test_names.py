@@ -1,4 +1,4 @@
-"""Names of instances and ranks are unique among live peers; a link that is lost at once leaves nothing behind;
+"""Names of instances and ranks are unique among live peers; a link that is lost at once leaves nothing;
 callbacks of the user's harm nobody."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_a_link_that_is_lost_before_its_peer_is_known_leaves_no_ghost(monkeypatc
 
         def late(node: Receiver, peer: object) -> None:
             node.engine.drop_link(peer.link, to_code(PeerLostError("")), "UCX lost it")  # type: ignore[attr-defined]
-            node.engine.next_sequence(peer.link)  # type: ignore[attr-defined]  # the link's events have been told
+            node.engine.next_sequence(peer.link)  # type: ignore[attr-defined]  # the link's events have been handled
             register(node, peer)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Receiver, "_register", late)

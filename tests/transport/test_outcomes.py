@@ -69,9 +69,9 @@ def test_no_thread_of_pythons_runs_for_a_request_without_futures(monkeypatch: py
         monkeypatch.delitem(sys.modules, watcher, raising=False)
     source, destination = pools()
     with connected([source], [destination]) as ([sender], [receiver]):
-        told: list[int] = []
+        events: list[str] = []
         for node in (sender, receiver):
-            monkeypatch.setattr(node.requests, "dispatch", lambda *event: told.append(event[0]))
+            monkeypatch.setattr(node.requests, "dispatch", lambda *event: events.append(event[0]))
         for number in range(20):
             rx, tx = receiver.receive(f"{number}", [1], 16), sender.send(f"{number}", [2], 16)
             tx.send_layers()
@@ -79,7 +79,7 @@ def test_no_thread_of_pythons_runs_for_a_request_without_futures(monkeypatch: py
             rx.wait(WAIT_S)
             tx.wait(WAIT_S)
         assert {handle.request_id for handle in receiver.poll()} == {f"{number}" for number in range(20)}
-        assert told == []
+        assert events == []
 
 
 def test_futures_that_are_asked_for_late_tell_the_same() -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from hetkv.bench.child import Child
 from hetkv.errors import HetkvError
 from hetkv.kv.pool import KVPool
 from hetkv.transport.config import TransferConfig
@@ -21,42 +18,9 @@ from hetkv.transport.node import Node
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 from tests.transport.peers import WAIT_S, check_transfer, connected, randomise, settled, until
-from tests.transport.worker import BLOCKS, CONFIG, SECRET, SPEC, TOKENS
+from tests.transport.worker import BLOCKS, CONFIG, SECRET, SPEC, TOKENS, Worker
 
 REPORTED_S = 5.0
-WORKER = Path(__file__).parent / "worker.py"
-
-
-class Worker:
-    """The process behind `worker.py`."""
-
-    def __init__(self, role: str, address: str) -> None:
-        root = str(WORKER.parents[2])
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), role, address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", ""),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        self.hello = self.read()
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def tell(self, line: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
 
 
 @contextlib.contextmanager
@@ -69,38 +33,39 @@ def here(role: str) -> Iterator[tuple[Node, str]]:
 
 
 @contextlib.contextmanager
-def worker(role: str, address: str) -> Iterator[Worker]:
-    made = Worker(role, address)
+def worker(role: str, address: str) -> Iterator[Child]:
+    """Another process, linked to `address`."""
+    child = Child(role, Worker, (role, address))
     try:
-        yield made
+        child.answer()
+        yield child
     finally:
-        made.process.kill()
-        made.process.communicate()
+        child.kill()
 
 
-def start(node: Node, other: Worker, request: str) -> object:
+def start(node: Node, other: Child, request: str) -> object:
     """A request that is half done: layer 0 is there, layer 1 is not."""
     until(lambda: bool(node.peers))
     if node.role == "sender":
-        assert other.tell(f"receive {request}") == "ok"
+        other.ask("receive", request)
         tx = node.send(request, BLOCKS, TOKENS)
         tx.send_layer(0)
         until(lambda: node.stats()["frames"] > 0, seconds=WAIT_S)
         return tx
     rx = node.receive(request, BLOCKS, TOKENS)
-    assert other.tell(f"send {request}") == "ok"
+    other.ask("send", request)
     rx.wait_layer(0, WAIT_S)
     return rx
 
 
-def finish(node: Node, other: Worker, request: str) -> None:
+def finish(node: Node, other: Child, request: str) -> None:
     pending = start(node, other, request)
     if node.role == "sender":
         pending.send_layer(1)
     else:
-        assert other.tell(f"layer {request}") == "ok"
+        other.ask("send_rest", request)
     pending.wait(WAIT_S)
-    assert other.tell(f"wait {request}") == "complete"
+    assert other.ask("wait", request) == "complete"
 
 
 @pytest.mark.parametrize("role", ["sender", "receiver"])
@@ -109,7 +74,6 @@ def test_a_peer_killed_or_stopped_in_mid_transfer(role: str, how: signal.Signals
     """`role` is the peer's. A killed sender's slots are free at once; a stopped one's when it is gone or has let go."""
     other = "receiver" if role == "sender" else "sender"
     with here(other) as (node, address), worker(role, address) as peer:
-        assert peer.hello == "linked"
         pending = start(node, peer, "lost")
         peer.signal(how)
         begin = time.monotonic()
@@ -121,12 +85,12 @@ def test_a_peer_killed_or_stopped_in_mid_transfer(role: str, how: signal.Signals
         until(lambda: not node.peers)
         if role == "sender" and how == signal.SIGSTOP:
             assert node.stats()["quarantined_slots"] > 0
-        with worker(role, address) as fresh:  # a new peer is accepted beside a stopped one
+        with worker(role, address) as fresh:  # a stopped peer keeps no new one away
             if not (role == "sender" and how == signal.SIGSTOP):  # there the whole window may be in quarantine
                 finish(node, fresh, "next")
             if how == signal.SIGSTOP:
                 peer.signal(signal.SIGCONT)
-                assert peer.tell("wait lost") == "PeerLostError"
+                assert peer.ask("wait", "lost") == "PeerLostError"
             until(lambda: node.stats()["quarantined_slots"] == 0, lambda: f"{node.stats()}")
             finish(node, fresh, "after")
             settled(node)
@@ -152,8 +116,9 @@ def test_exit_without_close(role: str) -> None:
     with here("receiver" if role == "sender" else "sender") as (node, address), worker(role, address) as peer:
         pending = start(node, peer, "left")
         begin = time.monotonic()
-        peer.tell("exit")
-        assert peer.process.wait(10) == 0
+        peer.pipe.send(("exit",))
+        peer.process.join(10)
+        assert peer.process.exitcode == 0
         with pytest.raises(HetkvError):
             pending.wait(WAIT_S)
         assert time.monotonic() - begin < REPORTED_S
@@ -164,13 +129,13 @@ def test_rest_costs_less_than_a_hundredth_of_a_core() -> None:
         finish(node, peer, "first")
         time.sleep(0.2)
         begin = time.process_time()
-        other = float(peer.tell("cpu 3"))
+        other = peer.ask("cpu", 3.0)
         assert (time.process_time() - begin) / 3 < 0.01
         assert other < 0.01
 
 
 def test_send_layer_costs_microseconds() -> None:
-    """Median over 1,000 calls, without a ticket and with the progress thread at work beside it."""
+    """Median over 1,000 calls, without a ticket and while the progress thread works."""
     source, destination = KVPool.allocate(SPEC, 1100), KVPool.allocate(SPEC, 1100)
     with connected([source], [destination], TransferConfig()) as ([sender], [receiver]):
         for ticket in (False, True):

@@ -106,9 +106,9 @@ def fill(mine: Cache, seed: int = 1) -> None:
 def transfer(source: Cache, destination: Cache) -> int:
     """One request over a real link; returns what the receiver counted as saturated."""
     with connected([source.pool], [destination.pool], CONFIG) as ([sender], [receiver]):
-        reception = receiver.receive("r", destination.blocks, TOKENS)
+        rx = receiver.receive("r", destination.blocks, TOKENS)
         sender.send("r", source.blocks, TOKENS).send_layers()
-        reception.wait(WAIT_S)
+        rx.wait(WAIT_S)
         return int(receiver.engine.stats()["saturated"])
 
 
@@ -191,7 +191,7 @@ def test_fp8_ds_mla_needs_its_geometry() -> None:
 
 
 def vllm_pool(kind: str, block_size: int, dtype: torch.dtype = torch.int8) -> Cache:
-    """Pools over tensors of the shapes that vLLM's attention backends allocate, or with scales apart."""
+    """Pools over tensors of the shapes that vLLM's attention backends allocate, or with separate scales."""
     blocks = -(-TOKENS // block_size) + 2
     if kind == "inline":
         tensor = torch.zeros((blocks, 2, block_size, HEADS, DIM + 4), dtype=dtype)
@@ -206,7 +206,7 @@ def vllm_pool(kind: str, block_size: int, dtype: torch.dtype = torch.int8) -> Ca
     return cache(made, block_size)
 
 
-def test_inline_scales_lie_where_vllm_looks_for_them() -> None:
+def test_inline_scales_are_where_vllm_looks_for_them() -> None:
     """Each head's last four bytes, as `_ensure_scale_caches` takes them: of K, V and in the packed form."""
     for kind, at in (("inline", (0, 1)), ("packed", (0, 1))):
         mine = vllm_pool(kind, 16)
@@ -224,7 +224,7 @@ def test_inline_scales_lie_where_vllm_looks_for_them() -> None:
             assert bool((mine.scales(name) > 0).all())
 
 
-@pytest.mark.parametrize(("ours", "theirs"), list(itertools.product(["inline", "packed", "apart"], repeat=2)))
+@pytest.mark.parametrize(("ours", "theirs"), list(itertools.product(["inline", "packed", "separate"], repeat=2)))
 def test_int8_per_token_head_moves_bit_for_bit(ours: str, theirs: str) -> None:
     source, destination = vllm_pool(ours, 16), vllm_pool(theirs, 48)
     fill(source)
@@ -347,7 +347,7 @@ def test_saturations_of_a_requantisation_are_counted() -> None:
 
 def test_nothing_but_the_request_changes() -> None:
     """Codes and scales of blocks that the ticket does not name keep every byte."""
-    source, destination = vllm_pool("apart", 16), vllm_pool("packed", 16)
+    source, destination = vllm_pool("separate", 16), vllm_pool("packed", 16)
     fill(source)
     for tensor in destination.pool.layers[0].tensors.values():
         tensor.fill_(0x5A)

@@ -112,7 +112,7 @@ class Peer:
 
 @contextlib.contextmanager
 def hostile() -> Iterator[tuple[Peer, Any]]:
-    """A link, and a request for which this peer has been lent all four slots; nothing of the pool changes."""
+    """A link, and a request for which this peer has been granted all four slots; nothing of the pool changes."""
     pool = randomise(KVPool.allocate(SPEC, 16), 1)
     before = duplicate(pool)
     with Receiver(pool, secret=SECRET, instance="d", config=SMALL) as receiver:
@@ -120,7 +120,7 @@ def hostile() -> Iterator[tuple[Peer, Any]]:
         try:
             until(lambda: bool(receiver.peers))
             rx = receiver.receive("r", [1, 2], 32)
-            until(lambda: receiver.stats()["lent_slots"] == 4)
+            until(lambda: receiver.stats()["granted_slots"] == 4)
             yield peer, rx
         finally:
             peer.close()
@@ -133,7 +133,7 @@ OUTSIDE: dict[str, Callable[[Peer], None]] = {
     "slot that does not exist": lambda p: p.frame(2, bytes(64), slot=4),
     "slot far outside": lambda p: p.frame(2, bytes(64), slot=2**32 - 1),
     "another generation": lambda p: p.frame(2, bytes(64), generation=1),
-    "behind the slot": lambda p: p.frame(2, bytes(64), offset=16384 - 63),
+    "past the slot": lambda p: p.frame(2, bytes(64), offset=16384 - 63),
     "offset that overflows": lambda p: p.frame(2, bytes(64), offset=2**64 - 8),
     "more than the slot": lambda p: p.frame(2, bytes(16), length=16385),
     "all there is": lambda p: p.frame(2, length=2**32 - 1),
@@ -141,7 +141,7 @@ OUTSIDE: dict[str, Callable[[Peer], None]] = {
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_payload_goes_nowhere_but_to_a_lent_slot(name: str) -> None:
+def test_a_payload_goes_to_granted_slots_only(name: str) -> None:
     with hostile() as (peer, rx):
         OUTSIDE[name](peer)
         with pytest.raises(ProtocolError, match="which the sender does not hold, or for bytes outside of it"):
@@ -172,7 +172,7 @@ def test_a_malformed_stream_ends_the_link(name: str) -> None:
             rx.wait(WAIT_S)
 
 
-def test_a_message_behind_parts_that_never_come_waits(tcp: None) -> None:
+def test_a_message_after_parts_that_never_come_waits(tcp: None) -> None:
     with hostile() as (peer, rx):
         peer.frame(1, bytes(56), number=7)  # malformed, once it is looked at
         with pytest.raises(HetkvError):

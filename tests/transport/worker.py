@@ -1,9 +1,4 @@
-"""The other process of test_processes.py: `worker.py ROLE ADDRESS`. Prints what happens.
-
-A sender or a receiver that links to ADDRESS (or, with `-`, listens and prints where), then obeys lines of its input:
-`send N` and `receive N` start request N (a sender sends layer 0 alone), `layer N` sends the rest, `wait N` prints how
-it ended, `cpu S` prints the share of a core used in S seconds, `exit` returns from main without `close`.
-"""
+"""What the other process of test_processes.py does: `Worker`."""
 
 from __future__ import annotations
 
@@ -24,42 +19,43 @@ BLOCKS = list(range(8))
 TOKENS = 8 * 16
 
 
-def main() -> None:
-    role, address = sys.argv[1:]
-    kind = Sender if role == "sender" else Receiver
-    node = kind(KVPool.allocate(SPEC, 16), secret=SECRET, instance=f"{role}-process", config=CONFIG)
-    if address == "-":
-        print(node.listen(), flush=True)
-    else:
-        node.connect(address)
-        print("linked", flush=True)
-    requests = {}
-    for line in sys.stdin:
-        verb, *rest = line.split()
-        if verb == "send":
-            requests[rest[0]] = node.send(rest[0], BLOCKS, TOKENS)
-            requests[rest[0]].send_layer(0)
-        elif verb == "receive":
-            requests[rest[0]] = node.receive(rest[0], BLOCKS, TOKENS)
-        elif verb == "layer":
-            requests[rest[0]].send_layer(1)
-        elif verb == "wait":
-            try:
-                requests[rest[0]].wait(20)
-                print("complete", flush=True)
-                continue
-            except HetkvError as error:
-                print(type(error).__name__, flush=True)
-                continue
-        elif verb == "cpu":
-            start = time.process_time()
-            time.sleep(float(rest[0]))
-            print((time.process_time() - start) / float(rest[0]), flush=True)
-            continue
-        elif verb == "exit":
-            return
-        print("ok", flush=True)
+class Worker:
+    """A sender or a receiver that is linked to `address`."""
 
+    def __init__(self, role: str, address: str) -> None:
+        kind = Sender if role == "sender" else Receiver
+        self.node = kind(KVPool.allocate(SPEC, 16), secret=SECRET, instance=f"{role}-process", config=CONFIG)
+        self.node.connect(address)
+        self.requests = {}
 
-if __name__ == "__main__":
-    main()
+    def send(self, request: str) -> None:
+        """Send layer 0 of two."""
+        self.requests[request] = self.node.send(request, BLOCKS, TOKENS)
+        self.requests[request].send_layer(0)
+
+    def send_rest(self, request: str) -> None:
+        self.requests[request].send_layer(1)
+
+    def receive(self, request: str) -> None:
+        self.requests[request] = self.node.receive(request, BLOCKS, TOKENS)
+
+    def wait(self, request: str) -> str:
+        """How the request ended."""
+        try:
+            self.requests[request].wait(20)
+        except HetkvError as error:
+            return type(error).__name__
+        return "complete"
+
+    def cpu(self, seconds: float) -> float:
+        """Share of a core that this process uses at rest."""
+        start = time.process_time()
+        time.sleep(seconds)
+        return (time.process_time() - start) / seconds
+
+    def exit(self) -> None:
+        """End the process without `close`."""
+        sys.exit(0)
+
+    def close(self) -> None:
+        self.node.close()

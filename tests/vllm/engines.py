@@ -211,7 +211,8 @@ class Core:
             "loading": len(worker._loading._in) if worker._loading else 0,
             "nodes": [[node.engine.open_requests] for node in nodes],
             "transport": [
-                {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "lent_slots")} for node in nodes
+                {key: node.stats()[key] for key in ("open_requests", "pending_tickets", "granted_slots")}
+                for node in nodes
             ],
         }
 

@@ -168,7 +168,7 @@ def test_wrong_settings_end_the_start(model: str, extra: dict[str, Any], said: s
     engine.close()
 
 
-def test_500_requests_leave_nothing_behind(model: str) -> None:
+def test_500_requests_leave_nothing(model: str) -> None:
     """Both modes, aborts among them, several at once: no block, request, ticket, slot, thread or descriptor stays."""
     pair = Pair(producer_of(model), consumer_of(model))
     known, draw = pair.describe(), random.Random(8)

@@ -79,7 +79,7 @@ def test_only_the_window_travels(pair: Pair) -> None:
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 def test_failed_loads(pair: Pair, model: str, policy: str) -> None:
-    """Told by request: block ids mean nothing across groups."""
+    """Listed by request: block ids mean nothing across groups."""
     consumer = (
         pair.consumer if policy == "recompute" else Engine(model, "kv_consumer", 128, policy=policy, **dict(LEASE))
     )

@@ -169,7 +169,7 @@ def test_sliding_window() -> None:
     spec = SlidingWindowSpec(
         block_size=TOKENS, num_kv_heads=HEADS, head_size=CHANNELS, dtype=torch.bfloat16, sliding_window=128
     )
-    assert layer_spec(layer_of(spec, "FLASH_ATTN"), 6).window == 128
+    assert layer_spec(layer_of(spec, "FLASH_ATTN"), 6).sliding_window == 128
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

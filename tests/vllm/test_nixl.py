@@ -1,4 +1,4 @@
-"""Beside vLLM's NixlConnector on the same checkpoint. Their times are compared by `bench/vllm/pd.py`, not here."""
+"""Next to vLLM's NixlConnector on the same checkpoint. Their times are compared by `bench/vllm/pd.py`, not here."""
 
 from __future__ import annotations
 

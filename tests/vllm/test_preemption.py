@@ -73,7 +73,7 @@ def fill(caches: Caches, value: float) -> None:
     [([HALF, HALF], [HALF, TOKENS]), ([HALF], [HALF, TOKENS]), ([TOKENS, HALF], [TOKENS])],
     ids=["tp2_tp2", "tp1_tp2", "tp2_tp1"],
 )
-def test_ranks_that_are_done_beside_one_that_is_not(handed: list[int], asked: list[int]) -> None:
+def test_ranks_that_are_done_before_one_that_is_not(handed: list[int], asked: list[int]) -> None:
     """What one consumer rank lost comes again, and no block is held for a rank that wants nothing more.
 
     `handed`: tokens that each producer rank had sent when it was preempted; `asked`: what each consumer rank wants.

@@ -1,4 +1,4 @@
-// Where elements of a side lie on the paths of rows and cells, and the checksum of the words that a thread has in its
+// Where elements of a side are on the paths of rows and cells, and the checksum of the words that a thread has in its
 // registers. Strides on these paths fit 32 bits (plan.cpp), so that one multiply-add makes an address.
 #pragma once
 

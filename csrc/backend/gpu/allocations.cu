@@ -9,7 +9,7 @@
 namespace hetkv::gpu {
 namespace {
 
-// What this backend has registered: memory that somebody else registered, UCX for one, is theirs to unregister.
+// What this backend has registered: memory that others registered, such as UCX, they must unregister.
 std::mutex registered_mutex;
 std::set<const void*> registered;
 

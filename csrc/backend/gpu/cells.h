@@ -24,7 +24,7 @@ HETKV_INLINE Cell cell_of(const Job& job, std::uint32_t item) {
   return cell;
 }
 
-// Address of the cell's first channel at 8 tokens that lie together; `token` may lie before the job's first, but in the
+// Address of the cell's first channel at 8 contiguous tokens; `token` may be before the job's first, but in the
 // same block.
 HETKV_INLINE std::uint64_t token_run(const Side& side, const Cell& cell) {
   return head_channel(side, cell.head, cell.channel) + token_offset(side, static_cast<std::uint32_t>(cell.token));
@@ -93,13 +93,13 @@ HETKV_INLINE void transpose(const Vector<2 * kSize> (&in)[kGroup], Vector<2 * kS
 template <int kFrom, int kTo, bool kConverts>
 HETKV_INLINE bool move_cell(const Job& job, std::uint64_t seed, const Cell& cell, Partial& partial) {
   const std::uint32_t token = static_cast<std::uint32_t>(cell.token);
-  const Side& rows = job.tokens_first ? job.dst : job.src;  // the side whose channels lie together
+  const Side& rows = job.tokens_first ? job.dst : job.src;  // the side whose channels are contiguous
   const Side& turned = job.tokens_first ? job.src : job.dst;
   const std::uint64_t run = token_run(turned, cell);
   const std::uint64_t row = head_channel(rows, cell.head, cell.channel);
   const std::uint64_t first = row + token_offset(rows, token);
-  const auto at = [&](bool tokens_lie_together, std::uint32_t i) {
-    if (tokens_lie_together) return run + times(i, turned.inner_stride);
+  const auto at = [&](bool tokens_contiguous, std::uint32_t i) {
+    if (tokens_contiguous) return run + times(i, turned.inner_stride);
     return rows.tiled ? first + times(i, rows.token_stride) : row + token_offset(rows, token + i);
   };
   Vector<2 * kFrom> in[kGroup];

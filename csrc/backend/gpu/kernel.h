@@ -66,7 +66,7 @@ constexpr int blocks_wanted(Paths paths) {
   return paths == Paths::kMoves || paths == Paths::kRows ? 4 : 2;
 }
 
-// `kTable`: the jobs lie in the launch's table, which each block takes them from; otherwise in the launch itself.
+// `kTable`: the jobs are in the launch's table, which each block takes them from; otherwise in the launch itself.
 template <Paths kPaths, bool kTable>
 __global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
     remap_kernel(HETKV_GRID_CONSTANT const Launch launch, std::uint32_t num_blocks, Scratch* scratch,

@@ -39,7 +39,7 @@ bool strides_fit(const remap::Side& side, std::int64_t channels) {
          (map.pack >= channels || fits(map.outer_stride - map.pack * map.inner_stride));
 }
 
-// Channels lie next to each other in runs of whole `elements`.
+// Channels are contiguous in runs of whole `elements`.
 bool has_runs(const remap::Side& side, std::int64_t channels, std::int64_t elements) {
   const SegmentMap& map = side.map;
   return map.inner_stride == item_size(map.dtype) && channels % elements == 0 &&
@@ -47,7 +47,7 @@ bool has_runs(const remap::Side& side, std::int64_t channels, std::int64_t eleme
          aligned(side, channels, std::min<std::int64_t>(16, elements * item_size(map.dtype)));
 }
 
-// Groups of tokens lie next to each other inside a block.
+// Groups of tokens are contiguous inside a block.
 bool has_token_runs(const remap::Side& side, std::int64_t channels) {
   const SegmentMap& map = side.map;
   const std::int64_t size = item_size(map.dtype);
@@ -64,7 +64,7 @@ bool is_tiled(const remap::Side& side, std::int64_t tile, std::int64_t lead) {
   return side.map.block_size == 0 || (side.map.block_size % tile == 0 && (side.first_token - lead) % tile == 0);
 }
 
-// Whether tokens of an item lie in one block: rows and cells.
+// Whether tokens of an item are in one block: rows and cells.
 void plan_items(const remap::Job& from, std::int64_t tile, std::int64_t lead, Job* job) {
   job->src.tiled = is_tiled(from.src, tile, lead);
   job->dst.tiled = is_tiled(from.dst, tile, lead);
@@ -108,7 +108,7 @@ Side plan_side(const remap::Side& from) {
 }
 
 // Rows of `elements` to a vector. Where both sides' rows are whole, neighbouring lanes take a row; where one is cut
-// into packs, they take a few vectors of several tokens, because there the next token's pack is what lies next in
+// into packs, they take a few vectors of several tokens, because there the next token's pack is what comes next in
 // memory.
 bool plan_rows(const remap::Job& from, Path path, std::int64_t elements, Job* job) {
   const std::int64_t vectors = from.channels / elements;
@@ -132,7 +132,7 @@ bool plan_rows(const remap::Job& from, Path path, std::int64_t elements, Job* jo
   return true;
 }
 
-// Cells begin at whole groups of the side whose tokens lie together. Neighbouring lanes take as many along the tokens
+// Cells begin at whole groups of the side whose tokens are contiguous. Neighbouring lanes take as many along the tokens
 // as make 64 bytes there, and channels for the rest.
 bool plan_cells(const remap::Job& from, bool tokens_first, Job* job) {
   const remap::Side& turned = tokens_first ? from.src : from.dst;
@@ -235,7 +235,7 @@ std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, s
   std::uint32_t chunks = 0;
   for (std::size_t frame = 0; frame < num_frames; ++frame) {
     for (std::uint64_t i = 0; i < frames[frame].num_jobs; ++i, ++jobs, ++out, ++first_chunk) {
-      // K and V, and the same layer of several requests, differ in where they lie and in nothing else.
+      // K and V, and the same layer of several requests, differ in where they are and in nothing else.
       if (out != first && alike(jobs[0], jobs[-1])) {
         *out = out[-1];
       } else {

@@ -37,10 +37,10 @@ struct Side {
   FastDiv block_size;
   FastDiv pack;  // in channels
   DType dtype = DType::kUInt8;
-  bool tiled = true;  // rows, cells: the tokens of one item lie in one block
+  bool tiled = true;  // rows, cells: the tokens of one item are in one block
 };
 
-// What every item needs lies together, and what only words need at the end: a launch begins with fetching this from
+// What every item needs is together, and what only words need at the end: a launch begins with fetching this from
 // memory, a line at a time.
 struct Job {
   std::uint64_t seed = 0;   // of its frame's checksum
@@ -51,11 +51,11 @@ struct Job {
   FastDiv row_parts;     // rows: how many times that is a row
   FastDiv heads;         // rows, cells
   std::uint8_t log_lane_tokens = 0;  // tokens, or cells along the tokens, that neighbouring lanes take
-  std::uint8_t lead = 0;             // cells: tokens of the first one that lie before the job's first
+  std::uint8_t lead = 0;             // cells: tokens of the first one that are before the job's first
   Path path = Path::kWords;
   remap::WireSide wire = remap::WireSide::kNone;
   bool converts = false;
-  bool tokens_first = false;  // cells: it is the source whose tokens lie together
+  bool tokens_first = false;  // cells: it is the source whose tokens are contiguous
   bool whole_words = false;   // words: the destination is the wire's and can be stored in words
   bool wide = false;          // words: too many elements for 32-bit indices
   Side src;
@@ -69,7 +69,7 @@ struct Job {
   FastDiv channels;            // words
 };
 
-// Jobs of a launch that go with it by value; more lie in a table.
+// Jobs of a launch that go with it by value; more are in a table.
 constexpr std::size_t kMaxLaunchJobs = 4;
 
 struct Table {

@@ -12,9 +12,9 @@ struct RowItem {
   std::uint32_t channel;
   std::uint32_t token;
   std::uint32_t step;
-  std::uint32_t left;  // tokens of the job from `token` on; 0: the item is none of the job's
+  std::uint32_t left;  // tokens of the job from `token` on; 0: the item is not the job's
 
-  // Whether vector k is the job's; how many tokens after the first it lies, or 0 where it is not, so that all vectors
+  // Whether vector k is the job's; how many tokens after the first it is, or 0 where it is not, so that all vectors
   // may be read without a branch.
   HETKV_INLINE bool has(std::uint32_t k) const { return k * step < left; }
   HETKV_INLINE std::uint32_t after(std::uint32_t k) const { return has(k) ? k * step : 0; }
@@ -34,7 +34,7 @@ HETKV_INLINE RowItem row_item(const Job& job, std::uint32_t item, std::uint32_t 
   return at;
 }
 
-// Where the kDepth vectors of an item lie on one side, where its tokens share a block. The block's id is asked for when
+// Where the kDepth vectors of an item are on one side, where its tokens share a block. The block's id is asked for when
 // this is made; `wait` before the first address.
 class TiledRows {
  public:

@@ -29,7 +29,7 @@ HETKV_INLINE Position position(const Job& job, std::uint64_t e) {
   return at;
 }
 
-// With strides of any size and sign, unlike the functions of address.h.
+// With strides of any size and sign; the functions of address.h take fewer.
 HETKV_INLINE std::uint64_t element_address(const Side& side, const Position& at) {
   const std::int64_t channel = at.channel * side.inner_stride + side.pack.divide(at.channel) * side.pack_step;
   const std::uint64_t row = side.base + static_cast<std::uint64_t>(at.head * side.head_stride + channel);

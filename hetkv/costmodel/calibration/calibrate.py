@@ -51,7 +51,7 @@ def from_batches(path: Path, catalogue: Catalogue) -> list[Efficiency]:
     nvidia = [row for row in rows if catalogue.gpu(row.gpu).vendor == "nvidia"]
     base = batches.fit_nvidia(nvidia, catalogue)
     predicted = cross_predict(nvidia, batches.config, lambda a, b: batches.predict(a, b, catalogue))
-    text = f"{path.name}: LLM-Inference-Bench, latency of whole batches (prompt and token time not told apart)"
+    text = f"{path.name}: LLM-Inference-Bench, latency of whole batches (prompt and token time not separated)"
     found = _batch_entries(nvidia, np.log(batches.measured(nvidia) / predicted), base, catalogue, text)
     for part in parts:
         if part.vendor == "nvidia":

@@ -34,7 +34,7 @@ SCALE, OWN_SCALE = 0.06, 0.1
 POINTS = (5, 20)
 DRAWS = 5
 OWN_SPREAD = Spread(0.3)
-"""Of rows left out of a fit to few: the whole latency holds prompts, tokens and start-up, hence wider than TPOT's."""
+"""Of rows left out of a fit to few: the whole latency holds prompts, tokens and start-up, so wider than TPOT's."""
 
 
 def config(row: BatchRow) -> tuple[object, ...]:
@@ -118,7 +118,7 @@ def left_out(rows: Sequence[BatchRow], priors: Mapping[str, Prior], catalogue: C
 
 
 def others(parts: Sequence[pooled.Hardware], catalogue: Catalogue) -> list[list[str]]:
-    """Table lines of the hardware that is not NVIDIA's: all its rows in folds, none of them, and few of them."""
+    """Table lines of the hardware that is not NVIDIA's: all its rows in folds, no rows, and few rows."""
     lines = []
     for part in parts:
         if part.vendor == "nvidia":
@@ -171,5 +171,5 @@ LIMITS = """What the lines say:
 - Decode products of few rows run far below the peak on MI300X (`few_rows_flops`), its attention reads KV once for every
   query head of a group (`kv_group`), and more slowly when sequences x heads exceed 512 (`kv_unsplit`). These three
   terms are the growth of its decode time with the batch.
-- Nobody's constants follow from another vendor's: the lines with 0 points say how far off such a prediction is. MI250
+- No vendor's constants follow from another's: the lines with 0 points say how far off such a prediction is. MI250
   rows may count one of the part's two dies; Intel's times at one GPU hold a start-up that outlasts short runs."""

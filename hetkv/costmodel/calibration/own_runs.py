@@ -13,7 +13,7 @@ from hetkv.costmodel.calibration.datasets import ServingRow
 from hetkv.costmodel.calibration.engine_steps import EngineSteps
 from hetkv.costmodel.calibration.entries import split
 from hetkv.costmodel.calibration.fit import PRIORS, STEP_NAMES, Array, Fitted, Values, fit, layout
-from hetkv.costmodel.calibration.logs.observations import Observation, Setup, Window
+from hetkv.costmodel.calibration.logs.observations import Observation, Period, Setup
 from hetkv.costmodel.calibration.problems import ServingLoops, shape_name
 from hetkv.costmodel.calibration.spans import Spread, posterior
 from hetkv.costmodel.catalogue import Catalogue
@@ -167,7 +167,7 @@ def loops_alone(rows: Sequence[ServingRow]) -> Array:
 def from_log(
     rows: Sequence[Observation], setup: Setup, known: Efficiencies, catalogue: Catalogue, origin: str
 ) -> list[Efficiency]:
-    """Entries from windows and prompts of one set-up. Its prompts did not wait: the interval of queues stays."""
+    """Entries from periods and prompts of one set-up. Its prompts did not wait: the interval of queues stays."""
     gpu, shape = catalogue.gpu(setup.gpu), model_shape(setup.model)
     base = known.find(gpu.name, gpu.vendor, setup.engine, setup.version, setup.dtype, shape.name)
     start = start_of(base, gpu.name, setup.tp, [setup.model])
@@ -176,14 +176,14 @@ def from_log(
         return EngineSteps(some, setup, catalogue)
 
     errors, found = start.errors_left_out(rows, build), start.fit(rows, build)
-    windows = [row for row in rows if isinstance(row, Window)]
+    periods = [row for row in rows if isinstance(row, Period)]
     decode, prefill, _ = spans_of(errors, np.full(len(rows), True), base.spans)
-    measured = errors[1] if windows else errors[0]
+    measured = errors[1] if periods else errors[0]
     entry = Efficiency(
         key=Key(gpu.name, setup.engine, setup.version, setup.dtype, shape.name),
         constants=found.constants(rows[0]),
         spans=Spans(decode, prefill, base.spans.queue),
-        provenance=f"{origin}: {len(windows)} windows, {len(rows) - len(windows)} prompts, from {base.key}",
+        provenance=f"{origin}: {len(periods)} periods, {len(rows) - len(periods)} prompts, from {base.key}",
         median_error=float(np.nanmedian(np.abs(np.expm1(-measured)))),
         rows=len(rows),
         models=(shape.name,),

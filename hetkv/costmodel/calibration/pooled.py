@@ -1,4 +1,4 @@
-"""What several GPUs have in common: the prior for a GPU that nobody measured, with the spread between GPUs."""
+"""What several GPUs have in common: the prior for a GPU that was not measured, with the spread between GPUs."""
 
 from __future__ import annotations
 

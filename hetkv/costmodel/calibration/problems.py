@@ -67,7 +67,7 @@ class StaticSteps:
         """An eager engine: the host's launches bound small steps, and large messages leave the engine's all-reduce.
 
         The all-reduce tables hold eager rows too, not fitted here: at small messages they are 4.5 (H100) to 8 times
-        (A100) the captured ones, hence the start of `reduce_latency`.
+        (A100) the captured ones, so the start of `reduce_latency`.
         """
         names = (
             "gemm_bytes gemm_flops kv_bytes attention_flops layer_s sequence_layer_s host_layer_s sequence_s prompt_s "

@@ -1,4 +1,4 @@
 """MLX: `mlx_lm`'s `KVCache` in and out of a pool (`CacheMemory`), and an engine over it.
 
-`docs/other-engines.md` says how.
+`docs/other-engines.md` says how. May import: hetkv, hetkv.integrations, mlx, mlx_lm.
 """

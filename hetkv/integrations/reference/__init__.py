@@ -1,1 +1,4 @@
-"""hetkv's own decoder (`hetkv.runtime`) as an engine among the others."""
+"""hetkv's own decoder (`hetkv.runtime`) as an engine among the others.
+
+May import: hetkv, hetkv.runtime, hetkv.integrations, torch.
+"""

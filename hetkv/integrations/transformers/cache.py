@@ -129,7 +129,7 @@ class PooledCache(Cache):
         )
 
     def fill(self, num_tokens: int) -> None:
-        """The KV of the first `num_tokens` tokens has been received: the model goes on behind them."""
+        """The KV of the first `num_tokens` tokens has been received: the model goes on after them."""
         for layer in self.layers:
             layer.fill(num_tokens)
 

@@ -48,5 +48,5 @@ def check_hashes(config: VllmConfig) -> None:
 
 
 def _bytes(text: str) -> bytes:
-    """Clients' text, which need not be Unicode: JSON can hold half of a surrogate pair."""
+    """Clients' text, which may not be Unicode: JSON can hold half of a surrogate pair."""
     return text.encode(errors="surrogatepass")

@@ -136,7 +136,7 @@ def layer_spec(layer: Layer, heads: int) -> LayerSpec:
         return LayerSpec.latent(latent, rope, group=layer.group)
     if type(spec) is SlidingWindowSpec:
         window = spec.sliding_window + spec.extra_retained_tokens
-        return LayerSpec.kv(heads, spec.head_size, spec.head_size_v, group=layer.group, window=window)
+        return LayerSpec.kv(heads, spec.head_size, spec.head_size_v, group=layer.group, sliding_window=window)
     if isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec):
         return LayerSpec.kv(heads, spec.head_size, spec.head_size_v, group=layer.group)
     raise InputError(f"layer {layer.name}: caches of {type(spec).__name__} cannot be transferred")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hetkv.control.connection import Address
+from hetkv.control.address import Address
 from hetkv.errors import InputError
 
 MAX_TEXT = 256

@@ -108,7 +108,7 @@ class Router:
     async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Answer one client's request. Where its decode server is lost all of it begins again with another one."""
         body.pop("kv_transfer_params", None)
-        half = self._after if self.mode == "prefill_first" else self._beside
+        half = self._after if self.mode == "prefill_first" else self._concurrent
         tried: list[Server] = []
         while True:
             prefill, decode = self.choose(tried)
@@ -135,7 +135,7 @@ class Router:
             params = None
         return await self._decode(decode, path, body, params, headers)
 
-    async def _beside(
+    async def _concurrent(
         self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
     ) -> Response:
         """Both at once. Where the prefill fails, decode is asked again without it: it has sent nothing so far."""
@@ -267,7 +267,7 @@ class Passed(StreamingResponse):
 
 
 async def drop(task: asyncio.Task[Response]) -> None:
-    """End a request whose answer nobody takes."""
+    """End a request whose client has gone."""
     task.cancel()
     await asyncio.wait((task,))
     if not task.cancelled() and task.exception() is None and isinstance(answer := task.result(), Passed):

@@ -83,7 +83,7 @@ class SchedulerSide:
             for inner in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
         ]
         assert not any(isinstance(spec, UniformTypeKVCacheSpecs) for spec in specs)
-        self._windows = any(isinstance(spec, SlidingWindowSpec) for spec in specs)
+        self._sliding_windows = any(isinstance(spec, SlidingWindowSpec) for spec in specs)
 
     def set_addresses(self, workers: Mapping[int, WorkerAddress]) -> None:
         """Where the workers listen, by rank."""
@@ -111,7 +111,7 @@ class SchedulerSide:
         self._producing[request.request_id] = Producing(request, transfer_id, name, content, concurrent, kept)
         if kept:
             self._sends.take(name, sequence)
-            if self._windows:
+            if self._sliding_windows:
                 drop_last_token(request)
 
     def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:

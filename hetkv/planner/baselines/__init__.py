@@ -1,4 +1,7 @@
-"""Plans as the field makes them, from the papers' descriptions, judged by the same simulator as ours."""
+"""Plans as the field makes them, from the papers' descriptions, judged by the same simulator as ours.
+
+May import `hetkv.planner` and what that imports; only benchmarks and tests import it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ METHODS: dict[str, Callable[[Problem], Sizer]] = {
     "aiconfigurator": AIConfigurator,
     "aiconfigurator-mixed": lambda problem: AIConfigurator(problem, mixed=True),
 }
-"""From a problem to a sizer. The `-mixed` ones may put the two phases on unlike GPU types, see their modules."""
+"""From a problem to a sizer. The `-mixed` ones may put the two phases on different GPU types, see their modules."""
 
 RESOLUTION = 0.005
 """For the goals `goodput` and `split`: how near to the largest multiple of the rates the search ends, relative."""

@@ -133,7 +133,7 @@ class AicTool:
                 if all(v == 1 for v in extra) and (row["mode"] == "disagg" or pair[0] == pair[1]):
                     found.append((pair, row))
         if not found:
-            raise NotCoveredError("; ".join(self.uncovered) or "no plan of it can be told in TP and PP")
+            raise NotCoveredError("; ".join(self.uncovered) or "no plan of it can be expressed in TP and PP")
         return found
 
     def _run(self, task: dict[str, Any]) -> list[dict[str, Any]]:

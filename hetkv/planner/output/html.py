@@ -225,9 +225,7 @@ def _periods(found: Replan) -> str:
     text = "The last column replays the period's own requests, bursts and prefixes included. Where a plan for Poisson "
     text += "arrivals at their mean rate misses a target, the plan shown is the cheapest one found that holds."
     if found.cost is not None and found.peak_cost is not None:
-        text += (
-            f" {found.cost:,.2f} USD with a plan for each period, {found.peak_cost:,.2f} USD with the dearest one held."
-        )
+        text += f" {found.cost:,.2f} USD with a plan a period, {found.peak_cost:,.2f} USD with the costliest one kept."
     return (
         _rows([*head, ("USD/hour", "n"), ("own requests", "")], rows)
         + f'<p class="small">{text}</p>'

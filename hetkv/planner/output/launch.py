@@ -118,7 +118,7 @@ def _vllm(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list[s
     flags.append("--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching")
     if pool.kv_tokens is not None:
         flags += ["--num-gpu-blocks-override", str(pool.kv_tokens // engine.block_size)]
-    if model_shape(plan.model).window_layers:
+    if model_shape(plan.model).sliding_layers:
         if not engine.hybrid_kv_cache:
             flags.append("--disable-hybrid-kv-cache-manager")
         elif pool.role in KV_ROLES:  # with a connector, vLLM's own default is to disable it
@@ -142,7 +142,7 @@ def _vllm(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list[s
 
 def _sglang(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list[str]]:
     flags = ["--served-model-name", _name(plan.model)]
-    # In SGLang the attention replicas of DP lie inside the TP ranks.
+    # In SGLang the attention replicas of DP are inside the TP ranks.
     flags += ["--tp-size", str(pool.tp * pool.dp), "--pp-size", str(pool.pp)]
     if pool.dp > 1:
         flags += ["--dp-size", str(pool.dp), "--enable-dp-attention"]
@@ -179,7 +179,7 @@ def _name(model: str) -> str:
 
 
 def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> str:
-    """A shell text: `vllm serve` for each pool, with hetkv as the KV connector where prefill and decode are apart."""
+    """A shell text: `vllm serve` for each pool, and hetkv as KV connector where prefill and decode are separate."""
     parts = [_head(plan)]
     if plan.disaggregated:
         parts[0] += "\nHOST=...  # on a prefill host: its address as the decode hosts reach it"
@@ -202,7 +202,7 @@ def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> st
 
 
 def sglang_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> str:
-    """A shell text: `sglang.launch_server` for each pool, and its router where prefill and decode are apart."""
+    """A shell text: `sglang.launch_server` for each pool, and its router where prefill and decode are separate."""
     parts = [_head(plan)]
     found = servers(plan, "sglang", gpus_per_node)
     for server in found:
@@ -217,7 +217,7 @@ def sglang_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> 
         router += _peers(found, "decode", "--decode ")
         router += ["--host 0.0.0.0", f"--port {ROUTER_PORT}"]
         text = "# The router; hosts are named after pool and instance here. SGLang moves the KV itself, not by hetkv:"
-        text += "\n# whether its back end joins these GPUs, with unlike page sizes or dtypes, is SGLang's to say."
+        text += "\n# SGLang's documents say whether its back end joins these GPUs, page sizes and dtypes."
         parts.append(text + "\n" + _join(router))
     return "\n\n".join(parts) + "\n"
 

@@ -98,7 +98,7 @@ def _lines(
             [a for a, _ in known],
             [b for _, b in known],
             marker=MARKS[index % len(MARKS)],
-            # The mixed fleet often lies on the best single one: it is drawn below, wide and pale.
+            # The mixed fleet is often on the best single one: it is drawn below, wide and pale.
             color=MIXED_COLOUR if mixed else single[index % len(single)],
             linewidth=7 if mixed else 1.8,
             alpha=0.35 if mixed else 1.0,

@@ -197,7 +197,7 @@ CUT = "* a limit ended the search early: a better plan may exist"
 
 
 def mark(row: Point | Period) -> str:
-    """What stands behind the figure of a plan that was cut short; `CUT` says what it means."""
+    """What follows the figure of a plan that was cut short; `CUT` says what it means."""
     return " *" if row.cut else ""
 
 
@@ -236,7 +236,7 @@ def show_replan(console: Console, found: Replan) -> None:
     _say_cut(console, found.periods)
     if found.cost is not None and found.peak_cost is not None:
         console.print(
-            f"{found.cost:,.2f} USD replanned for each period, {found.peak_cost:,.2f} USD with the dearest plan held",
+            f"{found.cost:,.2f} USD replanned for each period, {found.peak_cost:,.2f} USD with the costliest plan kept",
             highlight=False,
         )
     console.print()

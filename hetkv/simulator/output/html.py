@@ -96,8 +96,8 @@ def _tiles(summary: dict[str, Any], slo: Slo) -> list[tuple[str, str]]:
     if any(v is not None for v in slo.as_json().values()):
         ends = summary.get("interval", {})
         span = " to ".join(f"{ends[end]['slo_attainment']:.1%}" for end in ("high", "low")) if ends else ""
-        beside = f" ({span} over the interval of the step times)" if span else ""
-        tiles.append((f"{summary['slo_attainment']:.1%}", f"within the SLO{beside}"))
+        interval = f" ({span} over the interval of the step times)" if span else ""
+        tiles.append((f"{summary['slo_attainment']:.1%}", f"within the SLO{interval}"))
         tiles.append((f"{summary['goodput_rps']:,.2f}", "goodput, requests/s"))
     for gpu, share in summary["utilisation"].items():
         tiles.append(("none" if share is None else f"{share:.0%}", f"utilisation, {gpu}"))

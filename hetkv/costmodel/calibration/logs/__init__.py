@@ -3,7 +3,7 @@
 `read` finds the kind from the content. Imports the datasets' rows and nothing of the fit.
 """
 
-from hetkv.costmodel.calibration.logs.observations import Prompt, Setup, Window
+from hetkv.costmodel.calibration.logs.observations import Period, Prompt, Setup
 from hetkv.costmodel.calibration.logs.read import read
 
-__all__ = ["Prompt", "Setup", "Window", "read"]
+__all__ = ["Period", "Prompt", "Setup", "read"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hetkv.costmodel.calibration.logs.observations import Observation, Window
+from hetkv.costmodel.calibration.logs.observations import Observation, Period
 from hetkv.errors import InputError
 
 VLLM = re.compile(
@@ -21,7 +21,7 @@ SGLANG = re.compile(
 )
 SGLANG_PREFILL = re.compile(r"Prefill batch")
 STEADY = 0.25
-"""The running requests of two lines may differ by this share; beyond it the last count is no mean of the window."""
+"""The running requests of two lines may differ by this share; beyond it the last count is no mean of the period."""
 
 
 def looks_like(text: str) -> bool:
@@ -29,7 +29,7 @@ def looks_like(text: str) -> bool:
 
 
 def observations(text: str, origin: str) -> list[Observation]:
-    """Windows between lines where the number of running requests is steady.
+    """Periods between lines where the number of running requests is steady.
 
     vLLM: a line with prompts and prefix cache hits is left out, as it does not say how many of the tokens were
     computed. SGLang: a decode line is used where no prefill comes between it and the one before.
@@ -51,7 +51,7 @@ def _vllm(text: str, origin: str) -> list[Observation]:
             mean, seconds = (running + before) / 2, VLLM_INTERVAL_S
             context = float(line["usage"]) / 100 * capacity
             each = max(1.0, context / running)
-            found.append(Window(seconds, mean, context, output * seconds, prompt * seconds, prompt * seconds / each))
+            found.append(Period(seconds, mean, context, output * seconds, prompt * seconds, prompt * seconds / each))
         before = running
     return found
 
@@ -65,6 +65,6 @@ def _sglang(text: str) -> list[Observation]:
         elif decode := SGLANG.search(line):
             running, output = float(decode["running"]), float(decode["output"])
             if running and output and abs(running - before) <= STEADY * running:
-                found.append(Window(1.0, running, float(decode["tokens"]), output))
+                found.append(Period(1.0, running, float(decode["tokens"]), output))
             before = running
     return found

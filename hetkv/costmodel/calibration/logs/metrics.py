@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hetkv.costmodel.calibration.logs.observations import Observation, Prompt, Window
+from hetkv.costmodel.calibration.logs.observations import Observation, Period, Prompt
 from hetkv.errors import InputError
 
 TOKEN_SECONDS = ("inter_token_latency_seconds", "time_per_output_token_seconds")
@@ -37,10 +37,10 @@ def parse(text: str, origin: str) -> Scrape:
 
 
 def observations(scrapes: Sequence[Scrape], origin: str) -> list[Observation]:
-    """One window, and one mean prompt where the engine times them, for each pair of consecutive scrapes.
+    """One period, and one mean prompt where the engine times them, for each pair of consecutive scrapes.
 
-    The batch is generated tokens by steps (`iteration_tokens`), or the mean of the gauges of running requests. A single
-    scrape is taken against the engine's start: that window holds the warm-up.
+    The batch is generated tokens by steps (`iteration_tokens`), or the mean of the counts of running requests. A single
+    scrape is taken against the engine's start: that period holds the warm-up.
     """
     whole: list[Scrape] = [{}, *scrapes] if len(scrapes) == 1 else list(scrapes)
     found: list[Observation] = []
@@ -66,12 +66,12 @@ def _between(before: Scrape, after: Scrape, origin: str) -> list[Observation]:
     if tokens < LEAST_TOKENS or not timed or not prompts:
         return []
     step = grown(f"{name}_sum") / timed
-    gauges = [scrape.get("num_requests_running", scrape.get("num_running_reqs", 0.0)) for scrape in (before, after)]
+    counts = [scrape.get("num_requests_running", scrape.get("num_running_reqs", 0.0)) for scrape in (before, after)]
     steps = grown("iteration_tokens_total_count")
-    running = max(1.0, tokens / steps) if steps else max(1.0, sum(gauges) / 2)
+    running = max(1.0, tokens / steps) if steps else max(1.0, sum(counts) / 2)
     prompt, output = grown("prompt_tokens") / prompts, tokens / prompts
     context = running * (prompt + output / 2)
-    found: list[Observation] = [Window(tokens / running * step, running, context, tokens, prompt * prompts, prompts)]
+    found: list[Observation] = [Period(tokens / running * step, running, context, tokens, prompt * prompts, prompts)]
     if grown(f"{PREFILL_SECONDS}_count"):
         seconds = grown(f"{PREFILL_SECONDS}_sum") / grown(f"{PREFILL_SECONDS}_count")
         found.append(Prompt(seconds, prompt, running, context))

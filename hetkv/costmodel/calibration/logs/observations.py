@@ -1,4 +1,4 @@
-"""What logs show of an engine: windows of steps, and prompts that did not wait."""
+"""What logs show of an engine: periods of steps, and prompts that did not wait."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Window:
+class Period:
     """Steps over `seconds`, in which `running` sequences that held `context` tokens emitted `output` tokens.
 
-    `prompt` prompt tokens of `prompts` requests were computed in the same steps. Counts are means over the window.
+    `prompt` prompt tokens of `prompts` requests were computed in the same steps. Counts are means over the period.
     """
 
     seconds: float
@@ -44,4 +44,4 @@ class Prompt:
     context: float = 0.0
 
 
-Observation = Window | Prompt
+Observation = Period | Prompt

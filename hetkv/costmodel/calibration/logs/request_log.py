@@ -1,4 +1,4 @@
-"""Request logs: JSON lines with lengths and times of each request; windows and prompts are reconstructed from them."""
+"""Request logs: JSON lines with lengths and times of each request; periods and prompts are reconstructed from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetkv.costmodel.calibration.logs.observations import Observation, Prompt, Window
+from hetkv.costmodel.calibration.logs.observations import Observation, Period, Prompt
 from hetkv.errors import InputError
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -21,13 +21,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "first": ("first_token_ts", "first_token_time"),
     "last": ("last_token_ts", "last_token_time", "finished_time"),
 }
-WINDOWS = 20
-"""A log is cut into this many windows of equal length; the fit needs 5 to 20 points."""
+PERIODS = 20
+"""A log is cut into this many periods of equal length; the fit needs 5 to 20 points."""
 QUEUE_S = 0.005
 """A request that was scheduled later than this after it was queued has waited; its prompt gives no prefill time."""
 
 LEAST_STEPS = 20
-"""A window of fewer steps is left out."""
+"""A period of fewer steps is left out."""
 
 Times = NDArray[np.float64]
 
@@ -99,28 +99,28 @@ def _field(raw: dict[str, Any], name: str, where: str) -> float:
 
 
 def observations(log: RequestLog, horizon: float | None = None) -> list[Observation]:
-    """Windows of equal length, and prompts that started at once. Nothing after `horizon` (same clock) is used."""
+    """Periods of equal length, and prompts that started at once. Nothing after `horizon` (same clock) is used."""
     end = float(log.last.max()) if horizon is None else min(horizon, float(log.last.max()))
     known = log.known_by(end)
     if not known.ended.any():
         return []
-    edges = np.linspace(float(known.scheduled.min()), end, WINDOWS + 1)
-    windows = [_window(known, low, high) for low, high in pairwise(edges)]
-    return [w for w in windows if w.running >= 0.5 and w.output >= LEAST_STEPS * w.running] + _prompts(known)
+    edges = np.linspace(float(known.scheduled.min()), end, PERIODS + 1)
+    periods = [_period(known, low, high) for low, high in pairwise(edges)]
+    return [w for w in periods if w.running >= 0.5 and w.output >= LEAST_STEPS * w.running] + _prompts(known)
 
 
 def _prompts(log: RequestLog) -> list[Observation]:
-    """Prompts that did not wait and that ran without another prompt, at most `WINDOWS` of them."""
+    """Prompts that did not wait and that ran without another prompt, at most `PERIODS` of them."""
     found: list[Observation] = []
     for i in np.nonzero(log.scheduled - log.queued <= QUEUE_S)[0]:
         overlapping = (log.scheduled < log.first[i]) & (log.first > log.scheduled[i])
         if overlapping.sum() == 1:
             running, context = _state(log, float(log.scheduled[i]))
             found.append(Prompt(float(log.first[i] - log.scheduled[i]), float(log.prompt[i]), running, context))
-    return found[:: -(-len(found) // WINDOWS)] if found else []
+    return found[:: -(-len(found) // PERIODS)] if found else []
 
 
-def _window(log: RequestLog, low: float, high: float) -> Window:
+def _period(log: RequestLog, low: float, high: float) -> Period:
     """What ran between two times. A request emits its tokens evenly between its first and its last one.
 
     The number of steps comes from the requests that have ended; all that run take part in each.
@@ -134,7 +134,7 @@ def _window(log: RequestLog, low: float, high: float) -> Window:
     filling = np.maximum(log.first - log.scheduled, 1e-9)
     share = np.maximum(0.0, np.minimum(log.first, high) - np.maximum(log.scheduled, low)) / filling
     seconds = high - low
-    return Window(
+    return Period(
         seconds=seconds,
         running=float(inside.sum() / seconds),
         context=float((inside * middle).sum() / seconds),

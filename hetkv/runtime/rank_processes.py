@@ -1,4 +1,4 @@
-"""An instance of several ranks, each in a process of its own: `Team`. KV and hidden states never pass through it."""
+"""An instance of several ranks, each in a process of its own: `RankProcesses`. It carries no KV."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hetkv.runtime.sampling import Token
 from hetkv.transport.instance import Instance
 
 
-class Team:
+class RankProcesses:
     """Implements `Ranks` of the engine. A rank that is lost ends the instance: calls raise `PeerLostError`."""
 
     def __init__(self, config: RankConfig) -> None:
@@ -171,4 +171,4 @@ def ranks_of(config: RankConfig) -> Any:
     """The ranks of an instance: in this process where it has one, else in processes of their own."""
     from hetkv.runtime.alone import Alone
 
-    return Alone(config) if config.plan.ranks == 1 else Team(config)
+    return Alone(config) if config.plan.ranks == 1 else RankProcesses(config)
