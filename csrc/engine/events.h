@@ -47,6 +47,11 @@ class EventQueue {
     ready_.wait(lock, [this] { return !events_.empty() || closed_; });
     return std::exchange(events_, {});
   }
+  // What there is, without waiting.
+  std::vector<Event> take() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(events_, {});
+  }
   void close() {
     {
       std::lock_guard<std::mutex> lock(mutex_);

@@ -50,6 +50,7 @@ class Receiver final : public Engine {
   std::uint64_t epoch(std::uint64_t handle);
 
  private:
+  friend struct Inspect;  // of tests/sim
   static constexpr std::uint64_t kAbsent = ~std::uint64_t{0};
   // One link's part of a request.
   struct Part {

@@ -66,6 +66,7 @@ class Sender final : public Engine {
   void reject(wire::RequestId id, std::string reason);
 
  private:
+  friend struct Inspect;  // of tests/sim
   using Request = SendRequest;
   struct Window {
     std::unique_ptr<PeerWindow> memory;

@@ -57,6 +57,7 @@ class SlotPool {
   void retire(std::uint32_t link);
 
  private:
+  friend struct Inspect;  // of tests/sim
   void drop_holder(std::uint32_t link);
 
   const std::size_t slot_bytes_;

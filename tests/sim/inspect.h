@@ -1,0 +1,28 @@
+// What must be so inside an engine after each of its turns: credits, slots and counts are conserved.
+#pragma once
+
+#include <set>
+#include <string>
+
+#include "engine/receiver.h"
+#include "engine/sender.h"
+
+namespace hetkv::engine {
+
+struct Inspect {
+  // Empty, or what is wrong.
+  static std::string check(const Sender& sender);
+  static std::string check(const Receiver& receiver);
+  // Nothing is held: no request, ticket, slot or buffer.
+  static std::string at_rest(const Sender& sender);
+  static std::string at_rest(const Receiver& receiver);
+  // Slots of a link, as each side knows them: equal where no message of the link is on its way.
+  static std::set<std::pair<std::uint32_t, std::uint32_t>> held(const Sender& sender, std::uint32_t link);
+  static std::set<std::pair<std::uint32_t, std::uint32_t>> lent(const Receiver& receiver, std::uint32_t link);
+  // Flips a bit of some slot that is in use.
+  static void flip(Receiver& receiver, std::uint64_t random);
+  static bool up(const Engine& engine, std::uint32_t link);
+  static bool settled(const Engine& engine);  // nothing is posted or has come that no turn has seen
+};
+
+}  // namespace hetkv::engine

@@ -1,0 +1,97 @@
+// Requests of a simulated fleet: what each side asks of its engine, and what it must be told.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fleet.h"
+
+namespace hetkv::sim {
+
+struct Counts {
+  std::uint64_t transfers = 0;
+  std::uint64_t complete = 0;   // on all sides
+  std::uint64_t failed = 0;     // on some
+  std::uint64_t unbegun = 0;    // a side had no link or no blocks, or was dead
+  std::uint64_t layers = 0;     // compared with what they must be
+  std::uint64_t bytes = 0;      // of these
+};
+
+class Transfers {
+ public:
+  Transfers(Fleet& fleet, const Profile& profile);
+
+  // One request between some instances, from now on.
+  void begin();
+  // All have ended, as far as their processes live, and their blocks are given back.
+  bool over() const { return open().empty(); }
+  std::string open() const;  // which have not
+  const Counts& counts() const { return counts_; }
+
+ private:
+  struct Transfer;
+  // One process's part.
+  struct Side {
+    Transfer* transfer = nullptr;
+    Process* process = nullptr;
+    std::uint64_t handle = 0;
+    Blocks blocks;
+    std::vector<bool> arrived;  // receiver: by layer
+    std::uint64_t begun = 0;
+    bool ended = false;  // told so, never begun, or its process died
+    bool complete = false;
+    bool packed = false;
+  };
+  struct Transfer {
+    std::uint64_t number = 0;
+    wire::RequestId id{};
+    std::uint64_t content = 0;
+    std::uint64_t tokens = 0;
+    std::uint64_t kept = 0;
+    std::uint64_t begun = 0;
+    std::uint64_t asked = 0;               // tokens that the receivers ask for; more than `tokens` in some
+    std::optional<wire::Content> bound[2];  // to which content each side binds it
+    std::uint32_t lease_ms = 0;
+    std::uint64_t hold_ms = 0;
+    bool planned = false;  // has its processes and blocks
+    bool may_fail = false;
+    bool counted = false;
+    std::uint32_t instance[2] = {};
+    std::vector<std::unique_ptr<Side>> sides[2];  // senders, receivers; by rank
+  };
+
+  wire::TokenRange want(const Transfer& transfer) const { return {transfer.kept, transfer.asked}; }
+  std::vector<std::uint64_t> by_group(std::uint64_t tokens) const;
+  bool reserve(Transfer& transfer);
+  void plan(Transfer& transfer, int attempts);
+  void begin_sender(Side& side);
+  void begin_receiver(Side& side);
+  void compute(Side& side);
+  void never(Side& side);
+  void abort(Side& side);
+  void expect_end(Side& side, std::uint64_t within);
+  void on_event(Process& process, const engine::Event& event);
+  void on_send_event(Side& side, const engine::Event& event);
+  void on_receive_event(Side& side, const engine::Event& event);
+  void on_failed(Side& side, const engine::Event& event);
+  void on_death(Process& process, bool orderly);
+  void release(Side& side);
+  void finish(Transfer& transfer);
+  bool excused(const Transfer& transfer) const;
+
+  Fleet& fleet_;
+  World& world_;
+  const Profile& profile_;
+  Counts counts_;
+  std::vector<std::unique_ptr<Transfer>> transfers_;
+  std::map<std::pair<const Process*, std::uint64_t>, Side*> by_handle_;
+  std::vector<std::pair<wire::RequestId, bool>> old_ids_;  // of transfers that are over, and whether one failed
+  std::uint64_t next_ = 1;
+};
+
+}  // namespace hetkv::sim
