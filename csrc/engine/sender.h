@@ -165,7 +165,8 @@ class Sender final : public Engine {
   using Pending = std::multimap<wire::RequestId, PendingTicket>;
   void take_ticket(const wire::RequestId& id, PendingTicket ticket);
   Pending::iterator drop_ticket(Pending::iterator at);
-  Status check_ticket(const Request& request, const PendingTicket& ticket) const;
+  Status check_state(const Request& request, const PendingTicket& ticket) const;
+  Status check_match(const Request& request, const PendingTicket& ticket) const;
   void add_lane(Request& request, PendingTicket ticket);
   void send_back(Link& link, const wire::Release& slots);
   void release(Link& link);

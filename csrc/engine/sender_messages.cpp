@@ -103,7 +103,8 @@ Sender::Pending::iterator Sender::drop_ticket(Pending::iterator at) {
   return pending_.erase(at);
 }
 
-Status Sender::check_ticket(const Request& request, const PendingTicket& ticket) const {
+// The request is still to be had, by the ticket's instance.
+Status Sender::check_state(const Request& request, const PendingTicket& ticket) const {
   const auto wrong = [](std::string what) { return Status::error(Code::kProtocol, std::move(what)); };
   if (request.packed) return wrong("the sender has given the request's blocks back");
   for (const auto& lane : request.lanes) {
@@ -111,6 +112,12 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
       return wrong("the request is on its way to instance " + lane.link->config.instance);
     }
   }
+  return {};
+}
+
+// The ticket is for what the request is.
+Status Sender::check_match(const Request& request, const PendingTicket& ticket) const {
+  const auto wrong = [](std::string what) { return Status::error(Code::kProtocol, std::move(what)); };
   if (ticket.content != request.content) {
     return Status::error(Code::kContent, "content: the ticket's is " + text_of(ticket.content) + ", the request's " +
                                              text_of(request.content));
@@ -132,16 +139,16 @@ Status Sender::check_ticket(const Request& request, const PendingTicket& ticket)
   return {};
 }
 
-// A ticket that cannot be served is rejected; the request waits for a better one. Not where the two sides mean
-// different contents by one id: no better one will come, so the request ends, and both sides say why.
+// A ticket that comes too late is rejected alone. Where the two sides mean different things by one id no better ticket
+// will come: the request ends, and both sides say why.
 void Sender::add_lane(Request& request, PendingTicket ticket) {
   Link& link = *ticket.link;
-  if (Status status = check_ticket(request, ticket); !status.ok()) {
+  if (Status status = check_state(request, ticket); !status.ok()) {
+    return reject(link, request.id, ticket.epoch, std::move(status));
+  }
+  if (Status status = check_match(request, ticket); !status.ok()) {
     reject(link, request.id, ticket.epoch, status);
-    if (status.code == Code::kContent) {
-      fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
-    }
-    return;
+    return fail(request, Status::error(status.code, link.config.name + ": " + status.detail), &link);
   }
   for (auto& lane : request.lanes) {
     if (lane.link->config.name == link.config.name) cancel(lane);  // the receiver tries again under a new epoch

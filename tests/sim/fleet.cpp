@@ -34,6 +34,7 @@ Fleet::Fleet(World& its_world, const Profile& profile)
   config.heartbeat_ms = static_cast<std::uint32_t>(random.between(50, 150));
   config.peer_timeout_ms = static_cast<std::uint32_t>(random.between(4, 8) * config.heartbeat_ms);
   config.direct = random.chance(0.8);
+  config.num_layers = model.layers;
   recovery_ = 2 * config.peer_timeout_ms * kMs + 500 * kMs;
   network.on_damage = [this](std::uint64_t a, std::uint64_t b) {
     for (const auto& process : processes_) {
@@ -170,7 +171,20 @@ void Fleet::drain_events(Process& process) {
 }
 
 void Fleet::disturb(Process& process, std::uint64_t duration) {
-  process.disturbed_until = std::max(process.disturbed_until, world.now() + duration);
+  process.disturbed_until = std::max(process.disturbed_until, world.now() + duration + 1);
+}
+
+bool Fleet::disturbed(const Process& process, std::uint64_t since) const {
+  return !process.site.alive || process.site.paused ||
+         (process.disturbed_until > 0 && process.disturbed_until + recovery_ >= since);
+}
+
+bool Fleet::disturbed(const Process& sender, const Process& receiver, std::uint64_t since) const {
+  return std::any_of(controls_.begin(), controls_.end(), [&](const auto& at) {
+    if (at->side[0] != &sender || at->side[1] != &receiver) return false;
+    const bool over = at->closed[0] && at->closed[1];
+    return (at->forged && !over) || (at->disturbed_until > 0 && at->disturbed_until + recovery_ >= since);
+  });
 }
 
 // --- what befalls processes
@@ -227,8 +241,28 @@ void Fleet::close(Process& process) {
   restart(process);
 }
 
+// Its peers lose a process that is silent for longer than the timeout.
+void Fleet::expect_lost(Process& process) {
+  for (const auto& control : controls_) {
+    for (int at = 0; at < 2; ++at) {
+      const bool standing = control->side[at] == &process && control->usable(at) && control->usable(1 - at);
+      if (!standing || control->side[1 - at]->site.paused || !control->side[1 - at]->site.alive) continue;
+      world.after(3 * config.peer_timeout_ms * kMs / 2 + 200 * kMs, [this, &process, &peer = *control->side[1 - at],
+                                                                     at = control.get(), which = 1 - at,
+                                                                     since = world.now()] {
+        if (process.site.paused && process.paused_at == since && peer.site.alive && !peer.site.paused &&
+            !disturbed(peer, since) && at->usable(which)) {
+          world.violate("a peer that is silent is not lost");
+        }
+      });
+    }
+  }
+}
+
 void Fleet::pause(Process& process, std::uint64_t duration) {
   if (!process.site.alive || process.site.paused) return;
+  process.paused_at = world.now();
+  expect_lost(process);
   world.note("process {} stops for {} us", process.site.id, duration / kUs);
   process.site.paused = true;
   disturb(process, duration);
@@ -358,9 +392,12 @@ void Fleet::on_link_event(Process& process, const engine::Event& event) {
                process.site.id);
     if (event.kind == engine::EventKind::kLinkLost) {
       control->lost[at] = true;
-      disturb(process);
-      disturb(*control->side[1 - at]);
-      if (profile_.calm() && network.faults) world.violate("a link was lost for no reason: " + event.status.detail);
+      const std::uint64_t since = world.now() > recovery_ ? world.now() - recovery_ : 0;
+      if (!control->closed[1 - at] && !disturbed(process, since) && !disturbed(*control->side[1 - at], since) &&
+          !disturbed(*control->side[0], *control->side[1], since)) {
+        world.violate("a link was lost for no reason: " + event.status.detail);
+      }
+      disturb(*control);
     } else if (process.sends) {
       close_side(*control, at);
     }

@@ -43,7 +43,8 @@ struct Process {
   SimMover* mover = nullptr;
   std::vector<std::function<void()>> waiting;  // what its program does once it goes on
   std::uint64_t due = ~std::uint64_t{0};       // of its next turn
-  std::uint64_t disturbed_until = 0;           // something befell it that excuses failures
+  std::uint64_t disturbed_until = 0;           // something befell it that excuses failures; 0: nothing yet
+  std::uint64_t paused_at = 0;
 
   engine::Engine* engine() const {
     return sends ? static_cast<engine::Engine*>(sender.get()) : static_cast<engine::Engine*>(receiver.get());
@@ -60,6 +61,8 @@ struct Control {
   bool active[2] = {};
   bool lost[2] = {};    // the engine says so
   bool closed[2] = {};  // the connection
+  bool forged = false;  // one side did not keep the rules: what it believes of its slots is wrong
+  std::uint64_t disturbed_until = 0;
 
   bool usable(int at) const { return active[at] && !lost[at] && !closed[at]; }
 };
@@ -89,13 +92,20 @@ class Fleet {
   // The usable link between two processes, as `at` sees it; null where there is none.
   const Control* link(const Process& sender, const Process& receiver, int at) const;
   const std::vector<std::unique_ptr<Control>>& controls() const { return controls_; }
+  // As a side of the link uses them.
+  engine::LinkConfig link_config(const Control& control, int at) const;
   static bool share_heads(const Process& a, const Process& b);
 
   void start_all();
   // Runs in the process when it can: now, once it goes on, or never.
   void perform(Process& process, std::function<void()> action);
   void wake(Process& process);
+  // Something befalls a process or a link: requests of it may fail for that.
   void disturb(Process& process, std::uint64_t duration = 0);
+  void disturb(Control& control) { control.disturbed_until = std::max<std::uint64_t>(world.now(), 1); }
+  // Whether it did so since then, or so shortly before that links had not come again.
+  bool disturbed(const Process& process, std::uint64_t since) const;
+  bool disturbed(const Process& sender, const Process& receiver, std::uint64_t since) const;
 
   void kill(Process& process);
   void close(Process& process);
@@ -111,6 +121,7 @@ class Fleet {
   void schedule(Process& process, std::uint64_t time);
   void drain_events(Process& process);
   void bury(Process& process);
+  void expect_lost(Process& process);
 
   void connect(Process& sender, Process& receiver);
   void connect_all(Process& process);
@@ -119,7 +130,6 @@ class Fleet {
   void close_side(Control& control, int at);
   void connection_lost(Control& control, int at);
   void connect_again(const Control& control);
-  engine::LinkConfig link_config(const Control& control, int at) const;
   void on_link_event(Process& process, const engine::Event& event);
 
   const Profile& profile_;

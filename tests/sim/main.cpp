@@ -8,8 +8,11 @@
 #include <string>
 
 #include "fleet.h"
+#include "forge.h"
 #include "inspect.h"
 #include "transfers.h"
+
+int hetkv_mutant = 0;  // the fault that is turned on, where faults were planted (mutants.py)
 
 namespace hetkv::sim {
 namespace {
@@ -29,7 +32,7 @@ struct Totals {
   std::uint64_t calm = 0;
   std::uint64_t steps = 0;
   std::uint64_t frames = 0;
-  std::uint64_t kills = 0, closes = 0, pauses = 0, jumps = 0, cuts = 0, losses = 0;
+  std::uint64_t kills = 0, closes = 0, pauses = 0, jumps = 0, cuts = 0, losses = 0, forgeries = 0;
 };
 
 constexpr std::uint64_t kQuiet = 50 * kMs;  // until the first links are there
@@ -94,6 +97,7 @@ void compare_credits(Fleet& fleet) {
     const Process& sender = *control->side[0];
     const Process& receiver = *control->side[1];
     if (!sender.site.alive || !receiver.site.alive || !control->usable(0) || !control->usable(1)) continue;
+    if (control->forged) continue;
     const SimEndpoint* ends[2] = {sender.transport->endpoint(control->number),
                                   receiver.transport->endpoint(control->number)};
     const bool quiet = ends[0] != nullptr && ends[1] != nullptr && ends[0]->quiet() && ends[1]->quiet() &&
@@ -140,6 +144,9 @@ std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, st
     world.at(kQuiet + world.random.below(duration), [&] { transfers.begin(); });
   }
   plan_faults(*fleet, profile, duration, totals);
+  for (std::uint32_t i = 0; i < profile.forgeries; ++i) {
+    world.at(kQuiet + world.random.below(duration), [&] { totals.forgeries += forge(*fleet, transfers) ? 1 : 0; });
+  }
   bool going = true;
   std::function<void()> watch = [&] {
     if (!going) return;
@@ -153,7 +160,7 @@ std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, st
   fleet->network.faults = going = false;
   fleet->network.heal();
   for (int i = 0; world.ok() && !transfers.over(); ++i) {
-    if (i == 400) world.violate("requests do not end:" + transfers.open());
+    if (i == 600) world.violate("requests do not end:" + transfers.open());
     run_until(world, world.now() + 100 * kMs);
   }
   run_until(world, world.now() + 2 * fleet->recovery() + 5 * kSecond);
@@ -177,7 +184,7 @@ std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, st
   totals.counts.failed += counts.failed;
   totals.counts.unbegun += counts.unbegun;
   totals.counts.layers += counts.layers;
-  totals.counts.bytes += counts.bytes;
+  totals.counts.again += counts.again;
   return world.digest();
 }
 
@@ -193,6 +200,8 @@ int main(int argc, char** argv) {
       options.transfers = number();
     } else if (std::strcmp(argv[i], "--seconds") == 0) {
       options.seconds = static_cast<double>(number());
+    } else if (std::strcmp(argv[i], "--mutant") == 0) {
+      hetkv_mutant = static_cast<int>(number());
     } else if (std::strcmp(argv[i], "--trace") == 0) {
       options.trace = true;
     } else if (std::strcmp(argv[i], "--twice") == 0) {
@@ -220,12 +229,13 @@ int main(int argc, char** argv) {
   std::printf(
       "{\"first\": %llu, \"seeds\": %llu, \"calm\": %llu, \"transfers\": %llu, \"complete\": %llu, \"failed\": %llu, "
       "\"unbegun\": %llu, \"layers\": %llu, \"frames\": %llu, \"steps\": %llu, \"kills\": %llu, \"closes\": %llu, "
-      "\"pauses\": %llu, \"jumps\": %llu, \"cuts\": %llu, \"losses\": %llu, \"seconds\": %.2f, \"broken\": %s}\n",
+      "\"pauses\": %llu, \"jumps\": %llu, \"cuts\": %llu, \"losses\": %llu, "
+      "\"forgeries\": %llu, \"again\": %llu, \"seconds\": %.2f, \"broken\": %s}\n",
       number(options.first), number(totals.seeds), number(totals.calm), number(totals.counts.transfers),
       number(totals.counts.complete), number(totals.counts.failed), number(totals.counts.unbegun),
       number(totals.counts.layers), number(totals.frames), number(totals.steps), number(totals.kills),
       number(totals.closes), number(totals.pauses), number(totals.jumps), number(totals.cuts), number(totals.losses),
-      elapsed(), broken.empty() ? "false" : "true");
+      number(totals.forgeries), number(totals.counts.again), elapsed(), broken.empty() ? "false" : "true");
   return broken.empty() ? 0 : 1;
 }
 

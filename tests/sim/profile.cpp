@@ -10,6 +10,7 @@ Profile Profile::draw(Random& random) {
   if (random.chance(0.3)) profile.aborted = 0.1;
   if (random.chance(0.3)) profile.short_lease = 0.1;
   if (random.chance(0.3)) profile.unequal = 0.1;
+  if (random.chance(0.5)) profile.again = 0.7;
   if (random.chance(0.3)) return profile;  // a seed in which nothing may fail without being told to
   const auto some = [&](std::uint32_t most) {
     return random.chance(0.4) ? static_cast<std::uint32_t>(random.between(1, most)) : 0;
@@ -20,7 +21,7 @@ Profile Profile::draw(Random& random) {
   profile.bad_move = rarely(0.01);
   profile.flipped = rarely(0.05);
   profile.no_memory = rarely(0.05);
-  profile.forged = rarely(0.05);
+  profile.forgeries = some(8);
   profile.cuts = some(4);
   profile.kills = some(4);
   profile.pauses = some(4);

@@ -32,11 +32,12 @@ struct Profile {
   double aborted = 0;   // by one side or both
   double short_lease = 0;
   double unequal = 0;   // the two sides mean other contents or token counts
-  double forged = 0;    // of messages: one more, well formed, of a peer that does not keep the rules
+  double again = 0;     // of those that failed at their receiver: it asks again at once, under the same id
+  std::uint32_t forgeries = 0;  // messages of a peer that has the keys but does not keep the rules
 
   bool calm() const {
     return bad_message == 0 && bad_put == 0 && bad_move == 0 && flipped == 0 && no_memory == 0 && cuts == 0 &&
-           kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0;
+           kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0 && forgeries == 0;
   }
 
   static Profile draw(Random& random);

@@ -9,8 +9,7 @@ namespace hetkv::sim {
 namespace {
 
 constexpr std::uint64_t kMostTokens = 20;
-constexpr std::uint64_t kGrace = 150 * kMs;  // from a deadline to the end that follows it: what is in flight ends first
-constexpr int kAttempts = 100;
+constexpr int kAttempts = 100;  // to find blocks on both sides
 
 wire::Content content_of(std::uint64_t value) {
   wire::Content content{};
@@ -21,47 +20,26 @@ wire::Content content_of(std::uint64_t value) {
 
 }  // namespace
 
-Transfers::Transfers(Fleet& fleet, const Profile& profile) : fleet_(fleet), world_(fleet.world), profile_(profile) {
-  fleet_.on_event = [this](Process& process, const engine::Event& event) { on_event(process, event); };
-  fleet_.on_death = [this](Process& process, bool orderly) { on_death(process, orderly); };
-  fleet_.on_moved = [this](Process& process) {
-    if (process.cache->disturbed()) world_.violate("a byte changed that no ticket covers");
-  };
-  fleet_.on_turn = [this](Process& process) {
-    const std::string wrong = process.sends ? engine::Inspect::check(*process.sender)
-                                            : engine::Inspect::check(*process.receiver);
-    if (!wrong.empty()) world_.violate((process.sends ? "sender: " : "receiver: ") + wrong);
-    if (process.cache->disturbed()) world_.violate("a byte changed that no ticket covers");
-  };
-}
-
 std::vector<std::uint64_t> Transfers::by_group(std::uint64_t tokens) const {
   return std::vector<std::uint64_t>(fleet_.model.groups, tokens);
 }
 
-void Transfers::begin() {
+// A transfer of random shape between random instances.
+Transfer& Transfers::draw() {
   Random& random = world_.random;
   Transfer& transfer = *transfers_.emplace_back(std::make_unique<Transfer>());
   ++counts_.transfers;
   transfer.number = next_++;
   transfer.content = random.next();
-  transfer.begun = world_.now();
   transfer.tokens = transfer.asked = random.between(1, kMostTokens);
   transfer.kept = random.chance(0.3) ? random.below(transfer.tokens + 1) : 0;
   transfer.lease_ms = static_cast<std::uint32_t>(random.between(6000, 9000));
   transfer.hold_ms = random.between(6000, 9000);
-  if (!old_ids_.empty() && random.chance(0.2)) {
-    const std::size_t at = random.below(old_ids_.size());
-    transfer.id = old_ids_[at].first;
-    transfer.may_fail = old_ids_[at].second;  // the sender may remember the failure
-    old_ids_.erase(old_ids_.begin() + static_cast<std::ptrdiff_t>(at));
-  } else {
-    std::memcpy(transfer.id.data(), &transfer.number, sizeof transfer.number);
-    transfer.id[15] = 1;
-  }
+  std::memcpy(transfer.id.data(), &transfer.number, sizeof transfer.number);
+  transfer.id[15] = 1;
   if (random.chance(0.3)) transfer.bound[0] = transfer.bound[1] = content_of(transfer.content);
   if (random.chance(profile_.unequal)) {
-    transfer.may_fail = true;
+    transfer.may_fail = transfer.must_fail = true;
     if (random.chance(0.5)) {
       transfer.asked += random.between(1, 3);
     } else {
@@ -79,8 +57,23 @@ void Transfers::begin() {
     for (std::uint32_t rank = 0; rank < fleet_.ranks(sends); ++rank) {
       Side& side = *transfer.sides[role].emplace_back(std::make_unique<Side>());
       side.transfer = &transfer;
-      side.process = &fleet_.current(sends, transfer.instance[role], rank);
+      side.rank = rank;
     }
+  }
+  return transfer;
+}
+
+void Transfers::begin() {
+  Random& random = world_.random;
+  Transfer& transfer = draw();
+  if (!old_ids_.empty() && random.chance(0.2)) {
+    const std::size_t at = random.below(old_ids_.size());
+    transfer.id = old_ids_[at].first;
+    transfer.may_fail |= old_ids_[at].second;  // the sender may remember the failure
+    std::uint64_t old = 0;
+    std::memcpy(&old, transfer.id.data(), sizeof old);
+    world_.note("transfer {}: under the id of transfer {}", transfer.number, old);
+    old_ids_.erase(old_ids_.begin() + static_cast<std::ptrdiff_t>(at));
   }
   world_.note("transfer {}: {} tokens from instance {} to {}", transfer.number, transfer.tokens, transfer.instance[0],
               transfer.instance[1]);
@@ -104,8 +97,6 @@ void Transfers::plan(Transfer& transfer, int attempts) {
     }
     return;
   }
-  transfer.planned = true;
-  transfer.begun = world_.now();
   for (int role = 0; role < 2; ++role) {
     for (const auto& side : transfer.sides[role]) {
       world_.after(world_.random.delay(20 * kMs), [this, role, at = side.get()] {
@@ -116,32 +107,85 @@ void Transfers::plan(Transfer& transfer, int attempts) {
 }
 
 bool Transfers::reserve(Transfer& transfer) {
-  bool all = true;
+  std::vector<std::pair<Process*, Blocks>> found;
   for (int role = 0; role < 2; ++role) {
     for (const auto& side : transfer.sides[role]) {
-      side->process = &fleet_.current(role == 0, transfer.instance[role], side->process->rank);
-      if (!side->process->site.alive || side->process->site.paused) all = false;
-      if (all) side->blocks = side->process->cache->take(by_group(role == 0 ? transfer.tokens : transfer.asked));
-      all = all && !side->blocks.empty();
+      Process& process = fleet_.current(role == 0, transfer.instance[role], side->rank);
+      Blocks blocks;
+      if (process.site.alive && !process.site.paused) {
+        blocks = process.cache->take(by_group(role == 0 ? transfer.tokens : transfer.asked));
+      }
+      if (blocks.empty()) {
+        for (auto& [owner, taken] : found) owner->cache->give_back(taken);
+        return false;
+      }
+      found.emplace_back(&process, std::move(blocks));
     }
   }
-  if (all) return true;
+  std::size_t at = 0;
   for (const auto& sides : transfer.sides) {
-    for (const auto& side : sides) {
-      if (!side->blocks.empty()) side->process->cache->give_back(std::exchange(side->blocks, {}));
-    }
+    for (const auto& side : sides) std::tie(side->process, side->blocks) = std::move(found[at++]);
   }
-  return false;
+  return true;
 }
 
-// --- the two sides
+// The receivers ask again under the same id, at once; the senders follow when they have ended. Frames of the first
+// attempt are still on their way.
+void Transfers::follow(Transfer& before) {
+  Transfer& transfer = draw();
+  ++counts_.again;
+  transfer.id = before.id;
+  transfer.may_fail = transfer.follows = true;
+  before.must_fail = transfer.must_fail = false;
+  // Either the same KV, or another one that both attempts name: only then can the sides tell them apart.
+  if (before.bound[0] && before.bound[0] == before.bound[1] && world_.random.chance(0.7)) {
+    transfer.asked = transfer.tokens;
+    transfer.bound[0] = transfer.bound[1] = content_of(transfer.content);
+  } else {
+    transfer.content = before.content;
+    transfer.tokens = transfer.asked = before.tokens;
+    transfer.kept = std::min(before.kept, before.tokens);
+    transfer.bound[0] = transfer.bound[1] = before.bound[0];
+  }
+  std::copy(std::begin(before.instance), std::end(before.instance), std::begin(transfer.instance));
+  world_.note("transfer {}: again, as transfer {}, {} tokens", before.number, transfer.number, transfer.tokens);
+  world_.after(world_.random.between(kMs, 200 * kMs), [this, &before] {  // the router gives the first one up
+    for (const auto& sides : before.sides) {
+      for (const auto& side : sides) abort(*side);
+    }
+  });
+  for (int role = 0; role < 2; ++role) {
+    for (std::size_t rank = 0; rank < transfer.sides[role].size(); ++rank) {
+      Side& side = *transfer.sides[role][rank];
+      auto go = [this, role, &side, &transfer] {
+        world_.after(world_.random.delay(2 * kMs), [this, role, &side, &transfer] {
+          Process& process = fleet_.current(role == 0, transfer.instance[role], side.rank);
+          side.process = &process;
+          if (!process.site.alive) return never(side);
+          fleet_.perform(process, [this, role, &side, &transfer] {
+            if (side.ended) return;
+            side.blocks = side.process->cache->take(by_group(role == 0 ? transfer.tokens : transfer.asked));
+            if (side.blocks.empty()) return never(side);
+            role == 0 ? begin_sender(side) : begin_receiver(side);
+          });
+        });
+      };
+      Side& last = *before.sides[role][rank];
+      if (last.ended) {
+        go();
+      } else {
+        last.then = go;
+      }
+    }
+  }
+}
 
 void Transfers::never(Side& side) {
-  world_.note("transfer {}: never begins at process {}", side.transfer->number, side.process->site.id);
-  side.ended = true;
+  if (side.ended) return;
+  world_.note("transfer {}: a side never begins", side.transfer->number);
   side.transfer->may_fail = true;
   release(side);
-  finish(*side.transfer);
+  end(side);
   // A router gives up what cannot be; not always at once.
   world_.after(world_.random.between(kMs, 100 * kMs), [this, &transfer = *side.transfer] {
     for (const auto& sides : transfer.sides) {
@@ -151,34 +195,43 @@ void Transfers::never(Side& side) {
 }
 
 void Transfers::abort(Side& side) {
-  if (side.handle == 0 || side.ended) return;
+  if (side.outcome == nullptr || side.ended) return;
   fleet_.perform(*side.process, [this, &side] {
     if (side.ended) return;
     world_.note("transfer {}: process {} aborts", side.transfer->number, side.process->site.id);
     if (side.process->sends) {
-      side.process->sender->abort(side.handle, "simulated");
+      side.process->sender->abort(side.outcome->handle, "simulated");
     } else {
-      side.process->receiver->abort(side.handle, "simulated");
+      side.process->receiver->abort(side.outcome->handle, "simulated");
     }
   });
 }
 
 void Transfers::begin_sender(Side& side) {
   if (side.ended) return;
-  Transfer& transfer = *side.transfer;
-  Process& process = *side.process;
-  side.begun = world_.now();
+  const Transfer& transfer = *side.transfer;
   engine::Submission submission;
   submission.id = transfer.id;
   submission.tokens.assign(fleet_.model.groups, {0, transfer.tokens});
   submission.blocks = side.blocks;
   submission.hold_ms = transfer.hold_ms;
   submission.content = transfer.bound[0];
-  side.handle = process.sender->submit(std::move(submission));
-  by_handle_[{&process, side.handle}] = &side;
-  fleet_.wake(process);
-  expect_end(side, transfer.hold_ms * kMs);
+  std::shared_ptr<engine::Outcome> outcome;
+  if (!side.process->sender->submit(std::move(submission), &outcome).ok()) return never(side);
+  begun(side, std::move(outcome), transfer.hold_ms * kMs);
   compute(side);
+}
+
+void Transfers::begun(Side& side, std::shared_ptr<engine::Outcome> outcome, std::uint64_t within) {
+  world_.note("transfer {}: begins at process {}, handle {}", side.transfer->number, side.process->site.id,
+              outcome->handle);
+  side.begun = world_.now();
+  side.transfer->begun = std::min(side.transfer->begun, side.begun);
+  outcome->watch(engine::Outcome::kWatchEvents);
+  by_handle_[{side.process, outcome->handle}] = &side;
+  side.outcome = std::move(outcome);
+  fleet_.wake(*side.process);
+  expect_end(side, within);
 }
 
 // The prefill: in chunks of tokens, layer by layer.
@@ -196,7 +249,7 @@ void Transfers::compute(Side& side) {
           if (side.ended || side.packed) return;
           side.process->cache->compute(side.transfer->content, layer, range, side.blocks);
           auto batch = std::make_shared<engine::SendBatch>();
-          batch->handles = {side.handle};
+          batch->handles = {side.outcome->handle};
           batch->tokens.assign(fleet_.model.groups, {range});
           side.process->sender->send_layers(batch, {{layer, fleet_.model.group_of(layer)}});
         });
@@ -207,192 +260,28 @@ void Transfers::compute(Side& side) {
 
 void Transfers::begin_receiver(Side& side) {
   if (side.ended) return;
-  Transfer& transfer = *side.transfer;
+  const Transfer& transfer = *side.transfer;
   Process& process = *side.process;
-  std::vector<std::uint32_t> links;
-  for (const auto& sender : transfer.sides[0]) {
-    if (!Fleet::share_heads(*sender->process, process)) continue;
-    const Control* control = fleet_.link(*sender->process, process, 1);
-    if (control == nullptr) return never(side);
-    links.push_back(control->id[1]);
-  }
-  side.begun = world_.now();
-  side.arrived.assign(fleet_.model.layers, false);
   engine::Intake intake;
+  for (std::uint32_t rank = 0; rank < fleet_.ranks(true); ++rank) {
+    const Process& sender = fleet_.current(true, transfer.instance[0], rank);
+    if (!Fleet::share_heads(sender, process)) continue;
+    const Control* control = fleet_.link(sender, process, 1);
+    if (control == nullptr) return never(side);
+    intake.links.push_back(control->id[1]);
+  }
+  side.arrived.assign(fleet_.model.layers, false);
   intake.id = transfer.id;
-  intake.want.assign(fleet_.model.groups, want(transfer));
+  intake.want.assign(fleet_.model.groups, transfer.want());
   intake.blocks = side.blocks;
-  intake.links = std::move(links);
   intake.lease_ms = transfer.lease_ms;
   intake.content = transfer.bound[1];
   for (std::uint32_t group = 0; group < fleet_.model.groups; ++group) {
-    process.cache->open(want(transfer), group, side.blocks);
+    process.cache->open(transfer.want(), group, side.blocks);
   }
-  side.handle = process.receiver->receive(std::move(intake));
-  by_handle_[{&process, side.handle}] = &side;
-  fleet_.wake(process);
-  expect_end(side, transfer.lease_ms * kMs);
-}
-
-// Every request ends by its deadline, as soon as what is in flight for it has.
-void Transfers::expect_end(Side& side, std::uint64_t within) {
-  world_.after(within + kGrace, [this, &side] {
-    if (side.ended || !side.process->site.alive) return;
-    if (side.process->site.paused || side.process->disturbed_until + kGrace > world_.now()) {
-      return expect_end(side, 0);
-    }
-    world_.violate("transfer " + std::to_string(side.transfer->number) + " has not ended at process " +
-                   std::to_string(side.process->site.id) + " by its deadline");
-  });
-}
-
-// --- what engines say
-
-void Transfers::on_event(Process& process, const engine::Event& event) {
-  const auto found = by_handle_.find({&process, event.handle});
-  if (found == by_handle_.end()) return world_.violate("an event of a request that nobody began");
-  Side& side = *found->second;
-  world_.note("transfer {}: event {} of layer {} at process {}", side.transfer->number,
-              static_cast<std::uint64_t>(event.kind), static_cast<std::uint64_t>(event.layer + 1), process.site.id);
-  if (side.ended) return world_.violate("an event of a request that has ended");
-  if (event.kind == engine::EventKind::kFailed) return on_failed(side, event);
-  process.sends ? on_send_event(side, event) : on_receive_event(side, event);
-}
-
-void Transfers::on_send_event(Side& side, const engine::Event& event) {
-  if (event.kind == engine::EventKind::kPacked) {
-    if (side.packed) world_.violate("a request is packed twice");
-    side.packed = true;
-    return release(side);
-  }
-  if (event.kind != engine::EventKind::kComplete) return world_.violate("an event that a sender does not have");
-  if (!side.packed) world_.violate("a request is complete before it is packed");
-  side.ended = side.complete = true;
-  for (const auto& receiver : side.transfer->sides[1]) {
-    const bool served = Fleet::share_heads(*side.process, *receiver->process) && side.transfer->sides[0].size() == 1;
-    if (!served || !receiver->process->site.alive || (receiver->ended && !receiver->complete)) continue;
-    const bool all = std::all_of(receiver->arrived.begin(), receiver->arrived.end(), [](bool at) { return at; });
-    if (receiver->handle == 0 || !all) {
-      // Told by the engine in the same turn as it told the sender, and taken from its queue by now.
-      if (!receiver->process->site.paused) world_.violate("a sender is told complete before its receiver is");
-    }
-  }
-  finish(*side.transfer);
-}
-
-void Transfers::on_receive_event(Side& side, const engine::Event& event) {
-  Transfer& transfer = *side.transfer;
-  Cache& cache = *side.process->cache;
-  if (event.kind == engine::EventKind::kLayer) {
-    const auto layer = static_cast<std::uint32_t>(event.layer);
-    if (layer >= side.arrived.size() || side.arrived[layer]) return world_.violate("a layer arrives twice, or none");
-    side.arrived[layer] = true;
-    ++counts_.layers;
-    counts_.bytes += want(transfer).stop - want(transfer).start;
-    if (!cache.arrived(transfer.content, layer, want(transfer), side.blocks)) {
-      world_.violate("transfer " + std::to_string(transfer.number) + ": layer " + std::to_string(layer) +
-                     " is reported but is not what was sent");
-    }
-    return;
-  }
-  if (event.kind != engine::EventKind::kComplete) return world_.violate("an event that a receiver does not have");
-  side.ended = side.complete = true;
-  for (std::uint32_t layer = 0; layer < fleet_.model.layers; ++layer) {
-    if (!side.arrived[layer] || !cache.holds(transfer.content, layer, want(transfer), side.blocks)) {
-      world_.violate("transfer " + std::to_string(transfer.number) + " is complete without layer " +
-                     std::to_string(layer));
-    }
-  }
-  world_.after(world_.random.delay(50 * kMs), [this, &side] {  // the decode; nothing may change meanwhile
-    if (side.process->site.alive) release(side);
-  });
-  finish(transfer);
-}
-
-void Transfers::on_failed(Side& side, const engine::Event& event) {
-  Transfer& transfer = *side.transfer;
-  side.ended = true;
-  if (event.status.ok()) world_.violate("a request failed without a status");
-  if (!excused(transfer)) {
-    world_.violate("transfer " + std::to_string(transfer.number) + " failed for no reason: " + event.status.detail);
-  }
-  transfer.may_fail = true;
-  release(side);
-  finish(transfer);
-}
-
-bool Transfers::excused(const Transfer& transfer) const {
-  if (transfer.may_fail) return true;
-  for (const auto& sides : transfer.sides) {
-    for (const auto& side : sides) {
-      if (!side->process->site.alive) return true;
-      if (side->process->disturbed_until > 0 && side->process->disturbed_until + fleet_.recovery() >= transfer.begun) {
-        return true;
-      }
-    }
-  }
-  return false;
-}
-
-void Transfers::on_death(Process& process, bool orderly) {
-  for (const auto& transfer : transfers_) {
-    for (const auto& sides : transfer->sides) {
-      for (const auto& side : sides) {
-        if (side->process != &process || side->ended || !transfer->planned) continue;
-        if (orderly && side->handle != 0) world_.violate("a request did not end with its engine");
-        side->ended = true;
-        transfer->may_fail = true;
-        finish(*transfer);
-      }
-    }
-  }
-}
-
-void Transfers::release(Side& side) {
-  if (side.blocks.empty()) return;
-  Cache& cache = *side.process->cache;
-  if (!side.process->sends) {
-    for (std::uint32_t group = 0; group < fleet_.model.groups; ++group) {
-      cache.shut(want(*side.transfer), group, side.blocks);
-    }
-    for (std::uint32_t layer = 0; side.complete && layer < fleet_.model.layers; ++layer) {
-      if (!cache.holds(side.transfer->content, layer, want(*side.transfer), side.blocks)) {
-        world_.violate("a layer changed after it was complete");
-      }
-    }
-  }
-  cache.give_back(std::exchange(side.blocks, {}));
-}
-
-void Transfers::finish(Transfer& transfer) {
-  if (transfer.counted) return;
-  bool complete = true;
-  bool begun = true;
-  for (const auto& sides : transfer.sides) {
-    for (const auto& side : sides) {
-      if (!side->ended) return;
-      complete = complete && side->complete;
-      begun = begun && side->handle != 0;
-    }
-  }
-  transfer.counted = true;
-  ++(complete ? counts_.complete : begun ? counts_.failed : counts_.unbegun);
-  old_ids_.emplace_back(transfer.id, !complete);
-}
-
-std::string Transfers::open() const {
-  std::string text;
-  for (const auto& transfer : transfers_) {
-    for (const auto& sides : transfer->sides) {
-      for (const auto& side : sides) {
-        if (side->ended && (side->blocks.empty() || !side->process->site.alive)) continue;
-        text += " transfer " + std::to_string(transfer->number) + " at process " +
-                std::to_string(side->process->site.id) + (side->ended ? " has blocks" : "") +
-                (side->handle == 0 ? " has not begun" : "") + ";";
-      }
-    }
-  }
-  return text;
+  std::shared_ptr<engine::Outcome> outcome;
+  if (!process.receiver->receive(std::move(intake), &outcome).ok()) return never(side);
+  begun(side, std::move(outcome), transfer.lease_ms * kMs);
 }
 
 }  // namespace hetkv::sim

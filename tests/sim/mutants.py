@@ -1,0 +1,135 @@
+"""Faults that are planted into copies of the engine's sources, one switch each, for the simulator to find.
+
+`python mutants.py CSRC OUT` writes the copies; `hetkv_sim_mutants --mutant NUMBER` turns one on. A fault is a piece of
+source and what stands there instead; where the source has changed so that the piece is not found once, this fails and
+names it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    """An expression where `old` is one, otherwise statements. With `MUTANT`, the text that replaces it as it is."""
+    more: tuple[tuple[str, str], ...] = ()
+    """Further pieces of the same file."""
+
+
+RECEIVER, FRAMES, MESSAGES = "receiver.cpp", "receiver_frames.cpp", "receiver_messages.cpp"
+SENDER, BUNDLES, ANSWERS, ENGINE = "sender.cpp", "sender_bundles.cpp", "sender_messages.cpp", "engine.cpp"
+
+MUTANTS = [
+    # What the receiver checks of a frame.
+    Mutant("any epoch", RECEIVER, "request.epoch == epoch ? &request : nullptr", "&request"),
+    Mutant("tokens outside the ticket", FRAMES,
+           "frame.token_start < want.start || frame.token_stop > want.stop || frame.token_start >= frame.token_stop",
+           "false"),
+    Mutant("tokens that came before", FRAMES, "!part.seen[index].add({frame.token_start, frame.token_stop})", "false"),
+    Mutant("slot of another link", FRAMES,
+           "slot->link == link.id &&\n                    slot->generation == bundle",
+           "(MUTANT || slot->link == link.id) &&\n                    slot->generation == bundle"),
+    Mutant("slot of another generation", FRAMES, "slot->generation == bundle.generation", "true"),
+    Mutant("request of another peer", FRAMES, "part.link.get() == &link; });",
+           "MUTANT || part.link.get() == &link; });"),
+    Mutant("checksum", FRAMES, "result.checksum != frame.checksum", "false"),
+    Mutant("late frames of a failed request", FRAMES, "part == nullptr || !request->failure.ok()", "part == nullptr"),
+    # When it tells.
+    Mutant("layer told early", FRAMES, "missing -= tokens;", "missing -= std::min(missing, tokens + 1);"),
+    Mutant("complete early", FRAMES, "if (!all) return;", ""),
+    Mutant("failed before the unpack has ended", MESSAGES, "request.unpacking > 0", "false"),
+    Mutant("no lease", MESSAGES, "now > deadlines_.begin()->first", "false"),
+    Mutant("no word of completion", FRAMES,
+           "if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});", ""),
+    Mutant("no word of failure", MESSAGES, "part.link.get() != told_by && part.link->up() && !part.done", "false"),
+    # Its slots.
+    Mutant("slot freed before its unpack", FRAMES, "slot->state = SlotState::kFilled;", "slots_.free(bundle.slot);",
+           (("slots_.free(unpack.slot);", ""),)),
+    Mutant("slot never freed", FRAMES, "slots_.free(unpack.slot);", ""),
+    Mutant("slot of an empty bundle never freed", FRAMES,
+           "if (unpack->pieces.empty()) return slots_.free(bundle.slot);", "if (unpack->pieces.empty()) return;"),
+    Mutant("no quarantine", MESSAGES, "slots_.quarantine(link.id);", ""),
+    Mutant("quarantine that ends at once", "slots.cpp", "slot.state = SlotState::kQuarantined;\n    ++quarantined_;",
+           "slot.state = SlotState::kFree; ++free_;"),
+    Mutant("retired memory is used again", "slots.cpp", "slot.memory.reset();\n    ++slot.generation;", ""),
+    Mutant("new memory of the same generation", "slots.cpp", "++slot.generation;", ""),
+    Mutant("a wish for slots is not heard", MESSAGES, "demands_[link.id].hungry = true;", ""),
+    Mutant("no recall", MESSAGES, "recall(contenders);", ""),
+    Mutant("a failed part still wants slots", MESSAGES, "if (part.remaining > 0) close_part(part);", ""),
+    Mutant("released slots are not taken back", MESSAGES, "slots_.free(name.slot);", ""),
+    # The sender.
+    Mutant("commit before the put has ended", BUNDLES, "if (!bundle.put.done) {", "if (!MUTANT && !bundle.put.done) {"),
+    Mutant("packed while packs are under way", ANSWERS, "if (lane.remaining > 0) return;",
+           "if (lane.unsent > 0) return;",
+           (("request.packing > 0 || request.lanes.empty()", "request.lanes.empty()"),)),
+    Mutant("failed while packs are under way", ANSWERS, "request.packing == 0 && std::all_of",
+           "(MUTANT || request.packing == 0) && std::all_of"),
+    Mutant("a spent slot counts as granted", BUNDLES, "window.granted = false;", ""),
+    Mutant("a slot that was not used is lost", BUNDLES, "windows_[link.id].free.push_back(bundle.slot);", ""),
+    Mutant("a slot is used twice", BUNDLES, "windows.free.pop_back();", ""),
+    Mutant("released slots count as granted", ANSWERS, "windows.slots[slot].granted = false;", ""),
+    Mutant("a staging buffer is lost", BUNDLES,
+           "staging_[static_cast<int>(bundle.staging->where())].push_back(std::move(bundle.staging));", ""),
+    Mutant("nobody waits for a staging buffer", BUNDLES, "short_of_staging_.push_back(link.id);", ""),
+    Mutant("no hold", ANSWERS, "now > deadlines_.begin()->first", "false"),
+    Mutant("any content", ANSWERS, "ticket.content != request.content", "false"),
+    Mutant("more tokens than there are", ANSWERS,
+           "want[group].stop > have.stop || want[group].start < have.start", "false"),
+    Mutant("tickets that wait are forgotten", SENDER,
+           "for (const auto& ticket : tickets) take_ticket(submission.id, ticket);", ""),
+    Mutant("a lost link fails nobody", ANSWERS,
+           "lane.link.get() == &link && !lane.cancelled && !lane.delivered", "false"),
+    Mutant("an abort is not heard", ANSWERS,
+           "if (lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail(",
+           "if (!MUTANT && lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail("),
+    Mutant("idle slots are kept", ANSWERS,
+           "windows.open == 0 && windows.tickets == 0 && !windows.free.empty()", "false"),
+    # Links.
+    Mutant("any sequence", ENGINE, "prelude.sequence != at->receive_sequence", "false"),
+    Mutant("silence is not noticed", ENGINE, "now > at.heard_ns && now - at.heard_ns > patience", "false"),
+    Mutant("no heartbeats", ENGINE, "now - at.sent_ns >= config_.heartbeat_ms * kMs && now > at.sent_ns", "false"),
+    Mutant("closed while a pack stores", ENGINE, "return link_drained(link) &&",
+           "return (MUTANT || link_drained(link)) &&"),
+    Mutant("closed while an operation refers to it", ENGINE, "!at.endpoint->closed() || !link_idle(at)",
+           "!at.endpoint->closed()"),
+    Mutant("messages behind the end count", ENGINE, "if (at->state == LinkState::kDraining) return;", ""),
+]  # fmt: skip
+
+
+def plant(source: str, number: int, mutant: Mutant, old: str, new: str) -> str:
+    """The source with a switch where the mutant's piece was."""
+    if source.count(old) != 1:
+        raise SystemExit(
+            f"mutant {mutant.name!r}: its piece of csrc/engine/{mutant.file} is there {source.count(old)} times, not "
+            f"once; adapt tests/sim/mutants.py to the source:\n{old}"
+        )
+    on = f"hetkv_mutant == {number}"
+    if "MUTANT" in new:
+        return source.replace(old, new.replace("MUTANT", f"({on})"))
+    if old.endswith(";"):
+        return source.replace(old, f"if ({on}) {{ {new} }} else {{ {old} }}")
+    return source.replace(old, f"({on} ? ({new}) : ({old}))")
+
+
+def main(csrc: Path, out: Path) -> None:
+    """Copies of all sources of the engine, with the mutants."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {path.name: path.read_text() for path in (csrc / "engine").glob("*.cpp")}
+    for number, mutant in enumerate(MUTANTS, 1):
+        for old, new in ((mutant.old, mutant.new), *mutant.more):
+            texts[mutant.file] = plant(texts[mutant.file], number, mutant, old, new)
+    for name, text in texts.items():
+        made = "extern int hetkv_mutant;\n" + text
+        path = out / name
+        if not path.exists() or path.read_text() != made:
+            path.write_text(made)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
