@@ -224,11 +224,9 @@ void Fleet::close(Process& process) {
     }
   }
   process.site.wake = [] {};
-  process.site.paused = true;  // nobody runs its engine but stop()
+  process.site.alive = false;  // nobody runs its engine but stop()
   process.engine()->stop();
-  process.site.paused = false;
   drain_events(process);
-  process.site.alive = false;
   process.waiting.clear();
   on_death(process, true);
   process.sender.reset();

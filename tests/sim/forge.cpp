@@ -113,8 +113,8 @@ bool forge_frame(Fleet& fleet, const Transfers& transfers, Control& control) {
   if (frame.payload_length > fleet.config.slot_bytes) return false;
   frame.checksum = random.next();
   fleet.world.note("forged: a frame of kind {} over link {}, for transfer {}", kind, control.number, transfer.number);
-  // Those that name a slot of the sender's own spend it, which the real sender does not know.
-  control.forged = kind != 2 && kind != 5;
+  // A slot of its own is spent by it, which the real sender does not know.
+  control.forged = kind != 5;
   fleet.disturb(control);
   send(fleet, control, 0, prelude, frame);
   return true;

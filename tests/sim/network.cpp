@@ -252,7 +252,7 @@ void SimEndpoint::land(const std::shared_ptr<Put>& put, std::size_t begin, std::
   if (--put->parts == 0) this->end(put, put->status);
 }
 
-void SimEndpoint::end(const std::shared_ptr<Put>& put, Status status) {
+void SimEndpoint::end(std::shared_ptr<Put> put, Status status) {
   if (put->ended) return;
   put->ended = true;
   puts_.remove(put);
@@ -293,7 +293,7 @@ Status SimEndpoint::open(wire::SlotName slot, const Bytes& key, std::uint64_t, s
 
 bool SimEndpoint::drained() {
   const auto& packets = stream_->packets;
-  return packets.empty() || packets.back().departure <= network_.world.now();
+  return transport_.dead_ || packets.empty() || packets.back().departure <= network_.world.now();
 }
 
 void SimEndpoint::close() {
@@ -384,7 +384,12 @@ void SimTransport::close() {
     endpoint->closing_ = endpoint->closed_ = true;
     while (!endpoint->puts_.empty()) endpoint->end(endpoint->puts_.front(), lost("the transport was closed"));
   }
-  while (!inbox_.empty()) {  // what is left completes operations, or is dropped
+  end_operations();
+}
+
+// What is left completes operations, or is dropped.
+void SimTransport::end_operations() {
+  while (!inbox_.empty()) {
     Item item = std::move(inbox_.front());
     inbox_.pop_front();
     if (item.ends) item.action();
@@ -416,7 +421,7 @@ Status SimTransport::allocate(std::size_t bytes, std::unique_ptr<transport::Memo
 void SimTransport::die() {
   dead_ = true;
   network_.transports_.erase(site_.id);
-  inbox_.clear();
+  end_operations();
   for (const auto& [link, endpoint] : endpoints_) {
     for (const auto& put : std::list<std::shared_ptr<Put>>(endpoint->puts_)) {
       // What the device has read already may land yet.

@@ -132,7 +132,7 @@ class SimEndpoint final : public transport::Endpoint {
   static void hand_over(Network& network, const Stream& stream, Packet packet);
   static void spoil(Network& network, Stream& stream);
   void land(const std::shared_ptr<Put>& put, std::size_t begin, std::size_t end);
-  void end(const std::shared_ptr<Put>& put, Status status);
+  void end(std::shared_ptr<Put> put, Status status);  // by value: the list that has it lets it go
 
   Network& network_;
   SimTransport& transport_;
@@ -204,6 +204,7 @@ class SimTransport final : public transport::Transport {
     bool ends = false;  // an operation, which close() still lets end
     std::function<void()> action;
   };
+  void end_operations();
   void post(bool ends, std::function<void()> action);
 
   Network& network_;
