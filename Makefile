@@ -19,7 +19,11 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 # Processes of `make test`; the timing tests of the transport want a core each.
 JOBS ?= 2
 
-.PHONY: demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
+# Seeds of the engines' simulator (tests/sim).
+SEEDS ?= 1000
+FIRST ?= 1
+
+.PHONY: simulate-faults find-mutants demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
 demo: $(DEMO_STAMP)
 	$(DEMO_PY) -m hetkv demo
 
@@ -29,6 +33,18 @@ test: $(STAMP)
 # Meant to take ten minutes at most, with the installation; what is never imported is not compiled.
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
+
+# The engines under a simulated network, mover and clock: SEEDS deployments with faults, from seed FIRST on.
+simulate-faults:
+	cmake -S tests/sim -B build/sim >/dev/null
+	cmake --build build/sim -j $(JOBS)
+	build/sim/hetkv_sim --first $(FIRST) --seeds $(SEEDS)
+
+# Whether it finds each of the faults that tests/sim/mutants.py plants, in SEEDS seeds.
+find-mutants:
+	cmake -S tests/sim -B build/sim >/dev/null
+	cmake --build build/sim -j $(JOBS) --target hetkv_sim_mutants
+	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS)
 
 test-all: $(STAMP)
 	$(PY) -m pytest

@@ -141,7 +141,7 @@ class Engine : private transport::Sink {
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
-  friend struct Inspect;  // of tests/sim
+  friend struct Inspect;                     // of tests/sim
   static constexpr int kProgressBurst = 64;  // calls of the transport's progress in a row
 
   struct Incoming {

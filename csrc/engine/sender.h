@@ -121,6 +121,8 @@ class Sender final : public Engine {
       direct = true;
       ahead = false;
       put = {};
+      put_ns = 0;
+      slow = false;
     }
   };
   struct PendingTicket {

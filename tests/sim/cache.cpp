@@ -25,7 +25,8 @@ Model Model::draw(Random& random) {
 
 std::uint8_t element(std::uint64_t content, std::uint32_t layer, std::size_t segment, std::uint32_t head,
                      std::uint64_t token, std::int32_t channel) {
-  const std::uint64_t place = (((token * 4 + layer) * 4 + segment) * 4 + head) * 8 + static_cast<std::uint64_t>(channel);
+  const std::uint64_t place =
+      (((token * 4 + layer) * 4 + segment) * 4 + head) * 8 + static_cast<std::uint64_t>(channel);
   return static_cast<std::uint8_t>(mix(content + place * 0x9E3779B97F4A7C15ull));
 }
 

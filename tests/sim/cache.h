@@ -69,7 +69,7 @@ class Cache {
   const Model& model_;
   const std::uint32_t first_;
   const std::uint32_t last_;
-  const bool by_head_;  // [block][head][token], otherwise [block][token][head]
+  const bool by_head_;                    // [block][head][token], otherwise [block][token][head]
   std::vector<std::int32_t> block_size_;  // by group
   std::vector<std::uint64_t> bases_;      // by layer and segment, in bytes_
   std::vector<std::vector<std::int32_t>> unused_;

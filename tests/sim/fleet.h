@@ -57,7 +57,7 @@ struct Control {
   std::uint64_t number = 0;
   std::uint32_t id[2] = {};
   bool added[2] = {};
-  bool ready[2] = {};   // the peer has added it
+  bool ready[2] = {};  // the peer has added it
   bool active[2] = {};
   bool lost[2] = {};    // the engine says so
   bool closed[2] = {};  // the connection
@@ -72,7 +72,7 @@ class Fleet {
   Fleet(World& world, const Profile& profile);
   ~Fleet();
 
-  // Told of each event of an engine except those of links, and after each turn.
+  // Gets each event of an engine except those of links, and after each turn.
   std::function<void(Process&, const engine::Event&)> on_event;
   std::function<void(Process&)> on_turn;
   // A part of a pack or unpack of the process has run.

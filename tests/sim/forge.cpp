@@ -65,7 +65,7 @@ bool forge_frame(Fleet& fleet, const Transfers& transfers, Control& control) {
   if (target.side == nullptr) return false;
   const Transfer& transfer = *target.side->transfer;
   engine::Receiver& receiver = *control.side[1]->receiver;
-  const auto own = Inspect::lent(receiver, control.id[1]);
+  const auto own = Inspect::granted(receiver, control.id[1]);
   wire::Frame frame = frame_of(fleet, control, transfer);
   if (frame.token_start >= frame.token_stop) return false;
   wire::Prelude prelude;
@@ -78,7 +78,7 @@ bool forge_frame(Fleet& fleet, const Transfers& transfers, Control& control) {
       if (own.empty() || transfer.kept == 0) return false;
       frame.token_start = 0;
       break;
-    case 1:  // tokens behind those that it asked for
+    case 1:  // tokens past those that it asked for
       if (own.empty()) return false;
       frame.token_stop += random.between(1, 3);
       break;
@@ -86,7 +86,7 @@ bool forge_frame(Fleet& fleet, const Transfers& transfers, Control& control) {
       std::vector<std::pair<std::uint32_t, std::uint32_t>> others;
       for (const auto& other : fleet.controls()) {
         if (other->side[1] != control.side[1] || other.get() == &control || !other->active[1]) continue;
-        for (const auto& slot : Inspect::lent(receiver, other->id[1])) others.push_back(slot);
+        for (const auto& slot : Inspect::granted(receiver, other->id[1])) others.push_back(slot);
       }
       if (others.empty()) return false;
       std::tie(frame.slot, frame.generation) = others[random.below(others.size())];

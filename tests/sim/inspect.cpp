@@ -38,7 +38,7 @@ std::string Inspect::check(const Sender& sender) {
   for (const auto& bundle : sender.bundles_) {
     if (!bundle->ahead) ++in_flight[bundle->link.get()];
     bundled[bundle->link.get()].insert(bundle->slot);
-    if (bundle->staging != nullptr) ++staged[static_cast<int>(bundle->staging->where())];
+    if (bundle->staging != nullptr && !bundle->slow) ++staged[static_cast<int>(bundle->staging->where())];
     for (const auto& piece : bundle->pieces) {
       ++frames[piece.lane];
       if (!bundle->task.done) ++packing[piece.lane->request];
@@ -74,7 +74,7 @@ std::string Inspect::check(const Sender& sender) {
     }
     found.equal(slots.size(), granted, "slots that are used and granted");
   }
-  
+
   for (int where = 0; where < 2; ++where) {
     found.equal(sender.staging_made_[where], sender.staging_[where].size() + staged[where], "staging buffers");
   }
@@ -102,9 +102,9 @@ std::string Inspect::check(const Receiver& receiver) {
         ++filled;
         ++held[slot.link];
         break;
-      case SlotState::kLent:
+      case SlotState::kGranted:
         ++held[slot.link];
-        found.require(up, "a slot is lent to a link that is lost");
+        found.require(up, "a slot is granted to a link that is lost");
     }
   }
   found.equal(receiver.slots_.free_, free, "free slots");
@@ -147,7 +147,7 @@ std::string Inspect::at_rest(const Receiver& receiver) {
   found.equal(receiver.requests_.size(), 0, "requests of a receiver at rest");
   found.equal(receiver.unpacks_.size(), 0, "unpacks of a receiver at rest");
   found.equal(receiver.deadlines_.size(), 0, "deadlines of a receiver at rest");
-  found.equal(receiver.slots_.in_use(), 0, "slots of a receiver at rest that are lent");
+  found.equal(receiver.slots_.in_use(), 0, "slots of a receiver at rest that are granted");
   found.equal(receiver.slots_.quarantined(), 0, "slots of a receiver at rest that are in quarantine");
   for (const auto& [id, link] : receiver.links_) found.require(link->up(), "a link of a receiver at rest is not up");
   return found.text();
@@ -163,11 +163,11 @@ std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::held(const Sender& se
   return out;
 }
 
-std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::lent(const Receiver& receiver, std::uint32_t link) {
+std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::granted(const Receiver& receiver, std::uint32_t link) {
   std::set<std::pair<std::uint32_t, std::uint32_t>> out;
   for (std::size_t i = 0; i < receiver.slots_.slots_.size(); ++i) {
     const Slot& slot = receiver.slots_.slots_[i];
-    if (slot.state == SlotState::kLent && slot.link == link) {
+    if (slot.state == SlotState::kGranted && slot.link == link) {
       out.emplace(static_cast<std::uint32_t>(i), slot.generation);
     }
   }
@@ -177,7 +177,7 @@ std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::lent(const Receiver& 
 void Inspect::flip(Receiver& receiver, std::uint64_t random) {
   std::vector<Slot*> used;
   for (Slot& slot : receiver.slots_.slots_) {
-    if (slot.memory != nullptr && (slot.state == SlotState::kLent || slot.state == SlotState::kFilled)) {
+    if (slot.memory != nullptr && (slot.state == SlotState::kGranted || slot.state == SlotState::kFilled)) {
       used.push_back(&slot);
     }
   }

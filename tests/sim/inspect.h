@@ -18,7 +18,7 @@ struct Inspect {
   static std::string at_rest(const Receiver& receiver);
   // Slots of a link, as each side knows them: equal where no message of the link is on its way.
   static std::set<std::pair<std::uint32_t, std::uint32_t>> held(const Sender& sender, std::uint32_t link);
-  static std::set<std::pair<std::uint32_t, std::uint32_t>> lent(const Receiver& receiver, std::uint32_t link);
+  static std::set<std::pair<std::uint32_t, std::uint32_t>> granted(const Receiver& receiver, std::uint32_t link);
   // Flips a bit of some slot that is in use.
   static void flip(Receiver& receiver, std::uint64_t random);
   static bool up(const Engine& engine, std::uint32_t link);

@@ -1,5 +1,7 @@
 // The engines of csrc/engine in a simulated world: `hetkv_sim --first 1 --seeds 100`. Exit status 1: an invariant is
 // broken; the seed and the end of its trace are printed, and `--first SEED --seeds 1 --trace` shows all of it.
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +25,8 @@ struct Options {
   std::uint64_t transfers = 100;  // of a seed
   double seconds = 1e9;           // begins no seed after that
   bool trace = false;
-  bool twice = false;  // each seed, to see that it replays
+  bool twice = false;     // each seed, to see that it replays
+  bool progress = false;  // prints each seed before it begins, and dies of SIGALRM in one that does not end
 };
 
 struct Totals {
@@ -37,6 +40,7 @@ struct Totals {
 
 constexpr std::uint64_t kQuiet = 50 * kMs;  // until the first links are there
 constexpr std::uint64_t kMostSteps = 50'000'000;
+constexpr unsigned kMostSeconds = 60;  // of a seed; it takes less than one
 
 // What befalls the fleet, spread over the time in which requests begin.
 void plan_faults(Fleet& fleet, const Profile& profile, std::uint64_t duration, Totals& totals) {
@@ -52,9 +56,8 @@ void plan_faults(Fleet& fleet, const Profile& profile, std::uint64_t duration, T
   };
   times(profile.kills, totals.kills, [&fleet, some] { fleet.kill(some()); });
   times(profile.closes, totals.closes, [&fleet, some] { fleet.close(some()); });
-  times(profile.pauses, totals.pauses, [&fleet, &world, some] {
-    fleet.pause(some(), world.random.delay(4 * kSecond));
-  });
+  times(profile.pauses, totals.pauses,
+        [&fleet, &world, some] { fleet.pause(some(), world.random.delay(4 * kSecond)); });
   times(profile.jumps, totals.jumps, [&fleet, &world, some] { fleet.jump(some(), world.random.delay(12 * kSecond)); });
   times(profile.cuts, totals.cuts, [&fleet, &world, some] {
     Process& a = some();
@@ -78,7 +81,7 @@ void plan_faults(Fleet& fleet, const Profile& profile, std::uint64_t duration, T
   });
 }
 
-// A bit of a payload, while it lies in a slot.
+// A bit of a payload, while it is in a slot.
 void flip(Fleet& fleet, const Profile& profile) {
   World& world = fleet.world;
   if (!fleet.network.faults || profile.flipped == 0 || !world.random.chance(profile.flipped)) return;
@@ -107,7 +110,7 @@ void compare_credits(Fleet& fleet) {
                        engine::Inspect::up(*receiver.receiver, control->id[1]);
     if (!quiet) continue;
     if (engine::Inspect::held(*sender.sender, control->id[0]) !=
-        engine::Inspect::lent(*receiver.receiver, control->id[1])) {
+        engine::Inspect::granted(*receiver.receiver, control->id[1])) {
       fleet.world.violate("link " + std::to_string(control->number) + ": the two sides disagree on who has which slot");
     }
   }
@@ -115,8 +118,8 @@ void compare_credits(Fleet& fleet) {
 
 void check_rest(Fleet& fleet) {
   for (const Process* process : fleet.currents()) {
-    const std::string wrong = process->sends ? engine::Inspect::at_rest(*process->sender)
-                                             : engine::Inspect::at_rest(*process->receiver);
+    const std::string wrong =
+        process->sends ? engine::Inspect::at_rest(*process->sender) : engine::Inspect::at_rest(*process->receiver);
     if (!wrong.empty()) fleet.world.violate("process " + std::to_string(process->site.id) + ": " + wrong);
     if (!process->mover->idle()) fleet.world.violate("a mover at rest has tasks");
     if (process->cache->taken() != 0) fleet.world.violate("blocks are still taken at rest");
@@ -204,6 +207,8 @@ int main(int argc, char** argv) {
       hetkv_mutant = static_cast<int>(number());
     } else if (std::strcmp(argv[i], "--trace") == 0) {
       options.trace = true;
+    } else if (std::strcmp(argv[i], "--progress") == 0) {
+      options.progress = true;
     } else if (std::strcmp(argv[i], "--twice") == 0) {
       options.twice = true;
     } else {
@@ -217,6 +222,8 @@ int main(int argc, char** argv) {
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   for (std::uint64_t seed = options.first; seed < options.first + options.seeds && broken.empty(); ++seed) {
     if (elapsed() > options.seconds) break;
+    if (options.progress) std::printf("begins seed %llu\n", static_cast<unsigned long long>(seed));
+    if (options.progress) static_cast<void>(std::fflush(stdout)), alarm(kMostSeconds);
     const std::uint64_t digest = run(seed, options, totals, &broken);
     if (!options.twice || !broken.empty()) continue;
     Totals again;

@@ -5,7 +5,6 @@
 
 namespace hetkv::sim {
 
-using engine::RemapPart;
 using engine::RemapTask;
 
 SimMover::SimMover(Network& network, Site& site, std::shared_ptr<const Clock> clock)
@@ -15,7 +14,7 @@ void SimMover::submit(RemapTask* task) {
   World& world = network_.world;
   auto move = std::make_shared<Move>();
   move->task = task;
-  for (std::size_t i = 0; i < task->parts.size(); ++i) move->left.push_back(i);
+  for (std::size_t i = 0; i < task->frames.size(); ++i) move->left.push_back(i);
   if (network_.profile.most_move == 0) {
     for (std::size_t part : move->left) run(*task, part);
     task->done = true;
@@ -44,11 +43,11 @@ void SimMover::go_on(const std::shared_ptr<Move>& move) {
 
 void SimMover::run(RemapTask& task, std::size_t part) {
   std::size_t first = 0;
-  for (std::size_t i = 0; i < part; ++i) first += task.parts[i].num_jobs;
+  for (std::size_t i = 0; i < part; ++i) first += task.frames[i].num_jobs;
   RemapTask one;
   one.jobs.assign(task.jobs.begin() + static_cast<std::ptrdiff_t>(first),
-                  task.jobs.begin() + static_cast<std::ptrdiff_t>(first + task.parts[part].num_jobs));
-  one.parts.push_back(task.parts[part]);
+                  task.jobs.begin() + static_cast<std::ptrdiff_t>(first + task.frames[part].num_jobs));
+  one.frames.push_back(task.frames[part]);
   for (const remap::Job& job : one.jobs) {
     const SegmentMap& wire = job.wire == remap::WireSide::kSource ? job.src.map : job.dst.map;
     const auto bytes = static_cast<std::size_t>(job.tokens * job.heads * job.channels * item_size(wire.dtype));
@@ -58,7 +57,7 @@ void SimMover::run(RemapTask& task, std::size_t part) {
     }
   }
   cpu_.submit(&one);
-  task.parts[part].result = one.parts[0].result;
+  task.frames[part].result = one.frames[0].result;
   if (on_moved) on_moved();
 }
 

@@ -23,7 +23,8 @@ class Mutant(NamedTuple):
 
 
 RECEIVER, FRAMES, MESSAGES = "receiver.cpp", "receiver_frames.cpp", "receiver_messages.cpp"
-SENDER, BUNDLES, ANSWERS, ENGINE = "sender.cpp", "sender_bundles.cpp", "sender_messages.cpp", "engine.cpp"
+SENDER, BUNDLES, ANSWERS, ENDINGS = "sender.cpp", "sender_bundles.cpp", "sender_messages.cpp", "sender_endings.cpp"
+ENGINE, LINKS = "engine.cpp", "engine_links.cpp"
 
 MUTANTS = [
     # What the receiver checks of a frame.
@@ -41,49 +42,51 @@ MUTANTS = [
     Mutant("checksum", FRAMES, "result.checksum != frame.checksum", "false"),
     Mutant("late frames of a failed request", FRAMES, "part == nullptr || !request->failure.ok()", "part == nullptr"),
     # When it tells.
-    Mutant("layer told early", FRAMES, "missing -= tokens;", "missing -= std::min(missing, tokens + 1);"),
+    Mutant("layer reported early", FRAMES, "missing -= tokens;", "missing -= std::min(missing, tokens + 1);"),
     Mutant("complete early", FRAMES, "if (!all) return;", ""),
     Mutant("failed before the unpack has ended", MESSAGES, "request.unpacking > 0", "false"),
     Mutant("no lease", MESSAGES, "now > deadlines_.begin()->first", "false"),
     Mutant("no word of completion", FRAMES,
            "if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});", ""),
-    Mutant("no word of failure", MESSAGES, "part.link.get() != told_by && part.link->up() && !part.done", "false"),
+    Mutant("no word of failure", MESSAGES, "part.link.get() != reporter && part.link->up() && !part.done", "false"),
     # Its slots.
-    Mutant("slot freed before its unpack", FRAMES, "slot->state = SlotState::kFilled;", "slots_.free(bundle.slot);",
-           (("slots_.free(unpack.slot);", ""),)),
-    Mutant("slot never freed", FRAMES, "slots_.free(unpack.slot);", ""),
+    Mutant("slot freed before its unpack", FRAMES, "slot->state = SlotState::kFilled;", "give_back(bundle.slot);",
+           (("give_back(unpack.slot);", ""),)),
+    Mutant("slot never freed", MESSAGES, "slots_.free(slot);", ""),
     Mutant("slot of an empty bundle never freed", FRAMES,
-           "if (unpack->pieces.empty()) return slots_.free(bundle.slot);", "if (unpack->pieces.empty()) return;"),
+           "return give_back(bundle.slot);", "return;"),
     Mutant("no quarantine", MESSAGES, "slots_.quarantine(link.id);", ""),
     Mutant("quarantine that ends at once", "slots.cpp", "slot.state = SlotState::kQuarantined;\n    ++quarantined_;",
            "slot.state = SlotState::kFree; ++free_;"),
     Mutant("retired memory is used again", "slots.cpp", "slot.memory.reset();\n    ++slot.generation;", ""),
     Mutant("new memory of the same generation", "slots.cpp", "++slot.generation;", ""),
     Mutant("a wish for slots is not heard", MESSAGES, "demands_[link.id].hungry = true;", ""),
-    Mutant("no recall", MESSAGES, "recall(contenders);", ""),
+    Mutant("no recall", MESSAGES, "} else if (starved) {", "} else if (starved && !MUTANT) {"),
     Mutant("a failed part still wants slots", MESSAGES, "if (part.remaining > 0) close_part(part);", ""),
-    Mutant("released slots are not taken back", MESSAGES, "slots_.free(name.slot);", ""),
+    Mutant("released slots are not taken back", MESSAGES, "give_back(name.slot);", ""),
     # The sender.
     Mutant("commit before the put has ended", BUNDLES, "if (!bundle.put.done) {", "if (!MUTANT && !bundle.put.done) {"),
-    Mutant("packed while packs are under way", ANSWERS, "if (lane.remaining > 0) return;",
+    Mutant("packed while packs are under way", ENDINGS, "if (lane.remaining > 0) return;",
            "if (lane.unsent > 0) return;",
            (("request.packing > 0 || request.lanes.empty()", "request.lanes.empty()"),)),
-    Mutant("failed while packs are under way", ANSWERS, "request.packing == 0 && std::all_of",
+    Mutant("failed while packs are under way", ENDINGS, "request.packing == 0 && std::all_of",
            "(MUTANT || request.packing == 0) && std::all_of"),
     Mutant("a spent slot counts as granted", BUNDLES, "window.granted = false;", ""),
     Mutant("a slot that was not used is lost", BUNDLES, "windows_[link.id].free.push_back(bundle.slot);", ""),
     Mutant("a slot is used twice", BUNDLES, "windows.free.pop_back();", ""),
     Mutant("released slots count as granted", ANSWERS, "windows.slots[slot].granted = false;", ""),
     Mutant("a staging buffer is lost", BUNDLES,
-           "staging_[static_cast<int>(bundle.staging->where())].push_back(std::move(bundle.staging));", ""),
+           "staging_[where].push_back(std::move(bundle.staging));", ""),
+    Mutant("a bundle used again counts as slow", BUNDLES, "owned->clear();",
+           "const bool slow = owned->slow; owned->clear(); owned->slow = slow;"),
     Mutant("nobody waits for a staging buffer", BUNDLES, "short_of_staging_.push_back(link.id);", ""),
-    Mutant("no hold", ANSWERS, "now > deadlines_.begin()->first", "false"),
+    Mutant("no hold", ENDINGS, "now > deadlines_.begin()->first", "false"),
     Mutant("any content", ANSWERS, "ticket.content != request.content", "false"),
     Mutant("more tokens than there are", ANSWERS,
            "want[group].stop > have.stop || want[group].start < have.start", "false"),
     Mutant("tickets that wait are forgotten", SENDER,
            "for (const auto& ticket : tickets) take_ticket(submission.id, ticket);", ""),
-    Mutant("a lost link fails nobody", ANSWERS,
+    Mutant("a lost link fails nobody", ENDINGS,
            "lane.link.get() == &link && !lane.cancelled && !lane.delivered", "false"),
     Mutant("an abort is not heard", ANSWERS,
            "if (lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail(",
@@ -92,13 +95,13 @@ MUTANTS = [
            "windows.open == 0 && windows.tickets == 0 && !windows.free.empty()", "false"),
     # Links.
     Mutant("any sequence", ENGINE, "prelude.sequence != at->receive_sequence", "false"),
-    Mutant("silence is not noticed", ENGINE, "now > at.heard_ns && now - at.heard_ns > patience", "false"),
-    Mutant("no heartbeats", ENGINE, "now - at.sent_ns >= config_.heartbeat_ms * kMs && now > at.sent_ns", "false"),
-    Mutant("closed while a pack stores", ENGINE, "return link_drained(link) &&",
+    Mutant("silence is not noticed", LINKS, "now > at.heard_ns && now - at.heard_ns > patience", "false"),
+    Mutant("no heartbeats", LINKS, "now - at.sent_ns >= config_.heartbeat_ms * kMs && now > at.sent_ns", "false"),
+    Mutant("closed while a pack stores", LINKS, "return link_drained(link) &&",
            "return (MUTANT || link_drained(link)) &&"),
-    Mutant("closed while an operation refers to it", ENGINE, "!at.endpoint->closed() || !link_idle(at)",
+    Mutant("closed while an operation refers to it", LINKS, "!at.endpoint->closed() || !link_idle(at)",
            "!at.endpoint->closed()"),
-    Mutant("messages behind the end count", ENGINE, "if (at->state == LinkState::kDraining) return;", ""),
+    Mutant("messages after the end count", ENGINE, "if (at->state == LinkState::kDraining) return;", ""),
 ]  # fmt: skip
 
 

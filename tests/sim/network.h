@@ -1,5 +1,5 @@
-// A simulated network and the memory that goes through it: one transport for each process, behind the interface that
-// engines use. Messages of a link keep their order; those of unlike links do not wait for each other. Puts land in
+// A simulated network and the memory that goes through it: one transport for each process, with the interface that
+// engines use. Messages of a link keep their order; those of different links do not wait for each other. Puts land in
 // parts, some of them after their sender is gone.
 #pragma once
 
@@ -70,7 +70,7 @@ class Network {
   };
   std::unordered_map<std::uint64_t, Region> regions;
   std::uint64_t next_region = 1;
-  // Requests whose payload was damaged are told by nobody else.
+  // Requests whose payload was damaged are reported by this alone.
   std::function<void(std::uint64_t sender, std::uint64_t receiver)> on_damage;
 
  private:
@@ -97,9 +97,8 @@ class SimEndpoint final : public transport::Endpoint {
 
   void send(Bytes message) override;
   void put(const void* source, std::size_t bytes, const transport::PeerMemory& target, transport::Op* op) override;
-  Status share(wire::SlotName slot, const transport::Memory& memory, Bytes* key) override;
-  Status open(wire::SlotName slot, const Bytes& key, std::uint64_t address, std::size_t bytes, bool map,
-              std::unique_ptr<transport::PeerMemory>* out) override;
+  Status share(const transport::Memory& memory, wire::SlotGrant* grant) override;
+  Status open(const wire::SlotGrant& grant, bool map, std::unique_ptr<transport::PeerMemory>* out) override;
   bool drained() override;
   void close() override;
   bool closed() const override;

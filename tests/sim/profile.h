@@ -12,14 +12,14 @@ enum class Reach : std::uint8_t { kStore, kRma, kMessage };  // how payloads get
 
 struct Profile {
   // The ordinary.
-  std::uint64_t most_delay = 0;  // ns: of a message or a part of a put
-  std::uint64_t most_move = 0;   // ns: of a pack or unpack; 0: done when submit() returns
+  std::uint64_t most_delay = 0;     // ns: of a message or a part of a put
+  std::uint64_t most_move = 0;      // ns: of a pack or unpack; 0: done when submit() returns
   bool moves_while_paused = false;  // a device goes on while its process is stopped
   // Chances, of each time.
   double bad_message = 0;  // dropped, doubled, swapped with the next one, or with a bit flipped
   double bad_put = 0;      // ends with an error, written in part
   double bad_move = 0;     // the device reports an error, with the task done in part
-  double flipped = 0;      // a bit of a payload, while it lies in a slot
+  double flipped = 0;      // a bit of a payload, while it is in a slot
   double no_memory = 0;    // an allocation or registration fails
   // How often in a seed.
   std::uint32_t cuts = 0;    // of the network between two processes, for a while
@@ -29,10 +29,10 @@ struct Profile {
   std::uint32_t losses = 0;  // of a link, by one side's transport
   std::uint32_t closes = 0;  // of a process, in order, which starts again
   // Share of requests.
-  double aborted = 0;   // by one side or both
+  double aborted = 0;  // by one side or both
   double short_lease = 0;
-  double unequal = 0;   // the two sides mean other contents or token counts
-  double again = 0;     // of those that failed at their receiver: it asks again at once, under the same id
+  double unequal = 0;           // the two sides mean other contents or token counts
+  double again = 0;             // of those that failed at their receiver: it asks again at once, under the same id
   std::uint32_t forgeries = 0;  // messages of a peer that has the keys but does not keep the rules
 
   bool calm() const {

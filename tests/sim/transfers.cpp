@@ -137,7 +137,7 @@ void Transfers::follow(Transfer& before) {
   transfer.id = before.id;
   transfer.may_fail = transfer.follows = true;
   before.must_fail = transfer.must_fail = false;
-  // Either the same KV, or another one that both attempts name: only then can the sides tell them apart.
+  // Either the same KV, or another one that both attempts name: only then can the sides distinguish them.
   if (before.bound[0] && before.bound[0] == before.bound[1] && world_.random.chance(0.7)) {
     transfer.asked = transfer.tokens;
     transfer.bound[0] = transfer.bound[1] = content_of(transfer.content);
@@ -251,7 +251,7 @@ void Transfers::compute(Side& side) {
           auto batch = std::make_shared<engine::SendBatch>();
           batch->handles = {side.outcome->handle};
           batch->tokens.assign(fleet_.model.groups, {range});
-          side.process->sender->send_layers(batch, {{layer, fleet_.model.group_of(layer)}});
+          side.process->sender->send_batch(batch, static_cast<std::int32_t>(layer));
         });
       });
     }

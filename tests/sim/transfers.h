@@ -1,4 +1,4 @@
-// Requests of a simulated fleet: what each side asks of its engine, and what it must be told.
+// Requests of a simulated fleet: what each side asks of its engine, and what it must hear.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct Side {
   Blocks blocks;
   std::vector<bool> arrived;  // receiver: by layer
   std::uint64_t begun = 0;
-  bool ended = false;  // told so, never begun, or its process died
+  bool ended = false;  // an event said so, never begun, or its process died
   bool complete = false;
   bool packed = false;
   std::function<void()> then;  // once it has ended
@@ -87,7 +87,7 @@ class Transfers {
   void abort(Side& side);
   std::vector<std::uint64_t> by_group(std::uint64_t tokens) const;
 
-  // verdicts.cpp: what is told
+  // verdicts.cpp: what is reported
   void expect_end(Side& side, std::uint64_t within);
   void expect_all_ended(const Transfer& transfer);
   void on_event(Process& process, const engine::Event& event);

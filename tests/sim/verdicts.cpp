@@ -7,7 +7,7 @@
 namespace hetkv::sim {
 namespace {
 
-constexpr std::uint64_t kGrace = 150 * kMs;   // from a deadline to the end that follows it: what is in flight ends first
+constexpr std::uint64_t kGrace = 150 * kMs;  // from a deadline to the end that follows it: what is in flight ends first
 constexpr std::uint64_t kPrompt = 700 * kMs;  // from a failure to the end on all sides that have begun
 
 constexpr std::uint64_t kSettled = 25 * kMs;  // from when a side begins to when its peers know of it
@@ -102,10 +102,12 @@ void Transfers::on_send_event(Side& side, const engine::Event& event) {
   if (transfer.must_fail) world_.violate(name(transfer) + " is complete though its sides mean different things");
   side.complete = true;
   for (const auto& receiver : transfer.sides[1]) {
-    if (transfer.sides[0].size() > 1 || transfer.followed || transfer.follows || (receiver->ended && !receiver->complete)) continue;
+    if (transfer.sides[0].size() > 1 || transfer.followed || transfer.follows ||
+        (receiver->ended && !receiver->complete))
+      continue;
     if (receiver->process == nullptr || !receiver->process->site.alive || receiver->process->site.paused) continue;
     const bool all = std::all_of(receiver->arrived.begin(), receiver->arrived.end(), [](bool at) { return at; });
-    if (receiver->outcome == nullptr || !all) world_.violate("a sender is told complete before its receiver is");
+    if (receiver->outcome == nullptr || !all) world_.violate("a sender has complete before its receiver is");
   }
   end(side);
 }
@@ -146,7 +148,8 @@ void Transfers::on_failed(Side& side, const engine::Event& event) {
   transfer.may_fail = true;
   expect_all_ended(transfer);
   release(side);
-  const bool again = !side.process->sends && !transfer.followed && fleet_.network.faults && world_.random.chance(profile_.again);
+  const bool again =
+      !side.process->sends && !transfer.followed && fleet_.network.faults && world_.random.chance(profile_.again);
   transfer.followed |= again;
   end(side);
   if (again) follow(transfer);

@@ -22,9 +22,7 @@ class Random {
   std::uint64_t below(std::uint64_t bound) { return bound == 0 ? 0 : next() % bound; }
   // Inclusive.
   std::uint64_t between(std::uint64_t low, std::uint64_t high) { return low + below(high - low + 1); }
-  bool chance(double probability) {
-    return static_cast<double>(next() >> 11) * 0x1.0p-53 < probability;
-  }
+  bool chance(double probability) { return static_cast<double>(next() >> 11) * 0x1.0p-53 < probability; }
   // Mostly far below `most`, as delays are: uniform in the logarithm, from `most / 1000`.
   std::uint64_t delay(std::uint64_t most);
 

@@ -1,0 +1,71 @@
+"""Whether the simulator finds each planted fault (mutants.py), and after how many seeds.
+
+`python tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds 500` runs each fault until a seed shows it: an invariant
+is broken, the process dies, or a seed does not end. Exit status 1 where one is not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mutants import MUTANTS
+
+
+@dataclass(frozen=True)
+class Found:
+    number: int
+    name: str
+    seeds: int | None
+    """Seeds until the fault shows; None: it does not."""
+    how: str
+
+
+def hunt(program: Path, number: int, seeds: int) -> Found:
+    """The first seed that shows the fault."""
+    name = MUTANTS[number - 1].name
+    command = [str(program), "--mutant", str(number), "--first", "1", "--seeds", str(seeds), "--progress"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode == 0:
+        return Found(number, name, None, "not found")
+    begun = max((int(seed) for seed in re.findall(rb"^begins seed (\d+)$", done.stdout, re.MULTILINE)), default=0)
+    shown = re.findall(rb"^seed \d+: (.*)$", done.stdout, re.MULTILINE)
+    if shown:
+        how = shown[0].decode()
+    elif done.returncode == -signal.SIGALRM:
+        how = "a seed does not end"
+    else:
+        how = f"the process ends with {done.returncode}"
+    return Found(number, name, begun, how)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("program", type=Path)
+    parser.add_argument("--seeds", type=int, default=500, help="of each fault, at most")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of faults")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    options = parser.parse_args()
+    numbers = options.only or range(1, len(MUTANTS) + 1)
+    start = time.monotonic()
+    found = []
+    for number in numbers:
+        found.append(hunt(options.program, number, options.seeds))
+        print(f"{number:3} {found[-1].name}: {found[-1].seeds or '-'} ({found[-1].how})", flush=True)
+    missed = [fault.name for fault in found if fault.seeds is None]
+    print(f"{len(found) - len(missed)} of {len(found)} found in {time.monotonic() - start:.0f} s; missed: {missed}")
+    if options.out:
+        result = {"seeds_most": options.seeds, "faults": [asdict(fault) for fault in found]}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
