@@ -37,6 +37,7 @@ COMMON: dict[str, Any] = {
     "chunk_size_feed_forward": 0,
     "use_mrope": False,
     "per_layer_config": None,
+    "pruned_heads": {},
 }
 """Fields of every family. The last ones describe what no family here does: only their defaults are accepted."""
 FIXED = tuple(COMMON)[list(COMMON).index("is_causal") :]
@@ -47,7 +48,7 @@ residual_dropout embedding_dropout hidden_dropout attn_pdrop bos_token_id pad_to
 pretraining_tp _model_name_or_path _name_or_path name_or_path
 _commit_hash _attn_implementation _attn_implementation_autoset _source
 attn_implementation auto_map tokenizer_class id2label label2id num_labels problem_type finetuning_task
-output_attentions output_hidden_states return_dict torchscript use_bfloat16 is_decoder pruned_heads prefix
+output_attentions output_hidden_states return_dict torchscript use_bfloat16 is_decoder prefix
 task_specific_params output_router_logits router_aux_loss_coef aux_loss_alpha aux_loss_coef seq_aux
 router_jitter_noise tie_encoder_decoder cross_attention_hidden_size gradient_checkpointing
 do_sample temperature top_k top_p typical_p max_length return_dict_in_generate output_scores
@@ -156,7 +157,8 @@ _ALL = (
         "gemma3_text", "Gemma3ForCausalLM",
         {**_GEMMA_2, "max_position_embeddings": 131072, "final_logit_softcapping": None,
          "attn_logit_softcapping": None, "use_bidirectional_attention": False, "rope_theta": 1e6,
-         "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "_sliding_window_pattern": None},
+         "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "_sliding_window_pattern": None,
+         "vocab_size": 262208, "num_attention_heads": 8},  # its own files leave them out
         options={"unit_offset": True, "norms": _SANDWICH, "qk_norm": "head"}, sliding_windows="alternating", period=6,
         nested_rope=True,
         fixed={**_GELU, "attn_logit_softcapping": (None,), "original_max_position_embeddings": (None,)},
@@ -241,5 +243,25 @@ _ALL = (
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
-WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5_moe": "qwen3_5_moe_text"}
-"""Models that read more than text: the family of their `text_config`."""
+
+class Wrapper(NamedTuple):
+    """A model that reads more than text: one of the families is its `text_config`."""
+
+    family: str
+    architecture: str
+    other_parts: frozenset[str]
+    """Keys about what it reads besides text, which change nothing about texts."""
+
+
+_GEMMA_PARTS = "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index"
+_MISTRAL_PARTS = (
+    "vision_config image_token_index projector_hidden_act vision_feature_layer multimodal_projector_bias "
+    "spatial_merge_size"
+)
+_QWEN_PARTS = "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id"
+WRAPPERS = {
+    "gemma3": Wrapper("gemma3_text", "Gemma3ForConditionalGeneration", frozenset(_GEMMA_PARTS.split())),
+    "mistral3": Wrapper("mistral", "Mistral3ForConditionalGeneration", frozenset(_MISTRAL_PARTS.split())),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", frozenset(_QWEN_PARTS.split())),
+}
+"""By their `model_type`."""

@@ -29,6 +29,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": ([],),
     "sequence_bias": ({}, []),
     "stop_strings": ([],),
+    "token_healing": (False,),
+    "generation_kwargs": ({},),
+    "cache_implementation": ("dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "offloaded",
+                             "offloaded_static", "offloaded_hybrid", "hybrid_chunked", "offloaded_hybrid_chunked"),
     **dict.fromkeys(
         ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "constraints",
          "force_words_ids", "watermarking_config", "max_time", "dola_layers", "forced_decoder_ids",
@@ -40,11 +44,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NAMES = """
 transformers_version _from_model_config bos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens
 do_sample temperature top_k top_p min_p typical_p top_h epsilon_cutoff eta_cutoff p_less low_memory use_cache
-cache_implementation cache_config max_cache_len length_penalty early_stopping num_return_sequences output_attentions
-output_hidden_states output_scores output_logits return_dict_in_generate remove_invalid_values token_healing
+cache_config max_cache_len length_penalty early_stopping num_return_sequences output_attentions
+output_hidden_states output_scores output_logits return_dict_in_generate remove_invalid_values
 num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit
 assistant_lookbehind target_lookbehind max_matching_ngram_size is_assistant prefill_chunk_size compile_config
-disable_compile _commit_hash generation_kwargs return_legacy_cache trust_remote_code do_remask
+disable_compile _commit_hash return_legacy_cache trust_remote_code do_remask
 """
 _HARMLESS = frozenset(_NAMES.split())
 """Sampling, which greedy decoding does not do, and keys that change no token."""

@@ -104,6 +104,8 @@ def read_experts(fields: Fields, family: Family, layers: int) -> Experts | None:
         dense = fields.items("mlp_only_layers") or []
         if any(isinstance(i, bool) or not isinstance(i, int) for i in dense):
             raise fields.error(f"`mlp_only_layers` must be layer numbers, got {dense}")
+        if any(not 0 <= i < layers for i in dense):
+            raise fields.error(f"`mlp_only_layers` is {dense}, layers are 0 to {layers - 1}")
         step, shared = fields.whole("decoder_sparse_step"), "shared_expert_intermediate_size"
         sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
         if not any(sparse):

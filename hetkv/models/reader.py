@@ -10,10 +10,14 @@ import msgspec
 
 from hetkv.errors import InputError
 from hetkv.models.config import IndexedAttention, Latent, ModelConfig
-from hetkv.models.families import COMMON, EXPERT_COUNTS, FAMILIES, FIXED, HARMLESS, WRAPPERS, Family
+from hetkv.models.families import COMMON, EXPERT_COUNTS, FAMILIES, FIXED, HARMLESS, WRAPPERS, Family, Wrapper
 from hetkv.models.fields import Fields, load_object
 from hetkv.models.layers import layer_types, read_experts, read_sliding_windows, read_state
 from hetkv.models.rope import read_rope
+
+_OUTER = ("model_type", "architectures", "text_config", "quantization_config", "tie_word_embeddings", "eos_token_id")
+"""Keys of a model that reads more than text, of which the last ones are said of its text part."""
+_KV_DTYPES = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -27,8 +31,8 @@ def parse_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
     name = values.get("model_type")
     if name is None:
         raise InputError(f"{origin}: missing field `model_type`: it says which family the model is of")
-    if isinstance(name, str) and name in WRAPPERS and isinstance(values.get("text_config"), dict):
-        return _wrapped(values, name, origin)
+    if isinstance(name, str) and name in WRAPPERS:
+        return _wrapped(values, name, WRAPPERS[name], origin)
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise InputError(f"{origin}: family {name!r} is not supported; supported are {', '.join(FAMILIES)}")
@@ -38,29 +42,38 @@ def parse_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
     return _read(fields, family)
 
 
-def _wrapped(values: Mapping[str, Any], name: str, origin: str) -> ModelConfig:
+def _wrapped(values: Mapping[str, Any], name: str, wrapper: Wrapper, origin: str) -> ModelConfig:
     """The text part of a model that reads more than text. What the outer file says of it wins."""
-    inner = {**values["text_config"]}
-    inner.setdefault("model_type", WRAPPERS[name])
-    for key in ("quantization_config", "tie_word_embeddings"):
+    outer = Fields(values, {**dict.fromkeys(_OUTER), "is_encoder_decoder": False, "chunk_size_feed_forward": 0}, origin)
+    outer.reject_unknown(HARMLESS | wrapper.other_parts, f"family {name} outside its `text_config`")
+    _check_architecture(outer, wrapper.architecture, name)
+    for key in ("is_encoder_decoder", "chunk_size_feed_forward"):
+        outer.only(key, outer.defaults[key], None)
+    if "text_config" not in values:
+        raise outer.error(f"missing field `text_config`: family {name} has its text part in it")
+    inner = {**outer.table("text_config")}
+    inner.setdefault("model_type", wrapper.family)
+    for key in ("quantization_config", "tie_word_embeddings", "eos_token_id"):
         if values.get(key) is not None:
             inner[key] = values[key]
-    if inner["model_type"] != WRAPPERS[name]:
-        raise InputError(
-            f"{origin}: the `text_config` of family {name} is a {WRAPPERS[name]}, here it says {inner['model_type']!r}"
+    if inner["model_type"] != wrapper.family:
+        raise outer.error(
+            f"the `text_config` of family {name} is a {wrapper.family}, here it says {inner['model_type']!r}"
         )
     found = parse_config(inner, f"{origin}: `text_config`")
     return msgspec.structs.replace(found, multimodal=True)
 
 
+def _check_architecture(fields: Fields, architecture: str, family: str) -> None:
+    named = fields.items("architectures")
+    if named and architecture not in named:
+        raise fields.error(f"`architectures` {named} is not that of `model_type` {family!r}, {architecture}")
+
+
 def _check(fields: Fields, family: Family) -> None:
     """No key is ignored unless it changes nothing, and the file does not contradict itself."""
     fields.reject_unknown(HARMLESS, f"family {family.model_type}")
-    named = fields.items("architectures")
-    if named and family.architecture not in named:
-        raise fields.error(
-            f"`architectures` {named} is not that of `model_type` {family.model_type!r}, {family.architecture}"
-        )
+    _check_architecture(fields, family.architecture, family.model_type)
     for name in FIXED:
         if fields.get(name) is not None:
             fields.only(name, COMMON[name])
@@ -75,6 +88,10 @@ def _read(fields: Fields, family: Family) -> ModelConfig:
     latent = _latent(fields, family)
     head_dim = latent.rope_dim if latent is not None else _head_dim(fields, sizes["hidden_size"], heads)
     kv_heads = fields.whole_or_none("num_key_value_heads") or heads
+    if latent is not None and kv_heads != heads:
+        raise fields.error(
+            f"`num_key_value_heads` {kv_heads} is not `num_attention_heads` {heads}, as in latent attention"
+        )
     if heads % kv_heads:
         raise fields.error(f"`num_attention_heads` {heads} is no multiple of `num_key_value_heads` {kv_heads}")
     rope, sliding_rope = read_rope(fields, family)
@@ -95,7 +112,7 @@ def _read(fields: Fields, family: Family) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_context=fields.whole("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=_eps(fields),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         rope=rope,
         sliding_rope=sliding_rope,
@@ -145,6 +162,13 @@ def _options(fields: Fields, family: Family) -> dict[str, Any]:
     return found
 
 
+def _eps(fields: Fields) -> float:
+    value = fields.number("rms_norm_eps")
+    if value < 0:
+        raise fields.error(f"`rms_norm_eps` is {value}, it must be at least 0")
+    return value
+
+
 def _positive_or_none(fields: Fields, name: str) -> float | None:
     value = fields.number_or_none(name)
     if value is not None and value <= 0:
@@ -172,6 +196,9 @@ def _latent(fields: Fields, family: Family) -> Latent | None:
     )
     if fields.whole_or_none("qk_head_dim") not in (None, latent.nope_dim + latent.rope_dim):
         raise fields.error(f"`qk_head_dim` {fields.get('qk_head_dim')} is not `qk_nope_head_dim` + `qk_rope_head_dim`")
+    dims = (latent.rope_dim, latent.nope_dim, latent.nope_dim + latent.rope_dim, latent.value_dim)
+    if fields.get("head_dim") is not None and fields.whole("head_dim") not in dims:
+        raise fields.error(f"`head_dim` {fields.get('head_dim')} is none of the dims of its latent attention's heads")
     return latent
 
 
@@ -188,6 +215,12 @@ def _quantisation(fields: Fields) -> tuple[str | None, tuple[str, ...]]:
     values = fields.table("quantization_config")
     if not values:
         return None, ()
+    for name in _KV_DTYPES:
+        if values.get(name) is not None:
+            raise fields.error(
+                f"`quantization_config`: `{name}` sets a KV dtype of the checkpoint's own, which is not supported: "
+                "leave it out, and say `kv_dtype` where a plan is made"
+            )
     kept: list[str] = []
     for name in ("modules_to_not_convert", "ignore"):
         if not isinstance(values.get(name) or [], list):

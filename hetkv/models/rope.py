@@ -62,10 +62,17 @@ def _read_nested(fields: Fields, family: Family) -> tuple[Rope, Rope | None]:
     )
 
 
+def _rotated(fields: Fields) -> Any:
+    """Share of a head's channels that are rotated, which MiniMax's own files give as `rotary_dim`."""
+    if fields.get("rotary_dim") is not None and "partial_rotary_factor" not in fields.values:
+        return fields.whole("rotary_dim") / fields.whole("head_dim")
+    return fields.get("partial_rotary_factor")
+
+
 def _read(fields: Fields, family: Family, values: Mapping[str, Any], name: str, theta: float | None) -> Rope:
     defaults = {
         "rope_theta": theta,
-        "partial_rotary_factor": fields.get("partial_rotary_factor"),
+        "partial_rotary_factor": _rotated(fields),
         "original_max_position_embeddings": fields.get("max_position_embeddings"),
         "low_freq_factor": None,
         "truncate": True,
@@ -102,8 +109,8 @@ def _read(fields: Fields, family: Family, values: Mapping[str, Any], name: str, 
         found["original_context"] = inner.whole("original_max_position_embeddings")
     if kind == "llama3":
         found |= {key: inner.number(key) for key in ("low_freq_factor", "high_freq_factor")}
-        if found["low_freq_factor"] == found["high_freq_factor"]:
-            raise inner.error(f"`low_freq_factor` and `high_freq_factor` are both {found['low_freq_factor']}")
+        if found["low_freq_factor"] >= found["high_freq_factor"]:
+            raise inner.error("`low_freq_factor` must be below `high_freq_factor`")
     if kind == "yarn":
         turns = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
         found |= {key: inner.number_or_none(key) or default for key, default in turns.items()}

@@ -94,5 +94,12 @@ class TransformersReference:
             tokenizer = self._transformers.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         except Exception:  # a tokenizer.json alone is enough for hetkv
             return None
-        texts = [(prompt.text, ours) for prompt, ours in zip(prompts, ids, strict=True) if prompt.messages is None]
-        return all(tokenizer(text)["input_ids"] == ours for text, ours in texts)
+        return all(self._ids(tokenizer, prompt) == ours for prompt, ours in zip(prompts, ids, strict=True))
+
+    def _ids(self, tokenizer: Any, prompt: Prompt) -> list[int]:
+        if prompt.messages is None:
+            made = tokenizer(prompt.text)
+        else:
+            made = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=True)
+        ids: list[int] = made["input_ids"]
+        return ids

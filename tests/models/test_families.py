@@ -161,3 +161,50 @@ def test_rope_of_every_spelling(case: str, name: str, tmp_path: Path) -> None:
     values = {key: value for key, value in values.items() if not key.startswith("rope")} | ROPE_CASES[case]
     (tmp_path / "config.json").write_text(json.dumps(values))
     check(read_config(tmp_path), AutoConfig.from_pretrained(tmp_path))
+
+
+GEMMA_3_4B = {
+    "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+    "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02,
+    "mm_tokens_per_image": 256, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},
+    "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                    "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                    "sliding_window": 1024},
+}  # fmt: skip
+"""As its authors publish it: what is left out is the class's default."""
+
+
+def test_a_file_that_leaves_out_its_geometry(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_3_4B))
+    ours = read_config(tmp_path)
+    check(ours, AutoConfig.from_pretrained(tmp_path).text_config)
+    assert (ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.eos_ids) == (8, 4, 256, (1, 106))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frobnicate": 3}, "`frobnicate` is 3, which family gemma3 outside its `text_config` does not have"),
+        ({"num_hidden_layers": 7}, "`num_hidden_layers` is 7"),
+        ({"sliding_window": 7}, "`sliding_window` is 7"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "`rope_scaling` is"),
+        ({"architectures": ["LlamaForCausalLM"]}, "`architectures`"),
+        ({"is_encoder_decoder": True}, "`is_encoder_decoder` true is not supported"),
+        ({"text_config": "x"}, "`text_config` must be an object"),
+        ({"text_config": {"model_type": "llama"}}, "is a gemma3_text, here it says 'llama'"),
+    ],
+)
+def test_what_is_around_a_text_config_is_not_ignored(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_config(GEMMA_3_4B | changes, "config.json")
+    with pytest.raises(InputError, match="missing field `text_config`"):
+        parse_config({"model_type": "gemma3"}, "config.json")
+
+
+def test_rotary_dim_of_minimax(tmp_path: Path) -> None:
+    values = saved(CONFIG_MAPPING["minimax_m2"](), tmp_path)
+    values = {key: value for key, value in values.items() if not key.startswith(("rope", "partial"))}
+    (tmp_path / "config.json").write_text(json.dumps(values | {"rotary_dim": 64, "rope_theta": 5e6}))
+    ours = read_config(tmp_path)
+    check(ours, AutoConfig.from_pretrained(tmp_path))
+    assert ours.rope.fraction == 0.5

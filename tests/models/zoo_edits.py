@@ -142,6 +142,14 @@ def _rope() -> Iterator[Specimen]:
         edited(rope_scaling={"type": "default", "mrope_section": [2, 2, 2]}),
         "`mrope_section` has no meaning",
     )
+    yield Specimen(
+        "llama+llama3-reversed",
+        "llama",
+        {},
+        edited(rope_scaling={**LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 1.0}),
+        "`low_freq_factor` must be below `high_freq_factor`",
+    )
+    yield Specimen("llama+linear-below-1", "llama", {}, edited(rope_scaling={"rope_type": "linear", "factor": 0.5}))
     yield Specimen("olmo3+theta-outside", "olmo3", {}, edited(drop=old, rope_theta=5e5), "`rope_theta` may not count")
     yield Specimen(
         "gemma3_text+old-spelling",
@@ -183,6 +191,22 @@ def _identity() -> Iterator[Specimen]:
     yield Specimen("llama+empty-quantisation", "llama", {}, edited(quantization_config={}), unedited=True)
     yield Specimen("llama+quantised", "llama", {}, edited(quantization_config={"quant_method": "gptq"}), "'gptq'")
     yield Specimen("llama+more-kv-heads", "llama", {}, edited(num_key_value_heads=8), "4 is no multiple of")
+    yield Specimen("llama+pruned", "llama", {}, edited(pruned_heads={"0": [1]}), "`pruned_heads`")
+    yield Specimen("llama+negative-eps", "llama", {}, edited(rms_norm_eps=-1e-6), "`rms_norm_eps` is -1e-06")
+    yield Specimen(
+        "llama+kv-dtype-of-its-own",
+        "llama",
+        {},
+        edited(quantization_config={"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8}}),
+        "`kv_cache_scheme` sets a KV dtype",
+    )
+    yield Specimen(
+        "deepseek_v2+fewer-kv-heads", "deepseek_v2", {}, edited(num_key_value_heads=1), "`num_key_value_heads` 1 is not"
+    )
+    yield Specimen("deepseek_v2+head-dim", "deepseek_v2", {}, edited(head_dim=999), "`head_dim` 999 is none")
+    yield Specimen(
+        "qwen3_moe+dense-layer-that-is-not", "qwen3_moe", {}, edited(mlp_only_layers=[3]), "`mlp_only_layers` is"
+    )
     yield Specimen(
         "llama+harmless-keys",
         "llama",
@@ -216,6 +240,12 @@ def _windows() -> Iterator[Specimen]:
         "`layer_types` has 'chunked_attention'",
     )
     yield Specimen("gemma3_text+pattern", "gemma3_text", {}, edited(drop=("layer_types",), sliding_window_pattern=2))
+    yield Specimen(
+        "gemma3_text+both-patterns",
+        "gemma3_text",
+        {},
+        edited(drop=("layer_types",), sliding_window_pattern=2, _sliding_window_pattern=3),
+    )
     yield Specimen("gemma2+no-window", "gemma2", {}, edited(sliding_window=None), "`sliding_window` is null")
 
 
@@ -246,6 +276,9 @@ def _generation() -> Iterator[Specimen]:
         "bad_words_ids": [[3]],
         "forced_eos_token_id": 3,
         "min_length": 70,
+        "token_healing": True,
+        "cache_implementation": "quantized",
+        "generation_kwargs": {"repetition_penalty": 3.0},
     }.items():
         yield Specimen(f"llama+{key}", "llama", {}, generation(**{key: value}), f"{key} .* changes greedy decoding")
     yield Specimen("llama+unknown-generation-key", "llama", {}, generation(frobnicate=1), "`frobnicate` is 1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetkv.cli import main
+from hetkv.runtime.chat import ChatTemplate
 from hetkv.runtime.demo import MODEL
 from tests.models.zoo import Specimen, prompt, write_tokenizer
 from tests.runtime.test_demo import demo
@@ -69,6 +70,29 @@ def test_chats_are_rendered_by_the_template(tmp_path: Path, chatty: Path) -> Non
     assert result["requests"][0]["prompt_ids"] == tokenizer.encode(rendered, special_tokens=False)
     result = demo(tmp_path, "--model", str(chatty), "--tokens", "4", "--chat", "--prompt", "Who?")
     assert result["requests"][0]["prompt_ids"] == tokenizer.encode("<user> Who?\n<assistant>", special_tokens=False)
+    assert result["same_prompt_ids"] is True
+
+
+RENDERED = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "{%- if tools is not none %}tools{% endif %}{% if documents is none %}none{% endif %}{{ messages[0].content }}",
+    "{% set x = 'a' %}\n{% generation %}{% set x = 'b' %}{{ messages[0]['content'] }}\n{% endgeneration %}{{ x }}",
+    "{% for m in messages %}{{ m | tojson(separators=(',', ':')) }}{% break %}{% endfor %}{{ bos_token }}",
+    "{{ {'b': 1, 'a': '<'} | tojson(sort_keys=True) }} {% if add_generation_prompt %}go{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", RENDERED)
+def test_a_template_is_rendered_as_by_transformers(template: str, chatty: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (chatty / "chat_template.jinja").write_text(template)
+    (chatty / "special_tokens_map.json").write_text('{"bos_token": "the"}')  # it wins over tokenizer_config.json
+    messages = [{"role": "user", "content": "Who said <that>?"}, {"role": "assistant", "content": "I"}]
+    loaded = ChatTemplate.load(chatty)
+    assert loaded is not None
+    theirs = AutoTokenizer.from_pretrained(chatty)
+    assert loaded.render(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def test_rounding_is_distinguished_from_a_fault(tmp_path: Path) -> None:
