@@ -1,5 +1,7 @@
 #include "engine/device.h"
 
+#include "engine/frees.h"
+
 namespace hetkv::engine {
 
 DeviceEvent::~DeviceEvent() {
@@ -35,7 +37,7 @@ Status Device::check(std::int32_t status, const std::string& what) const {
                                           (text != nullptr ? text : "no reason given"));
 }
 
-Status Device::record_caller(void* stream, After* out) {
+Status Device::check_caller(void* stream) const {
   const CaptureGuard guard(*this);
   std::int32_t capturing = 0;
   if (auto status = check(backend_.stream_is_capturing(stream, &capturing), "looking at the stream"); !status.ok()) {
@@ -52,7 +54,13 @@ Status Device::record_caller(void* stream, After* out) {
     return Status::error(Code::kInvalid, "the stream is one of device " + std::to_string(of) +
                                              ", the pool is on device " + std::to_string(index_));
   }
-  return record(stream, false, out);
+  return {};
+}
+
+Status Device::record_caller(void* stream, After* out) {
+  const CaptureGuard guard(*this);
+  auto status = check_caller(stream);
+  return status.ok() ? record(stream, false, out) : status;
 }
 
 Status Device::record(void* stream, bool timed, After* out) {
@@ -99,14 +107,16 @@ Status DeviceBuffer::pinned(std::shared_ptr<Device> device, std::size_t bytes, s
 }
 
 DeviceBuffer::~DeviceBuffer() {
-  const CaptureGuard guard(*device_);
-  const HetkvBackend& backend = device_->backend();
-  static_cast<void>(pinned_ ? backend.host_free(data_) : backend.device_free(device_->index(), data_));
+  free_when_no_stream_waits([device = device_, data = data_, pinned = pinned_] {
+    const CaptureGuard guard(*device);
+    const HetkvBackend& backend = device->backend();
+    static_cast<void>(pinned ? backend.host_free(data) : backend.device_free(device->index(), data));
+  });
 }
 
 Status HostMapping::map(std::shared_ptr<Device> device, std::uint64_t address, std::size_t bytes,
-                        std::unique_ptr<HostMapping>* out) {
-  std::unique_ptr<HostMapping> self(new HostMapping(std::move(device)));
+                        std::shared_ptr<const void> backing, std::unique_ptr<HostMapping>* out) {
+  std::unique_ptr<HostMapping> self(new HostMapping(std::move(device), std::move(backing)));
   const HetkvBackend& backend = self->device_->backend();
   auto* pointer = reinterpret_cast<void*>(address);
   HetkvPointerInfo info{};
@@ -129,8 +139,10 @@ Status HostMapping::map(std::shared_ptr<Device> device, std::uint64_t address, s
 
 HostMapping::~HostMapping() {
   if (registered_ == nullptr) return;
-  const CaptureGuard guard(*device_);
-  static_cast<void>(device_->backend().host_unregister(registered_));
+  free_when_no_stream_waits([device = device_, backing = backing_, memory = registered_] {
+    const CaptureGuard guard(*device);
+    static_cast<void>(device->backend().host_unregister(memory));
+  });
 }
 
 CaptureGuard::CaptureGuard(const Device& device) : device_(device) {

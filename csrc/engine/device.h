@@ -53,7 +53,9 @@ class Device : public std::enable_shared_from_this<Device> {
   // kOk, or kDevice with what was tried, the device and the backend's own text.
   Status check(std::int32_t status, const std::string& what) const;
 
-  // A point after all that `stream` holds now. kInvalid: a stream of another device, or one that captures a graph.
+  // kInvalid: a stream of another device, or one that captures a graph.
+  Status check_caller(void* stream) const;
+  // A point after all that `stream`, checked so, holds now.
   Status record_caller(void* stream, After* out);
   // The same for the engine's own streams; `timed` ones can be subtracted.
   Status record(void* stream, bool timed, After* out);
@@ -71,8 +73,8 @@ class Device : public std::enable_shared_from_this<Device> {
   std::vector<void*> events_[2];  // unused: untimed, timed
 };
 
-// Memory of a device, or pinned host memory that all devices of its backend see. Freed with the object: the owner has
-// seen the last use of it end.
+// Memory of a device, or pinned host memory that all devices of its backend see. Freed with the object, or as soon as
+// no stream of the process waits for the host (frees.h): the owner has seen the last use of it end.
 class DeviceBuffer {
  public:
   static Status device(std::shared_ptr<Device> device, std::size_t bytes, std::unique_ptr<DeviceBuffer>* out);
@@ -95,8 +97,9 @@ class DeviceBuffer {
 // Host memory of another owner, as a device's kernels may use it while this object lives.
 class HostMapping {
  public:
+  // `backing` keeps the memory mapped; it is held until the driver has let go of the memory.
   static Status map(std::shared_ptr<Device> device, std::uint64_t address, std::size_t bytes,
-                    std::unique_ptr<HostMapping>* out);
+                    std::shared_ptr<const void> backing, std::unique_ptr<HostMapping>* out);
   ~HostMapping();
   HostMapping(const HostMapping&) = delete;
   HostMapping& operator=(const HostMapping&) = delete;
@@ -104,8 +107,10 @@ class HostMapping {
   std::uint64_t address() const { return device_address_; }
 
  private:
-  explicit HostMapping(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  HostMapping(std::shared_ptr<Device> device, std::shared_ptr<const void> backing)
+      : device_(std::move(device)), backing_(std::move(backing)) {}
   const std::shared_ptr<Device> device_;
+  const std::shared_ptr<const void> backing_;
   void* registered_ = nullptr;  // null: it was pinned before
   std::uint64_t device_address_ = 0;
 };

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "engine/frees.h"
+
 namespace hetkv::engine {
 namespace {
 
@@ -12,11 +14,15 @@ constexpr std::size_t kSlots = 32;  // made at the start; more are made when so 
 }  // namespace
 
 struct DeviceMover::Slot {
-  explicit Slot(const HetkvBackend& table) : backend(table) {}
+  explicit Slot(std::shared_ptr<Device> of) : device(std::move(of)) {}
   ~Slot() {
-    if (report.results != nullptr) static_cast<void>(backend.slot_destroy(&report));
+    if (report.results == nullptr) return;
+    free_when_no_stream_waits([device = device, report = report]() mutable {
+      const CaptureGuard guard(*device);
+      static_cast<void>(device->backend().slot_destroy(&report));
+    });
   }
-  const HetkvBackend& backend;
+  const std::shared_ptr<Device> device;
   HetkvRemapSlot report{};
 };
 
@@ -195,7 +201,7 @@ Status DeviceMover::take_slot(Slot** slot) {
     free_slots_.pop_back();
     return {};
   }
-  auto made = std::make_unique<Slot>(device_->backend());
+  auto made = std::make_unique<Slot>(device_);
   auto status = device_->check(device_->backend().slot_create(device_->index(), &made->report), "making a result slot");
   if (!status.ok()) return status;
   *slot = made.get();

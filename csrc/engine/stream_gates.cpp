@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "engine/frees.h"
+
 namespace hetkv::engine {
 namespace {
 
@@ -19,13 +21,16 @@ Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   outcome.watch(Outcome::kWatchStreams);  // what happens from now on comes here, after the lock
   if (outcome.ended() || (layer != kAll && outcome.arrived(static_cast<std::size_t>(layer)))) return {};
+  if (auto status = device_->check_caller(stream); !status.ok()) return status;
   Word word;
   if (auto status = take(&word); !status.ok()) return status;
   ++word.value;
-  auto status = device_->check(device_->backend().stream_wait_value(device_->index(), stream, word.host, word.value),
-                               "making the stream wait");
+  auto status = make_stream_wait([&] {
+    return device_->check(device_->backend().stream_wait_value(device_->index(), stream, word.host, word.value),
+                          "making the stream wait");
+  });
   if (!status.ok()) {
-    release(word);
+    unused_.push_back(word);
     return status;
   }
   waiting_[outcome.handle].emplace_back(layer, word);
@@ -33,35 +38,50 @@ Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
 }
 
 void StreamGates::arrived(const Outcome& outcome, std::int32_t layer) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = waiting_.find(outcome.handle);
-  if (found == waiting_.end()) return;
-  Waiting& waiting = found->second;
-  for (std::size_t i = 0; i < waiting.size();) {
-    if (waiting[i].first != layer) {
-      ++i;
-      continue;
+  std::size_t opened = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = waiting_.find(outcome.handle);
+    if (found == waiting_.end()) return;
+    Waiting& waiting = found->second;
+    for (std::size_t i = 0; i < waiting.size();) {
+      if (waiting[i].first != layer) {
+        ++i;
+        continue;
+      }
+      open(waiting[i].second);
+      ++opened;
+      waiting[i] = waiting.back();
+      waiting.pop_back();
     }
-    release(waiting[i].second);
-    waiting[i] = waiting.back();
-    waiting.pop_back();
   }
+  gates_opened(opened);
 }
 
 void StreamGates::close(const Outcome& outcome) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = waiting_.find(outcome.handle);
-  if (found == waiting_.end()) return;
-  for (const auto& [layer, word] : found->second) release(word);
-  waiting_.erase(found);
+  std::size_t opened = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = waiting_.find(outcome.handle);
+    if (found == waiting_.end()) return;
+    for (const auto& [layer, word] : found->second) open(word);
+    opened = found->second.size();
+    waiting_.erase(found);
+  }
+  gates_opened(opened);
 }
 
 void StreamGates::close_all() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [handle, waiting] : waiting_) {
-    for (const auto& [layer, word] : waiting) release(word);
+  std::size_t opened = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [handle, waiting] : waiting_) {
+      for (const auto& [layer, word] : waiting) open(word);
+      opened += waiting.size();
+    }
+    waiting_.clear();
   }
-  waiting_.clear();
+  gates_opened(opened);
 }
 
 Status StreamGates::take(Word* word) {
@@ -78,7 +98,7 @@ Status StreamGates::take(Word* word) {
   return {};
 }
 
-void StreamGates::release(Word word) {
+void StreamGates::open(Word word) {
   __atomic_store_n(word.host, word.value, __ATOMIC_RELEASE);
   unused_.push_back(word);
 }

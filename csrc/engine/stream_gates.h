@@ -19,9 +19,12 @@ class StreamGates {
   static constexpr std::int32_t kAll = -1;  // in place of a layer: the whole request
 
   explicit StreamGates(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  ~StreamGates() { close_all(); }
+  StreamGates(const StreamGates&) = delete;
+  StreamGates& operator=(const StreamGates&) = delete;
 
   // The stream goes on once the layer has arrived, or once the request has ended, however it ended. At once where that
-  // has happened.
+  // has happened. kInvalid: a stream of another device, or one that captures a graph.
   Status wait(Outcome& outcome, std::int32_t layer, void* stream);
   // Progress thread, after the outcome's own change, and only where it is watched for streams.
   void arrived(const Outcome& outcome, std::int32_t layer);
@@ -37,7 +40,7 @@ class StreamGates {
   };
   using Waiting = std::vector<std::pair<std::int32_t, Word>>;  // by layer
   Status take(Word* word);
-  void release(Word word);
+  void open(Word word);
 
   const std::shared_ptr<Device> device_;
   std::mutex mutex_;

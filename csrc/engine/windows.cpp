@@ -4,6 +4,8 @@
 #include <mutex>
 #include <string>
 
+#include "engine/frees.h"
+
 namespace hetkv::engine {
 namespace {
 
@@ -41,7 +43,10 @@ Status OwnWindow::make(transport::Transport& transport, const std::shared_ptr<De
     if (auto status = transport.allocate(bytes, &self->memory_); !status.ok()) return status;
     self->address_ = self->local_ = self->memory_->address();
     if (device != nullptr) {
-      if (auto status = HostMapping::map(device, self->address_, bytes, &self->mapping_); !status.ok()) return status;
+      if (auto status = HostMapping::map(device, self->address_, bytes, self->memory_->backing(), &self->mapping_);
+          !status.ok()) {
+        return status;
+      }
       self->local_ = self->mapping_->address();
     }
   }
@@ -111,7 +116,8 @@ Status PeerWindow::open(transport::Endpoint& endpoint, const std::shared_ptr<Dev
     self->local_ = self->remote_->local();
     if (self->local_ != 0 && device != nullptr) {
       // Where the driver does not take the mapping, the window is put into.
-      const bool mapped = HostMapping::map(device, self->local_, grant.bytes, &self->mapping_).ok();
+      const bool mapped =
+          HostMapping::map(device, self->local_, grant.bytes, self->remote_->backing(), &self->mapping_).ok();
       self->local_ = mapped ? self->mapping_->address() : 0;
     }
   }
@@ -150,8 +156,10 @@ Status PeerWindow::open_device(const std::shared_ptr<Device>& device, const wire
 
 PeerWindow::~PeerWindow() {
   if (opened_ == nullptr) return;
-  const CaptureGuard guard(*device_);
-  static_cast<void>(device_->backend().ipc_close(device_->index(), &handle_, opened_));
+  free_when_no_stream_waits([device = device_, handle = handle_, opened = opened_] {
+    const CaptureGuard guard(*device);
+    static_cast<void>(device->backend().ipc_close(device->index(), &handle, opened));
+  });
 }
 
 }  // namespace hetkv::engine

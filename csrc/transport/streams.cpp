@@ -33,7 +33,8 @@ class HostMemory final : public Memory {
     address_ = shared->address();
     bytes_ = shared->bytes();
   }
-  const std::unique_ptr<SharedMemory> shared;
+  std::shared_ptr<const void> backing() const override { return shared; }
+  const std::shared_ptr<const SharedMemory> shared;
   mutable std::unique_ptr<RmaMemory> rma;
 };
 
@@ -54,11 +55,12 @@ class StreamPeerMemory final : public PeerMemory {
     local_ = mapping_ ? mapping_->address() : 0;
     rma_ = target != nullptr;
   }
+  std::shared_ptr<const void> backing() const override { return mapping_; }
   const wire::SlotName slot;
   const std::unique_ptr<RmaTarget> target;
 
  private:
-  std::unique_ptr<Mapping> mapping_;
+  const std::shared_ptr<const Mapping> mapping_;
 };
 
 }  // namespace

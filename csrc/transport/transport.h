@@ -40,6 +40,8 @@ class Memory {
   virtual ~Memory() = default;
   std::uint64_t address() const { return address_; }
   std::size_t bytes() const { return bytes_; }
+  // Keeps host memory that this side allocated mapped, also after this object; null for the caller's memory.
+  virtual std::shared_ptr<const void> backing() const { return nullptr; }
 
  protected:
   std::uint64_t address_ = 0;
@@ -52,6 +54,8 @@ class PeerMemory {
   virtual ~PeerMemory() = default;
   std::uint64_t local() const { return local_; }  // where this process may store into it; 0 where it cannot
   bool rma() const { return rma_; }               // a put writes into it without the peer's help
+  // Keeps the memory at local() mapped, also after this object.
+  virtual std::shared_ptr<const void> backing() const { return nullptr; }
 
  protected:
   std::uint64_t local_ = 0;

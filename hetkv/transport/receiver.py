@@ -50,8 +50,8 @@ class RecvHandle(Handle):
         blocks: look at `future` before anything computed from them is used. `stream` is as for `send_layer`.
 
         Raises the request's `HetkvError`, and `WaitTimeoutError` after `timeout` seconds, which a stream does not
-        count. With `stream`: `InputError` where the pool is in host memory or the stream on another device,
-        `UnsupportedError` where the device cannot do that (`hetkv probe` says so).
+        count. With `stream`: `InputError` where the pool is in host memory, the stream is on another device or
+        captures a graph, `UnsupportedError` where the device cannot do that (`hetkv probe` says so).
         """
         if stream is None:
             super().wait(timeout)

@@ -3,5 +3,6 @@
 namespace hetkv::gpu {
 
 template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+template gpuError_t load<Paths::kTurns>();
 
 }  // namespace hetkv::gpu

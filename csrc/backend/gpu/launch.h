@@ -12,9 +12,18 @@ template <Paths kPaths>
 gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scratch* scratch, HetkvRemapResult* results,
                  gpuStream_t stream);
 
+// Loads the kernels into the current device, which the runtime otherwise does at the first launch, where it waits for
+// all work of the device.
+template <Paths kPaths>
+gpuError_t load();
+
 extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+extern template gpuError_t load<Paths::kMoves>();
+extern template gpuError_t load<Paths::kTurns>();
+extern template gpuError_t load<Paths::kRows>();
+extern template gpuError_t load<Paths::kAll>();
 
 }  // namespace hetkv::gpu

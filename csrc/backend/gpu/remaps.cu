@@ -43,9 +43,22 @@ std::int32_t make(std::int32_t device, SlotMemory* made) {
   status = host_alloc(sizeof(Table), &pointer);
   if (status != kHetkvOk) return status;
   made->twin = static_cast<Table*>(pointer);
-  const Current current(device);
-  status = report(gpuMemsetAsync(made->sums, 0, sizeof(Scratch), nullptr), "clearing a slot");
-  return status == kHetkvOk ? report(gpuStreamSynchronize(nullptr), "clearing a slot") : status;
+  // A stream of its own: the null stream may be the caller's, and wait for what only this process can do.
+  void* stream = nullptr;
+  status = stream_create(device, 1, &stream);
+  if (status != kHetkvOk) return status;
+  status = report(gpuMemsetAsync(made->sums, 0, sizeof(Scratch), as_stream(stream)), "clearing a slot");
+  if (status == kHetkvOk) status = stream_synchronize(stream);
+  static_cast<void>(stream_destroy(stream));
+  return status;
+}
+
+std::int32_t load_kernels() {
+  HETKV_TRY(load<Paths::kMoves>());
+  HETKV_TRY(load<Paths::kTurns>());
+  HETKV_TRY(load<Paths::kRows>());
+  HETKV_TRY(load<Paths::kAll>());
+  return kHetkvOk;
 }
 
 void drop(SlotMemory* memory) {
@@ -61,7 +74,10 @@ std::int32_t slot_create(std::int32_t device, HetkvRemapSlot* slot) {
   *slot = HetkvRemapSlot{};
   slot->device = device;
   void* results = nullptr;
-  std::int32_t status = host_alloc(kHetkvMaxFrames * sizeof(HetkvRemapResult), &results);
+  HETKV_ON(device);
+  std::int32_t status = load_kernels();
+  if (status != kHetkvOk) return status;
+  status = host_alloc(kHetkvMaxFrames * sizeof(HetkvRemapResult), &results);
   if (status != kHetkvOk) return status;
   auto* memory = new (std::nothrow) SlotMemory;
   status = memory != nullptr ? make(device, memory) : fail(kHetkvOutOfMemory, "no memory for a slot");

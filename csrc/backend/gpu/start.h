@@ -39,4 +39,12 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
   return begin(launch, multiprocessors, max_blocks, scratch, results, stream);
 }
 
+template <Paths kPaths>
+gpuError_t load() {
+  gpuFuncAttributes ignored;
+  const gpuError_t error = gpuFuncGetAttributes(&ignored, reinterpret_cast<const void*>(remap_kernel<kPaths, false>));
+  if (error != gpuSuccess) return error;
+  return gpuFuncGetAttributes(&ignored, reinterpret_cast<const void*>(remap_kernel<kPaths, true>));
+}
+
 }  // namespace hetkv::gpu
