@@ -14,6 +14,7 @@ from hetkv import terminal
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
+    from hetkv.serve.http import HttpOptions
     from hetkv.serve.instance import InstanceConfig
     from hetkv.serve.plans import Deployment
     from hetkv.serve.server import Server, ServerOptions
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-name", metavar="NAME", help="model name of the API (default: the directory's name)")
     what = parser.add_argument_group("instances")
     what.add_argument("--plan", metavar="FILE", help="a plan.yaml, such as `hetkv plan` writes")
+    what.add_argument(
+        "--engine",
+        choices=("hetkv", "vllm"),
+        help="of the plan's instances: the reference runtime, or vLLM with hetkv's connector (default: the plan's)",
+    )
+    what.add_argument("--vllm-args", default="", metavar="ARGS", help="further arguments of every vLLM server")
     what.add_argument("--prefill", metavar="NxTPaPPb", help="instances that prefill (default TP1)")
     what.add_argument("--decode", metavar="NxTPaPPb", help="instances that decode (default TP1)")
     what.add_argument("--aggregated", metavar="NxTPaPPb", help="instances that do both, in place of these")
@@ -99,12 +106,73 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("hetkv.transport").setLevel(logging.WARNING)
     if args.none and args.join:
         raise InputError("--none and --join: nothing would be started")
-    return _join(args) if args.join else _serve(args)
+    if args.join:
+        return _join(args)
+    return _serve_vllm(args) if _engine(args) == "vllm" else _serve(args)
+
+
+def _engine(args: argparse.Namespace) -> str:
+    """What the instances run."""
+    if args.plan is None:
+        if args.engine == "vllm":
+            raise InputError("--engine vllm goes with --plan; `hetkv proxy` is for servers that run already")
+        return "hetkv"
+    from hetkv.simulator.deployment import load_plan
+
+    name = str(args.engine or load_plan(args.plan).engine.name)
+    if name not in ("hetkv", "vllm"):
+        raise InputError(
+            f"{args.plan}: engine {name!r}: `hetkv serve` starts vllm, or the reference runtime with --engine hetkv"
+        )
+    return name
+
+
+def _serve_vllm(args: argparse.Namespace) -> int:
+    """vLLM servers as the plan says, behind the same front."""
+    import asyncio
+    import shlex
+
+    from hetkv.serve.app import application
+    from hetkv.serve.http import HttpServer, bound
+    from hetkv.serve.vllm import VllmEngines
+    from hetkv.serve.vllm_local import VllmLocal
+    from hetkv.simulator.deployment import load_plan
+
+    plan = load_plan(args.plan)
+    listening = bound(args.host, args.port)
+    local = VllmLocal(plan, args.model, args.secret_file, shlex.split(args.vllm_args))
+    mode = "concurrent" if plan.link is not None and plan.link.overlap == "layerwise" else "prefill_first"
+
+    async def serve() -> None:
+        prefill, decode = local.urls("prefill"), local.urls("decode", "aggregated")
+        routing = args.prefill_routing or plan.routing.prefill, args.decode_routing or plan.routing.decode
+        engines = VllmEngines(prefill, decode, mode, 600.0, *routing)
+        await engines.introduce()
+        try:
+            print(f"http://{args.host}:{listening.getsockname()[1]}/v1 serves {plan.model}", flush=True)
+            await HttpServer(application(engines), _http_options(args)).serve([listening])
+        finally:
+            await engines.close()
+
+    try:
+        local.wait()
+        asyncio.run(serve())
+    finally:
+        local.close()
+    return 0
+
+
+def _http_options(args: argparse.Namespace) -> HttpOptions:
+    from hetkv.serve.http import HttpOptions
+
+    keys = [key.strip() for key in os.environ.get(API_KEYS_ENV, "").split(",") if key.strip()]
+    return HttpOptions(api_keys=(*args.api_key, *keys), max_body=args.max_body, max_requests=args.max_requests)
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from hetkv.serve.http import bound
     from hetkv.serve.local import Local
-    from hetkv.serve.server import Server, bound, run_server
+    from hetkv.serve.server import Server, run_server
     from hetkv.simulator.router import DISCIPLINES
 
     deployment = _deployment(args)
@@ -238,16 +306,11 @@ def _base(args: argparse.Namespace) -> InstanceConfig:
 def _server_options(args: argparse.Namespace, deployment: Deployment) -> ServerOptions:
     from hetkv.serve.server import ServerOptions
 
-    keys = [key.strip() for key in os.environ.get(API_KEYS_ENV, "").split(",") if key.strip()]
     return ServerOptions(
         model=args.model,
         served_name=args.served_name or args.model.removeprefix("shape:").rstrip("/").split("/")[-1],
-        host=args.host,
-        port=args.port,
         gate=args.gate,
-        api_keys=(*args.api_key, *keys),
-        max_body=args.max_body,
-        max_requests=args.max_requests,
+        http=_http_options(args),
         prefill=args.prefill_routing or deployment.prefill,
         decode=args.decode_routing or deployment.decode,
         secret_file=args.secret_file,

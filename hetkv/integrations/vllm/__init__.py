@@ -1,7 +1,7 @@
 """The KV connector of vLLM: name this module as `kv_connector_module_path` and `HetKVConnector` as `kv_connector`.
 
 `docs/vllm.md` says how. May import `hetkv.transport` and vLLM, which is imported, and its version checked, when
-`HetKVConnector` is first asked for: the proxy (`hetkv proxy`) runs without it.
+`HetKVConnector` is first asked for: the rest of hetkv runs without it.
 """
 
 from __future__ import annotations

@@ -256,11 +256,12 @@ def _command(server: Server, command: list[str], ranks: str) -> str:
     lines += [f"# {note}" for note in server.notes]
     if server.nodes == 1 and server.share > 1:
         devices = ",".join(str(i) for i in range(server.gpus))
-        command = [f"{_visible(server)}={devices}", *command]
+        command = [f"{visible_devices(server)}={devices}", *command]
     return "\n".join(lines) + "\n" + _join(command)
 
 
-def _visible(server: Server) -> str:
+def visible_devices(server: Server) -> str:
+    """The variable that says which GPUs a process sees."""
     if server.gpu.startswith("Gaudi"):
         return "HABANA_VISIBLE_DEVICES"
     return VISIBLE_DEVICES.get(server.vendor, "CUDA_VISIBLE_DEVICES")

@@ -1,6 +1,6 @@
-"""A small router for disaggregated vLLM: `hetkv proxy --prefill URL --decode URL`.
+"""vLLM servers with hetkv's connector as the HTTP side asks them: `VllmEngines`.
 
-Takes OpenAI-compatible requests and sends each to one prefill and one decode server, in one of two ways:
+Each request goes to one prefill and one decode server, which the simulator's `Router` chooses, in one of two ways:
 
 * `prefill_first`: prefill, then decode with the `kv_transfer_params` of its answer (vLLM's own convention);
 * `concurrent`: both at once under one transfer id, so that layers travel while later ones compute.
@@ -13,26 +13,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import httpx
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
 
-_log = logging.getLogger("hetkv.proxy")
+from hetkv.errors import ApiError
+from hetkv.serve.app import unless_gone
+from hetkv.simulator.router import JOIN_SHORTEST_QUEUE, LEAST_LOADED, Router
+
+log = logging.getLogger("hetkv.serve.vllm")
+MODES = ("prefill_first", "concurrent")
 PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False}
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "content-encoding",
                "accept-encoding"}  # fmt: skip
 TEXT_LIMIT = 300
 REST_S = 10.0
 """How long a server that could not be reached gets no requests, as long as there is another one."""
+CHARACTERS_PER_TOKEN = 4
+"""Of texts, to compare prompts by their length: the servers have the tokenizer."""
 
 
 class _Rejected(Exception):
@@ -42,114 +47,198 @@ class _Rejected(Exception):
 class _Gone(Exception):
     """A decode server could not be reached, or was lost before it answered anything."""
 
-    def __init__(self, server: Server, text: str) -> None:
-        super().__init__(f"decode {server.url}: {text}")
-        self.server = server
+
+class Asked(NamedTuple):
+    """What the router sees of a request."""
+
+    target: int
+    hashes: tuple[int, ...] | None = None
 
 
-@dataclass(eq=False)
-class Server:
-    """One vLLM server."""
+class _Pool:
+    """Implements the router's `PoolFacts`."""
 
-    url: str
-    under_way: int = 0
-    identity: dict[str, Any] | None = None
-    """Prefill: engine id and addresses of its workers, as it said them; `None` where they must be asked again."""
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    rests_until: float = 0.0
+    weight, max_num_seqs, seconds_per_prompt_token = 1.0, 256, 1.0
 
-    @property
-    def rests(self) -> bool:
-        """Whether it was lost a moment ago."""
-        return time.monotonic() < self.rests_until
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Blocks:
+    """Implements the router's `Blocks`: a server tells nothing of its memory."""
+
+    total = available = block_size = 1
+    hash_tokens = 0
+
+    def match(self, hashes: tuple[int, ...], tokens: int) -> int:
+        """Nothing is known."""
+        return 0
+
+
+class VllmServer:
+    """One vLLM server, a candidate of the router."""
+
+    coming_tokens = 0
+
+    def __init__(self, url: str) -> None:
+        self.url, self.pool, self.kv = url, _Pool(url), _Blocks()
+        self.up = True
+        self.requests = self.prompt_tokens = 0
+        self.identity: dict[str, Any] | None = None
+        """Prefill: engine id and addresses of its workers, as it said them; `None` where they must be asked again."""
+        self.asking = asyncio.Lock()
+        self._rests_until = 0.0
+        self._changed: dict[Any, None] = {}
+
+    def report_to(self, changed: dict[Any, None]) -> None:
+        """See `Candidate` of the router."""
+        self._changed = changed
+
+    def refresh(self) -> None:
+        """It may have rested long enough."""
+        up = time.monotonic() >= self._rests_until
+        if up != self.up:
+            self.up = up
+            self._changed[self] = None
 
     def rest(self) -> None:
-        """It was lost: others are asked from now on."""
-        self.rests_until = time.monotonic() + REST_S
+        """It was lost: others are asked for a while."""
+        self._rests_until = time.monotonic() + REST_S
+        self.refresh()
 
     @contextlib.contextmanager
-    def busy(self) -> Any:
+    def busy(self, prompt_tokens: int = 0) -> Iterator[None]:
         """Count a request for the choice of servers."""
-        self.under_way += 1
+        self._count(1, prompt_tokens)
         try:
             yield
         finally:
-            self.under_way -= 1
+            self._count(-1, -prompt_tokens)
+
+    def _count(self, requests: int, prompt_tokens: int) -> None:
+        self.requests += requests
+        self.prompt_tokens += prompt_tokens
+        self._changed[self] = None
 
 
-class Router:
-    """Chooses servers by the requests they have in flight, and pairs the two halves of a request."""
+class VllmEngines:
+    """Chooses servers, and pairs the two halves of a request. Implements `Engines`.
 
-    def __init__(self, prefill: list[str], decode: list[str], mode: str, timeout_s: float) -> None:
-        self.prefill, self.decode = [Server(url) for url in prefill], [Server(url) for url in decode]
+    Without prefill servers, `decode` are aggregated ones.
+    """
+
+    def __init__(
+        self,
+        prefill: Sequence[str],
+        decode: Sequence[str],
+        mode: str,
+        timeout_s: float,
+        prefill_routing: str = LEAST_LOADED,
+        decode_routing: str = JOIN_SHORTEST_QUEUE,
+    ) -> None:
+        self.prefill, self.decode = [VllmServer(url) for url in prefill], [VllmServer(url) for url in decode]
         self.mode = mode
-        self._turn = itertools.count()
+        self._entry = Router(self.prefill, prefill_routing)
+        self._exit = Router(self.decode, decode_routing, for_decode=True)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(timeout_s, connect=5.0)
         self.client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
-    def choose(self, tried: Collection[Server] = ()) -> tuple[Server, Server]:
-        """The server of each kind with the fewest requests in flight; servers that tie take turns.
+    async def complete(self, request: Request, body: bytes, chat: bool) -> Response:
+        try:
+            document = msgspec.json.decode(body)
+        except msgspec.DecodeError as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise ApiError(400, "the body is not a JSON object")
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_HEADERS}
+        answer = await unless_gone(request, self.answer(request.url.path, document, headers))
+        return Response(status_code=499) if answer is None else answer
 
-        A server that was lost recently or was `tried` is chosen only where there is no other.
-        """
-        turn = next(self._turn)
+    async def models(self) -> dict[str, Any]:
+        server = self._exit.choose(Asked(1)) or self.decode[0]
+        try:
+            answer = await self.client.get(server.url + "/v1/models")
+            found: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ApiError(502, f"decode {server.url}: {type(error).__name__}: {error}") from None
+        return found
 
-        def least(servers: list[Server]) -> Server:
-            first = turn % len(servers)
+    async def health(self) -> tuple[bool, dict[str, Any]]:
+        async def alive(server: VllmServer) -> bool:
+            try:
+                answer = await self.client.get(server.url + "/health", timeout=2.0)
+                return bool(answer.status_code == 200)
+            except httpx.HTTPError:
+                return False
 
-            def cost(server: Server) -> tuple[bool, bool, int]:
-                return server in tried, server.rests, server.under_way
+        servers = [*self.prefill, *self.decode]
+        states = await asyncio.gather(*(alive(server) for server in servers))
+        detail = {server.url: state for server, state in zip(servers, states, strict=True)}
+        return any(detail[server.url] for server in self.decode), {"mode": self.mode, "servers": detail}
 
-            return min(servers[first:] + servers[:first], key=cost)
+    async def close(self) -> None:
+        """End all connections."""
+        await self.client.aclose()
 
-        return least(self.prefill), least(self.decode)
+    def choose(self, router: Router[VllmServer], asked: Asked) -> VllmServer:
+        """The router's choice; where all rest, the one with the fewest requests all the same."""
+        for server in router.instances:
+            server.refresh()
+        return router.choose(asked) or min(router.instances, key=lambda server: server.requests)
 
-    async def serve(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
+    async def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Answer one client's request. Where its decode server is lost all of it begins again with another one."""
         body.pop("kv_transfer_params", None)
-        half = self._after if self.mode == "prefill_first" else self._concurrent
-        tried: list[Server] = []
+        asked = Asked(prompt_tokens(body))
+        tried: set[VllmServer] = set()
         while True:
-            prefill, decode = self.choose(tried)
+            decode = self.choose(self._exit, asked)
+            if decode in tried:  # all rest
+                decode = next(server for server in self.decode if server not in tried)
             try:
-                return await half(prefill, decode, path, body, headers)
+                # Counted from here on, as others are chosen meanwhile; `_decode` counts on while it streams.
+                with decode.busy():
+                    if not self.prefill:
+                        return await self._decode(decode, path, body, None, headers)
+                    prefill = self.choose(self._entry, asked)
+                    half = self._after if self.mode == "prefill_first" else self._concurrent
+                    with prefill.busy(asked.target):
+                        return await half(prefill, decode, path, body, headers)
             except _Gone as error:
-                error.server.rest()
-                tried.append(decode)
-                _log.warning("%s", error)
+                decode.rest()
+                tried.add(decode)
+                log.warning("%s", error)
                 if len(tried) == len(self.decode):
-                    return JSONResponse({"error": str(error)}, 502)
+                    raise ApiError(502, str(error), code="no_server") from None
 
     async def _after(
-        self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+        self, prefill: VllmServer, decode: VllmServer, path: str, body: dict[str, Any], headers: dict[str, str]
     ) -> Response:
         """Prefill first, decode afterwards."""
         order = dict(PRODUCE, transfer_id=uuid.uuid4().hex)
         try:
-            with prefill.busy():
-                answer = await self._ask(prefill, path, prefill_body(body, order), headers)
+            answer = await self._ask(prefill, path, prefill_body(body, order), headers)
             params = answer.get("kv_transfer_params")
         except _Rejected as error:
-            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
+            log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             params = None
         return await self._decode(decode, path, body, params, headers)
 
     async def _concurrent(
-        self, prefill: Server, decode: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+        self, prefill: VllmServer, decode: VllmServer, path: str, body: dict[str, Any], headers: dict[str, str]
     ) -> Response:
         """Both at once. Where the prefill fails, decode is asked again without it: it has sent nothing so far."""
         try:
             identity = await self.identity(prefill, headers)
         except _Rejected as error:
-            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
+            log.warning("prefill %s: %s; decode computes the prompt", prefill.url, error)
             return await self._decode(decode, path, body, None, headers)
         transfer = uuid.uuid4().hex
         order = dict(PRODUCE, rendezvous="concurrent", transfer_id=transfer)
 
         async def compute() -> None:
-            with prefill.busy():
-                answer = await self._ask(prefill, path, prefill_body(body, order), headers)
+            answer = await self._ask(prefill, path, prefill_body(body, order), headers)
             prefill.identity = _identity(answer)  # another one where the server was started again
 
         computing = asyncio.create_task(compute())
@@ -168,7 +257,7 @@ class Router:
             if not isinstance(failure, _Rejected):
                 raise failure
             prefill.identity = None
-            _log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
+            log.warning("prefill %s: %s; decode computes the prompt", prefill.url, failure)
             if not decoding.done():
                 decoding.cancel()
                 await asyncio.wait((decoding,))
@@ -186,7 +275,7 @@ class Router:
         if self.mode == "concurrent":
             await asyncio.gather(*(self.identity(server, {}) for server in self.prefill), return_exceptions=True)
 
-    async def identity(self, prefill: Server, headers: dict[str, str]) -> dict[str, Any]:
+    async def identity(self, prefill: VllmServer, headers: dict[str, str]) -> dict[str, Any]:
         """Where a prefill server's workers listen; it is asked once, and again after each failure.
 
         It answers with a completion, as vLLM has no other way to reach a connector: one of a single token.
@@ -200,7 +289,9 @@ class Router:
                 prefill.identity = known
         return known
 
-    async def _ask(self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+    async def _ask(
+        self, server: VllmServer, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> dict[str, Any]:
         """A whole JSON answer. Raises `_Rejected`."""
         try:
             response = await self.client.post(server.url + path, json=body, headers=headers)
@@ -218,7 +309,12 @@ class Router:
         return answer
 
     async def _decode(
-        self, server: Server, path: str, body: dict[str, Any], params: dict[str, Any] | None, headers: dict[str, str]
+        self,
+        server: VllmServer,
+        path: str,
+        body: dict[str, Any],
+        params: dict[str, Any] | None,
+        headers: dict[str, str],
     ) -> Response:
         """The decode server's answer, passed on as it comes. Raises `_Gone`."""
         if params is not None:
@@ -239,7 +335,7 @@ class Router:
             first = await anext(pieces, b"")
         except httpx.HTTPError as error:
             await stack.aclose()
-            raise _Gone(server, f"{type(error).__name__}: {error}") from None
+            raise _Gone(f"decode {server.url}: {type(error).__name__}: {error}") from None
         except BaseException:
             await stack.aclose()
             raise
@@ -292,73 +388,11 @@ def _identity(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in names}
 
 
-def application(router: Router) -> FastAPI:
-    """The HTTP side."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        introducing = asyncio.create_task(router.introduce())
-        yield
-        introducing.cancel()
-        await router.client.aclose()
-
-    app = FastAPI(title="hetkv proxy", lifespan=lifespan)
-
-    @app.post("/v1/completions")
-    @app.post("/v1/chat/completions")
-    async def complete(request: Request) -> Response:
-        try:
-            body = await request.json()
-        except ValueError:
-            raise HTTPException(400, "the body is not JSON") from None
-        if not isinstance(body, dict):
-            raise HTTPException(400, "the body is not a JSON object")
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_HEADERS}
-        serving = asyncio.create_task(router.serve(request.url.path, body, headers))
-        leaving = asyncio.create_task(gone(request))
-        await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not serving.done():
-            serving.cancel()
-            await asyncio.wait((serving,))
-            return Response(status_code=499)
-        return serving.result()
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        try:
-            answer = await router.client.get(router.decode[0].url + "/v1/models")
-        except httpx.HTTPError as error:
-            raise HTTPException(502, f"decode {router.decode[0].url}: {type(error).__name__}: {error}") from None
-        return Response(answer.content, answer.status_code, media_type="application/json")
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        async def alive(server: Server) -> bool:
-            try:
-                answer = await router.client.get(server.url + "/health", timeout=2.0)
-                return bool(answer.status_code == 200)
-            except httpx.HTTPError:
-                return False
-
-        servers = [*router.prefill, *router.decode]
-        states = await asyncio.gather(*(alive(server) for server in servers))
-        detail = {server.url: state for server, state in zip(servers, states, strict=True)}
-        decoding = any(detail[server.url] for server in router.decode)
-        return JSONResponse({"mode": router.mode, "servers": detail}, 200 if decoding else 503)
-
-    return app
-
-
-async def gone(request: Request) -> None:
-    """Returns when the client has closed its connection."""
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            return
-
-
-def serve(router: Router, host: str, port: int) -> None:
-    """Serve until a signal ends the process."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    uvicorn.run(application(router), host=host, port=port, log_level="warning")
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """About how many tokens a request's prompts have: exact where they are token ids."""
+    prompt = body.get("prompt", body.get("messages"))
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
+        return sum(map(len, prompt))
+    return 1 + len(str(prompt)) // CHARACTERS_PER_TOKEN

@@ -1,4 +1,4 @@
-"""The proxy's router before plain HTTP servers: turns, answers that are none, clients that leave."""
+"""The front before vLLM servers, played by plain HTTP servers: choices, answers that are none, clients that leave."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hetkv.cli.proxy import MODES
-from hetkv.integrations.vllm.proxy import Passed, Router, drop
+from hetkv.errors import ApiError
+from hetkv.serve.vllm import MODES, Asked, Passed, VllmEngines, drop, prompt_tokens
 
 PATH, WAIT_S = "/v1/completions", 10.0
 
@@ -51,10 +51,29 @@ def server(answer: bytes, seen: list[dict[str, Any]] | None = None) -> Iterator[
         http.server_close()
 
 
-def test_idle_servers_of_both_kinds_take_turns() -> None:
-    router = Router(["p0", "p1"], ["d0", "d1"], "concurrent", WAIT_S)
-    chosen = [router.choose() for _ in range(4)]
-    assert [(prefill.url, decode.url) for prefill, decode in chosen] == [("p0", "d0"), ("p1", "d1")] * 2
+def test_the_server_with_the_least_to_do_is_chosen() -> None:
+    """Prompts by their tokens, decoding by requests; a server that rests is left out while there is another one."""
+    router = VllmEngines(["p0", "p1"], ["d0", "d1"], "concurrent", WAIT_S)
+    (long, short), (first, second) = router.prefill, router.decode
+
+    def chosen() -> tuple[str, str]:
+        return router.choose(router._entry, Asked(10)).url, router.choose(router._exit, Asked(10)).url
+
+    assert chosen() == ("p0", "d0")
+    with long.busy(500), short.busy(20), short.busy(20), first.busy():
+        assert chosen() == ("p1", "d1")
+        second.rest()
+        assert chosen() == ("p1", "d0")
+        first.rest()
+        assert chosen() == ("p1", "d1")
+    assert chosen() == ("p0", "d0")
+
+
+def test_prompts_are_measured() -> None:
+    assert prompt_tokens({"prompt": [1, 2, 3]}) == 3
+    assert prompt_tokens({"prompt": [[1, 2], [3]]}) == 3
+    assert prompt_tokens({"prompt": "x" * 40}) == 11
+    assert prompt_tokens({"messages": [{"role": "user", "content": "x" * 400}]}) > 100
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -63,10 +82,10 @@ def test_prefill_answer_that_is_none(mode: str, garbage: bytes) -> None:
     """Decode is asked alone, and its answer is passed on."""
     seen: list[dict[str, Any]] = []
     with server(garbage) as prefill, server(b'{"fine": 1}', seen) as decode:
-        router = Router([prefill], [decode], mode, WAIT_S)
+        router = VllmEngines([prefill], [decode], mode, WAIT_S)
 
         async def ask() -> Any:
-            answer = await router.serve(PATH, {"prompt": "x", "kv_transfer_params": {"a": 1}}, {})
+            answer = await router.answer(PATH, {"prompt": "x", "kv_transfer_params": {"a": 1}}, {})
             await router.client.aclose()
             return answer
 
@@ -82,12 +101,12 @@ def test_prefill_server_is_known_before_the_first_request() -> None:
     decoded: list[dict[str, Any]] = []
     answer = json.dumps({"kv_transfer_params": params}).encode()
     with server(answer, prefilled) as prefill, server(b'{"fine": 1}', decoded) as decode:
-        router = Router([prefill], [decode], "concurrent", WAIT_S)
+        router = VllmEngines([prefill], [decode], "concurrent", WAIT_S)
 
         async def ask() -> None:
             await router.introduce()
             for prompt in ("x", "y"):
-                await router.serve(PATH, {"prompt": prompt}, {})
+                await router.answer(PATH, {"prompt": prompt}, {})
             await router.client.aclose()
 
         asyncio.run(ask())
@@ -98,24 +117,24 @@ def test_prefill_server_is_known_before_the_first_request() -> None:
 
 def test_stream_that_nobody_reads_lets_its_server_go() -> None:
     with server(b"data: 1\n\n") as decode:
-        router = Router([decode], [decode], "concurrent", WAIT_S)
+        router = VllmEngines([decode], [decode], "concurrent", WAIT_S)
 
         async def leave() -> None:
             task = asyncio.create_task(router._decode(router.decode[0], PATH, {"stream": True}, None, {}))
             assert isinstance(await task, Passed)
-            assert router.decode[0].under_way == 1
+            assert router.decode[0].requests == 1
             await drop(task)
             await router.client.aclose()
 
         asyncio.run(leave())
-    assert router.decode[0].under_way == 0
+    assert router.decode[0].requests == 0
 
 
-def ask(router: Router, count: int) -> list[Any]:
+def ask(router: VllmEngines, count: int) -> list[Any]:
     """Answers to `count` requests at once."""
 
     async def all_of_them() -> list[Any]:
-        answers = await asyncio.gather(*(router.serve(PATH, {"prompt": str(i)}, {}) for i in range(count)))
+        answers = await asyncio.gather(*(router.answer(PATH, {"prompt": str(i)}, {}) for i in range(count)))
         await router.client.aclose()
         return list(answers)
 
@@ -154,26 +173,26 @@ def test_one_of_two_decode_servers_is_dead(mode: str, listens: bool) -> None:
     """All requests are answered by the other one; the dead one is asked by those alone that were on their way."""
     with dead() as gone, server(PREFILLED) as prefill, server(b'{"fine": 1}') as decode:
         url = gone if listens else "http://127.0.0.1:9"
-        router = Router([prefill], [url, decode], mode, WAIT_S)
+        router = VllmEngines([prefill], [url, decode], mode, WAIT_S)
         assert [answer.body for answer in ask(router, 40)] == [b'{"fine": 1}'] * 40
-        assert [server.rests for server in router.decode] == [True, False]
-        assert {router.choose()[1].url for _ in range(4)} == {decode}
-    assert all(server.under_way == 0 for server in (*router.prefill, *router.decode))
+        assert [server.up for server in router.decode] == [False, True]
+        assert {router.choose(router._exit, Asked(1)).url for _ in range(4)} == {decode}
+    assert all(server.requests == server.prompt_tokens == 0 for server in (*router.prefill, *router.decode))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_decode_servers_are_dead(mode: str) -> None:
     """Each is tried once; the client hears which."""
     with dead() as gone, server(PREFILLED) as prefill:
-        router = Router([prefill], [gone, gone], mode, WAIT_S)
-        [answer] = ask(router, 1)
-    assert answer.status_code == 502
-    assert gone in answer.body.decode()
+        router = VllmEngines([prefill], [gone, gone], mode, WAIT_S)
+        with pytest.raises(ApiError, match=gone) as caught:
+            ask(router, 1)
+    assert caught.value.status == 502
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_dead_prefill_server_rests(mode: str) -> None:
     with dead() as gone, server(PREFILLED) as prefill, server(b'{"fine": 1}') as decode:
-        router = Router([gone, prefill], [decode], mode, WAIT_S)
+        router = VllmEngines([gone, prefill], [decode], mode, WAIT_S)
         assert [answer.status_code for answer in ask(router, 8)] == [200] * 8
-        assert [server.rests for server in router.prefill] == [True, False]
+        assert [server.up for server in router.prefill] == [False, True]
