@@ -94,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"clients must send one of these (repeat; or ${API_KEYS_ENV}, separated by commas)",
     )
+    http.add_argument(
+        "--timeline",
+        action="store_true",
+        help="instances report what their transports do: shown at /ui, layer by layer",
+    )
+    http.add_argument(
+        "--trace", metavar="FILE", help="write spans of all requests for Perfetto (OpenTelemetry; implies --timeline)"
+    )
     http.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="default 8 MiB")
     http.add_argument(
         "--max-requests", type=int, default=512, metavar="N", help="at a time; more are answered with 429 (default 512)"
@@ -128,7 +136,7 @@ def _engine(args: argparse.Namespace) -> str:
 
 
 def _serve_vllm(args: argparse.Namespace) -> int:
-    """vLLM servers as the plan says, behind the same front."""
+    """vLLM servers as the plan says, with the same front before them."""
     import asyncio
     import shlex
 
@@ -299,6 +307,7 @@ def _base(args: argparse.Namespace) -> InstanceConfig:
         compute_dtype=dtype,
         threads=args.threads,
         host=args.instance_host,
+        trace=_timeline(args),
         secret_file=args.secret_file,
     )
 
@@ -314,4 +323,10 @@ def _server_options(args: argparse.Namespace, deployment: Deployment) -> ServerO
         prefill=args.prefill_routing or deployment.prefill,
         decode=args.decode_routing or deployment.decode,
         secret_file=args.secret_file,
+        timeline=_timeline(args),
+        trace=args.trace,
     )
+
+
+def _timeline(args: argparse.Namespace) -> bool:
+    return bool(args.timeline or args.trace is not None)

@@ -7,7 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,11 +20,18 @@ from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
 from hetkv.serve.app import application
 from hetkv.serve.fleet import Fleet
 from hetkv.serve.gate import Gate
+from hetkv.serve.generation import Generation
 from hetkv.serve.http import HttpOptions, HttpServer
 from hetkv.serve.instance import is_shape, model_config
+from hetkv.serve.member import Member
+from hetkv.serve.messages import Trace
 from hetkv.serve.metrics import Metrics
+from hetkv.serve.page import Moves, add_page
 from hetkv.serve.scheduler import Scheduler
 from hetkv.simulator.router import BALANCED
+
+if TYPE_CHECKING:
+    from hetkv.serve.tracing import RequestTracer
 
 log = logging.getLogger("hetkv.serve")
 
@@ -41,6 +48,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill: str = BALANCED
     decode: str = BALANCED
     secret_file: str | None = None
+    timeline: bool = False
+    """Instances report what their transports do, for the page."""
+    trace: str | None = None
+    """File that gets the spans of all requests."""
 
 
 class Server(HttpServer):
@@ -48,9 +59,11 @@ class Server(HttpServer):
 
     def __init__(self, options: ServerOptions, on_open: Callable[[str], None] = lambda address: None) -> None:
         self.options, self._on_open = options, on_open
-        self.scheduler = Scheduler(options.prefill, options.decode, lambda generation: self.metrics.ended(generation))
+        self.scheduler = Scheduler(options.prefill, options.decode, self._ended)
         self.metrics = Metrics(self.scheduler)
-        self.gate = Gate(self.scheduler, shared_secret(options.secret_file))
+        self.tracer = _tracer(options.trace)
+        self._moves = Moves()
+        self.gate = Gate(self.scheduler, shared_secret(options.secret_file), self._on_trace)
         config = model_config(options.model)
         tokenizer: TextTokenizer | TokenIds
         if is_shape(options.model):
@@ -60,15 +73,28 @@ class Server(HttpServer):
         fleet = Fleet(self.scheduler, options.served_name, tokenizer, template, config.max_context)
         app = application(fleet)
         self._add_routes(app)
+        add_page(app, options.served_name, self.scheduler, self.metrics, self._moves, options.timeline)
         super().__init__(app, options.http)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Until a signal ends it, and all requests that were accepted are answered."""
         async with AsyncExitStack() as stack:
+            if self.tracer is not None:
+                stack.callback(self.tracer.close)
             await self.gate.open(self.options.gate)
             stack.push_async_callback(self.gate.close)
             self._on_open(self.gate.address)
             await super().serve(sockets)
+
+    def _ended(self, generation: Generation) -> None:
+        self.metrics.ended(generation)
+        if self.tracer is not None:
+            self.tracer.ended(generation)
+
+    def _on_trace(self, member: Member, trace: Trace) -> None:
+        self._moves.on_trace(member, trace)
+        if self.tracer is not None:
+            self.tracer.on_trace(member, trace)
 
     def _add_routes(self, app: FastAPI) -> None:
         @app.get("/metrics")
@@ -84,6 +110,14 @@ class Server(HttpServer):
                     member = self.scheduler.set_role(name, str(body["role"]))
                     return JSONResponse({"name": name, "role": member.role, "wanted": member.wanted})
             raise ApiError(400, 'the body must be {"role": "prefill" | "decode" | "aggregated"}')
+
+
+def _tracer(path: str | None) -> RequestTracer | None:
+    if path is None:
+        return None
+    from hetkv.serve.tracing import PerfettoExporter, RequestTracer
+
+    return RequestTracer(PerfettoExporter(path))
 
 
 def run_server(server: Server, listening: socket.socket) -> None:
