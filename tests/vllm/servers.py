@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The servers are on this host, whatever the environment says of proxies."""
 START_S = float(os.environ.get("HETKV_VLLM_SERVER_START_S", "900"))
@@ -69,6 +71,12 @@ class Process:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its processes since they started."""
+        parent = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
 
     def post(self, body: dict[str, Any], **more: str) -> dict[str, Any]:
         """One whole answer. `more`: headers, with `_` for `-`."""

@@ -93,6 +93,18 @@ def test_wrong_requests_are_the_servers_to_reject(servers: dict[str, Process], m
         assert rejected.value.code == 400
 
 
+def test_requests_that_nobody_fetches_leave_the_processor_to_others(servers: dict[str, Process], model: str) -> None:
+    """The engine steps on while blocks are held, and sleeps between two steps: a small share of one core."""
+    order = {"do_remote_decode": True, "do_remote_prefill": False}
+    for first in range(6):
+        servers["prefill"].post({**body_of(model, [first + 5] * 100), "max_tokens": 1, "kv_transfer_params": order})
+    time.sleep(1)
+    start, before = time.monotonic(), servers["prefill"].cpu_seconds()
+    time.sleep(4)
+    share = (servers["prefill"].cpu_seconds() - before) / (time.monotonic() - start)
+    assert share < 0.5, f"{share:.0%} of a core"
+
+
 def test_prefill_server_killed(servers: dict[str, Process], model: str, prompts: list[list[int]]) -> None:
     """Without one the decode server computes; nothing waits for a lease."""
     prompt = prompts[10]

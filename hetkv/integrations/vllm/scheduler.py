@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _log = logging.getLogger(__name__)
-IDLE_SHARE, MAX_IDLE_S = 1 / 16, 0.005
+IDLE_SHARE, MAX_IDLE_S, MAX_HELD_S = 1 / 16, 0.005, 0.02
 """An engine that only waits sleeps this share of the time it has waited, so that it leaves the processor to others and
-learns of the end at most that much later. It never sleeps longer than the second value, as a new request may come."""
+learns of the end at most that much later. It never sleeps longer than the second value while it waits for KV, and than
+the third one while blocks are held, as a new request may come."""
 
 
 @dataclass
@@ -231,7 +232,8 @@ class SchedulerSide:
         now = time.monotonic()
         if self._idle_since is None:
             self._idle_since = now
-        time.sleep(min(MAX_IDLE_S, IDLE_SHARE * (now - self._idle_since)))
+        longest = MAX_IDLE_S if self._loading else MAX_HELD_S
+        time.sleep(min(longest, IDLE_SHARE * (now - self._idle_since)))
 
     def _remote(self, request: Request) -> Consume | None:
         """What the request asks for and has not got an answer to."""

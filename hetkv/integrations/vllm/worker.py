@@ -11,6 +11,7 @@ from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from hetkv.integrations.vllm.fingerprint import fingerprint_of
+from hetkv.integrations.vllm.idle import block_while_quiet, set_quiet
 from hetkv.integrations.vllm.layouts import Caches, caches
 from hetkv.integrations.vllm.loading import Loading
 from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated
@@ -69,6 +70,7 @@ class WorkerSide:
         if self._role.is_kv_consumer:
             self._receiver = Receiver(self._caches.pool, **options)
             self._loading = Loading(self._receiver, self._caches, self._stats, self._changed.set)
+        block_while_quiet()
 
     def preempt(self, meta: Metadata) -> None:
         """Before anything is overwritten in this step."""
@@ -104,6 +106,7 @@ class WorkerSide:
         if idle and self._loading is not None and self._loading.due:
             self._changed.wait(LOAD_WAIT_S)
             out = self._poll(finished)
+        set_quiet(idle)
         return out
 
     def failed_blocks(self) -> set[int]:
