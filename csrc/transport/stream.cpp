@@ -86,11 +86,15 @@ Status Stream::queue_window(FrameHeader header, int descriptor) {
 
 bool Stream::write() {
   std::size_t moved = 0;
+  more_ = true;
   while (!ended_ && moved < kMostAtOnce) {
     if (out_.empty()) {
       Outgoing part;
       part.put = owner_.next_part(&part.header, &part.data);
-      if (part.put == nullptr) break;
+      if (part.put == nullptr) {
+        more_ = false;
+        break;
+      }
       append(std::move(part));
     }
     iovec pieces[kMostPieces];

@@ -55,6 +55,8 @@ class Stream {
   std::size_t queued_bytes() const { return queued_bytes_; }
   // Something is left that the kernel did not take.
   bool blocked() const { return !out_.empty(); }
+  // write() has more to do once there is room: what is left, or parts that nobody has taken yet.
+  bool waits() const { return blocked() || more_; }
 
   // Hands to the kernel what it takes; true: some.
   bool write();
@@ -93,6 +95,7 @@ class Stream {
   std::deque<Outgoing> out_;
   std::size_t out_done_ = 0;  // bytes of the first one that have left
   std::size_t queued_bytes_ = 0;
+  bool more_ = false;  // the last write() ended at its turn's bound
   std::uint64_t frames_out_ = 0;
 
   std::vector<std::uint8_t> in_;

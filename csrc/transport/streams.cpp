@@ -357,8 +357,8 @@ Status StreamTransport::watch(StreamEndpoint& endpoint, Stream& stream) {
 }
 
 void StreamTransport::update(Stream& stream) {
-  if (stream.watched == stream.blocked() || streams_.count(stream.tag) == 0) return;
-  stream.watched = stream.blocked();
+  if (stream.watched == stream.waits() || streams_.count(stream.tag) == 0) return;
+  stream.watched = stream.waits();
   epoll_event event{};
   event.events = stream.watched ? EPOLLIN | EPOLLOUT : EPOLLIN;
   event.data.u64 = stream.tag;
