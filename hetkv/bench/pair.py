@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetkv.bench.child import REPLY_S, Child, ask_all
+from hetkv.bench.namespaces import HERE, Places
 from hetkv.errors import BenchmarkError, InputError
 from hetkv.transport.config import TransferConfig
 
@@ -135,9 +136,17 @@ class _Side:
     """Some ranks of one side, in this process."""
 
     def __init__(
-        self, kind: type[Any], index: int, shape: Shape, config: TransferConfig, secret: bytes, ranks: Sequence[int]
+        self,
+        kind: type[Any],
+        index: int,
+        shape: Shape,
+        config: TransferConfig,
+        secret: bytes,
+        places: Places,
+        ranks: Sequence[int],
     ) -> None:
-        self.shape, self.ranks = shape, ranks
+        places[index].enter()
+        self.shape, self.ranks, self.address = shape, ranks, places[index].address
         shards = shape.shards(index)
         self.device = use_device(shape.devices[index])
         side = (shape.source, shape.destination)[index]
@@ -194,7 +203,7 @@ class _SenderSide(_Side):
         synchronize(self.device)
 
     def listen(self) -> list[str]:
-        return [node.listen() for node in self.nodes]
+        return [node.listen(f"{self.address}:0") for node in self.nodes]
 
     def run(self, request: str) -> Sent:
         handles = [node.send(request, self.blocks, self.shape.tokens) for node in self.nodes]
@@ -264,13 +273,14 @@ class Pair:
         environment: dict[str, str] | None = None,
         *,
         together: bool = False,
+        places: Places = HERE,
     ) -> None:
-        """`environment`: set in all processes."""
+        """`environment`: set in all processes. `places`: where those of the sender and of the receiver are."""
         if shape.layers < 1 or shape.tokens < 1:
             raise InputError(f"{shape.layers} layers of {shape.tokens} tokens: at least one of each")
         self.shape = shape
         self.requests = 0
-        arguments = (shape, config or TransferConfig(), os.urandom(32))
+        arguments = (shape, config or TransferConfig(), os.urandom(32), places)
 
         def children(name: str, make: Callable[..., Any], tp: int) -> list[Child]:
             ranks = [list(range(tp))] if together else [[rank] for rank in range(tp)]
