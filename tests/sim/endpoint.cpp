@@ -197,6 +197,7 @@ void SimEndpoint::land(const std::shared_ptr<Put>& put, std::size_t begin, std::
   }
   const Network::Region& region = network_.regions.at(put->region);
   if (region.registered) {
+    network_.on_write(transport_.site_.id, reinterpret_cast<std::uint64_t>(region.bytes->data()));
     std::memcpy(region.bytes->data() + begin, put->source + begin, end - begin);
   } else {
     put->status = lost("simulated: the peer's memory is not registered any more");

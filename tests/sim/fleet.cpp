@@ -38,6 +38,7 @@ Fleet::Fleet(World& its_world, const Profile& profile)
     config.layer_groups.push_back(static_cast<std::int32_t>(model.group_of(layer)));
   }
   recovery_ = 2 * config.peer_timeout_ms * kMs + 500 * kMs;
+  network.on_write = [this](std::uint64_t writer, std::uint64_t address) { check_write(writer, address); };
   network.on_damage = [this](std::uint64_t a, std::uint64_t b) {
     for (const auto& process : processes_) {
       if (process->site.id == a || process->site.id == b) disturb(*process);

@@ -122,6 +122,7 @@ class Fleet {
   void drain_events(Process& process);
   void bury(Process& process);
   void expect_lost(Process& process);
+  void check_write(std::uint64_t writer, std::uint64_t address);
 
   void connect(Process& sender, Process& receiver);
   void connect_all(Process& process);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "fleet.h"
+#include "inspect.h"
 
 namespace hetkv::sim {
 
@@ -86,6 +87,25 @@ void Fleet::expect_lost(Process& process) {
               world.violate("a peer that is silent is not lost");
             }
           });
+    }
+  }
+}
+
+// Whoever writes into a slot holds it, or held it when its link was lost.
+void Fleet::check_write(std::uint64_t writer, std::uint64_t address) {
+  for (const auto& process : processes_) {
+    if (process->sends || process->receiver == nullptr) continue;
+    const auto holder = engine::Inspect::writer(*process->receiver, address);
+    if (!holder) continue;
+    bool forged = false;
+    for (const auto& control : controls_) {
+      if (control->side[1] != process.get() || control->side[0]->site.id != writer) continue;
+      if (control->added[1] && control->id[1] == *holder) return;
+      forged |= control->forged;
+    }
+    if (!forged) {
+      world.violate("process " + std::to_string(writer) + " writes into a slot that it does not hold, of process " +
+                    std::to_string(process->site.id));
     }
   }
 }

@@ -52,6 +52,8 @@ std::string Inspect::check(const Sender& sender) {
       found.equal(lane.in_flight, frames[&lane], "a lane's frames in flight");
       found.require(lane.unsent <= lane.remaining, "a lane has more to cut than to pack");
       if (!lane.cancelled && lane.remaining > 0) ++open[lane.link.get()];
+      const bool going = request.failure.ok() && !lane.cancelled && !lane.delivered;
+      found.require(!going || lane.link->up(), "a request goes on over a link that is lost");
       found.require(!(lane.cancelled && lane.place != Lane::Place::kNone), "a cancelled lane is queued");
     }
   }
@@ -121,7 +123,9 @@ std::string Inspect::check(const Receiver& receiver) {
     const bool due = receiver.deadlines_.count({request.deadline_ns, handle}) != 0;
     found.require(due || !request.failure.ok(), "a request has no deadline");
     for (const auto& part : request.parts) {
-      if (request.failure.ok() && part.remaining > 0) ++open[part.link->id];
+      if (!request.failure.ok() || part.remaining == 0) continue;
+      ++open[part.link->id];
+      found.require(part.link->up(), "a request goes on over a link that is lost");
     }
   }
   for (const auto& [link, demand] : receiver.demands_) {
@@ -172,6 +176,16 @@ std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::granted(const Receive
     }
   }
   return out;
+}
+
+std::optional<std::uint32_t> Inspect::writer(const Receiver& receiver, std::uint64_t address) {
+  for (const Slot& slot : receiver.slots_.slots_) {
+    if (slot.memory == nullptr || address < slot.memory->local()) continue;
+    if (address - slot.memory->local() >= slot.memory->bytes()) continue;
+    const bool open = slot.state == SlotState::kGranted || slot.state == SlotState::kQuarantined;
+    return open ? slot.link : 0;
+  }
+  return std::nullopt;
 }
 
 void Inspect::flip(Receiver& receiver, std::uint64_t random) {

@@ -1,6 +1,8 @@
 // What must be so inside an engine after each of its turns: credits, slots and counts are conserved.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -19,6 +21,8 @@ struct Inspect {
   // Slots of a link, as each side knows them: equal where no message of the link is on its way.
   static std::set<std::pair<std::uint32_t, std::uint32_t>> held(const Sender& sender, std::uint32_t link);
   static std::set<std::pair<std::uint32_t, std::uint32_t>> granted(const Receiver& receiver, std::uint32_t link);
+  // Where the address is in a slot: the link that may write there; 0 where none may. Nothing where it is in no slot.
+  static std::optional<std::uint32_t> writer(const Receiver& receiver, std::uint64_t address);
   // Flips a bit of some slot that is in use.
   static void flip(Receiver& receiver, std::uint64_t random);
   static bool up(const Engine& engine, std::uint32_t link);

@@ -4,6 +4,11 @@
 #include <utility>
 
 namespace hetkv::sim {
+namespace {
+
+constexpr std::uint64_t kMostSlow = 3 * kSecond;  // of a part that waits for its device
+
+}  // namespace
 
 using engine::RemapTask;
 
@@ -29,7 +34,8 @@ void SimMover::submit(RemapTask* task) {
 
 void SimMover::go_on(const std::shared_ptr<Move>& move) {
   World& world = network_.world;
-  world.after(world.random.delay(network_.profile.most_move), [self = std::weak_ptr<SimMover*>(self_), move] {
+  const std::uint64_t most = network_.chance(network_.profile.slow_move) ? kMostSlow : network_.profile.most_move;
+  world.after(world.random.delay(most), [self = std::weak_ptr<SimMover*>(self_), move] {
     const auto here = self.lock();
     if (here == nullptr || move->over) return;
     SimMover& mover = **here;
@@ -55,6 +61,9 @@ void SimMover::run(RemapTask& task, std::size_t part) {
       network_.world.violate("a pack or unpack touches a slot or buffer that is not mapped");
       return;
     }
+  }
+  if (one.jobs.front().wire == remap::WireSide::kDestination) {
+    network_.on_write(site_.id, one.jobs.front().dst.map.base);
   }
   cpu_.submit(&one);
   task.frames[part].result = one.frames[0].result;

@@ -160,10 +160,13 @@ void SimTransport::die() {
       const Network::Region& region = network_.regions.at(put->region);
       if (network_.world.random.chance(0.5) && region.registered && !put->ended) {
         Bytes copy(put->source, put->source + network_.world.random.below(put->size + 1));
-        network_.world.after(network_.world.random.below(kMostLanding), [&network = network_, id = put->region, copy] {
-          const Network::Region& there = network.regions.at(id);
-          if (there.registered) std::memcpy(there.bytes->data(), copy.data(), copy.size());
-        });
+        network_.world.after(network_.world.random.below(kMostLanding),
+                             [&network = network_, id = put->region, copy, from = site_.id] {
+                               const Network::Region& there = network.regions.at(id);
+                               if (!there.registered) return;
+                               network.on_write(from, reinterpret_cast<std::uint64_t>(there.bytes->data()));
+                               std::memcpy(there.bytes->data(), copy.data(), copy.size());
+                             });
       }
       endpoint->end(put, lost("the process died"));
     }

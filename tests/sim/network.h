@@ -70,6 +70,8 @@ class Network {
   };
   std::unordered_map<std::uint64_t, Region> regions;
   std::uint64_t next_region = 1;
+  // A process writes there, and it is another process's memory where that has granted it a slot.
+  std::function<void(std::uint64_t writer, std::uint64_t address)> on_write;
   // Requests whose payload was damaged are reported by this alone.
   std::function<void(std::uint64_t sender, std::uint64_t receiver)> on_damage;
 

@@ -11,6 +11,7 @@ Profile Profile::draw(Random& random) {
   if (random.chance(0.3)) profile.short_lease = 0.1;
   if (random.chance(0.3)) profile.unequal = 0.1;
   if (random.chance(0.5)) profile.again = 0.7;
+  if (random.chance(0.2)) profile.stalled = 0.05;
   if (random.chance(0.3)) return profile;  // a seed in which nothing fails on its own
   const auto some = [&](std::uint32_t most) {
     return random.chance(0.4) ? static_cast<std::uint32_t>(random.between(1, most)) : 0;
@@ -21,6 +22,7 @@ Profile Profile::draw(Random& random) {
   profile.bad_move = rarely(0.01);
   profile.flipped = rarely(0.05);
   profile.no_memory = rarely(0.05);
+  profile.slow_move = rarely(0.01);
   profile.forgeries = some(8);
   profile.cuts = some(4);
   profile.kills = some(4);

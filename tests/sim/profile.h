@@ -20,6 +20,7 @@ struct Profile {
   double bad_put = 0;      // ends with an error, written in part
   double bad_move = 0;     // the device reports an error, with the task done in part
   double flipped = 0;      // a bit of a payload, while it is in a slot
+  double slow_move = 0;    // a part of a pack waits for long on its device
   double no_memory = 0;    // an allocation or registration fails
   // How often in a seed.
   std::uint32_t cuts = 0;    // of the network between two processes, for a while
@@ -32,12 +33,13 @@ struct Profile {
   double aborted = 0;  // by one side or both
   double short_lease = 0;
   double unequal = 0;           // the two sides mean other contents or token counts
+  double stalled = 0;           // the prefill stops in the middle, until the request is given up
   double again = 0;             // of those that failed at their receiver: it asks again at once, under the same id
   std::uint32_t forgeries = 0;  // messages of a peer that has the keys but does not keep the rules
 
   bool calm() const {
-    return bad_message == 0 && bad_put == 0 && bad_move == 0 && flipped == 0 && no_memory == 0 && cuts == 0 &&
-           kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0 && forgeries == 0;
+    return bad_message == 0 && bad_put == 0 && bad_move == 0 && slow_move == 0 && flipped == 0 && no_memory == 0 &&
+           cuts == 0 && kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0 && forgeries == 0;
   }
 
   static Profile draw(Random& random);

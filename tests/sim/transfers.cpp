@@ -9,7 +9,8 @@ namespace hetkv::sim {
 namespace {
 
 constexpr std::uint64_t kMostTokens = 20;
-constexpr int kAttempts = 100;  // to find blocks on both sides
+constexpr std::uint64_t kNoticed = 60 * kMs;  // from when a side begins to when all know what the others mean
+constexpr int kAttempts = 100;                // to find blocks on both sides
 
 wire::Content content_of(std::uint64_t value) {
   wire::Content content{};
@@ -37,7 +38,8 @@ Transfer& Transfers::draw() {
   transfer.hold_ms = random.between(6000, 9000);
   std::memcpy(transfer.id.data(), &transfer.number, sizeof transfer.number);
   transfer.id[15] = 1;
-  if (random.chance(0.3)) transfer.bound[0] = transfer.bound[1] = content_of(transfer.content);
+  if (random.chance(profile_.again > 0 ? 0.6 : 0.3))
+    transfer.bound[0] = transfer.bound[1] = content_of(transfer.content);
   if (random.chance(profile_.unequal)) {
     transfer.may_fail = transfer.must_fail = true;
     if (random.chance(0.5)) {
@@ -50,6 +52,11 @@ Transfer& Transfers::draw() {
     transfer.may_fail = true;
     transfer.lease_ms = static_cast<std::uint32_t>(random.between(1, 40));
     if (random.chance(0.5)) transfer.hold_ms = random.between(1, 40);
+  }
+  if (random.chance(profile_.stalled)) {
+    transfer.may_fail = transfer.stalled = true;
+    transfer.lease_ms = 15'000;
+    transfer.hold_ms = 15'000;
   }
   for (const bool sends : {true, false}) {
     const int role = sends ? 0 : 1;
@@ -232,6 +239,15 @@ void Transfers::begun(Side& side, std::shared_ptr<engine::Outcome> outcome, std:
   side.outcome = std::move(outcome);
   fleet_.wake(*side.process);
   expect_end(side, within);
+  // One that begins after the others have failed hears of it at the end of its hold time.
+  bool waits = false;
+  for (const auto& sides : side.transfer->sides) {
+    for (const auto& other : sides) waits |= other->ended || other->outcome == nullptr;
+  }
+  if (waits || !side.transfer->must_fail) return;
+  world_.after(kNoticed, [this, &transfer = *side.transfer] {
+    if (transfer.must_fail) expect_all_ended(transfer);
+  });
 }
 
 // The prefill: in chunks of tokens, layer by layer.
@@ -244,6 +260,7 @@ void Transfers::compute(Side& side) {
     const wire::TokenRange range{tokens * chunk / chunks, tokens * (chunk + 1) / chunks};
     for (std::uint32_t layer = 0; layer < fleet_.model.layers; ++layer) {
       time += random.delay(5 * kMs);
+      if (side.transfer->stalled && chunk + 1 == chunks && layer + 1 == fleet_.model.layers) continue;
       world_.at(time, [this, &side, range, layer] {
         fleet_.perform(*side.process, [this, &side, range, layer] {
           if (side.ended || side.packed) return;

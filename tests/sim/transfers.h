@@ -51,6 +51,7 @@ struct Transfer {
   std::uint32_t lease_ms = 0;
   std::uint64_t hold_ms = 0;
   std::uint64_t begun = ~std::uint64_t{0};  // first side
+  bool stalled = false;
   bool may_fail = false;
   bool must_fail = false;
   bool followed = false;  // by another one under its id,

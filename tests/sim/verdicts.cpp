@@ -50,7 +50,9 @@ std::string Transfers::open() const {
 void Transfers::expect_end(Side& side, std::uint64_t within) {
   world_.after(within + kGrace, [this, &side] {
     if (side.ended || !side.process->site.alive) return;
-    if (side.process->site.paused || side.process->disturbed_until + kGrace > world_.now()) return expect_end(side, 0);
+    const bool late = profile_.slow_move > 0 && !side.process->mover->idle();
+    if (late || side.process->site.paused || side.process->disturbed_until + kGrace > world_.now())
+      return expect_end(side, 0);
     world_.violate(name(*side.transfer) + " has not ended at process " + std::to_string(side.process->site.id) +
                    " by its deadline");
   });
