@@ -254,7 +254,9 @@ void Receiver::on_link_lost(Link& link, const Status& status) {
 
 void Receiver::on_link_closed(Link& link) {
   demands_.erase(link.id);
-  if (link.retired) retire(link.id);
+  link.retired ? slots_.retire(link.id) : slots_.retire_host(link.id);
+  stats_.quarantined_slots = slots_.quarantined();
+  slots_moved_ = true;
 }
 
 void Receiver::on_stop(const Status& status) {

@@ -78,13 +78,23 @@ void SlotPool::quarantine(std::uint32_t link) {
 
 void SlotPool::retire(std::uint32_t link) {
   for (auto& slot : slots_) {
-    if (slot.link != link || slot.state != SlotState::kQuarantined) continue;
-    slot.memory.reset();
-    ++slot.generation;
-    slot.state = SlotState::kFree;
-    --quarantined_;
-    ++free_;
+    if (slot.link == link && slot.state == SlotState::kQuarantined) retire(slot);
   }
+}
+
+void SlotPool::retire_host(std::uint32_t link) {
+  for (auto& slot : slots_) {
+    const bool held = slot.link == link && slot.state == SlotState::kQuarantined;
+    if (held && slot.memory->where() == Where::kHost) retire(slot);
+  }
+}
+
+void SlotPool::retire(Slot& slot) {
+  slot.memory.reset();
+  ++slot.generation;
+  slot.state = SlotState::kFree;
+  --quarantined_;
+  ++free_;
 }
 
 }  // namespace hetkv::engine

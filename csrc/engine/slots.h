@@ -15,7 +15,7 @@ enum class SlotState : std::uint8_t {
   kFree,
   kGranted,      // the sender's, until it commits or releases it
   kFilled,       // committed: being unpacked
-  kQuarantined,  // granted to a link that was lost; counts against the budget until the peer is known to be gone
+  kQuarantined,  // granted to a link that was lost; counts against the budget until nothing of the peer's can arrive
 };
 
 struct Slot {
@@ -55,10 +55,15 @@ class SlotPool {
   void release();
   // The peer is gone: its quarantined slots get new memory and a new generation when they are granted again.
   void retire(std::uint32_t link);
+  // The link's endpoint is closed: what it put or sent cannot arrive any more. The same for slots in host memory, as
+  // what a stopped peer still stores goes to pages that only its own mapping keeps. Memory of a device, which must not
+  // be freed while a peer maps it, stays in quarantine.
+  void retire_host(std::uint32_t link);
 
  private:
   friend struct Inspect;  // of tests/sim
   void drop_holder(std::uint32_t link);
+  void retire(Slot& slot);
 
   const std::size_t slot_bytes_;
   const std::shared_ptr<Device> device_;

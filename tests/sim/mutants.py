@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("no quarantine", MESSAGES, "slots_.quarantine(link.id);", ""),
     Mutant("quarantine that ends at once", "slots.cpp", "slot.state = SlotState::kQuarantined;\n    ++quarantined_;",
            "slot.state = SlotState::kFree; ++free_;"),
-    Mutant("retired memory is used again", "slots.cpp", "slot.memory.reset();\n    ++slot.generation;", ""),
+    Mutant("retired memory is used again", "slots.cpp", "slot.memory.reset();\n  ++slot.generation;", ""),
     Mutant("new memory of the same generation", "slots.cpp", "++slot.generation;", ""),
     Mutant("a wish for slots is not heard", MESSAGES, "demands_[link.id].hungry = true;", ""),
     Mutant("no recall", MESSAGES, "} else if (starved) {", "} else if (starved && !MUTANT) {"),
