@@ -19,6 +19,7 @@ py::dict device_facts(const HetkvDeviceInfo& info) {
   out["capabilities"] = names_of(info.capabilities);
   out["driver_version"] = info.driver_version;
   out["runtime_version"] = info.runtime_version;
+  out["stream_queues"] = info.stream_queues;
   return out;
 }
 

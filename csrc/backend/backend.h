@@ -18,7 +18,7 @@
 
 #include "remap/remap.h"
 
-#define HETKV_BACKEND_ABI 3
+#define HETKV_BACKEND_ABI 4
 #define HETKV_BACKEND_SYMBOL "hetkv_backend"
 
 extern "C" {
@@ -59,6 +59,9 @@ struct HetkvDeviceInfo {
   std::int32_t multiprocessors;
   std::int32_t driver_version;   // as the vendor's runtime gives it: 13000 is CUDA 13.0
   std::int32_t runtime_version;  // of the runtime that this backend was built with
+  // Hardware queues that the process's streams share: once each holds a stream that waits for the host, no other stream
+  // of the device runs. 0: not known.
+  std::int32_t stream_queues;
 };
 
 enum HetkvMemoryKind : std::int32_t {

@@ -1,22 +1,32 @@
-// Calls of the driver that wait for all work of a device, and hold up every launch of the process meanwhile: cudaFree,
-// cudaFreeHost, cudaHostUnregister, cudaIpcCloseMemHandle (docs/decisions/0016-frees.md). While a stream waits for the
-// host (StreamGates) such a call could hold up the very remap that the stream waits for, so it is put off until none
-// does. One for the process, as its nodes share the driver. Thread safe.
+// Streams that wait for the host (StreamGates), of all nodes of the process, as these share the driver. Thread safe.
+// While there is one, calls of the driver are put off that wait for all work of a device and hold up every launch
+// meanwhile: cudaFree, cudaFreeHost, cudaHostUnregister, cudaIpcCloseMemHandle (docs/decisions/0016-frees.md). They
+// could hold up the very remap that the stream waits for.
 #pragma once
 
-#include <cstddef>
 #include <functional>
+#include <vector>
 
+#include "backend/backend.h"
 #include "status.h"
 
 namespace hetkv::engine {
 
-// Runs `call` now, or in the thread whose gates_opened() leaves no stream waiting. It owns all that it needs.
+class Device;
+
+struct WaitingStream {
+  const HetkvBackend* backend;
+  int device;
+  void* stream;
+};
+
+// Runs `call` now, or in the thread whose streams_go_on() leaves no stream waiting. It owns all that it needs.
 void free_when_no_stream_waits(std::function<void()> call);
 
-// `enqueue` makes one stream wait for the host; no call above runs meanwhile. Where it fails, no stream waits.
-Status make_stream_wait(const std::function<Status()>& enqueue);
-// So many of those streams have been let through.
-void gates_opened(std::size_t count);
+// `enqueue` makes the stream wait; no call above runs meanwhile. kUnsupported, and nothing was enqueued: with this one
+// the waiting streams would hold every hardware queue of the device, and no remap could run.
+Status make_stream_wait(const Device& device, void* stream, const std::function<Status()>& enqueue);
+// These waits, one an element, are over.
+void streams_go_on(const std::vector<WaitingStream>& waits);
 
 }  // namespace hetkv::engine

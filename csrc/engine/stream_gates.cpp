@@ -25,7 +25,8 @@ Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
   Word word;
   if (auto status = take(&word); !status.ok()) return status;
   ++word.value;
-  auto status = make_stream_wait([&] {
+  word.stream = stream;
+  auto status = make_stream_wait(*device_, stream, [&] {
     return device_->check(device_->backend().stream_wait_value(device_->index(), stream, word.host, word.value),
                           "making the stream wait");
   });
@@ -38,7 +39,7 @@ Status StreamGates::wait(Outcome& outcome, std::int32_t layer, void* stream) {
 }
 
 void StreamGates::arrived(const Outcome& outcome, std::int32_t layer) {
-  std::size_t opened = 0;
+  std::vector<WaitingStream> opened;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = waiting_.find(outcome.handle);
@@ -49,39 +50,36 @@ void StreamGates::arrived(const Outcome& outcome, std::int32_t layer) {
         ++i;
         continue;
       }
-      open(waiting[i].second);
-      ++opened;
+      opened.push_back(open(waiting[i].second));
       waiting[i] = waiting.back();
       waiting.pop_back();
     }
   }
-  gates_opened(opened);
+  streams_go_on(opened);
 }
 
 void StreamGates::close(const Outcome& outcome) {
-  std::size_t opened = 0;
+  std::vector<WaitingStream> opened;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = waiting_.find(outcome.handle);
     if (found == waiting_.end()) return;
-    for (const auto& [layer, word] : found->second) open(word);
-    opened = found->second.size();
+    for (const auto& [layer, word] : found->second) opened.push_back(open(word));
     waiting_.erase(found);
   }
-  gates_opened(opened);
+  streams_go_on(opened);
 }
 
 void StreamGates::close_all() {
-  std::size_t opened = 0;
+  std::vector<WaitingStream> opened;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [handle, waiting] : waiting_) {
-      for (const auto& [layer, word] : waiting) open(word);
-      opened += waiting.size();
+      for (const auto& [layer, word] : waiting) opened.push_back(open(word));
     }
     waiting_.clear();
   }
-  gates_opened(opened);
+  streams_go_on(opened);
 }
 
 Status StreamGates::take(Word* word) {
@@ -98,9 +96,10 @@ Status StreamGates::take(Word* word) {
   return {};
 }
 
-void StreamGates::open(Word word) {
+WaitingStream StreamGates::open(Word word) {
   __atomic_store_n(word.host, word.value, __ATOMIC_RELEASE);
   unused_.push_back(word);
+  return {&device_->backend(), device_->index(), word.stream};
 }
 
 }  // namespace hetkv::engine

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/device.h"
+#include "engine/frees.h"
 #include "engine/outcome.h"
 
 namespace hetkv::engine {
@@ -24,7 +25,8 @@ class StreamGates {
   StreamGates& operator=(const StreamGates&) = delete;
 
   // The stream goes on once the layer has arrived, or once the request has ended, however it ended. At once where that
-  // has happened. kInvalid: a stream of another device, or one that captures a graph.
+  // has happened. kInvalid: a stream of another device, or one that captures a graph. kUnsupported: the
+  // device's streams cannot, or too many wait already (make_stream_wait).
   Status wait(Outcome& outcome, std::int32_t layer, void* stream);
   // Progress thread, after the outcome's own change, and only where it is watched for streams.
   void arrived(const Outcome& outcome, std::int32_t layer);
@@ -37,10 +39,11 @@ class StreamGates {
   struct Word {
     std::uint32_t* host = nullptr;
     std::uint32_t value = 0;
+    void* stream = nullptr;  // that waits for it
   };
   using Waiting = std::vector<std::pair<std::int32_t, Word>>;  // by layer
   Status take(Word* word);
-  void open(Word word);
+  WaitingStream open(Word word);
 
   const std::shared_ptr<Device> device_;
   std::mutex mutex_;

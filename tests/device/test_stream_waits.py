@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 
-from hetkv.errors import InputError
+from hetkv.errors import InputError, UnsupportedError
 from tests.device.test_gpu import GPUS, SMALL, pair, to, two
 from tests.transport.peers import WAIT_S, connected, deliver, same_bytes
 
@@ -31,7 +32,7 @@ def test_the_first_thing_that_a_process_does() -> None:
     assert "1 passed" in made.stdout
 
 
-@pytest.mark.parametrize("streams", [1, 6])
+@pytest.mark.parametrize("streams", [1, 7])
 def test_memory_is_freed_once_no_stream_waits(streams: int) -> None:
     """Closing other nodes, and links, frees device and pinned memory, which would hold up every launch."""
     mine, theirs, here, there = pair("cuda:0", "cuda:0")
@@ -91,6 +92,22 @@ def test_what_was_put_off_is_freed() -> None:
         stream.synchronize()
     after = free_bytes()
     assert before - after < 32 << 20, f"{(before - after) >> 20} MiB are still allocated"
+
+
+def test_a_stream_that_would_take_the_last_queue() -> None:
+    queues = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8"))
+    _, _, here, there = pair("cuda:0", "cuda:0")
+    streams = [torch.cuda.Stream("cuda:0") for _ in range(queues)]
+    with connected([here], [there], SMALL) as ([sender], [receiver]):
+        rx, tx = receiver.receive("r", [[1, 0]], 100), sender.send("r", [BLOCKS], 100)
+        for stream in streams[:-1]:
+            rx.wait(stream=stream)
+            rx.wait_layer(0, stream=stream)
+        with pytest.raises(UnsupportedError, match=f"{queues - 1} streams of the device wait.*{queues} hardware"):
+            rx.wait(stream=streams[-1])
+        tx.send_layers()
+        rx.wait(WAIT_S)
+        rx.wait(stream=streams[-1])
 
 
 @two

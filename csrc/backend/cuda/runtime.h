@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 #include "backend/backend.h"
 
@@ -115,6 +116,12 @@ inline bool has_ipc_handle(const void* pointer) {
 inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+}
+
+inline int stream_queues() {
+  const char* const set = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+  const int queues = set != nullptr ? std::atoi(set) : 0;
+  return queues >= 1 && queues <= 32 ? queues : 8;
 }
 
 inline std::uint64_t capabilities(int device) {

@@ -33,6 +33,7 @@ std::int32_t device_info(std::int32_t device, HetkvDeviceInfo* info) {
   info->capabilities = vendor::capabilities(device);
   HETKV_TRY(gpuDriverGetVersion(&info->driver_version));
   info->runtime_version = HETKV_RUNTIME_VERSION;
+  info->stream_queues = vendor::stream_queues();
   return kHetkvOk;
 }
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 #include "backend/backend.h"
 
@@ -98,6 +99,12 @@ inline bool address_range(const void* pointer, std::uint64_t* base, std::uint64_
 inline bool has_ipc_handle(const void* pointer) {
   hipIpcMemHandle_t handle;
   return hipIpcGetMemHandle(&handle, const_cast<void*>(pointer)) == hipSuccess;
+}
+
+inline int stream_queues() {
+  const char* const set = std::getenv("GPU_MAX_HW_QUEUES");
+  const int queues = set != nullptr ? std::atoi(set) : 0;
+  return queues >= 1 ? queues : 4;
 }
 
 inline std::uint64_t capabilities(int device) {
