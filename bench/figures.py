@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hetkv.bench.traffic_cases import rivals
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
@@ -111,10 +113,11 @@ def traffic_table(file: Path) -> str:
     run = json.loads(file.read_text())
     peers = file.with_name(file.name.replace("-device", "-peers"))
     measured = run.get("nixl") or (json.loads(peers.read_text())["nixl"] if peers.is_file() and peers != file else [])
-    nixl = {row["layer_bytes"]: row["gb_s"] for row in measured if row.get("gb_s")}
+    nixl = rivals({"nixl": measured})
     rows: dict[str, dict[str, Any]] = {}
+    orders = [row for row in run["results"] if row["kind"] == "order"]
     for row in run["results"]:
-        if "gb_s" in row:
+        if "gb_s" in row and row["kind"] != "order":
             rows.setdefault(row["name"], {})[row["kind"]] = row
     where = "two GPUs" if "device" in file.name else "two processes of a host with 2 cores"
     lines = [
@@ -132,10 +135,15 @@ def traffic_table(file: Path) -> str:
         )
         line += f" {ready['visible_us']:,.0f} | {call:.1f} |"
         if nixl:
-            rival = nixl.get(ready["layer_bytes"])
+            rival = nixl.get((name, ready["dtype"]))
             line += f" {ready['gb_s'] / rival:.1f} |" if rival else " |"
         lines.append(line)
-    return "\n".join(lines)
+    ends = [
+        f"{row['name']}: ends are on average at {row['mean_of_ends_over_last']:.2f} of the last, "
+        f"which comes {row['last_call_us']:,.0f} us after its call."
+        for row in orders
+    ]
+    return "\n".join(lines) + ("\n\n" + " ".join(ends) if ends else "")
 
 
 def overlap_table(file: Path) -> str:
@@ -218,9 +226,10 @@ def section() -> str:
     more += [("traffic-device.json", traffic_table), ("traffic.json", traffic_table)]
     more.append(("overlap.json", overlap_table))
     more.append(("vllm_pd.json", vllm_table))
+    peers = [file for file in [RESULTS / "traffic-peers.json"] if file.is_file()]
     found = [(RESULTS / name, table) for name, table in more if (RESULTS / name).is_file()]
     tables = [remap_table(remaps), transfer_table(transfer), *(table(file) for file, table in found)]
-    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *(file for file, _ in found)])
+    sources = "\n".join(f"- {origin(file)}" for file in [*remaps, transfer, *(f for f, _ in found), *peers])
     return "\n" + "\n\n".join([*tables, "From", sources]) + "\n"
 
 
@@ -232,9 +241,22 @@ def readme() -> str:
     pair = next(row for row in host["results"] if row["destination"] == "hnd:64" and row["path"] == "shm")
     best = gpus["hetkv"]["auto"]
     single = next(row for row in overlap["results"] if row["batch"] == 1)
+    steps = json.loads((RESULTS / "traffic-device.json").read_text())["results"]
+    nixl = rivals(json.loads((RESULTS / "traffic-peers.json").read_text()))
+
+    def step(name: str, words: str) -> tuple[str, str, str, str]:
+        row = next(row for row in steps if row["name"] == name and row["kind"] == "ready")
+        rival = nixl[name, row["dtype"]]
+        ratio = row["gb_s"] / rival
+        return (f"The same two, {words}", f"{row['gb_s']:.0f} GB/s",
+                f"{ratio:.0f} x NIXL at its best settings ({rival:.1f} GB/s)", "traffic-device")  # fmt: skip
+
     rows = [
         ("Two H200 of one host, layers of 16 MiB", f"{best['gb_s']:.0f} GB/s",
          f"{best['gb_s'] / gpus['ucx_contiguous_gb_s']:.2f} of UCX's put of one contiguous buffer", "transfer-device"),
+        step("80 x 1 head, 1k tokens", "one request of 80 layers of one KV head (a rank of TP 8), 1,024 tokens"),
+        step("80 x 1 head, 1k tokens, 32 requests", "32 such requests in one step"),
+        step("32 x 8 heads, 128 tokens, 64 requests", "64 requests of 32 layers of 8 KV heads, 128 tokens"),
         ("Two processes of a host with 2 cores", f"{pair['hetkv_gb_s']:.1f} GB/s",
          f"{pair['ratio_ucx']:.2f} of UCX's put; {pair['ratio_mooncake']:.1f} x Mooncake (TCP); "
          f"{pair['ratio_ucxx']:.1f} x UCXX", "transfer"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from hetkv.bench import peers as others
 from hetkv.bench import ucx
-from hetkv.bench.traffic_cases import CPU, DEVICE, KINDS, Case
+from hetkv.bench.traffic_cases import CPU, DEVICE, KINDS, Case, rivals
 from hetkv.bench.traffic_pair import LAYOUTS, measure
 from hetkv.errors import HetkvError, InputError
 
@@ -133,11 +133,10 @@ def ceiling(sizes: list[int], cuda: bool) -> dict[str, float | str]:
 
 def nixl(case: Case, python: str, device: bool) -> dict[str, Any]:
     """NIXL at one shape, block by block of 16 tokens of K and of V: every setting, and the best of them."""
-    block_kib = 16 * case.token_bytes / 2 / 1024
     runs = {
         f"{name}, {threads} threads": others.measure(
             "nixl", python, layers=min(case.layers, NIXL_LAYERS), layer_mib=case.layer_bytes / MIB,
-            block_kib=block_kib, reps=5, device=device, threads=threads, environment=environment,
+            block_kib=case.block_kib, reps=5, device=device, threads=threads, environment=environment,
         )
         for name, environment in NIXL_SETTINGS.items() for threads in NIXL_THREADS
     }  # fmt: skip
@@ -145,7 +144,7 @@ def nixl(case: Case, python: str, device: bool) -> dict[str, Any]:
     best = max(measured, key=measured.__getitem__, default=None)
     defaults = [value for name, value in measured.items() if name.startswith("default")]
     return {
-        "layer_bytes": case.layer_bytes, "block_kib": block_kib, "runs": runs, "best": best,
+        "layer_bytes": case.layer_bytes, "block_kib": case.block_kib, "runs": runs, "best": best,
         "gb_s": measured[best] if best else None, "default_gb_s": max(defaults, default=None),
     }  # fmt: skip
 
@@ -156,12 +155,12 @@ def show(console: Any, report: dict[str, Any]) -> None:
 
     heads = ("case", "kind", "layer KiB", "GB/s", "visible us", "acked us", "call us", "frames", "wrong", "x NIXL")
     table = Table(*heads, box=None)
-    rivals = {row["layer_bytes"]: row["gb_s"] for row in report["nixl"] if row.get("gb_s")}
+    best = rivals(report)
     for row in report["results"]:
         if "error" in row:
             table.add_row(row["name"], row["kind"], "", row["error"])
             continue
-        rival = rivals.get(row["layer_bytes"])
+        rival = best.get((row["name"], row["dtype"]))
         table.add_row(
             row["name"], row["kind"], f"{row['layer_bytes'] / 1024:g}", f"{row['gb_s']:.2f}",
             f"{row['visible_us']:,.0f}", f"{row['acked_us']:,.0f}", f"{row['call_us']:.1f}",

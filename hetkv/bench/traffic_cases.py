@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from hetkv.kv.spec import KVSpec
@@ -41,6 +41,11 @@ class Case(NamedTuple):
         """Of one token in one layer."""
         size = 1 if self.dtype == "fp8" else 2
         return size * (2 * self.heads * HEAD_DIM or 576)
+
+    @property
+    def block_kib(self) -> float:
+        """Of the K, or the V, of a block of 16 tokens in one layer: what a peer gets a descriptor for."""
+        return 16 * self.token_bytes / 2 / 1024
 
     @property
     def layer_bytes(self) -> int:
@@ -97,3 +102,11 @@ CPU = (
     Case("32 layers x 8 heads, 1 token", 32, 8, 1, reps=200, kinds=("latency", "layers")),
     *ORDER,
 )
+
+
+def rivals(report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """By a row's name and dtype: NIXL's best GB/s at layers and blocks of its size, where that was measured."""
+    best = {(row["layer_bytes"], row["block_kib"]): row["gb_s"] for row in report["nixl"] if row.get("gb_s")}
+    cases = [case for case in (*DEVICE, *CPU) if "latency" not in case.kinds]
+    shapes = {(case.name, case.dtype): (case.layer_bytes, case.block_kib) for case in cases}
+    return {name: best[shape] for name, shape in shapes.items() if shape in best}
