@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2
 FEW_ROWS = 256.0
-"""Rows of a matrix product up to which `few_rows_flops` holds: batches of decode steps, not chunks of prompts."""
+"""Rows of a matrix product up to which `few_rows_flops` holds. Rows of prompts do not count: they come in hundreds."""
 UNSPLIT_HEADS = 512.0
 """Sequences times query heads of a rank beyond which vLLM's paged attention no longer splits the keys of one sequence
 over several blocks of threads (its v1 and v2 kernels); `kv_unsplit` holds beyond."""
@@ -204,7 +204,7 @@ def seconds(k: tuple[Any, ...], batch: Any, context: Any, prompt: Any, pairs: An
     tokens = batch + prompt
     flop = gf * tokens
     if few_rows is not None:
-        flop = flop + few_rows * 0.5 * (tokens + FEW_ROWS - abs(tokens - FEW_ROWS))
+        flop = flop + few_rows * 0.5 * (batch + FEW_ROWS - abs(batch - FEW_ROWS))
     crowded = 1.0
     if unsplit is not None:
         crowded = 1 + unsplit[0] * (batch > unsplit[1])

@@ -72,13 +72,18 @@ def test_a_sliding_window_bounds_the_keys() -> None:
 
 
 def test_products_of_few_rows_have_a_share_of_their_own() -> None:
-    """A batch of 64 at a twentieth of the peak, on top of the products at peak; beyond 256 rows nothing is added."""
+    """A batch of 64 at a twentieth of the peak, on top of the products at peak; beyond 256 nothing is added, and rows
+    of prompts are no few rows."""
     work = count_work(load_catalogue().gpu("MI300X"), model_shape("Llama-2-70B"), Placement(), "bf16", "bf16")
     plain, slow = coefficients(work, IDEAL), coefficients(work, replace(IDEAL, few_rows_flops=0.05))
     rows = work.dense_s_per_token * 64 * (1 + 19) + work.head_s_per_sequence * 64 * 20 + work.head_bytes_s
     assert seconds(slow, 64, 0, 0, 0) == pytest.approx(rows, rel=0.02)
-    more = [seconds(slow, 0, 0, n, 0) - seconds(plain, 0, 0, n, 0) for n in (2560, 25600)]
+    alone = work._replace(head_s_per_sequence=0.0)
+    plain, slow = coefficients(alone, IDEAL), coefficients(alone, replace(IDEAL, few_rows_flops=0.05))
+    more = [seconds(slow, n, 0, 0, 0) - seconds(plain, n, 0, 0, 0) for n in (2560, 25600)]
     assert more == pytest.approx([work.dense_s_per_token * 256 * 19] * 2, rel=0.02)
+    for tokens in (1, 64, 2560, 25600):
+        assert seconds(slow, 0, 0, tokens, 0) == seconds(plain, 0, 0, tokens, 0)
 
 
 def test_attention_that_reads_keys_for_every_query_head() -> None:
