@@ -11,7 +11,7 @@ import pytest
 
 from hetkv.errors import InfeasibleError
 from hetkv.planner.problem import parse_problem
-from hetkv.planner.result import Plan
+from hetkv.planner.result import Plan, gpus
 from hetkv.planner.search import Search
 from hetkv.planner.slo_checker import SloChecker
 from hetkv.planner.solve import solve
@@ -251,6 +251,20 @@ def test_a_decode_pool_that_holds_after_its_own_prefill_alone_is_found():
     found = compare(22)
     assert found["meets"]
     assert found["ratio"] <= NEAR
+
+
+def test_a_load_of_four_h100_asks_for_one_node_of_mi300x() -> None:
+    """It was said to ask for 14 of them, 20 before that: prompts were charged at the rate of few rows."""
+    asked = problem(
+        models=[{"name": "Llama-3-70B", "tp": [2, 4, 8], "pp": [1]}],
+        classes=[{"name": "chat", "rate": 1.5, "prompt_tokens": "lognormal:1024:0.8",
+                  "output_tokens": "geometric:256", "ttft_ms": 1000, "tpot_ms": 50}],
+        gpus=[{"gpu": "MI300X", "usd_per_gpu_hour": 1.99, "basis": "on_demand", "as_of": "2026-05"}],
+        link={"gb_s": "nic"},
+    )  # fmt: skip
+    plan = solve(asked, alternatives=False)
+    assert plan.meets
+    assert gpus(plan.instances) <= 8
 
 
 def near(seeds: Sequence[int]) -> None:
