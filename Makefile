@@ -16,6 +16,14 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
+# MLX and llama.cpp have one too: llama-cpp-python compiles for minutes. With vLLM's, where that is there.
+ENGINES_VENV ?= .venv-engines
+ENGINES_PY := $(ENGINES_VENV)/bin/python
+ENGINES_STAMP := $(ENGINES_VENV)/.installed
+WITH_VLLM = $(if $(wildcard $(VLLM_PY)),$(COMMA) "vllm": {"python": "$(abspath $(VLLM_PY))"})
+COMMA := ,
+ENGINES = {"mlx": {"python": "$(abspath $(ENGINES_PY))"}, "llama.cpp": {"python": "$(abspath $(ENGINES_PY))"}$(WITH_VLLM)}
+
 # Processes of `make test`; the timing tests of the transport want a core each.
 JOBS ?= 2
 
@@ -46,6 +54,14 @@ find-mutants:
 	cmake -S tests/sim -B build/sim >/dev/null
 	cmake --build build/sim -j $(JOBS) --target hetkv_sim_mutants
 	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS)
+
+# Every ordered pair of engines, with real ones. Not in .ci/run, whose time it would not fit in: a job of its own.
+test-engines: $(STAMP) $(ENGINES_STAMP)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HETKV_ENGINES='$(ENGINES)' $(PY) -m pytest tests/engines -o timeout=900
+
+# The tables of docs/engines.md.
+engines: $(STAMP) $(ENGINES_STAMP)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) bench/engines.py --engines '$(ENGINES)'
 
 test-all: $(STAMP)
 	$(PY) -m pytest
@@ -98,6 +114,11 @@ $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 		-Ccmake.define.HETKV_CUDA=OFF -Ccmake.define.HETKV_HIP=OFF
 	touch $@
 
+$(ENGINES_STAMP): constraints-engines.txt
+	test -x $(ENGINES_PY) || $(PYTHON) -m venv $(ENGINES_VENV)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(ENGINES_PY) $(PIP) --quiet -r constraints-engines.txt
+	touch $@
+
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.
 dev:
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(shell command -v $(PY))
@@ -105,4 +126,4 @@ dev:
 	cmake --install build/dev --prefix .
 
 clean:
-	rm -rf build dist $(VENV) $(DEMO_VENV) $(VLLM_VENV) hetkv/*.so
+	rm -rf build dist $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(ENGINES_VENV) hetkv/*.so

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hetkv import terminal
+from hetkv.cli import demo_engines
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pools.add_argument(
             f"--{name}-device", default="cpu", metavar="DEVICE", help="cpu, or cuda:N of its first rank (default cpu)"
         )
+    demo_engines.add_arguments(parser)
     parser.add_argument("--compute-dtype", metavar="DTYPE", help="default float32; bfloat16 of a shape")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill in chunks of N tokens")
     parser.add_argument("--rendezvous", choices=["concurrent", "prefill_first"])
@@ -89,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
     from hetkv.runtime.demo import DemoOptions, run_demo
 
     terminal.check_outputs({"trace": args.trace})
+    if demo_engines.wanted(args):
+        given = _prompts(args).get("prompts", DemoOptions().prompts)
+        if any(prompt.messages is not None for prompt in given):
+            raise InputError("engines take prompts that are texts")
+        return demo_engines.run(args, [prompt.text for prompt in given])
     instances = _instances(args)
     if args.shape is not None:
         return _run_timing(args, instances)

@@ -24,6 +24,8 @@ Rendezvous = Literal["concurrent", "prefill_first"]
 class Side(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine is started."""
 
+    engine: str | None = None
+    """Its name in `hetkv.integrations.worker.ENGINES` (default: the side's own)."""
     python: str = sys.executable
     """An interpreter that has it."""
     options: dict[str, Any] = {}
@@ -79,11 +81,12 @@ def engines(
     room: Mapping[str, Any],
     secret: bytes | None = None,
 ) -> Iterator[dict[str, EngineProcess]]:
-    """Processes of all engines of the pairs, loaded. `room`: options for all, such as `capacity`; `secret`: what they
-    share (default: a new one). Raises `HetkvError`.
+    """Processes of all sides that the pairs name, loaded. `room`: options for all, such as `capacity`; `secret`: what
+    they share (default: a new one). Raises `HetkvError`.
     """
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    unknown = [name for name in names if name not in ENGINES]
+    kinds = {name: (sides[name].engine if name in sides else None) or name for name in names}
+    unknown = [kind for kind in kinds.values() if kind not in ENGINES]
     if unknown:
         raise InputError(f"engine {unknown[0]!r} is not known; known are {', '.join(ENGINES)}")
     secret = secret or secrets.token_bytes(32)
@@ -92,7 +95,7 @@ def engines(
         for name in names:
             side = sides.get(name, Side())
             options = {**room, **side.options}
-            start = Start(engine=name, model=model, instance=name, secret=secret, options=options)
+            start = Start(engine=kinds[name], model=model, instance=name, secret=secret, options=options)
             processes[name] = EngineProcess(start, python=side.python)
             stack.callback(processes[name].close)
         for process in processes.values():

@@ -25,8 +25,9 @@ ENGINES = {
     "transformers": "hetkv.integrations.transformers.engine:TransformersEngine",
     "llama.cpp": "hetkv.integrations.llama_cpp.engine:LlamaCppEngine",
     "mlx": "hetkv.integrations.mlx.engine:MlxEngine",
+    "vllm": "hetkv.integrations.vllm.instance:VllmInstance",
 }
-"""Where each engine's class is."""
+"""Where each engine's class is: an `Engine`, or one with the operations of an `EngineInstance`."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +68,11 @@ def make(start: Start) -> Any:
             raise
         raise InputError(f"engine {start.engine}: {sys.executable} has no module {error.name}") from None
     try:
+        from hetkv.integrations.engine import Engine
         from hetkv.integrations.instance import EngineInstance
 
+        if not issubclass(kind, Engine):
+            return kind(start.model, instance=start.instance, secret=start.secret, **start.options)
         engine = kind(start.model, **start.options)
         return EngineInstance(engine, instance=start.instance, secret=start.secret)
     except TypeError as error:

@@ -42,7 +42,7 @@ class ReferenceEngine(Engine):
         )
         self.allocator = BlockAllocator(self.pool)
         self.fingerprint = checkpoint_fingerprint(Path(model))
-        self.facts = {"torch": torch.__version__, "dtype": dtype, "block_size": block_size, "layout": layout}
+        self.facts = {"torch": str(torch.__version__), "dtype": dtype, "block_size": block_size, "layout": layout}
 
     def open(self, num_tokens: int) -> ReferenceSequence:
         return ReferenceSequence(self, self.allocator.allocate(num_tokens))

@@ -47,7 +47,7 @@ class TransformersEngine(Engine):
         self.memory = CacheMemory.of(self.model, slots=slots, capacity=capacity)
         self.pool = self.memory.pool
         self.fingerprint = checkpoint_fingerprint(Path(model), self.model.config.to_dict())
-        self.facts = {"transformers": transformers.__version__, "torch": torch.__version__, "dtype": dtype}
+        self.facts = {"transformers": transformers.__version__, "torch": str(torch.__version__), "dtype": dtype}
 
     def open(self, num_tokens: int) -> TransformersSequence:
         return TransformersSequence(self, self.memory.take(num_tokens))
