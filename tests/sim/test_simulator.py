@@ -61,6 +61,15 @@ def test_a_seed_replays_exactly(simulator: Path) -> None:
     run(simulator, "--first", 1, "--seeds", 10, "--twice")
 
 
+def test_no_payload_error_is_accepted() -> None:
+    program = build("hetkv_payload_errors")
+    done = subprocess.run([program, "1000000", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    found = json.loads(done.stdout)
+    assert (found["errors"], found["accepted"]) == (10**6, 0)
+    assert min(found["kinds"].values()) > 50_000
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_planted_faults_are_found() -> None:
