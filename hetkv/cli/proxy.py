@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; all accepted requests are answered."""
+    for url in (*args.prefill, *args.decode):
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"{url!r} is not a URL: write http://host:port")
     from hetkv.serve.app import application
     from hetkv.serve.http import HttpOptions, HttpServer, bound
     from hetkv.serve.vllm import VllmEngines
     from hetkv.simulator.router import DISCIPLINES
 
-    for url in (*args.prefill, *args.decode):
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"{url!r} is not a URL: write http://host:port")
     routing = args.prefill_routing, args.decode_routing
     for name in routing:
         if name not in DISCIPLINES:

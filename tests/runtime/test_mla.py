@@ -192,7 +192,7 @@ def edit(directory: Path, target: Path, **fields: object) -> Path:
         ({"scoring_func": "sigmoid"}, "scoring_func"),
         ({"moe_layer_freq": 2}, "`moe_layer_freq` 2"),
         ({"kv_lora_rank": 0}, "`kv_lora_rank` is 0"),
-        ({"qk_rope_head_dim": 7, "qk_head_dim": 23}, "7 of 7 channels of a head are rotated"),
+        ({"qk_rope_head_dim": 7, "qk_head_dim": 23}, "`head_dim` 8 is none of the dims of its latent attention"),
         ({"num_experts_per_tok": None}, "`num_experts_per_tok` is null"),
         ({"num_experts_per_tok": 9}, "exceeds the 8 experts"),
         ({"n_group": 3}, "out of 2 of 3 groups"),

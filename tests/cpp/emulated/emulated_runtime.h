@@ -260,6 +260,9 @@ constexpr int kMultiprocessors = 0;
 inline gpuError_t stream_device(gpuStream_t stream, int* device) {
   return *device = stream != nullptr ? stream->device : emulated_device, gpuSuccess;
 }
+inline int stream_queues() {
+  return 0;
+}
 inline gpuError_t stream_wait_value(gpuStream_t, const std::uint32_t*, std::uint32_t) {
   return gpuErrorNotSupported;
 }

@@ -27,6 +27,16 @@ gpuError_t start(const Launch& launch, int multiprocessors, int max_blocks, Scra
   return gpuSuccess;
 }
 
+template <Paths kPaths>
+gpuError_t load() {
+  return gpuSuccess;
+}
+
+template gpuError_t load<Paths::kMoves>();
+template gpuError_t load<Paths::kTurns>();
+template gpuError_t load<Paths::kRows>();
+template gpuError_t load<Paths::kAll>();
+
 template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
