@@ -83,7 +83,7 @@ def truncate(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-DEEPSEEK = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+DEEPSEEK = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": 2}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: no such file"),
