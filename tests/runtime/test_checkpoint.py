@@ -92,7 +92,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config lacks a field": (edit_config(vocab_size=None), r"config\.json: `vocab_size` is null"),
     "config has a wrong type": (edit_config(hidden_size="8"), r"config\.json: `hidden_size` must be a whole number"),
     "unknown family": (edit_config(model_type="gpt2"), "family 'gpt2' is not supported; supported are llama"),
-    "family that is read for its sizes": (edit_config(**DEEPSEEK, num_key_value_heads=2), "family 'deepseek_v3' is read for its sizes alone"),
+    "family that is read for its sizes": (edit_config(**DEEPSEEK), "family 'deepseek_v3' is read for its sizes alone"),
     "architecture of another family": (
         edit_config(architectures=["GPT2LMHeadModel"]),
         "`architectures` .'GPT2LMHeadModel'. is not that of `model_type` 'llama', LlamaForCausalLM",
