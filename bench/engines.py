@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from hetkv.integrations.instance import Generated  # noqa: E402
 from hetkv.integrations.pairs import PairResult, Pairs, Side, engines  # noqa: E402
+from hetkv.integrations.sampling import divergence  # noqa: E402
 from tests.integrations.checkpoints import llama  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "engines.json"
@@ -32,6 +35,8 @@ MARKER = "<!-- made by bench/engines.py from bench/results/engines.json -->\n"
 END = "<!-- end of what bench/engines.py made -->\n"
 LENGTHS = (5, 6, 7, 9, 13, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 90, 127, 129, 256, 800)
 NEW_TOKENS = 64
+HALF_TOKENS, HALF_STEP = 16, 3
+"""In 16 bits: tokens whose distributions are compared, and which of the lengths are taken."""
 HEADS = {"gqa": (4, 2), "mha": (2, 2)}
 PACKAGES = {
     "reference": "reference",
@@ -65,6 +70,42 @@ def run(sides: dict[str, Side]) -> dict[str, Any]:
                     print(f"{kind} {prefill} to {decode}: {result.identical} of {len(prompts)} identical, "
                           f"{time.monotonic() - begin:.1f} s", flush=True)  # fmt: skip
     return found
+
+
+def run_half(sides: dict[str, Side], dtype: str) -> dict[str, Any]:
+    """All pairs in a dtype of 16 bits with the first checkpoint: how far the next-token distributions are from those of
+    the decode engine alone, and how far those of the two engines, each alone, are from each other."""
+    draw = random.Random(3)
+    prompts = [[draw.randrange(3, 3000) for _ in range(length)] for length in LENGTHS[::HALF_STEP]]
+    pairs_of = [(prefill, decode) for prefill in sides for decode in sides]
+    options = {name: {**side.options, "dtype": dtype} for name, side in sides.items()}
+    if "vllm" in options:
+        options["vllm"]["distributions"] = True
+    sides = {name: Side(python=side.python, options=options[name]) for name, side in sides.items()}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = llama(Path(folder) / "half", heads=4, kv_heads=2, dtype=dtype)
+        with engines(str(model), sides, pairs_of, {"capacity": 1024, "slots": 2}) as processes:
+            pairs = Pairs(processes, HALF_TOKENS, distributions=HALF_TOKENS)
+            for prefill, decode in pairs_of:
+                result = pairs.run(prefill, decode, prompts)
+                alone = [_between(pairs.alone(prefill, prompt), pairs.alone(decode, prompt)) for prompt in prompts]
+                rows.append({"prefill": prefill, "decode": decode, "kl": result.kl, "kl_alone": max(alone),
+                             "identical": result.identical, "requests": len(prompts)})  # fmt: skip
+                print(f"{dtype} {rows[-1]}", flush=True)
+    return {"dtype": dtype, "tokens": HALF_TOKENS, "pairs": rows}
+
+
+def _between(first: Generated, second: Generated) -> float:
+    """Of what two engines say alone: the largest KL of those tokens for which both have seen the same ones."""
+    found = []
+    for p, q, a, b in zip(first.distributions, second.distributions, first.tokens, second.tokens, strict=True):
+        assert p is not None
+        assert q is not None
+        found.append(divergence(np.array(p), np.array(q)))
+        if a != b:
+            break
+    return max(found)
 
 
 def _row(kind: str, result: PairResult) -> dict[str, Any]:
@@ -110,9 +151,31 @@ def tables(run: dict[str, Any]) -> str:
         lines.append(
             f"| {prefill} | {decode} | {' | '.join(same)} | {gqa['ttft_ms']:.1f} ms | {gqa['alone_ms']:.1f} ms |"
         )
+    if half := run.get("half"):
+        lines += _half_table(half)
     lines += ["", "| integration | lines |", "|---|---|"]
     lines += [f"| {name} | {count} |" for name, count in run["lines"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _half_table(half: dict[str, Any]) -> list[str]:
+    count = half["pairs"][0]["requests"]
+    lines = [
+        "",
+        f"In {half['dtype']}: largest KL of the first {half['tokens']} next-token distributions of {count} prompts: of "
+        "the pair against the decode engine alone, and between the two engines when each computes them alone. "
+        "The target is a ratio of 2 at most.",
+        "",
+        "| prefill | decode | pair | engines alone | ratio | same tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in half["pairs"]:
+        ratio = f"{row['kl'] / row['kl_alone']:.2f}" if row["kl_alone"] else ""
+        lines.append(
+            f"| {row['prefill']} | {row['decode']} | {row['kl']:.1e} | {row['kl_alone']:.1e} | {ratio} "
+            f"| {row['identical']} of {row['requests']} |"
+        )
+    return lines
 
 
 def _same(row: dict[str, Any]) -> str:
@@ -130,16 +193,22 @@ def main() -> int:
     """What the module says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--engines", default="{}", metavar="JSON", help="by name: python, options")
+    parser.add_argument(
+        "--half", metavar="DTYPE", help="float16 or bfloat16: only that part, into the file that is there"
+    )
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if not (args.table or args.check):
         own = {"reference": Side(), "transformers": Side()}
         sides = {**own, **msgspec.json.decode(args.engines, type=dict[str, Side])}
-        found = run(sides)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         head = {"commit": commit.stdout.strip(), "cpu": platform.processor() or platform.machine()}
-        RESULTS.write_text(json.dumps({**head, **found}, indent=1) + "\n")
+        if args.half is None:
+            found = {**head, **run(sides)}
+        else:
+            found = {**json.loads(RESULTS.read_text()), "half": {**head, **run_half(sides, args.half)}}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     document = DOCUMENT.read_text(encoding="utf-8")
     new = written(document, tables(json.loads(RESULTS.read_text())))
     if args.check:
