@@ -6,7 +6,7 @@ set(HETKV_HIP_ARCHITECTURES "gfx90a" CACHE STRING "Architectures of the HIP back
 include(cmake/gpu_sources.cmake)
 
 set(HETKV_CUDA_ALSO "" CACHE STRING
-    "More nvcc, of other major versions than the one that is found: their backends are built beside")
+    "More nvcc, of other major versions than the one that is found: their backends are built as well")
 
 if(NOT HETKV_CUDA STREQUAL "OFF")
   include(CheckLanguage)

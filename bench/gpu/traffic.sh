@@ -2,7 +2,7 @@
 # Steps of many requests, and small ones, between two GPUs of a CUDA host, in one call: builds in place, then the PARTS
 # that are named. Each part has a time limit and goes on where another failed; without `peers` under 9 minutes in all.
 #   usage: bench/gpu/traffic.sh DIR [tests traffic transfer peers]...     (default: tests traffic transfer)
-# `peers` needs nixl-cu13 beside this Python (`PY`), and 9 minutes of its own.
+# `peers` needs nixl-cu13 next to this Python (`PY`), and 9 minutes of its own.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=$1

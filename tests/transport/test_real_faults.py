@@ -26,7 +26,7 @@ ROUNDS_AND_LINKS = pytest.mark.parametrize(
     ("rounds", "count"), [(3, 1), (1, 16), pytest.param(100, 1, marks=SLOW), pytest.param(100, 16, marks=SLOW)]
 )
 SMALL_S = 0.25
-"""Longest that a small request may take beside a stopped peer; it was the peer's timeout of 3 s."""
+"""Longest that a small request may take next to a stopped peer; it was the peer's timeout of 3 s."""
 
 
 class Process:
@@ -192,7 +192,7 @@ def test_a_stopped_receiver_costs_the_others_nothing(monkeypatch: pytest.MonkeyP
                 after += [small(f"after{number}-{i}") for i in range(5)]
                 assert len(sender.peers) == 2
         ratio = statistics.median(after) / statistics.median(before)
-        print(f"beside a stopped peer: {ratio:.2f} x, longest {max(after) * 1e3:.1f} ms of {max(before) * 1e3:.1f}")
+        print(f"next to a stopped peer: {ratio:.2f} x, longest {max(after) * 1e3:.1f} ms of {max(before) * 1e3:.1f}")
         assert statistics.median(after) < SMALL_S
         assert rounds < 100 or ratio < 1.2
 

@@ -1,4 +1,4 @@
-// For tests: what this library's rules say of two descriptions, for comparison with Python's (tests/capi).
+// What the C library's rules (csrc/control) say of two descriptions, for comparison with Python's (tests/capi).
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -6,7 +6,6 @@
 
 #include "control/agreement.h"
 #include "control/messages.h"
-#include "hetkv.h"
 
 namespace {
 
@@ -34,9 +33,8 @@ std::string list(const std::vector<double>& values) {
 }  // namespace
 
 // Bytes of the JSON text, cut where `room` is less. Of two messages `description`, this side's first.
-extern "C" HETKV_API std::size_t hetkv_test_agree(const std::uint8_t* mine, std::size_t mine_bytes,
-                                                  const std::uint8_t* theirs, std::size_t theirs_bytes, char* out,
-                                                  std::size_t room) {
+extern "C" std::size_t agree(const std::uint8_t* mine, std::size_t mine_bytes, const std::uint8_t* theirs,
+                             std::size_t theirs_bytes, char* out, std::size_t room) {
   Message a, b;
   std::string text;
   hetkv::Status status = decode(mine, mine_bytes, &a);
