@@ -40,6 +40,8 @@ struct Totals {
 
 constexpr std::uint64_t kQuiet = 50 * kMs;  // until the first links are there
 constexpr std::uint64_t kMostSteps = 50'000'000;
+// Times 100 ms from the last fault to the end of all requests: of one id they follow each other, a hold time each.
+constexpr int kMostWaits = 3000;
 constexpr unsigned kMostSeconds = 20;  // of a seed; it takes less than one
 
 // What befalls the fleet, spread over the time in which requests begin.
@@ -163,7 +165,7 @@ std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, st
   fleet->network.faults = going = false;
   fleet->network.heal();
   for (int i = 0; world.ok() && !transfers.over(); ++i) {
-    if (i == 600) world.violate("requests do not end:" + transfers.open());
+    if (i == kMostWaits) world.violate("requests do not end:" + transfers.open());
     run_until(world, world.now() + 100 * kMs);
   }
   // A ticket that asks for nothing may wait for a request that never comes, until its lease is over.

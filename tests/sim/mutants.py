@@ -85,7 +85,7 @@ MUTANTS = [
            "for (const auto& ticket : tickets) take_ticket(submission.id, ticket);", ""),
     Mutant("a lost link fails nobody", ENDINGS,
            "lane.link.get() == &link && !lane.cancelled && !lane.delivered", "false"),
-    Mutant("an abort is not heard", ANSWERS,
+    Mutant("an abort is not read", ANSWERS,
            "if (lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail(",
            "if (!MUTANT && lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail("),
     Mutant("idle slots are kept", ANSWERS,
