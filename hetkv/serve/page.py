@@ -31,6 +31,8 @@ class Moves:
     def on_trace(self, _: Member, trace: Trace) -> None:
         """Take what an instance's transport did."""
         for moved in trace.moved:
+            if not moved.transfer:
+                continue  # the instance has forgotten which request it was of
             moves = self._transfers.setdefault(moved.transfer, [])
             if len(moves) < MOST_MOVES:
                 start, stop = ((ns + trace.clock_ns) / 1e6 for ns in (moved.start_ns, moved.stop_ns))

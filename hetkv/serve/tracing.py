@@ -32,6 +32,7 @@ except ModuleNotFoundError:
     raise InputError("--trace needs opentelemetry-sdk: pip install 'hetkv[trace]'") from None
 
 SCHEDULER = "scheduler"
+REQUEST_DIGITS = 32
 INSTANCE = "hetkv.instance"
 """Attribute of a span: the process whose work it is."""
 
@@ -151,6 +152,8 @@ class RequestTracer:
         """What an instance's transport did."""
         for moved in trace.moved:
             request, _, attempt = moved.transfer.partition("/")
+            if len(request) != REQUEST_DIGITS:
+                continue  # the instance has forgotten which request it was of
             facts = {INSTANCE: member.name, "layer": moved.layer, "bytes": moved.num_bytes, "attempt": attempt}
             start, stop = moved.start_ns + trace.clock_ns, moved.stop_ns + trace.clock_ns
             self._span(f"{moved.kind} layer {moved.layer}", request, start, stop, facts)

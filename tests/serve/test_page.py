@@ -9,11 +9,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from hetkv.runtime.rank import Moved
+from hetkv.serve.messages import Trace
+from hetkv.serve.page import Moves
 from tests.serve.browser import Browser
 from tests.serve.serving import QUICK, Serving, serving
 
@@ -111,3 +115,20 @@ def test_spans(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
         moves = {(names[span["pid"]].split("-")[0], span["name"]) for span in mine if names[span["pid"]] != "scheduler"}
         assert {("prefill", "pack layer 0"), ("prefill", "pack layer 1")} <= moves
         assert {("decode", "unpack layer 0"), ("decode", "unpack layer 1")} <= moves
+
+
+def test_layers_of_requests_that_an_instance_has_forgotten(tmp_path: Path) -> None:
+    """They have no name: left out, and nothing else is lost for them."""
+    pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
+    from hetkv.serve import tracing
+
+    member: Any = SimpleNamespace(name="prefill-0")
+    trace = Trace([Moved("pack", "", 0, 1, 2, 8), Moved("pack", f"{7:032x}/1", 1, 3, 4, 8)], 0)
+    tracer = tracing.RequestTracer(tracing.PerfettoExporter(tmp_path / "trace.json"))
+    tracer.on_trace(member, trace)
+    tracer.close()
+    spans = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text()) if event["ph"] == "b"]
+    assert spans == ["pack layer 1"]
+    moves = Moves()
+    moves.on_trace(member, trace)
+    assert moves.latest() == []
