@@ -74,6 +74,6 @@ def test_no_payload_error_is_accepted() -> None:
 @pytest.mark.timeout(3600)
 def test_planted_faults_are_found() -> None:
     program = build("hetkv_sim_mutants")
-    hunt = [sys.executable, ROOT / "tests" / "sim" / "hunt.py", program, "--seeds", "400"]
+    hunt = [sys.executable, ROOT / "tests" / "sim" / "hunt.py", program, "--seeds", "800"]
     done = subprocess.run(hunt, capture_output=True, text=True, check=False)
     assert re.search(r"^(\d+) of \1 found", done.stdout, re.MULTILINE), done.stdout
