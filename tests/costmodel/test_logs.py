@@ -26,7 +26,7 @@ RUN = "measured/vllm_serving_rtxpro6000_llama31_8b/requests.jsonl"
 
 
 def write_log(path: Path, count: int = 120) -> Path:
-    """A request log of MI325X whose steps take the times that were measured on MI300X; 20 to 30 requests run at once."""
+    """A request log of MI325X whose steps take the times that were measured on MI300X; it runs 20 to 30 at once."""
     truth = step_model("MI300X", "Llama-3.1-8B", engine="vllm", engine_version="2024", max_batched_tokens=2048)
     random = np.random.default_rng(3)
     prompt, output = random.integers(100, 2000, count), random.integers(50, 400, count)
