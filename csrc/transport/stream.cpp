@@ -17,6 +17,7 @@ namespace hetkv::transport {
 namespace {
 
 constexpr std::size_t kInputBytes = 256 * 1024;
+constexpr std::size_t kAhead = 8 * 1024;  // read beyond what is under way: what is a payload there is copied once more
 constexpr std::size_t kMostAtOnce = std::size_t{4} << 20;  // of one stream, before others have their turn
 constexpr std::size_t kMostPieces = 16;                    // of one sendmsg
 constexpr std::size_t kMostDescriptors = 64;               // that wait for their frames
@@ -190,18 +191,20 @@ long Stream::receive() {
     in_end_ -= in_begin_;
     in_begin_ = 0;
   }
-  pieces[count++] = {in_.data() + in_end_, in_.size() - in_end_};
-  msghdr message{};
-  message.msg_iov = pieces;
-  message.msg_iovlen = count;
+  const std::size_t rest =
+      have_header_ && direct == 0 ? header_.length - std::min<std::size_t>(header_.length, in_end_ - in_begin_) : 0;
+  pieces[count++] = {in_.data() + in_end_, std::min(rest + kAhead, in_.size() - in_end_)};
+  msghdr call{};
+  call.msg_iov = pieces;
+  call.msg_iovlen = count;
   alignas(cmsghdr) char control[CMSG_SPACE(16 * sizeof(int))];
   if (local_) {
-    message.msg_control = control;
-    message.msg_controllen = sizeof control;
+    call.msg_control = control;
+    call.msg_controllen = sizeof control;
   }
   ssize_t bytes;
   do {
-    bytes = recvmsg(descriptor_, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    bytes = recvmsg(descriptor_, &call, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   } while (bytes < 0 && errno == EINTR);
   if (bytes < 0 && errno == EAGAIN) return -1;
   if (bytes <= 0) {
@@ -209,8 +212,7 @@ long Stream::receive() {
     owner_.fail(lost(bytes < 0 ? errno : 0));
     return -1;
   }
-  for (cmsghdr* item = local_ ? CMSG_FIRSTHDR(&message) : nullptr; item != nullptr;
-       item = CMSG_NXTHDR(&message, item)) {
+  for (cmsghdr* item = local_ ? CMSG_FIRSTHDR(&call) : nullptr; item != nullptr; item = CMSG_NXTHDR(&call, item)) {
     if (item->cmsg_level != SOL_SOCKET || item->cmsg_type != SCM_RIGHTS) continue;
     for (std::size_t at = 0; at + sizeof(int) <= item->cmsg_len - CMSG_LEN(0); at += sizeof(int)) {
       int descriptor;
