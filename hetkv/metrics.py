@@ -32,6 +32,7 @@ COUNTERS = {
 
 GAUGES = {
     "open_requests": "Requests in flight.",
+    "slow_links": "Links to peers under the same kernel that go over TCP: a warning in the log says why.",
     "pending_tickets": "Sender: tickets that wait for their request.",
     "granted_slots": "Receiver: slots that are granted to senders.",
     "quarantined_slots": "Receiver: slots that a stopped sender may still write to.",

@@ -13,14 +13,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from hetkv.errors import BenchmarkError
 
 ADDRESSES = "192.0.2.1", "192.0.2.2"
 """Of a network that is reserved for documents."""
-CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
-MS_REC, MS_PRIVATE, MS_RDONLY, MS_REMOUNT, MS_BIND = 1 << 14, 1 << 18, 1, 32, 4096
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x08000000, 0x20000000, 0x40000000
+MS_REC, MS_PRIVATE, MS_RDONLY, MS_REMOUNT = 1 << 14, 1 << 18, 1, 32
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,11 +37,13 @@ class Place(NamedTuple):
     private_pids: bool = False
     """A pid namespace of its own."""
     read_only_shm: bool = False
+    no_system_v: bool = False
+    """No System V shared memory: `kernel.shmmni` is 0."""
 
     def enter(self) -> None:
         """Move this process there, before it starts threads; with `private_pids` it goes on in a child of it.
 
-        Raises `BenchmarkError` where the kernel refuses.
+        Raises `BenchmarkError` where the kernel does not let it.
         """
         if self.private_pids:
             _unshare(CLONE_NEWPID)
@@ -51,6 +54,9 @@ class Place(NamedTuple):
         if self.namespace:
             with open(f"/run/netns/{self.namespace}") as namespace:
                 _call("setns", namespace.fileno(), CLONE_NEWNET)
+        if self.no_system_v:
+            _unshare(CLONE_NEWIPC)
+            Path("/proc/sys/kernel/shmmni").write_text("0")
         if self.private_shm or self.read_only_shm:
             _unshare(CLONE_NEWNS)
             _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)

@@ -34,6 +34,9 @@ COMMANDS: dict[str, Command] = {
     "probe": Command(
         "show the path, lanes and rates that hetkv gets here, or to another host", "bench", ("torch", "rich")
     ),
+    "doctor": Command(
+        "try each lane of this host, and say what limits it and what to change", "bench", ("torch", "rich")
+    ),
     "calibrate": Command(
         "fit the cost model to measurements; report how well it predicts", "plan", ("scipy", "yaml", "rich")
     ),

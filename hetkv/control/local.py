@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER_ENV = "HETKV_SOCKET_DIR"
+NO_FOLDER = "none"
+"""Value of that variable for a listener without unix sockets: all its links are TCP."""
 PREFIX = "hetkv-"
 LONGEST = 100
 """Of the paths that a peer may name: the kernel's limit is 107."""
@@ -34,9 +36,10 @@ class LocalSockets:
         self._files: list[Path] = []
         self._lock = -1
         token = PREFIX + secrets.token_hex(8)
-        if self._listen("\0" + token):
+        wanted = os.environ.get(FOLDER_ENV) != NO_FOLDER
+        if wanted and self._listen("\0" + token):
             names.append("@" + token)
-        for folder in _folders():
+        for folder in _folders() if wanted else ():
             path = folder / f"{token}.sock"
             if len(os.fsencode(path)) <= LONGEST and self._claim(folder, token) and self._listen(str(path)):
                 self._files.append(path)

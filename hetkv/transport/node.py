@@ -237,6 +237,7 @@ class Node(ABC, Generic[P]):
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is there now, by name: see `hetkv.metrics`."""
         counters: dict[str, int] = self.engine.stats()
+        counters["slow_links"] = sum(bool(peer.slow_because) for peer in self.peers)
         return counters
 
     def close(self) -> None:
@@ -317,6 +318,8 @@ class Node(ABC, Generic[P]):
         self.engine.activate_link(link)  # tells again where the link was lost before the peer was known
         peer.ready = True  # what is posted from now on comes after the activation
         log.info("%s: linked to %s at %s", self.role, peer.name, connection.peer_address)
+        if peer.slow_because:
+            log.warning("%s: %s: %s", self.role, peer.name, peer.slow_because)
         connection.on_lost(lambda error: self._on_connection_lost(peer, error))
         return peer
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hetkv.control.agreement import Agreement
 from hetkv.control.connection import ControlConnection
-from hetkv.control.description import Description, host_id
+from hetkv.control.description import Description, host_id, same_kernel
+from hetkv.control.local import FOLDER_ENV
 from hetkv.control.streams import Kind
 from hetkv.errors import HetkvError, IncompatibleError
 
@@ -33,6 +34,8 @@ class Peer:
         """The connection of the data plane: `unix` (this host; slots can be shared), or `tcp`."""
         self.tried: tuple[str, ...] = connection.streams.tried
         """What was not to be had before that, and why; known to the side that connected."""
+        self.slow_because = self._slow()
+        """Why payloads take a slower way than two processes under one kernel can have; empty where they do not."""
         self.ready = False
         """Both sides have added the link: requests may use it."""
         self.lost: HetkvError | None = None
@@ -58,6 +61,15 @@ class Peer:
     @property
     def same_host(self) -> bool:
         return self.kind == "unix" or self.description.host == host_id()
+
+    def _slow(self) -> str:
+        if self.kind != "tcp" or not same_kernel(self.description.host, host_id()):
+            return ""
+        tried = "; ".join(self.tried) or "no unix socket is reached by both sides"
+        return (
+            f"runs under this kernel, but its payloads go over TCP: {tried}. Let both containers share /dev/shm "
+            f"(--ipc=host) or a folder that {FOLDER_ENV} names; `hetkv doctor` tries the lanes"
+        )
 
     def __repr__(self) -> str:
         return f"Peer({self.name!r}, {self.address}" + (f", lost: {self.lost})" if self.lost else ")")

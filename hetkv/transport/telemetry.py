@@ -42,7 +42,7 @@ def _span(tracing: Any, name: str, attributes: dict[str, str | int]) -> Finish:
     return end
 
 
-LEVELS = ("open_requests", "pending_tickets", "granted_slots", "quarantined_slots")
+LEVELS = ("open_requests", "slow_links", "pending_tickets", "granted_slots", "quarantined_slots")
 """Counters of `Node.stats` that go down again."""
 
 
