@@ -211,6 +211,22 @@ def vllm_table(file: Path) -> str:
     return "\n".join(lines) + f"\n\nRatios: {'; '.join(reached)}."
 
 
+def network_table(file: Path) -> str:
+    """hetkv over TCP against a plain socket loop, between two network namespaces."""
+    run = json.loads(file.read_text())
+    lines = [
+        "| TCP between two network namespaces | connections | plain loop, GB/s | hetkv, GB/s | ratio (target "
+        f"{run['target']}) | CPU s/GB, plain | hetkv |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        limit = f"{row['mbit'] / 1000:g} Gbit/s" if row["mbit"] else "no limit"
+        rates = f"{row['plain_gb_s']:.2f} | {row['hetkv_gb_s']:.2f} | {row['ratio']:.2f}"
+        cpu = f"{row['plain_cpu_s_per_gb']:.2f} | {row['hetkv_cpu_s_per_gb']:.2f}"
+        lines.append(f"| {limit} | {row['connections']} | {rates} | {cpu} |")
+    return "\n".join(lines) + f"\n\nOther work ran on the {run['cpus']} cores: load average {run['load_average']:g}."
+
+
 def origin(file: Path) -> str:
     run: dict[str, Any] = json.loads(file.read_text())
     device = ", ".join(run.get("gpus", [])) or run["device"]
@@ -224,6 +240,7 @@ def section() -> str:
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
     more.append(("gpu-remap.json", gpu_remap_table))
     more += [("traffic-device.json", traffic_table), ("traffic.json", traffic_table)]
+    more.append(("network.json", network_table))
     more.append(("overlap.json", overlap_table))
     more.append(("vllm_pd.json", vllm_table))
     peers = [file for file in [RESULTS / "traffic-peers.json"] if file.is_file()]

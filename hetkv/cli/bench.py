@@ -7,6 +7,7 @@ from importlib import import_module
 
 BENCHES = {
     "remap": "layout and dtype conversion against memcpy of as many bytes",
+    "network": "pool to pool over TCP between two network namespaces, against a plain socket loop there",
     "overlap": "what sending costs a prefill on a GPU, and how much of the transfer is exposed after it",
     "traffic": "many requests at once and small ones, pool to pool, against the link and NIXL",
     "transfer": "pool to pool between two processes, against UCX and other transports",
