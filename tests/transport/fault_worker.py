@@ -26,7 +26,7 @@ from hetkv.transport.sender import Sender
 SECRET = b"a secret of tests"
 SPEC = KVSpec.uniform(2, 4, 128)
 BLOCKS, USED = 1024, 960
-TIMEOUT_S = 0.5
+TIMEOUT_S = 2.0
 CONFIG = TransferConfig(
     slot_bytes=1 << 18, window_bytes=32 << 18, max_slots_per_link=8, staging_slots=8, heartbeat_s=0.1,
     peer_timeout_s=TIMEOUT_S, lease_s=30,
