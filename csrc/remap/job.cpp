@@ -1,6 +1,7 @@
 #include "remap/job.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 namespace hetkv::remap {
@@ -10,7 +11,8 @@ constexpr std::int64_t kPieceBytes = 16 * 1024;  // of one side: this piece and 
 constexpr std::int64_t kMaxWindow = 256;         // tokens
 constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kTileElements = 2048;  // of a conversion that goes through a tile
-constexpr std::int64_t kShortRun = 16;        // elements; shorter runs are converted in a tile
+constexpr std::int64_t kSnapshotBytes = 128 * 1024;
+constexpr std::int64_t kShortRun = 16;  // elements; shorter runs are converted in a tile
 
 Bytes* pointer(std::uint64_t at) {
   return reinterpret_cast<Bytes*>(static_cast<std::uintptr_t>(at));
@@ -37,6 +39,9 @@ std::int64_t affine_tokens(const Side& side, std::int64_t token, std::int64_t li
 std::int64_t outer_step(const SegmentMap& map, std::int64_t inner, std::int64_t channels) {
   return std::min<std::int64_t>(map.pack, channels) == inner ? map.outer_stride : inner * map.inner_stride;
 }
+
+// A piece of a payload that was received. A peer may still write to its slot: what is summed must be what is unpacked.
+alignas(64) thread_local Bytes snapshot[kSnapshotBytes];
 
 }  // namespace
 
@@ -139,7 +144,12 @@ void JobRunner::plan(const Piece& piece) {
   token_axis_ = {piece.tokens, s.token_stride, d.token_stride};
   outer_axis_ = {span_ / inner_, outer_step(s, inner_, job_.channels), outer_step(d, inner_, job_.channels)};
   inner_axis_ = {inner_, s.inner_stride, d.inner_stride};
-  const Axis axes[kMaxAxes] = {token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
+  Axis axes[kMaxAxes] = {token_axis_, outer_axis_, inner_axis_, {piece.heads, s.head_stride, d.head_stride}};
+  src_head_ = s.head_stride;
+  const bool reads_once = !converts_ && MovePlan(axes, kMaxAxes, static_cast<int>(from_size_)).can_sum();
+  const std::int64_t head_bytes = piece.tokens * wire_token_;
+  snapshots_ = sums_ && sum_.source && !reads_once && piece.heads * head_bytes <= kSnapshotBytes;
+  if (snapshots_) axes[kMaxAxes - 1].src = src_head_ = head_bytes;
   if (!converts_) {
     move_ = MovePlan(axes, kMaxAxes, static_cast<int>(from_size_));
   } else {
@@ -151,18 +161,29 @@ void JobRunner::plan(const Piece& piece) {
 void JobRunner::run(const Piece& piece, const Piece* after, Result& result) {
   if (piece.tokens != plan_tokens_ || piece.heads != plan_heads_) plan(piece);
   const std::int64_t dst_ahead = after != nullptr ? after->dst - piece.dst : 0;
-  const std::int64_t src_ahead = after != nullptr ? after->src - piece.src : 0;
-  const bool sums_on_the_way = sums_ && !converts_ && move_.can_sum();
+  const Bytes* src = piece.src;
+  if (snapshots_) {
+    for (std::int64_t h = 0; h < piece.heads; ++h) {
+      std::memcpy(snapshot + h * src_head_, piece.src + h * job_.src.map.head_stride,
+                  static_cast<std::size_t>(src_head_));
+      const std::uint64_t index = sum_.first + static_cast<std::uint64_t>(piece.src - sum_.origin) / 8 +
+                                  static_cast<std::uint64_t>(h * job_.src.map.head_stride) / 8;
+      result.checksum += kernels_.checksum(snapshot + h * src_head_, src_head_, index, sum_.seed);
+    }
+    src = snapshot;
+  }
+  const std::int64_t src_ahead = after != nullptr ? after->src - src : 0;
+  const bool sums_on_the_way = sums_ && !converts_ && !snapshots_ && move_.can_sum();
   for (std::int64_t c = 0; c < job_.channels; c += span_) {
-    const Move move{at(job_.dst, piece.token, piece.head, c), at(job_.src, piece.token, piece.head, c), dst_ahead,
-                    src_ahead};
+    const Move move{at(job_.dst, piece.token, piece.head, c),
+                    src + (at(job_.src, piece.token, piece.head, c) - piece.src), dst_ahead, src_ahead};
     if (converts_) {
       result.saturated += convert(piece, move);
     } else {
       result.checksum += move_.run(kernels_, move, sums_on_the_way ? &sum_ : nullptr);
     }
   }
-  if (sums_ && !sums_on_the_way) result.checksum += sum(piece);
+  if (sums_ && !sums_on_the_way && !snapshots_) result.checksum += sum(piece);
 }
 
 // Checksum of the piece's part of the payload: one contiguous run a head.
@@ -181,8 +202,7 @@ std::uint64_t JobRunner::convert(const Piece& piece, const Move& move) const {
   std::uint64_t saturated = 0;
   for (std::int64_t h = 0; h < piece.heads; ++h) {
     const float multiplier = job_.multipliers != nullptr ? job_.multipliers[piece.head + h] : 1.0f;
-    const Move one{move.dst + h * job_.dst.map.head_stride, move.src + h * job_.src.map.head_stride, move.dst_ahead,
-                   move.src_ahead};
+    const Move one{move.dst + h * job_.dst.map.head_stride, move.src + h * src_head_, move.dst_ahead, move.src_ahead};
     saturated += direct_ ? runs_.run(kernels_, one, multiplier) : convert_tiles(one, piece.tokens, multiplier);
   }
   return saturated;

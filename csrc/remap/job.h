@@ -59,6 +59,8 @@ class JobRunner {
   std::int64_t span_ = 1;   // channels within which both sides are affine in (outer, inner)
   std::int64_t inner_ = 1;  // channels of one inner run
   WireSum sum_;
+  bool snapshots_ = false;       // pieces are moved and summed from a copy of their payload
+  std::int64_t src_head_ = 0;    // bytes from head to head where they are moved from
   std::int64_t wire_token_ = 0;  // bytes of one token of one head in the payload
 
   // Where the pieces are cut. A window of tokens is moved for some heads, then for the next: the larger of the two
