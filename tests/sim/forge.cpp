@@ -114,7 +114,7 @@ bool forge_frame(Fleet& fleet, const Transfers& transfers, Control& control) {
   frame.checksum = random.next();
   fleet.world.note("forged: a frame of kind {} over link {}, for transfer {}", kind, control.number, transfer.number);
   // A slot of its own is spent by it, which the real sender does not know.
-  control.forged = kind != 5;
+  control.forged |= kind != 5;
   fleet.disturb(control);
   send(fleet, control, 0, prelude, frame);
   return true;
