@@ -6,8 +6,9 @@
    Contracts
    - Every function may be called from any thread. Those that return hetkv_status return HETKV_OK or say in
      hetkv_error() what is wrong, in one line, until the thread's next call that fails.
-   - Structures that a caller fills begin as zero: HETKV_INIT(structure) does that and notes their size, so that later
-     versions can add fields. What they point to is read during the call and copied.
+   - Structures that a caller fills begin as zero. Those with `struct_bytes` take HETKV_INIT(structure), which notes
+   their size as well: a library of another size rejects it by name. What they point to is read during the call and
+   copied.
    - A pool's memory is the caller's. It stays allocated until the pool's nodes are closed.
    - Nothing here prints, ends the process, or takes a signal. */
 #ifndef HETKV_H
@@ -153,10 +154,12 @@ typedef struct hetkv_node_config {
 HETKV_API hetkv_status hetkv_sender_create(const hetkv_pool* pool, const hetkv_node_config* config, hetkv_node** node);
 HETKV_API hetkv_status hetkv_receiver_create(const hetkv_pool* pool, const hetkv_node_config* config,
                                              hetkv_node** node);
-/* Ends all links and requests (HETKV_CLOSED) and waits for the node's threads. Requests are freed on their own. */
+/* Ends all links and requests (HETKV_CLOSED), waits for the node's threads, and frees the node. Its requests stay valid
+   for hetkv_wait and the like, until hetkv_request_free of each. */
 HETKV_API void hetkv_node_close(hetkv_node* node);
 
-/* Accepts peers at `host:port` (port 0: any free one), and writes the address to connect to, ended by a zero. */
+/* Accepts peers at `host:port` (port 0: any free one), and writes the address to connect to, ended by a zero.
+   `bound_bytes`: 64 or more. */
 HETKV_API hetkv_status hetkv_listen(hetkv_node* node, const char* address, char* bound, size_t bound_bytes);
 /* Connects to a listening rank, checks that the two sides fit, and links them. */
 HETKV_API hetkv_status hetkv_connect(hetkv_node* node, const char* address);
@@ -194,7 +197,7 @@ HETKV_API hetkv_status hetkv_receive(hetkv_node* receiver, const hetkv_request_c
 HETKV_API hetkv_status hetkv_send_layer(hetkv_request* request, uint32_t layer, uint64_t start, uint64_t stop,
                                         void* stream);
 /* One call a layer for a whole step: tokens [starts[i], stops[i]) of requests[i], all of one sender. NULL arrays: all
-   tokens of each. */
+   tokens of each. Where it fails nothing of any request was sent by it. */
 HETKV_API hetkv_status hetkv_send_batch(hetkv_request* const* requests, size_t count, uint32_t layer,
                                         const uint64_t* starts, const uint64_t* stops, void* stream);
 
@@ -203,8 +206,10 @@ HETKV_API hetkv_status hetkv_send_batch(hetkv_request* const* requests, size_t c
 HETKV_API hetkv_status hetkv_wait(hetkv_request* request, int64_t timeout_ms);
 HETKV_API hetkv_status hetkv_wait_layer(hetkv_request* request, uint32_t layer, int64_t timeout_ms); /* receiver */
 HETKV_API hetkv_status hetkv_wait_packed(hetkv_request* request, int64_t timeout_ms); /* sender: blocks may be freed */
-/* Requests of a node that have ended since the last call, well or not, at most `most`: for an engine's loop. */
+/* Requests of a node that have ended since the last call, well or not, at most `most`: for an engine's loop. Each is
+   given once, is still the caller's to free, and is left out once it is freed. */
 HETKV_API size_t hetkv_poll(hetkv_node* node, hetkv_request** requests, size_t most);
+/* `reason` goes to the peer; NULL: none is given. */
 HETKV_API void hetkv_abort(hetkv_request* request, const char* reason);
 /* The request goes on; nobody hears of it any more. */
 HETKV_API void hetkv_request_free(hetkv_request* request);

@@ -26,6 +26,8 @@ using hetkv::Result;
 using hetkv::capi::Node;
 using hetkv::control::Role;
 
+constexpr std::size_t kAddressBytes = 64;  // the least room for an address
+
 thread_local std::string last_error;
 
 hetkv_status tell(Result result) {
@@ -157,10 +159,11 @@ void hetkv_node_close(hetkv_node* node) {
 hetkv_status hetkv_listen(hetkv_node* node, const char* address, char* bound, size_t bound_bytes) {
   return guarded([&]() -> Result {
     if (node == nullptr || address == nullptr || bound == nullptr) return missing("an argument");
+    if (bound_bytes < kAddressBytes) return failure(HETKV_INPUT, "bound_bytes must be 64 or more");
     std::string at;
     Result result = node->node->listen(address, &at);
     if (!result.ok()) return result;
-    if (at.size() + 1 > bound_bytes) return failure(HETKV_INPUT, "the address does not fit: 64 bytes are enough");
+    if (at.size() + 1 > bound_bytes) return failure(HETKV_INPUT, "the address does not fit");
     std::memcpy(bound, at.c_str(), at.size() + 1);
     return {};
   });

@@ -38,13 +38,15 @@ class Receiver final : public Engine {
   Status start(bool threaded = true) override;
 
   // Both return at once. A handle is never reused; abort of one that has ended does nothing.
-  // kInvalid: a request with this id is under way; kClosed: the engine has ended.
+  // kInvalid: a request with this id is under way; kClosed: the engine has ended. A link that is down ends the outcome
+  // with kPeerLost.
   Status receive(Intake intake, std::shared_ptr<Outcome>* out);
   void abort(std::uint64_t handle, std::string reason);
   // The lost link's peer has ended or acknowledged: what it held of the window may be used again.
   void retire_link(std::uint32_t link);
   // Makes a stream of the pool's device wait for a layer (StreamGates::kAll: for the whole request) to be verified and
-  // in the pool, or for the request's end. Returns at once.
+  // in the pool, or for the request's end. Returns at once. Errors: those of StreamGates::wait; kInvalid for a pool in
+  // host memory. Any thread, as the two above.
   Status wait_stream(Outcome& outcome, std::int32_t layer, void* stream);
   // For tests: the epoch of a request's ticket; 0 where it has ended.
   std::uint64_t epoch(std::uint64_t handle);

@@ -12,6 +12,7 @@ from typing import Any
 
 from hetkv.costmodel.efficiency import Constants, Efficiencies, Efficiency, Key, Span, Spans
 from hetkv.costmodel.kv_transfer import Link
+from hetkv.costmodel.textfile import read_utf8
 from hetkv.errors import InputError
 
 SHIPPED = "hetkv/costmodel/data/calibration.json"
@@ -21,7 +22,7 @@ def load_efficiencies(overrides: Iterable[str | Path] = ()) -> Efficiencies:
     """The shipped values with the user's calibration files laid over them, later ones last."""
     entries = dict(_shipped().entries)
     for path in overrides:
-        entries.update(parse_efficiencies(Path(path).read_text(encoding="utf-8"), str(path)).entries)
+        entries.update(parse_efficiencies(read_utf8(path), str(path)).entries)
     return Efficiencies(entries)
 
 
@@ -37,7 +38,7 @@ def load_links(paths: Iterable[str | Path]) -> dict[str, Link]:
     """The links that `hetkv calibrate --bench` wrote, by name, later files last; errors name the file and the link."""
     found = {}
     for path in paths:
-        document = parse_document(Path(path).read_text(encoding="utf-8"), str(path))
+        document = parse_document(read_utf8(path), str(path))
         for index, raw in enumerate(document.get("links", [])):
             try:
                 found[str(raw["name"])] = Link(float(raw["bytes_per_second"]), float(raw["latency_s"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hetkv.costmodel.textfile import read_utf8
 from hetkv.errors import InputError
 
 UNITS = {
@@ -128,8 +129,7 @@ def load_catalogue(overrides: Iterable[str | Path] = ()) -> Catalogue:
     """
     gpus = dict(_shipped().gpus)
     for path in overrides:
-        text = Path(path).read_text(encoding="utf-8")
-        for gpu in _parse(text, str(path), gpus):
+        for gpu in _parse(read_utf8(path), str(path), gpus):
             gpus[gpu.name] = gpu
     return Catalogue(gpus)
 

@@ -22,7 +22,9 @@ def read_axes(
 ) -> tuple[int, dict[str, SegmentLayout]]:
     """Block size and segment layouts of one array whose axes have these names. Raises `InputError`."""
     unknown = [axis for axis in names if axis not in AXES]
-    if unknown or len(set(names)) != len(names) or len(names) != len(memory.shape):
+    if unknown:
+        raise InputError(f"axes {' '.join(names)!r}: {unknown[0]!r} is no axis; known are {', '.join(AXES)}")
+    if len(set(names)) != len(names) or len(names) != len(memory.shape):
         raise InputError(f"axes {' '.join(names)!r} do not name the {len(memory.shape)} axes of shape {memory.shape}")
     dtype = memory.dtype
     shape = dict(zip(names, memory.shape, strict=True))

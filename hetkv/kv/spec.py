@@ -91,7 +91,9 @@ class KVSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
 
     @classmethod
     def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> KVSpec:
-        """A model with equal layers in one cache group (Llama, Mistral, Qwen)."""
+        """A model with equal layers in one cache group (Llama, Mistral, Qwen). Raises `InputError`."""
+        if not isinstance(num_layers, SupportsIndex) or index(num_layers) < 1:
+            raise InputError(f"num_layers {num_layers!r}: a whole number from 1")
         return cls((LayerSpec.kv(num_kv_heads, head_dim, v_head_dim),) * num_layers)
 
     @cached_property

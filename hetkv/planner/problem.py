@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_shape
+from hetkv.costmodel.textfile import read_utf8
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
 from hetkv.simulator.measured_link import with_measured_link
@@ -146,11 +147,9 @@ def load_problem(path: str | Path) -> Problem:
     `catalogue` and `calibration` files count from the problem's own folder.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_utf8(path))
     except OSError as error:
         raise InputError(f"{path}: the problem cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     document = with_measured_link(document, Path(path).parent, str(path))

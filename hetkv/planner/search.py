@@ -249,7 +249,7 @@ class Search:
     def _improve(self) -> None:
         """Ask the neighbours of the plan, or where none met the targets those of one that is near, or else closest."""
         start = time.perf_counter()
-        plan = self.best or self.near() or min(self._left(), key=lambda c: c.used, default=None)
+        plan = self.best or self.near() or min(self.left(), key=lambda c: c.used, default=None)
         if plan is None:
             return
         most = plan.cost if plan.used <= NEAR else DEARER * max(c.cost for c in self.seen)
@@ -259,12 +259,13 @@ class Search:
             self.best = plan
         self.verify_seconds += time.perf_counter() - start
 
-    def _left(self) -> list[Candidate]:
-        return [c for c in self.seen if not self.trials.is_barred(c.counts, c.scale)]
+    def left(self) -> list[Candidate]:
+        """What was tried, without the plans that failed on held-out seeds since."""
+        return [c for c in self.seen if c.held or not self.trials.is_barred(c.counts, c.scale)]
 
     def near(self) -> Candidate | None:
         """The best plan that misses by so little, or not at all, that held-out seeds may accept it."""
-        left = [c for c in self._left() if c.used <= NEAR]
+        left = [c for c in self.left() if c.used <= NEAR]
         return min(left, key=lambda c: (c.cost if self.for_cost else -c.scale, c.used), default=None)
 
     def to_judge(self) -> Candidate | None:

@@ -87,7 +87,7 @@ def solve(
         meets=meets,
         tightest=_tightest(problem, search, best, simulated),
         baselines=options,
-        runners_up=[_option(search, c, f"runner-up {i + 1}") for i, c in enumerate(runners_up(search.seen, best))],
+        runners_up=[_option(search, c, f"runner-up {i + 1}") for i, c in enumerate(runners_up(search.left(), best))],
         sensitivity=sensitivity,
         shifts=vendor_shifts(problem, search, best) if alternatives else [],
         columns_seconds=columns_seconds,
@@ -301,7 +301,7 @@ def _search_part(search: Search, problem: Problem, part: Columns) -> Search:
 def _alternative(name: str, problem: Problem, part: Columns, search: Search, best: Candidate, other: Search) -> Option:
     """The best of all plans that were simulated and use these columns only."""
     keys = {c.key for c in part.columns}
-    seen = [c for c in (best, *search.seen) if set(c.counts) <= keys]
+    seen = [c for c in (best, *search.left()) if set(c.counts) <= keys]
     if not seen:
         text = str(other.undecided or explain(problem, part))
         return Option(name, False, why=text.removeprefix("no plan: "), seconds=other.seconds)

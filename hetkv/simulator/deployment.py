@@ -24,6 +24,7 @@ from hetkv.costmodel import (
     model_shape,
     step_model,
 )
+from hetkv.costmodel.textfile import read_utf8
 from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
 from hetkv.simulator.measured_link import with_measured_link
@@ -167,9 +168,7 @@ def load_plan(path: str | Path, model: str | None = None) -> Plan:
     `catalogue` and `calibration` files count from the plan's own folder.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
+        document = yaml.safe_load(read_utf8(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     folder = Path(path).parent

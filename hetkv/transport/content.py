@@ -23,6 +23,8 @@ def content_digest(token_ids: Sequence[int], extra: Sequence[Any] = ()) -> bytes
     stand, the adapter's name, a cache salt, hashes of embeddings; anything that MessagePack can say. Raises
     `InputError`.
     """
+    if isinstance(token_ids, str | bytes) or isinstance(extra, str | bytes):
+        raise InputError("content: token_ids are integers, and extra is a list of what else counts, not text")
     try:
         tokens = array("q", plain(token_ids))
         head = msgspec.msgpack.encode((len(tokens), tuple(extra)), order="deterministic")

@@ -47,10 +47,16 @@ class Instance(msgspec.Struct, frozen=True):
 
     @staticmethod
     def join(file: str | os.PathLike[str], name: str, rank: int, ranks: int, address: str) -> None:
-        """Add a rank to the file of its instance. A rank that comes again replaces what it wrote before."""
+        """Add a rank to the file of its instance. A rank that comes again replaces what it wrote before.
+
+        Raises `InputError` where the file cannot be written.
+        """
         Instance(name, (address,))
-        with open(file, "a") as book:  # one short line: whole, also where several ranks write at once
-            book.write(f"{name} {rank}/{ranks} {address}\n")
+        try:
+            with open(file, "a") as book:  # one short line: whole, also where several ranks write at once
+                book.write(f"{name} {rank}/{ranks} {address}\n")
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}") from None
 
     @classmethod
     def read(cls, file: str | os.PathLike[str], timeout: float = 30.0) -> Instance:

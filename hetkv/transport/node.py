@@ -94,6 +94,8 @@ class Node(ABC, Generic[P]):
         check_secret(secret)
         lifetime.check_process()
         self.instance, self.rank = instance, index(rank)
+        if not isinstance(pool, KVPool):
+            raise InputError(f"pool is a KVPool, not {type(pool).__name__}: KVPool.from_tensors() makes one of arrays")
         shards = instance_shards_of(pool, self.rank, tp, pp, instance_shards)
         self.pool = pool
         self.device = device_of(pool)
@@ -184,7 +186,13 @@ class Node(ABC, Generic[P]):
             listener.close()
             raise ClosedError(f"the {self.role} is closed")
         if book is not None:
-            Instance.join(book, self.instance, self.rank, len(self.description.shards), listener.address)
+            try:
+                Instance.join(book, self.instance, self.rank, len(self.description.shards), listener.address)
+            except InputError:
+                with self._lock:
+                    self._listeners.remove(listener)
+                listener.close()
+                raise
         return listener.address
 
     @overload

@@ -8,6 +8,7 @@ from pathlib import Path
 from hetkv.costmodel.calibration.datasets import ServingRow
 from hetkv.costmodel.calibration.logs import bench_serve, engine_log, metrics, request_log
 from hetkv.costmodel.calibration.logs.observations import Observation, Setup
+from hetkv.costmodel.textfile import read_utf8
 from hetkv.errors import InputError
 
 KINDS = "a request log (JSON lines), scrapes of /metrics, a log of vLLM or SGLang, or a result of `vllm bench serve`"
@@ -24,7 +25,7 @@ def read(
     seen: list[Observation] = []
     scrapes = []
     for path in paths:
-        text, origin = path.read_text(encoding="utf-8-sig"), str(path)
+        text, origin = read_utf8(path), str(path)
         if request_log.looks_like(text):
             log = request_log.parse(text, origin)
             seen += request_log.observations(log, None if until_s is None else float(log.queued.min()) + until_s)
