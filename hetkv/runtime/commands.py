@@ -11,6 +11,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Compute a prompt, and decode it: here, or on `goes_to` once its KV is there."""
 
     id: str
+    """Never one that this instance had before: what it gave up may still have KV on its way."""
     tokens: list[int]
     """The prompt, and what was generated elsewhere since."""
     sampling: Sampling

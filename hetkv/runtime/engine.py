@@ -267,7 +267,10 @@ class Engine:
             self.batching.expected.append(sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether the pool could hold it, alone. What could not is lost at once."""
+        """Whether the pool could hold it, alone. What could not is lost at once, and so is a name that is in use."""
+        if sequence.id in self._sequences:
+            self._news.failed[sequence.id] = "a sequence of this name is still here"
+            return False
         here = 0 if sequence.goes_to else sequence.sampling.max_tokens - sequence.generated - 1
         need = self._blocks.blocks_of(len(sequence.tokens) + here)
         if need > self._blocks.total:

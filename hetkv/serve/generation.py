@@ -57,7 +57,10 @@ class Generation:
 
     @property
     def transfer(self) -> str:
-        """Unique name of the transfer of this attempt."""
+        """Unique name of this attempt and of its transfer.
+
+        Its instances know it by this name, as one that gave the attempt before up may still have KV on its way.
+        """
         return f"{self.id}/{self.attempt}"
 
     def push(self, token: Token, finish: str) -> None:

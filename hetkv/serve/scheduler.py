@@ -95,17 +95,17 @@ class Scheduler:
         generation.begun = False
         tokens, done = generation.prompt + generation.generated, len(generation.generated)
         generation.home, generation.left = home, generation.target
-        home.generations[generation.id] = generation
+        home.generations[generation.transfer] = generation
         home.count(1, generation.left)
         if peer is None:
-            home.send(Compute(generation.id, tokens, generation.sampling, done))
+            home.send(Compute(generation.transfer, tokens, generation.sampling, done))
             return
         generation.peer, generation.coming = peer, generation.target
-        peer.generations[generation.id] = generation
+        peer.generations[generation.transfer] = generation
         peer.count(1, 0, generation.coming)
         transfer = generation.transfer
-        peer.send(Expect(generation.id, tokens, generation.sampling, home.name, transfer, done))
-        home.send(Compute(generation.id, tokens, generation.sampling, done, peer.name, transfer))
+        peer.send(Expect(transfer, tokens, generation.sampling, home.name, transfer, done))
+        home.send(Compute(transfer, tokens, generation.sampling, done, peer.name, transfer))
 
     def _remaining(self, generation: Generation) -> int:
         return generation.sampling.max_tokens - len(generation.generated)
@@ -134,7 +134,7 @@ class Scheduler:
             home.count(-1, -generation.left)
             generation.left = 0
             if generation.peer is not home:
-                del home.generations[generation.id]
+                del home.generations[generation.transfer]
             self._say_goodbye(home)
 
     def _leave_peer(self, generation: Generation) -> None:
@@ -142,7 +142,7 @@ class Scheduler:
         if peer is not None:
             peer.count(-1, 0, -generation.coming)
             generation.coming = 0
-            del peer.generations[generation.id]
+            del peer.generations[generation.transfer]
             self._say_goodbye(peer)
 
     def _withdraw(self, generation: Generation, reason: str) -> None:
@@ -150,7 +150,7 @@ class Scheduler:
         for member in {generation.home, generation.peer} - {None}:
             assert member is not None
             if member.name in self.members:
-                member.send(Abort(generation.id, reason))
+                member.send(Abort(generation.transfer, reason))
         self._leave_home(generation)
         self._leave_peer(generation)
 
@@ -219,7 +219,7 @@ class Scheduler:
             self._end(generation, output.finish)
         elif generation.peer is not None and not generation.begun:
             generation.begun = True
-            generation.peer.send(Begin(generation.id, output.token.id))
+            generation.peer.send(Begin(generation.transfer, output.token.id))
             if not generation.coming:
                 self._leave_home(generation)
 

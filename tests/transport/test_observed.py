@@ -38,7 +38,11 @@ def move(sender: Sender, receiver: Receiver) -> None:
 
 
 def test_links_are_logged_and_payloads_are_not(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="hetkv")
+    for name in (
+        "hetkv",
+        "hetkv.transport",
+    ):  # `hetkv serve` in this process sets the second
+        caplog.set_level(logging.DEBUG, logger=name)
     sender, receiver = pair
     move(sender, receiver)
     receiver.connect(sender.listen())

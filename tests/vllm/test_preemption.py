@@ -129,6 +129,8 @@ def test_ranks_that_are_done_before_one_that_is_not(handed: list[int], asked: li
         for consumer, load in zip(consumers, loads, strict=True):
             consumer.begin(Metadata(loads=[load]))
         until(lambda: sorted(done) == [rank for rank in pending if asked[rank] == HALF])
+        # Every rank has asked: one whose ticket comes after the preemption loses nothing, and nobody asks again.
+        until(lambda: all(consumer._receiver.stats()["frames"] > 0 for consumer in consumers))
         if handed[0] == TOKENS:
             until(lambda: producers[0]._all_left("r"))
         with ThreadPoolExecutor(len(producers)) as pool:
