@@ -130,7 +130,7 @@ def test_a_pool_over_an_engines_tensors_is_moved() -> None:
     ("axes", "shape", "said"),
     [
         ("segment block token head", (2, 7, 4, 3, 16), "do not name the 5 axes"),
-        ("segment block token head chanel", (2, 7, 4, 3, 16), "do not name the 5 axes"),
+        ("segment block token head chanel", (2, 7, 4, 3, 16), "'chanel' is no axis; known are segment"),
         ("segment token head channel", (2, 4, 3, 16), "need block"),
         ("segment block token head outer", (2, 7, 4, 3, 16), "need block"),
         ("segment block token head channel", (3, 7, 4, 3, 16), "segment axis"),

@@ -1,4 +1,4 @@
-"""Arguments that cannot be: one `InputError` that names the thing, and nothing is left behind."""
+"""Arguments that cannot be: one `InputError` that names the thing, and nothing remains."""
 
 from __future__ import annotations
 
