@@ -254,7 +254,11 @@ void Receiver::on_link_lost(Link& link, const Status& status) {
 
 void Receiver::on_link_closed(Link& link) {
   demands_.erase(link.id);
-  link.retired ? slots_.retire(link.id) : slots_.retire_host(link.id);
+  if (link.retired) {
+    slots_.retire(link.id);
+  } else {
+    slots_.retire_host(link.id);
+  }
   stats_.quarantined_slots = slots_.quarantined();
   slots_moved_ = true;
 }

@@ -100,14 +100,20 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Of the first choice; each further one has the next seed."""
 
 
-def parse(body: bytes, chat: bool) -> Call:
-    """The call that a body asks for. Raises `ApiError`."""
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises `ApiError`."""
     try:
         document = msgspec.json.decode(body)
     except msgspec.DecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ApiError(400, "the body is not a JSON object")
+    return document
+
+
+def parse(body: bytes, chat: bool) -> Call:
+    """The call that a body asks for. Raises `ApiError`."""
+    document = json_object(body)
     _check_neutral(document)
     kind = _Chat if chat else _Completion
     try:

@@ -20,12 +20,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import httpx
-import msgspec
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from hetkv.errors import ApiError
 from hetkv.serve.app import unless_gone
+from hetkv.serve.protocol import json_object
 from hetkv.simulator.router import JOIN_SHORTEST_QUEUE, LEAST_LOADED, Router
 
 log = logging.getLogger("hetkv.serve.vllm")
@@ -145,12 +145,7 @@ class VllmEngines:
         self.client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
 
     async def complete(self, request: Request, body: bytes, chat: bool) -> Response:
-        try:
-            document = msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
-            raise ApiError(400, f"the body is not JSON: {error}") from None
-        if not isinstance(document, dict):
-            raise ApiError(400, "the body is not a JSON object")
+        document = json_object(body)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_HEADERS}
         answer = await unless_gone(request, self.answer(request.url.path, document, headers))
         return Response(status_code=499) if answer is None else answer
