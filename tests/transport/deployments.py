@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,7 +44,23 @@ class Side(NamedTuple):
     blocks: list[list[list[int]]]
     """Block ids of each request per cache group; the same for all ranks, as in an engine."""
     given: list[KVPool]
-    """The same memory as engines have it, of one of `KINDS`: what the nodes get."""
+    """The memory as engines have it, of one of `KINDS`: what the nodes get. The same as that of `pools`, but for
+    `Interface`, which is a copy on a GPU."""
+
+    def copy_to_gpu(self) -> None:
+        """What `pools` hold now is what the nodes find."""
+        for pool, held in zip(self.pools, self.given, strict=True):
+            for mine, theirs in tensors_of(pool, held):
+                if isinstance(theirs, Interface):
+                    theirs.tensor.copy_(mine)
+                    torch.cuda.synchronize(theirs.tensor.device)
+
+    def copy_from_gpu(self) -> None:
+        """What the nodes have written is in `pools`."""
+        for pool, held in zip(self.pools, self.given, strict=True):
+            for mine, theirs in tensors_of(pool, held):
+                if isinstance(theirs, Interface):
+                    mine.copy_(theirs.tensor)
 
 
 class Deployment(NamedTuple):
@@ -106,19 +122,21 @@ class Values(NamedTuple):
 
 
 @st.composite
-def values(draw: st.DrawFn) -> tuple[Values, Values]:
-    """Of both sides, such that one can become the other."""
-    scaled = st.tuples(st.sampled_from(SCALED), st.sampled_from(IN_MEMORY))
+def values(draw: st.DrawFn, in_memory: bool) -> tuple[Values, Values]:
+    """Of both sides, such that one can become the other. `in_memory`: scales may be in the blocks."""
     static = st.tuples(st.sampled_from(FLOATS), st.sampled_from(STATIC))
-    source = Values(*draw(st.one_of(static, scaled)), draw(st.integers(0, 99)))
-    destination = Values(*draw(st.one_of(static, scaled)), draw(st.integers(0, 99)))
+    any_ = st.one_of(static, st.tuples(st.sampled_from(SCALED), st.sampled_from(IN_MEMORY))) if in_memory else static
+    source = Values(*draw(any_), draw(st.integers(0, 99)))
+    destination = Values(*draw(any_), draw(st.integers(0, 99)))
     if destination.dtype is DType.INT8 and source.scale == "none" and draw(st.booleans()):
         source = source._replace(dtype=DType.INT8)  # a static int8 takes a scale of 1 for each token
     return source, destination
 
 
 @st.composite
-def sides(draw: st.DrawFn, spec: KVSpec, requests: int, tokens: int, values: Values, tps: list[int]) -> Side:
+def sides(
+    draw: st.DrawFn, spec: KVSpec, requests: int, tokens: int, values: Values, tps: list[int], kinds: Sequence[str]
+) -> Side:
     """Random TP, PP with uneven stages, layout and block sizes."""
     tp = draw(st.sampled_from(tps))
     owners = [index for index, layer in enumerate(spec.layers) if layer.shares is None]
@@ -133,7 +151,7 @@ def sides(draw: st.DrawFn, spec: KVSpec, requests: int, tokens: int, values: Val
     state = [any(at.kind == "state" for at in spec.layers if at.group == g) for g in range(spec.num_groups)]
     need = [1 if state[g] else -(-tokens // sizes[g]) for g in range(spec.num_groups)]
     layout = draw(st.sampled_from(LAYOUTS))
-    kind = draw(st.sampled_from(sorted(KINDS)))
+    kind = draw(st.sampled_from(kinds))
     pools = [make_pool(spec, shard, layout, sizes, [requests * n + 3 for n in need], values, kind) for shard in shards]
     rng = random.Random(draw(st.integers(0, 2**16)))
     ids = [rng.sample(range(requests * n + 3), requests * n) for n in need]
@@ -154,6 +172,19 @@ class Exported:
         return self._tensor.__dlpack__(**options)
 
 
+class Interface:
+    """Memory of a GPU, taking turns among those there are, that speaks `__cuda_array_interface__` and nothing else."""
+
+    made = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.to(f"cuda:{Interface.made % torch.cuda.device_count()}")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return self.tensor.__cuda_array_interface__
+
+
 def mapped(size: int) -> torch.Tensor:
     """Bytes of a file."""
     with tempfile.TemporaryFile() as file:
@@ -167,19 +198,32 @@ KINDS: dict[str, Callable[[torch.Tensor], object]] = {
     "memory-mapped": lambda tensor: tensor.numpy(),
     "dlpack": Exported,
     "raw": lambda tensor: Memory(tensor.data_ptr(), tuple(tensor.shape), DType.UINT8, owner=tensor),
+    "cuda-array-interface": Interface,
 }
 """How an engine may hold its memory."""
+
+ON_HOST = sorted(set(KINDS) - {"cuda-array-interface"})
+ON_GPU = ["cuda-array-interface"]
 
 
 def given(pool: KVPool, kind: str) -> KVPool:
     """The pool over the same memory, held otherwise."""
     every = {id(tensor): tensor for at in pool.layers.values() for tensor in at.tensors.values()}
+    Interface.made += 1  # one pool is on one GPU
     held = {number: KINDS[kind](tensor) for number, tensor in every.items()}
     layers = {
         layer: at._replace(tensors={name: held[id(tensor)] for name, tensor in at.tensors.items()})
         for layer, at in pool.layers.items()
     }
     return KVPool(pool.spec, pool.shard, layers)
+
+
+def tensors_of(pool: KVPool, held: KVPool) -> list[tuple[torch.Tensor, object]]:
+    """Each tensor of a pool, and what holds its memory in the other one."""
+    pairs = [
+        (at.tensors[name], held.layers[index].tensors[name]) for index, at in pool.layers.items() for name in at.tensors
+    ]
+    return list({id(mine): (mine, theirs) for mine, theirs in pairs}.values())
 
 
 def make_pool(
@@ -194,8 +238,8 @@ def make_pool(
         if layer.kind == "state":
             layout = KVLayout.preset("state", layer, shard.heads[index].size, 1, DType.UINT8)
         else:
-            kind = name if layer.kind == "kv" else layer.kind
-            layout = values.layout(kind, layer, shard.heads[index], sizes[layer.group])
+            preset = name if layer.kind == "kv" else layer.kind
+            layout = values.layout(preset, layer, shard.heads[index], sizes[layer.group])
         tensors = allocate(layout, blocks[layer.group], "cpu", "torch")
         if kind == "memory-mapped":
             files = {id(tensor): mapped(tensor.numel()) for tensor in tensors.values()}
@@ -207,14 +251,17 @@ def make_pool(
 
 
 @st.composite
-def deployments(draw: st.DrawFn) -> Deployment:
-    """Two sides of one spec, a request with a prefix that is held, and the chunks in which it is computed."""
+def deployments(draw: st.DrawFn, sources: Sequence[str], destinations: Sequence[str]) -> Deployment:
+    """Two sides of one spec, requests with a prefix that is held, and the chunks in which they are computed.
+
+    `sources`, `destinations`: of `KINDS`, what either side's memory may be. Pools on GPUs have no scales in memory.
+    """
     spec = draw(specs())
     requests = draw(st.sampled_from([1, 1, 2, 3, 5]))
     tokens = draw(st.integers(1, 90))
     held = draw(st.one_of(st.just(0), st.integers(0, tokens)))
     cuts = sorted({0, tokens, *draw(st.lists(st.integers(0, tokens), max_size=3))})
-    source, destination = draw(values())
+    source, destination = draw(values(in_memory=not {*sources, *destinations} & {*ON_GPU}))
     # Scales that heads share need all of the rank's heads from one sender.
     alone = destination.scale == "token"
     return Deployment(
@@ -223,8 +270,8 @@ def deployments(draw: st.DrawFn) -> Deployment:
         tokens,
         held,
         [(a, b) for a, b in pairwise(cuts)],
-        draw(sides(spec, requests, tokens, source, [1] if alone else [1, 1, 2, 3, 4])),
-        draw(sides(spec, requests, tokens, destination, [1, 1, 2, 3, 4])),
+        draw(sides(spec, requests, tokens, source, [1] if alone else [1, 1, 2, 3, 4], sources)),
+        draw(sides(spec, requests, tokens, destination, [1, 1, 2, 3, 4], destinations)),
         draw(st.integers(0, 2**16)),
     )
 

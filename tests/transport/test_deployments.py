@@ -6,6 +6,7 @@ import os
 import random
 from contextlib import ExitStack
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
@@ -13,19 +14,40 @@ from hetkv.transport.config import TransferConfig
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver, RecvHandle
 from hetkv.transport.sender import Sender, SendHandle
-from tests.transport.deployments import Deployment, deployments, expected, fill_source, truth_of
+from tests.transport.deployments import ON_GPU, ON_HOST, Deployment, deployments, expected, fill_source, truth_of
 from tests.transport.peers import WAIT_S
 
 EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "200"))
 SECRET = b"a secret of tests"
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=deployments())
+every = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@every
+@given(case=deployments(ON_HOST, ON_HOST))
 def test_random_deployments(case: Deployment) -> None:
+    check(case)
+
+
+GPUS = torch.cuda.is_available()
+PLACES = {"to the host": (ON_GPU, ON_HOST), "from the host": (ON_HOST, ON_GPU), "to a GPU": (ON_GPU, ON_GPU)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPUS, reason="PyTorch sees no GPU")
+@pytest.mark.parametrize("place", PLACES)
+def test_random_deployments_on_gpus(place: str) -> None:
+    every(given(case=deployments(*PLACES[place]))(check))()
+
+
+def check(case: Deployment) -> None:
+    """Deliver all of it, and compare every byte of the destination's pools."""
     values = [truth_of(case, request) for request in range(case.requests)]
     for request, truth in enumerate(values):
         fill_source(case, truth, request)
+    for side in (case.source, case.destination):
+        side.copy_to_gpu()
     rng = random.Random(case.seed)
     slot = rng.choice([1 << 13, 1 << 20])
     config = TransferConfig(
@@ -74,6 +96,7 @@ def test_random_deployments(case: Deployment) -> None:
         used = [handle for handles, s in zip(sending, senders, strict=True) if s.peers for handle in handles]
         for handle in [*received, *used]:
             handle.wait(WAIT_S)
+        case.destination.copy_from_gpu()
         for rank, pool in enumerate(case.destination.pools):
             for layer, memory in pool.layers.items():
                 for name, tensor in memory.tensors.items():
