@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hetkv import terminal
 from hetkv.errors import InputError
 
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="fit links from the JSON of `hetkv bench`",
+        help="fit links from the JSON of `hetkv bench`, and steps from that of `bench/reality.py`",
     )
     parser.add_argument("--catalogue", type=Path, action="append", default=[], metavar="FILE", help="own GPU figures")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the fitted values as a calibration file")
@@ -134,9 +136,11 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from hetkv.costmodel.calibration.link_constants import LinkFit, dump_links, from_bench_json
     from hetkv.costmodel.calibration.own_runs import from_rows
     from hetkv.costmodel.calibration.runs_csv import read_csv
+    from hetkv.costmodel.calibration.step_constants import from_steps_json
     from hetkv.costmodel.calibration_file import dump_efficiencies, load_efficiencies
     from hetkv.costmodel.catalogue import load_catalogue
     from hetkv.costmodel.efficiency import Efficiency
+    from hetkv.costmodel.measured_steps import StepFit
 
     catalogue = load_catalogue(args.catalogue)
     entries: list[Efficiency] = []
@@ -147,15 +151,18 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         entries += from_rows(read_csv(args.csv), load_efficiencies(), catalogue, args.csv.name)
     if args.log:
         entries += _from_log(args, catalogue)
+    steps: list[StepFit] = []
     if args.bench:
-        links = from_bench_json(args.bench)
+        links, steps = from_bench_json(args.bench), from_steps_json(args.bench)
     document = json.loads(dump_efficiencies(entries, "made by hetkv calibrate"))
     if links:
         document["links"] = dump_links(links)
+    if steps:
+        document["steps"] = msgspec.to_builtins(steps)
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    _print(entries, links, args.json)
-    return {"efficiencies": document["efficiencies"], "links": document.get("links", [])}
+    _print(entries, links, steps, args.json)
+    return {name: document.get(name, []) for name in ("efficiencies", "links", "steps")}
 
 
 def _from_log(args: argparse.Namespace, catalogue: Any) -> list[Any]:
@@ -181,7 +188,7 @@ def _from_log(args: argparse.Namespace, catalogue: Any) -> list[Any]:
     return from_rows(rows, known, catalogue, origin) if rows else from_log(seen, setup, known, catalogue, origin)
 
 
-def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None:
+def _print(entries: list[Any], links: list[Any], steps: list[Any], json_file: Path | None) -> None:
     from rich.table import Table
 
     console = terminal.console(json_file)
@@ -204,6 +211,12 @@ def _print(entries: list[Any], links: list[Any], json_file: Path | None) -> None
         for fit in links:
             bandwidth, latency = f"{fit.bytes_per_second / 1e9:.2f}", f"{fit.latency_s * 1e6:.1f}"
             table.add_row(fit.name, str(fit.rows), bandwidth, latency, f"{fit.median_error:.1%}")
+        console.print(table)
+    if steps:
+        table = Table("steps", "rows", "ms at least", "median error", "90 %")
+        for step in steps:
+            span = f"x{step.low:.2f} to x{step.high:.2f}"
+            table.add_row(step.name, str(step.rows), f"{1e3 * step.step_s:.3f}", f"{step.median_error:.1%}", span)
         console.print(table)
 
 

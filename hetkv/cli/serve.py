@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="address of this machine as other instances reach it (default 127.0.0.1)",
     )
+    what.add_argument(
+        "--steps", metavar="DIR", help="write what each step computed and how long it took, for `hetkv calibrate`"
+    )
     routing = parser.add_argument_group("routing, by the simulator's disciplines (docs/simulator.md)")
     for role in ("prefill", "decode"):
         routing.add_argument(f"--{role}-routing", metavar="NAME", help="default balanced, or the plan's")
@@ -309,6 +312,7 @@ def _base(args: argparse.Namespace) -> InstanceConfig:
         host=args.instance_host,
         trace=_timeline(args),
         secret_file=args.secret_file,
+        steps=args.steps,
     )
 
 

@@ -18,7 +18,7 @@ from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_
 from hetkv.costmodel.textfile import read_utf8
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
-from hetkv.simulator.measured_link import with_measured_link
+from hetkv.simulator.measured import with_measured_link
 from hetkv.simulator.traffic.lengths import parse_lengths
 
 Basis = Literal["on_demand", "reserved", "rental_model"]

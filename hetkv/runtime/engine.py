@@ -25,6 +25,7 @@ from hetkv.runtime.commands import Abort, Begin, Command, Compute, Expect, Link,
 from hetkv.runtime.rank import Announce, Event, Order, Piece, Receive
 from hetkv.runtime.sampling import Draw, Token
 from hetkv.runtime.sequence import Sequence
+from hetkv.runtime.step_log import StepLog
 from hetkv.transport.content import content_digest
 from hetkv.transport.instance import Instance
 
@@ -83,9 +84,16 @@ class _News:
 class Engine:
     """See the module. `blocks` is the instance's pool; `on_report` is called in the engine's thread."""
 
-    def __init__(self, ranks: Ranks, blocks: BlockManager, limits: Limits, on_report: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        blocks: BlockManager,
+        limits: Limits,
+        on_report: Callable[[Report], None],
+        log: StepLog | None = None,
+    ) -> None:
         self.batching = Batching(blocks, limits)
-        self._ranks, self._blocks, self._on_report = ranks, blocks, on_report
+        self._ranks, self._blocks, self._on_report, self._log = ranks, blocks, on_report, log
         self._eos = frozenset(ranks.eos_ids)
         self._inbox: queue.SimpleQueue[Command | tuple[int, Event] | Linked | None] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
@@ -132,6 +140,8 @@ class Engine:
         """All that has come. Where the last step computed nothing, the next one can only after a message."""
         try:
             message = self._inbox.get(block=not self._computing, timeout=IDLE_REPORT_S)
+            if self._log is not None and not self._computing:
+                self._log.begin()
             while True:
                 self._take(message)
                 message = self._inbox.get_nowait()
@@ -174,6 +184,8 @@ class Engine:
             forget=self._forget, announce=self._announce, receive=granted, abort=self._abort, pieces=pieces
         )  # fmt: skip
         self._forget, self._announce, self._abort = [], [], {}
+        prompts = [(c.start, c.stop) for c in chunks if c.sequence.id in self.batching.prefilling]
+        decodes = [c.start for c in chunks if c.sequence.id in self.batching.decoding]
         start = time.monotonic()
         tokens = self._ranks.work(order) if order != Order() else []
         if chunks:
@@ -181,6 +193,8 @@ class Engine:
             for sequence, token in zip(self.batching.advance(chunks), tokens, strict=True):
                 self._chosen(sequence, token)
         self._report()
+        if chunks and self._log is not None:
+            self._log.end(decodes, prompts)
         return bool(chunks)
 
     def _count(self, chunks: list[Chunk], seconds: float) -> None:

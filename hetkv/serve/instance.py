@@ -31,6 +31,7 @@ from hetkv.runtime.engine import Engine
 from hetkv.runtime.plan import InstancePlan
 from hetkv.runtime.rank import RankConfig
 from hetkv.runtime.rank_processes import ranks_of
+from hetkv.runtime.step_log import StepLog
 from hetkv.runtime.synthetic import shape
 from hetkv.serve.messages import Beat, Goodbye, Hello, Leaving, Rejected, ToScheduler, Trace, Welcome
 from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, Seal, greeting
@@ -65,6 +66,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     trace: bool = False
     """Tell the scheduler when which layer moved."""
     secret_file: str | None = None
+    steps: str | None = None
+    """Folder that gets a file with a row for each step, see `StepLog`."""
 
 
 class Connection:
@@ -149,7 +152,8 @@ class Instance:
             vocabulary=described.vocab_size, weight=config.weight, kv=str(config.plan.pool), tp=config.plan.tp,
             pp=config.plan.pp,
         )  # fmt: skip
-        self._engine = Engine(self._ranks, blocks, config.limits, self._report)
+        log = None if config.steps is None else StepLog(Path(config.steps) / f"{self.name}.csv")
+        self._engine = Engine(self._ranks, blocks, config.limits, self._report, log)
         self._connection: Connection | None = None
         self._ending = threading.Event()
         self._failed = ""

@@ -71,17 +71,22 @@ class LoadTest:
                     await self._ask(session, request, body)
                 on_progress(self._sent, len(self.records))
 
-            for request in workload.requests(seed):
-                body = self._body(request, prompts)
-                delay = request.arrival - (time.monotonic() - self._begin)
-                if delay > 0:
-                    await asyncio.sleep(delay)
-                self._sent += 1
-                task = asyncio.create_task(one(request, body))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            if tasks:
-                await asyncio.wait(tasks)
+            try:
+                for request in workload.requests(seed):
+                    body = self._body(request, prompts)
+                    delay = request.arrival - (time.monotonic() - self._begin)
+                    if delay > 0:
+                        await asyncio.sleep(delay)
+                    self._sent += 1
+                    task = asyncio.create_task(one(request, body))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                if tasks:
+                    await asyncio.wait(tasks)
+            finally:  # a run that is cancelled gives up what it has begun
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         return time.monotonic() - self._begin
 
     def _body(self, request: Request, prompts: Prompts) -> dict[str, Any]:

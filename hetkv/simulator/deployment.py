@@ -27,7 +27,7 @@ from hetkv.costmodel import (
 from hetkv.costmodel.textfile import read_utf8
 from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
-from hetkv.simulator.measured_link import with_measured_link
+from hetkv.simulator.measured import measured_steps, with_measured_link
 from hetkv.simulator.pages import NEVER
 from hetkv.simulator.pool import AGGREGATED, DECODE, PREFILL, Pool
 
@@ -64,6 +64,9 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     `weight` is the share of requests that one of them gets under the routing discipline `weighted`.
 
     `stages` (layers of each pipeline stage) and `layout` (of the KV blocks) are read by `hetkv demo` alone.
+
+    `steps` names steps that `hetkv calibrate --bench` fitted, which are taken in place of the cost model's; `gpu` is
+    then a name alone, and `kv_tokens` must be given.
     """
 
     role: Role
@@ -78,6 +81,7 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     stages: list[int] | None = None
     layout: str | None = None
     weight: float = 1.0
+    steps: str | None = None
 
     @property
     def gpus(self) -> int:
@@ -88,7 +92,7 @@ class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 class LinkPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """KV link: GB/s (1e9 bytes) of one instance's port, each direction; `nic` takes the GPUs' NICs.
 
-    In a file, `measured: NAME` takes both from a link that `hetkv calibrate --bench` fitted (`measured_link.py`).
+    In a file, `measured: NAME` takes both from a link that `hetkv calibrate --bench` fitted (`measured.py`).
 
     `fabric_gb_s` bounds all transfers together. `overlap: layerwise` sends each layer while the next one is computed.
     """
@@ -140,7 +144,10 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A deployment. `first_token_at` is where the client's first token comes from when disaggregated."""
+    """A deployment. `first_token_at` is where the client's first token comes from when disaggregated.
+
+    `front_ms` is what a request and a token take between client and engine, together: it is added to TTFT and E2E.
+    """
 
     model: str
     pools: list[PoolPlan]
@@ -151,6 +158,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     prices: list[Price] = []
     allow_mixed_price_bases: bool = False
     first_token_at: Literal["prefill", "decode"] = "decode"
+    front_ms: float = 0.0
     catalogue: list[str] = []
     calibration: list[str] = []
 
@@ -222,9 +230,11 @@ def build_pools(
     for pool in plan.pools:
         engine = engine_of(plan, pool, origin)
         with _where(f"{origin}: pool {pool.name}"):
-            gpu = catalogue.gpu(pool.gpu).name
+            gpu = pool.gpu if pool.steps else catalogue.gpu(pool.gpu).name
             if models is not None:
                 steps = models(pool, engine)
+            elif pool.steps:
+                steps = measured_steps(plan.calibration, pool)
             else:
                 check_engine(engine.name, efficiencies)
                 place = Placement(pool.tp, pool.pp, pool.dp)
@@ -334,6 +344,8 @@ def port_bytes_per_second(plan: Plan) -> float:
 def _check(plan: Plan, origin: str) -> None:
     if not plan.pools:
         raise InputError(f"{origin}: `pools` is empty")
+    if not 0 <= plan.front_ms < inf:
+        raise InputError(f"{origin}: `front_ms` must be 0 or more, got {plan.front_ms}")
     names = [p.name for p in plan.pools]
     for index, pool in enumerate(plan.pools):
         where = f"{origin}: pools[{index}] ({pool.name})"

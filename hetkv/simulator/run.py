@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+import numpy as np
+
 from hetkv.costmodel import StepModel, load_catalogue, model_shape
 from hetkv.costmodel.memory import request_bytes
 from hetkv.errors import InputError
@@ -106,8 +108,12 @@ def simulate(
     with without_collection():
         events.run()
     cluster.finish()
-    columns = records.columns()
-    summary = summarise(columns, slo or Slo(), events.now)
+    front = plan.front_ms / 1e3
+    columns = {
+        name: column + np.float64(front) if name in ("first_token", "last_token") else column
+        for name, column in records.columns().items()
+    }
+    summary = summarise(columns, slo or Slo(), events.now + front)
     summary["failures"] = failures.count
     summary["utilisation"] = _utilisation(pools, events.now)
     summary["link"] = _link(links, events.now)

@@ -23,5 +23,6 @@ def server(checkpoint: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactor
     """One prefill and two decode instances."""
     options = ["--model", str(checkpoint[0]), "--served-name", "tiny", "--port", "0", "--decode", "2xTP1", *QUICK]
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(log, [*options, "--prefill", "TP1", "--max-requests", "40", "--max-body", "200000"]) as server:
+    options += ["--prefill", "TP1", "--max-requests", "40", "--max-body", "200000", "--steps", str(log.parent)]
+    with serving(log, options) as server:
         yield server

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from hetkv.cli import main
-from hetkv.serve.loadtest import Prompts
+from hetkv.serve.loadtest import LoadTest, Prompts, Target
 from hetkv.simulator.deployment import Engine, Plan, PoolPlan
 from hetkv.simulator.metrics import METRICS
 from hetkv.simulator.request import Request
@@ -67,6 +69,39 @@ def test_a_trace_whose_prompts_share_prefixes(server: Serving, tmp_path: Path) -
     computed = 'hetkv_instance_computed_prompt_tokens{instance="'
     got = sum(value - before[name] for name, value in after.items() if name.startswith(computed) and "prefill" in name)
     assert 520 <= got <= 520 + 3 * (520 - 512) + 4
+
+
+def test_steps_have_every_token(server: Serving, tmp_path: Path) -> None:
+    """What `--steps` writes is what was computed: prompts by one side, all tokens but the first by the other."""
+
+    def computed() -> tuple[int, int]:
+        files = list(server.log.parent.glob("*.csv"))
+        found = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+        return sum(int(row["prompt"]) for row in found), sum(int(row["decoding"]) for row in found)
+
+    server.wait_empty()
+    prompts, tokens = computed()
+    traffic = ["--rate", "40", "--requests", "12", "--prompt-tokens", "uniform:5:60", "--output-tokens", "7"]
+    _, summary, _ = loadtest(server, tmp_path, *traffic, "--seed", "77")
+    server.wait_empty()
+    time.sleep(0.1)
+    more_prompts, more_tokens = computed()
+    assert more_prompts - prompts == summary["prompt_tokens"]
+    assert more_tokens - tokens == 12 * 6
+
+
+def test_a_run_that_is_cancelled_leaves_nothing(server: Serving) -> None:
+    workload = Traffic(rate=1000, requests=20, prompt_tokens="20", output_tokens="500").build()
+    test = LoadTest(Target(url=server.url, model="tiny"))
+
+    async def cut() -> int:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(test.run(workload, 1), 0.5)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(cut()) == 1
+    assert len(test.records) < 20
+    server.wait_empty()
 
 
 def test_errors_are_counted_by_their_text(server: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

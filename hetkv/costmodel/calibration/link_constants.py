@@ -45,6 +45,8 @@ def from_bench_json(paths: Sequence[Path]) -> list[LinkFit]:
             document = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not JSON: {error}") from None
+        if isinstance(document, dict) and document.get("steps") and not document.get("results"):
+            continue  # times of steps alone
         if not isinstance(document, dict) or not isinstance(document.get("results"), list) or not document["results"]:
             raise InputError(f"{path}: expected the JSON of `hetkv bench`, an object with a list `results`")
         device, commit = document.get("device") or "not recorded", document.get("commit") or "not recorded"
