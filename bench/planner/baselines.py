@@ -1,7 +1,7 @@
 """The field's methods compared with the planner, on the small random fleets of the optimality harness.
 
-    python bench/planner/baselines.py --json bench/results/planner_baselines.json [--fleets 40] [--jobs 2]
-        [--resume] [--aic-python PYTHON [--aic-fleets 6]]
+    python bench/planner/baselines.py --json bench/results/planner_baselines.json [--fleets 40] [--jobs N]
+        [--resume] [--minutes M] [--aic-python PYTHON [--aic-fleets 6]]
 
 Every plan is judged by the same simulator. A method's plan may miss a target there; then it is also asked for more rate
 until its plan meets them (`repaired`). `--aic-python` names an interpreter that has the package `aiconfigurator`: the
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 
 def compare(seed: int, python: str | None) -> dict[str, Any]:
@@ -90,18 +90,17 @@ def measure(name: str, problem: Any, sizer: Any, ours: float | None, begin: floa
 
 
 def main() -> int:
+    from rows import add_arguments
     from rows import measure as measure_all
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=-1)
     parser.add_argument("--aic-python", metavar="PYTHON")
     parser.add_argument("--aic-fleets", type=int, default=6)
-    parser.add_argument("--json", metavar="FILE", required=True)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    add_arguments(parser)
     args = parser.parse_args()
     tasks = [(seed, args.aic_python if seed < args.aic_fleets else None) for seed in range(args.fleets)]
-    measure_all(compare, tasks, args.json, jobs=args.jobs, resume=args.resume)
+    measure_all(compare, tasks, args)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The planner against brute force in the simulator, on random small fleets, and its plans on seeds of their own.
 
     python bench/planner/optimality.py --json bench/results/planner_optimality.json [--fleets 200] [--first 1000]
-        [--jobs 2] [--resume]
+        [--jobs N] [--resume] [--minutes M]
 
 Fleets are numbered; those below 200 were seen while the planner was written. Exits 1 where a plan misses a target in
 the simulator, fewer than 97 % cost at most 1.05 times the optimum, one costs more than 1.15 times, or more than 5 % of
@@ -42,28 +42,29 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "miss_by_at_most": max((r["misses_by"] for r in plans), default=0.0),
         "single_seeds_that_miss": sum(r["seeds_that_miss"] for r in plans),
         "single_seed_misses_by_at_most": max((r["worst_seed_misses_by"] for r in plans), default=0.0),
-        "planner_seconds_mean": sum(r["planner_seconds"] for r in rows) / len(rows),
-        "force_seconds_mean": sum(r["force_seconds"] for r in rows) / len(rows),
+        "planner_seconds_mean": sum(r["planner_seconds"] for r in rows) / max(len(rows), 1),
+        "force_seconds_mean": sum(r["force_seconds"] for r in rows) / max(len(rows), 1),
         "simulations_by_force": sum(r["simulations"] for r in rows),
     }
 
 
 def main() -> int:
-    from rows import measure
+    from rows import add_arguments, measure
 
     from tests.planner.brute_force import compare
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=int, default=200)
     parser.add_argument("--first", type=int, default=1000, help="number of the first fleet")
-    parser.add_argument("--jobs", type=int, default=-1)
-    parser.add_argument("--json", metavar="FILE", required=True)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    add_arguments(parser)
     args = parser.parse_args()
     tasks = [(seed,) for seed in range(args.first, args.first + args.fleets)]
-    found = summary(measure(compare, tasks, args.json, jobs=args.jobs, resume=args.resume, summary=summary))
+    found = summary(measure(compare, tasks, args, summary))
     for key, value in found.items():
         print(f"{key}: {value}")
+    if found["fleets"] < args.fleets:
+        print(f"only {found['fleets']} of {args.fleets} fleets: take it up with --resume")
+        return 1
     good = found["meet_their_slo"] == found["with_a_plan"] and found["share_within"] >= SHARE
     good &= found["largest_ratio"] is not None and found["largest_ratio"] <= WORST
     good &= found["share_that_miss_on_other_seeds"] <= MISSES and found["miss_by_at_most"] <= BY

@@ -1,19 +1,18 @@
 """Seconds to plan 5 GPU types of 10,000 GPUs each for 4 classes, over random rates and targets.
 
-python bench/planner/speed.py --json bench/results/planner_speed.json [--problems 20]
+    python bench/planner/speed.py --json bench/results/planner_speed.json [--problems 20] [--jobs 1] [--resume]
+
+Seconds are of the clock: several at once (`--jobs`) measure the same only where each process has a core to itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hetkv.bench.environment import environment
 from hetkv.planner.problem import Problem, parse_problem
 from hetkv.planner.solve import solve
 
@@ -89,20 +88,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
+    from rows import add_arguments
+    from rows import measure as measure_all
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=20)
-    parser.add_argument("--json", metavar="FILE")
+    add_arguments(parser, jobs=1)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for seed in range(args.problems):
-        rows.append(measure(seed))
-        print(json.dumps(rows[-1]), flush=True)
-        worst = summary(rows)
-        if args.json:
-            facts = environment() | {"worst": worst, "problems": rows}
-            Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({"worst": worst}))
-    return 0 if worst["all_meet"] else 1
+    rows = measure_all(measure, [(seed,) for seed in range(args.problems)], args, summary, name="problems")
+    for key, value in (found := summary(rows)).items():
+        print(f"{key}: {value}")
+    return 0 if found["all_meet"] and len(rows) == args.problems else 1
 
 
 if __name__ == "__main__":
