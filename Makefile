@@ -31,7 +31,10 @@ JOBS ?= 2
 SEEDS ?= 1000
 FIRST ?= 1
 
-.PHONY: simulate-faults find-mutants demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
+# Of all fuzzers together (tests/fuzz).
+SECONDS ?= 60
+
+.PHONY: fuzz simulate-faults find-mutants demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
 demo: $(DEMO_STAMP)
 	$(DEMO_PY) -m hetkv demo
 
@@ -43,17 +46,21 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
 
-# The engines under a simulated network, mover and clock: SEEDS deployments with faults, from seed FIRST on.
+# The engines under a simulated network, mover and clock: SEEDS deployments with faults, from seed FIRST on, in JOBS processes.
 simulate-faults:
 	cmake -S tests/sim -B build/sim >/dev/null
 	cmake --build build/sim -j $(JOBS)
-	build/sim/hetkv_sim --first $(FIRST) --seeds $(SEEDS)
+	$(PYTHON) tests/sim/spread.py build/sim/hetkv_sim --first $(FIRST) --seeds $(SEEDS) --jobs $(JOBS)
 
 # Whether it finds each of the faults that tests/sim/mutants.py plants, in SEEDS seeds.
 find-mutants:
 	cmake -S tests/sim -B build/sim >/dev/null
 	cmake --build build/sim -j $(JOBS) --target hetkv_sim_mutants
-	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS)
+	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS) --jobs $(JOBS)
+
+# libFuzzer targets of what reads a peer's bytes, for SECONDS all together.
+fuzz:
+	.ci/fuzz $(SECONDS)
 
 # Every ordered pair of engines, with real ones. Not in .ci/run, whose time it would not fit in: a job of its own.
 test-engines: $(STAMP) $(ENGINES_STAMP)

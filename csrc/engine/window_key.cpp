@@ -71,7 +71,10 @@ Status decode_key(const std::vector<std::uint8_t>& bytes, DeviceWindowKey* key) 
                                                  std::to_string(kVersion));
   }
   if (head.ucx_length != bytes.size() - sizeof head) return malformed("has another length than it says");
-  if (head.reserved != 0 || head.backend[sizeof head.backend - 1] != 0) return malformed("has bytes that must be zero");
+  const char* const begin = head.backend;
+  const char* const end = begin + sizeof head.backend;
+  const bool filled = std::any_of(std::find(begin, end, '\0'), end, [](char c) { return c != '\0'; });
+  if (head.reserved != 0 || *(end - 1) != 0 || filled) return malformed("has bytes that must be zero");
   std::copy(std::begin(head.process), std::end(head.process), key->process.begin());
   key->backend = head.backend;
   key->device = head.device;

@@ -58,9 +58,9 @@ def decode(data: bytes) -> WindowKey:
         raise UnsupportedError(f"{_SUBJECT} has version {version}, this side reads {VERSION}")
     if ucx_length != len(data) - _HEAD.size:
         raise MalformedError(f"{_SUBJECT} has another length than it says")
-    if reserved or backend[-1]:
+    name = backend.rstrip(b"\0").decode("latin-1")
+    if reserved or backend[-1] or "\0" in name:
         raise MalformedError(f"{_SUBJECT} has bytes that must be zero")
-    name = backend.partition(b"\0")[0].decode("latin-1")
     return WindowKey(
         process=process,
         backend=name,

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,14 +52,16 @@ def main() -> int:
     parser.add_argument("program", type=Path)
     parser.add_argument("--seeds", type=int, default=500, help="of each fault, at most")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of faults")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at once, each in a process")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     options = parser.parse_args()
     numbers = options.only or range(1, len(MUTANTS) + 1)
     start = time.monotonic()
     found = []
-    for number in numbers:
-        found.append(hunt(options.program, number, options.seeds))
-        print(f"{number:3} {found[-1].name}: {found[-1].seeds or '-'} ({found[-1].how})", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for one in pool.map(lambda number: hunt(options.program, number, options.seeds), numbers):
+            found.append(one)
+            print(f"{one.number:3} {one.name}: {one.seeds or '-'} ({one.how})", flush=True)
     missed = [fault.name for fault in found if fault.seeds is None]
     print(f"{len(found) - len(missed)} of {len(found)} found in {time.monotonic() - start:.0f} s; missed: {missed}")
     if options.out:

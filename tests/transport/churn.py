@@ -7,11 +7,13 @@ with what its sender had, byte for byte.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -231,5 +233,40 @@ def churn(transfers: int, *, senders: int = 2, seed: int = 1, rate: float = 0.01
     }
 
 
+def many(transfers: int, processes: int) -> dict[str, Any]:
+    """The transfers spread over so many receivers at once, each with a seed and senders of its own."""
+    parts = [churn_part(index, transfers, processes) for index in range(processes)]
+    runs = [json.loads(part.communicate()[0] or "{}") for part in parts]
+    counts: Counter[str] = Counter()
+    for run in runs:
+        counts.update(run.get("counts", {}))
+    return {
+        "transfers": transfers,
+        "failed": [p.args[-1] for p in parts if p.returncode],
+        "counts": counts,
+        "runs": runs,
+    }
+
+
+def churn_part(index: int, transfers: int, processes: int) -> subprocess.Popen[str]:
+    share = transfers // processes + (index < transfers % processes)
+    command = [sys.executable, "-m", "tests.transport.churn", str(share), "--seed", str(index + 1)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("transfers", type=int, nargs="?", default=300)
+    parser.add_argument("--processes", type=int, default=1, help="receivers at once, each with two senders")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.processes > 1:
+        found = many(options.transfers, options.processes)
+        print(json.dumps(found, indent=1))
+        return 1 if found["failed"] else 0
+    print(json.dumps(churn(options.transfers, seed=options.seed), indent=1))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(churn(int(sys.argv[1]) if len(sys.argv) > 1 else 300), indent=1))
+    sys.exit(main())

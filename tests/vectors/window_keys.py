@@ -61,6 +61,12 @@ def bad_keys() -> dict[str, Bad]:
         "ucx-long": Bad("a byte too many", good + bytes(1), m, "has another length than it says"),
         "ucx-huge": Bad("ucx_length 2^32 - 1", put(12, "I", 2**32 - 1), m, "has another length than it says"),
         "backend": Bad("a name without an end", put(32, "16s", b"c" * 16), m, "has bytes that must be zero"),
+        "backend-padding": Bad(
+            "a byte after the name's end",
+            put(32, "16s", b"cuda\0\0x".ljust(16, b"\0")),
+            m,
+            "has bytes that must be zero",
+        ),
         "reserved": Bad("reserved field used", put(52, "I", 1), m, "has bytes that must be zero"),
     }
 
