@@ -239,12 +239,13 @@ def main() -> int:
         for system in systems:
             system.end()
         keep()
+    from reality_predict import predict
+
     try:
-        from reality_predict import predict
-    except ImportError as error:
-        print(f"{error}: run bench/reality_predict.py {args.out} where it is there")
+        predict(args.out)
+    except ImportError as error:  # SciPy, which fits the steps
+        print(f"{error}: run bench/reality_predict.py {args.out} where it is installed")
         return 1
-    predict(args.out)
     return int(bool(failed))
 
 
