@@ -284,14 +284,16 @@ void bind_engine(py::module_& m) {
       .def(
           "submit",
           [](Sender& self, const py::bytes& id, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& tokens,
-             const std::vector<py::buffer>& blocks, std::uint64_t hold_ms, const std::optional<py::bytes>& content) {
+             const std::vector<py::buffer>& blocks, std::uint64_t hold_ms, const std::optional<py::bytes>& content,
+             std::int32_t priority) {
             std::shared_ptr<Outcome> outcome;
-            check(self.submit(
-                {to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms, to_content(content)},
-                &outcome));
+            check(self.submit({to_array<16>(id, "request id"), to_ranges(tokens), to_tables(blocks), hold_ms,
+                               to_content(content), priority},
+                              &outcome));
             return outcome;
           },
-          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"), py::arg("content") = py::none())
+          py::arg("id"), py::arg("tokens"), py::arg("blocks"), py::arg("hold_ms"), py::arg("content") = py::none(),
+          py::arg("priority") = 0)
       .def(
           "extend",
           [](Sender& self, std::uint64_t handle, std::size_t group, const py::buffer& blocks) {

@@ -74,7 +74,7 @@ Result Node::send(const hetkv_request_config& config, hetkv_request** out) {
   if (closed_) return failure(HETKV_CLOSED, "the sender is closed");
   const std::uint64_t hold = config.limit_ms > 0 ? config.limit_ms : settings_.hold_ms;
   const Status status =
-      sender_->submit({request->id, request->tokens, request->blocks, hold, content_of(config)}, &request->outcome);
+      sender_->submit({request->id, request->tokens, request->blocks, hold, content_of(config), 0}, &request->outcome);
   return take(status, std::move(request), out);
 }
 

@@ -74,35 +74,38 @@ struct SendRequest {
   std::vector<Ready> ready;
   std::vector<RangeSet> sent;  // the same by layer
   std::list<Lane> lanes;
+  std::int32_t priority = 0;  // lower ones go first
   std::uint64_t deadline_ns = 0;
   std::uint32_t packing = 0;  // frames whose pack is in flight
   bool packed = false;
   Status failure;  // not ok: ends once nothing is in flight
 };
 
-// Lanes of one link that have something to send. Every other bundle goes to the lane that came first, so that equal
-// requests end one after another and none waits for ever; the others go to the lane that has least left, so that a
-// small request does not wait for a large one.
+// Lanes of one link that have something to send, those of the lowest priority number before all others. Among these
+// every other bundle goes to the lane that came first, so that equal requests end one after another and none waits for
+// ever; the others go to the lane that has least left, so that a small request does not wait for a large one.
 class LaneQueue {
  public:
+  using InOrder = std::set<std::tuple<std::int32_t, std::uint64_t, Lane*>>;  // priority, arrival
+
   bool empty() const { return by_arrival_.empty(); }
   void add(Lane& lane) {
     lane.placed_unsent = lane.unsent;
-    by_arrival_.emplace(lane.arrival, &lane);
-    by_left_.emplace(lane.placed_unsent, lane.arrival, &lane);
+    by_arrival_.emplace(lane.request->priority, lane.arrival, &lane);
+    by_left_.emplace(lane.request->priority, lane.placed_unsent, lane.arrival, &lane);
   }
   void remove(Lane& lane) {
-    by_arrival_.erase({lane.arrival, &lane});
-    by_left_.erase({lane.placed_unsent, lane.arrival, &lane});
+    by_arrival_.erase({lane.request->priority, lane.arrival, &lane});
+    by_left_.erase({lane.request->priority, lane.placed_unsent, lane.arrival, &lane});
   }
-  Lane& first() const { return *by_arrival_.begin()->second; }
-  Lane& shortest() const { return *std::get<2>(*by_left_.begin()); }
+  Lane& first() const { return *std::get<2>(*by_arrival_.begin()); }
+  Lane& shortest() const { return *std::get<3>(*by_left_.begin()); }
 
-  const std::set<std::pair<std::uint64_t, Lane*>>& in_order() const { return by_arrival_; }
+  const InOrder& in_order() const { return by_arrival_; }
 
  private:
-  std::set<std::pair<std::uint64_t, Lane*>> by_arrival_;
-  std::set<std::tuple<std::uint64_t, std::uint64_t, Lane*>> by_left_;
+  InOrder by_arrival_;
+  std::set<std::tuple<std::int32_t, std::uint64_t, std::uint64_t, Lane*>> by_left_;
 };
 
 }  // namespace hetkv::engine

@@ -45,6 +45,7 @@ Status Sender::submit(Submission submission, std::shared_ptr<Outcome>* out) {
     request.id = submission.id;
     request.tokens = std::move(submission.tokens);
     request.content = submission.content;
+    request.priority = submission.priority;
     for (auto& blocks : submission.blocks) {
       request.blocks.push_back(std::make_shared<const std::vector<std::int32_t>>(std::move(blocks)));
     }
@@ -239,7 +240,8 @@ bool Sender::step(std::uint64_t now) {
   return moved;
 }
 
-// Each link that has something to start starts one bundle, so that messages and other links come in between.
+// Each link that has something to start starts one bundle, so that messages and other links come in between. True too
+// where a link was awakened by another one's: it has its turn next.
 bool Sender::feed_links() {
   bool moved = false;
   for (std::size_t count = awake_.size(); count > 0; --count) {
@@ -249,11 +251,14 @@ bool Sender::feed_links() {
     const auto windows = windows_.find(id);
     if (windows == windows_.end()) continue;
     windows->second.awake = false;
-    if (found == links_.end() || !found->second->up() || !feed(*found->second)) continue;
-    moved = true;
-    awaken(*found->second);
+    if (found == links_.end() || !found->second->up()) {
+      leave(id, nullptr, false);
+    } else if (feed(*found->second)) {
+      moved = true;
+      awaken(*found->second);
+    }
   }
-  return moved;
+  return moved || !awake_.empty();
 }
 
 }  // namespace hetkv::engine

@@ -17,6 +17,7 @@
 #include "engine/engine.h"
 #include "engine/lanes.h"
 #include "engine/mover.h"
+#include "engine/waiting_links.h"
 #include "engine/windows.h"
 
 namespace hetkv::engine {
@@ -29,6 +30,7 @@ struct Submission {
   std::vector<std::vector<std::int32_t>> blocks;  // block ids in token order; may grow by `extend`
   std::uint64_t hold_ms = 0;             // blocks are held this long for tickets and their completion; 0: no limit
   std::optional<wire::Content> content;  // a ticket for another one is rejected, and ends the request
+  std::int32_t priority = 0;             // on each link those of a lower number go before all others
 };
 
 // What one step of the caller's computes of several requests: for each its tokens per cache group, the same in every
@@ -199,16 +201,20 @@ class Sender final : public Engine {
 
   // sender_bundles.cpp: from lanes to commits
   bool feed(Link& link);
+  bool start_bundle(Link& link, WaitingLinks** waits);
   std::size_t most_frames(const Link& link) const;
   Work ready_work(const LaneQueue& lanes, std::size_t most_bytes, std::size_t most_frames) const;
-  bool take_staging(Link& link, Where window, Bundle* bundle);
+  bool take_staging(Link& link, Where window, Bundle* bundle, WaitingLinks** waits);
+  bool take_turn(const Link& link, WaitingLinks& queue, std::size_t available, WaitingLinks** waits);
+  void leave(std::uint32_t link, const WaitingLinks* but, bool took);
+  void awaken(const WaitingLinks& queue, std::size_t available);
+  std::size_t available(Where where) const;  // staging buffers
   void fill(LaneQueue& lanes, std::size_t room, bool shortest, Bundle* bundle);
   bool cut(Lane& lane, wire::TokenRange tokens, std::size_t room, Bundle* bundle);
   void launch(LinkWindows& windows, std::unique_ptr<Bundle> bundle);
   void on_packed(Bundle& bundle);
   bool advance_puts();
   void give_back(Bundle& bundle);
-  void awaken_short();
   void notice_slow_puts(std::uint64_t now);
   void end(Bundle& bundle);
   void commit(Bundle& bundle);
@@ -226,7 +232,8 @@ class Sender final : public Engine {
   std::vector<RemapTask*> packed_;                                  // of one turn
   std::map<std::uint32_t, LinkWindows> windows_;                    // per link
   std::deque<std::uint32_t> awake_;                                 // links that may have something to start
-  std::vector<std::uint32_t> short_of_staging_;                     // links that wait for a staging buffer
+  WaitingLinks short_of_staging_[2];                                // links that wait for a buffer, by `Where`,
+  WaitingLinks behind_;                                             // or for one of the bundles ahead
   std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];              // unused, by `Where`
   int staging_made_[2] = {0, 0};                                    // without those of slow puts

@@ -28,6 +28,14 @@ constexpr std::uint64_t aligned(std::uint64_t offset) {
 
 // Starts one bundle where the link has something to send, a slot, and, where it needs one, a staging buffer.
 bool Sender::feed(Link& link) {
+  WaitingLinks* waits = nullptr;
+  const bool started = start_bundle(link, &waits);
+  leave(link.id, waits, started);
+  return started;
+}
+
+// `waits`: in which queue the link stands now.
+bool Sender::start_bundle(Link& link, WaitingLinks** waits) {
   LinkWindows& windows = windows_[link.id];
   const bool ahead = windows.ready.empty();
   LaneQueue& lanes = ahead ? windows.ahead : windows.ready;
@@ -35,7 +43,10 @@ bool Sender::feed(Link& link) {
     if (windows.recalled && !windows.free.empty()) release(link);
     return false;
   }
-  if (ahead && ahead_ >= std::min(kMostAhead, config_.staging_slots - 1)) return false;  // a buffer is left to others
+  if (ahead) {  // a buffer is left to others
+    const int room = std::min(kMostAhead, config_.staging_slots - 1) - ahead_;
+    if (!take_turn(link, behind_, static_cast<std::size_t>(std::max(room, 0)), waits)) return false;
+  }
   if (windows.free.empty()) {
     if (std::exchange(windows.released, false)) {
       wire::Prelude prelude;
@@ -54,7 +65,7 @@ bool Sender::feed(Link& link) {
   bundle->ahead = ahead;
   bundle->direct = window.local() != 0;
   const bool copies = config_.copy_engine && window.path() == Path::kDevice && work.bytes >= kCopyFrom;
-  if ((!bundle->direct || copies) && !take_staging(link, window.where(), bundle.get())) return false;
+  if ((!bundle->direct || copies) && !take_staging(link, window.where(), bundle.get(), waits)) return false;
   const std::size_t staged = bundle->staging != nullptr ? config_.slot_bytes : window.bytes();
   fill(lanes, std::min(window.bytes(), staged), windows.turn, bundle.get());
   windows.turn = !windows.turn;
@@ -69,7 +80,7 @@ std::size_t Sender::most_frames(const Link& link) const {
 // What the lanes have to send, counted until it fills a bundle. It may count layers that are still being computed.
 Sender::Work Sender::ready_work(const LaneQueue& lanes, std::size_t most_bytes, std::size_t most_frames) const {
   Work work;
-  for (const auto& [arrival, lane] : lanes.in_order()) {
+  for (const auto& [priority, arrival, lane] : lanes.in_order()) {
     wire::TokenRange tokens;
     if (!lane->find_next(&tokens)) continue;
     const std::size_t layers = lane->request->ready.size() - lane->ready;
@@ -80,15 +91,45 @@ Sender::Work Sender::ready_work(const LaneQueue& lanes, std::size_t most_bytes, 
   return work;
 }
 
+// True: the link may take one of the `available`, as there is one for each that waits before it. False: it waits now.
+bool Sender::take_turn(const Link& link, WaitingLinks& queue, std::size_t available, WaitingLinks** waits) {
+  if (queue.before(link.id) < available) return true;
+  queue.add(link.id);
+  *waits = &queue;
+  return false;
+}
+
+// The link waits in no queue but that one. Where it did not take what it waited for, those behind it may.
+void Sender::leave(std::uint32_t link, const WaitingLinks* but, bool took) {
+  for (WaitingLinks* queue : {&short_of_staging_[0], &short_of_staging_[1], &behind_}) {
+    if (queue != but && queue->remove(link) && !took) awaken(*queue, queue->in_order().size());
+  }
+}
+
+// Those of the queue for whom there is one of what they wait for.
+void Sender::awaken(const WaitingLinks& queue, std::size_t available) {
+  for (const std::uint32_t id : queue.in_order()) {
+    if (available-- == 0) return;
+    if (const auto waiting = link(id)) awaken(*waiting);
+  }
+}
+
+std::size_t Sender::available(Where where) const {
+  const auto at = static_cast<int>(where);
+  return staging_[at].size() + static_cast<std::size_t>(std::max(config_.staging_slots - staging_made_[at], 0));
+}
+
 // Gives the bundle a buffer that can be put from, or a device copies from, into such a window. False: it has to wait
 // for one, or the link was lost. Where the window can be stored into, a lack of memory for buffers is no failure.
-bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
+bool Sender::take_staging(Link& link, Where window, Bundle* bundle, WaitingLinks** waits) {
   LinkWindows& windows = windows_[link.id];
   if (windows.staged >= static_cast<std::size_t>(config_.staging_slots)) return false;  // its own puts give one back
   const Where where = staging_for(*transport_, device_.get(), window, bundle->direct);
   auto& unused = staging_[static_cast<int>(where)];
   int& made = staging_made_[static_cast<int>(where)];
-  if (unused.empty() && made < config_.staging_slots) {
+  auto& queue = short_of_staging_[static_cast<int>(where)];
+  if (!take_turn(link, queue, available(where), waits)) return false;
+  if (unused.empty()) {
     std::unique_ptr<OwnWindow> memory;
     const auto status = OwnWindow::make(*transport_, device_, where, config_.slot_bytes, &memory);
     if (status.ok()) {
@@ -97,11 +138,9 @@ bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
     } else if (made == 0) {
       if (!bundle->direct) lose(link, status);
       return bundle->direct;
+    } else {
+      return take_turn(link, queue, 0, waits);
     }
-  }
-  if (unused.empty()) {
-    short_of_staging_.push_back(link.id);
-    return false;
   }
   bundle->staging = std::move(unused.back());
   unused.pop_back();
@@ -112,20 +151,15 @@ bool Sender::take_staging(Link& link, Where window, Bundle* bundle) {
 void Sender::give_back(Bundle& bundle) {
   if (bundle.staging == nullptr) return;
   --windows_[bundle.link->id].staged;
-  const auto where = static_cast<int>(bundle.staging->where());
+  const Where kind = bundle.staging->where();
+  const auto where = static_cast<int>(kind);
   if (bundle.slow && ++staging_made_[where] > config_.staging_slots) {
     --staging_made_[where];
     bundle.staging.reset();
   } else {
     staging_[where].push_back(std::move(bundle.staging));
   }
-  awaken_short();
-}
-
-void Sender::awaken_short() {
-  for (const std::uint32_t id : std::exchange(short_of_staging_, {})) {
-    if (const auto waiting = link(id)) awaken(*waiting);
-  }
+  awaken(short_of_staging_[where], available(kind));
 }
 
 // A put to a peer that reads slowly, or not at all, must not keep the others from a buffer.
@@ -133,8 +167,9 @@ void Sender::notice_slow_puts(std::uint64_t now) {
   for (Bundle* bundle : putting_) {
     if (bundle->slow || now < bundle->put_ns + kSlowPutNs) continue;
     bundle->slow = true;
-    --staging_made_[static_cast<int>(bundle->staging->where())];
-    awaken_short();
+    const Where kind = bundle->staging->where();
+    --staging_made_[static_cast<int>(kind)];
+    awaken(short_of_staging_[static_cast<int>(kind)], available(kind));
   }
 }
 
@@ -240,7 +275,10 @@ void Sender::launch(LinkWindows& windows, std::unique_ptr<Bundle> owned) {
 
 void Sender::on_packed(Bundle& bundle) {
   LinkWindows& windows = windows_[bundle.link->id];
-  if (bundle.ahead) --ahead_;
+  if (bundle.ahead) {
+    --ahead_;
+    awaken(behind_, 1);
+  }
   bool wanted = false;
   for (std::size_t i = 0; i < bundle.pieces.size(); ++i) {
     Piece& piece = bundle.pieces[i];

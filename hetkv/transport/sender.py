@@ -41,6 +41,12 @@ Path = Literal["rma", "shm", "device", "stream"]
 map. `rma`: packed into staging, then put by UCX."""
 
 
+def check_priority(priority: int) -> None:
+    """Raise `InputError` for what is no priority."""
+    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise InputError(f"priority is {priority!r}: an integer of 32 bits")
+
+
 class SendHandle(Handle):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
@@ -193,6 +199,7 @@ class Sender(Node[SendHandle]):
         *,
         hold_s: float | None = None,
         content: bytes | None = None,
+        priority: int = 0,
     ) -> SendHandle:
         """Announce a request of `num_tokens` tokens (of each cache group) in these blocks; returns at once.
 
@@ -204,8 +211,14 @@ class Sender(Node[SendHandle]):
 
         `content` (see `content_digest`) is compared with the ticket's: where the receiver asks for other content under
         this id, nothing is sent and the request fails on both sides with `ContentError`.
+
+        `priority` is as vLLM's: what a request of a lower number has ready goes before all of higher numbers on the
+        same link, whenever it came. Among equals the requests that came first end first, and small ones do not wait
+        for large ones. Links share staging buffers, slots and the copy engine evenly, whatever their priorities. A link
+        that always has requests of a lower number moves no others, which fail when their lease is over.
         """
         key, digest = request_key(request_id), check_content(content)
+        check_priority(priority)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         spans = wanted(self.description, tokens, [0] * len(tokens))
         for group, (start, _) in enumerate(spans):
@@ -214,7 +227,8 @@ class Sender(Node[SendHandle]):
         hold_ms = milliseconds("hold_s", self.config.hold_s if hold_s is None else hold_s)
 
         def make() -> SendHandle:
-            return SendHandle(request_id, self, self.engine.submit(key, spans, blocks, hold_ms, digest), spans, blocks)
+            outcome = self.engine.submit(key, spans, blocks, hold_ms, digest, priority)
+            return SendHandle(request_id, self, outcome, spans, blocks)
 
         return self._submit(request_id, make)
 

@@ -79,7 +79,7 @@ MUTANTS = [
            "staging_[where].push_back(std::move(bundle.staging));", ""),
     Mutant("a bundle used again counts as slow", BUNDLES, "owned->clear();",
            "const bool slow = owned->slow; owned->clear(); owned->slow = slow;"),
-    Mutant("nobody waits for a staging buffer", BUNDLES, "short_of_staging_.push_back(link.id);", ""),
+    Mutant("nobody waits for a staging buffer", BUNDLES, "queue.add(link.id);", ""),
     Mutant("no hold", ENDINGS, "now > deadlines_.begin()->first", "false"),
     Mutant("any content", ANSWERS, "ticket.content != request.content", "false"),
     Mutant("more tokens than there are", ANSWERS,
