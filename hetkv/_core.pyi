@@ -178,6 +178,29 @@ class LayerPlan:
     ) -> None: ...
     def payload_bytes(self, tokens: int) -> int: ...
 
+FRAME_BYTES: int
+"""Of a frame's message, without its payload."""
+
+def pack_frame(
+    plan: LayerPlan,
+    blocks: Sequence[int],
+    *,
+    request_id: bytes,
+    sequence: int,
+    key: bytes,
+    token_start: int,
+    token_stop: int,
+    pool_token: int,
+    payload: _Buffer,
+    threads: int = 1,
+) -> bytes:
+    """Packs tokens of a layer, the pool's from `pool_token` on, into `payload`; returns the frame's message."""
+
+def unpack_frame(
+    plan: LayerPlan, blocks: Sequence[int], *, tokens: int, pool_token: int, payload: _Buffer, threads: int = 1
+) -> int:
+    """Unpacks a payload of `tokens` tokens; returns how many elements saturated."""
+
 class LinkConfig:
     """One link to one peer rank."""
 

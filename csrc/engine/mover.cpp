@@ -52,6 +52,24 @@ void RemapTask::clear() {
   *this = std::move(fresh);
 }
 
+wire::Frame frame_of(const LayerPlan& plan, wire::TokenRange tokens) {
+  wire::Frame frame;
+  frame.group = plan.group;
+  frame.layer = plan.layer;
+  frame.head_start = plan.head_start;
+  frame.head_stop = plan.head_stop;
+  frame.token_start = tokens.start;
+  frame.token_stop = tokens.stop;
+  for (std::size_t i = 0; i < plan.segments.size(); ++i) {
+    frame.segments = static_cast<std::uint16_t>(frame.segments | (1u << i));
+    frame.dtypes[i] = static_cast<std::uint8_t>(plan.segments[i].wire_dtype);
+    frame.channels[i] = static_cast<std::uint32_t>(plan.segments[i].channels);
+  }
+  frame.scale_encoding = plan.scale_encoding;
+  frame.payload_length = plan.payload_bytes(tokens.stop - tokens.start);
+  return frame;
+}
+
 void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
                RemapTask* task) {
   const std::uint64_t start = record.frame.token_start;

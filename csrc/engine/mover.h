@@ -36,6 +36,9 @@ struct RemapTask {
   void clear();  // as new, but for the memory of its vectors
 };
 
+// What a frame of `plan` says of its tokens; no slot, no checksum.
+wire::Frame frame_of(const LayerPlan& plan, wire::TokenRange tokens);
+
 // Adds a frame of `plan` to the task, between the pool and a canonical payload at `payload`.
 void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& record, std::uint64_t payload, bool pack,
                RemapTask* task);

@@ -224,21 +224,8 @@ bool Sender::cut(Lane& lane, wire::TokenRange tokens, std::size_t room, Bundle* 
   piece.record.request = lane.request->id;
   piece.record.epoch = lane.epoch;
   piece.record.payload_offset = offset;
-  wire::Frame& frame = piece.record.frame;
-  frame.group = plan.group;
-  frame.layer = plan.layer;
-  frame.head_start = plan.head_start;
-  frame.head_stop = plan.head_stop;
-  frame.token_start = tokens.start;
-  frame.token_stop = stop;
-  for (std::size_t i = 0; i < plan.segments.size(); ++i) {
-    frame.segments = static_cast<std::uint16_t>(frame.segments | (1u << i));
-    frame.dtypes[i] = static_cast<std::uint8_t>(plan.segments[i].wire_dtype);
-    frame.channels[i] = static_cast<std::uint32_t>(plan.segments[i].channels);
-  }
-  frame.scale_encoding = plan.scale_encoding;
-  frame.payload_length = plan.payload_bytes(stop - tokens.start);
-  bundle->bytes = offset + frame.payload_length;
+  piece.record.frame = frame_of(plan, {tokens.start, stop});
+  bundle->bytes = offset + piece.record.frame.payload_length;
   return true;
 }
 

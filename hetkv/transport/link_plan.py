@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hetkv.control.agreement import Agreement, LayerRoute
+from hetkv.control.agreement import Agreement
+from hetkv.control.conversion import Conversion
 from hetkv.control.description import Description
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
-from hetkv.kv.spec import Interval
+from hetkv.kv.spec import Interval, KVSpec
 
 if TYPE_CHECKING:
     import hetkv._core as _core
@@ -16,17 +18,20 @@ if TYPE_CHECKING:
 
 def link_plans(pool: KVPool, agreement: Agreement) -> list[_core.LayerPlan]:
     """Plans of this rank's side of a link, one for each of the agreement's layers."""
-    return [_layer_plan(pool, agreement, at) for at in agreement.layers]
+    return [
+        layer_plan(pool, at.layer, at.route.heads, at.conversions, sends=agreement.sends) for at in agreement.layers
+    ]
 
 
-def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.LayerPlan:
-    """The spec's segments, then the scales of those whose scales travel, in the same order."""
+def layer_plan(
+    pool: KVPool, layer: int, heads: Interval, found: Mapping[str, Conversion], *, sends: bool
+) -> _core.LayerPlan:
+    """One layer's global `heads`, packed or unpacked: the spec's segments, then the scales of those whose scales
+    travel, in the same order."""
     from hetkv.core import core
 
-    mine, sends, found = agreement.mine, agreement.sends, at.conversions
-    layer, heads = at.layer, at.route.heads
-    layout = mine.layout(layer)
-    first_head = heads.start - mine.shard.heads[layer].start
+    layout = pool.layers[layer].layout
+    first_head = heads.start - pool.shard.heads[layer].start
     segments: list[_core.SegmentPlan] = []
     scales: list[_core.SegmentPlan] = []
     fills: list[_core.ScaleFill] = []
@@ -69,14 +74,19 @@ def _layer_plan(pool: KVPool, agreement: Agreement, at: LayerRoute) -> _core.Lay
                 carried=found_here,
             )
         )
-    group = mine.spec.group_of(layer)
+    group = pool.spec.group_of(layer)
     return core.LayerPlan(layer, group, *heads, [*segments, *scales], fills, encoding)
 
 
 def wanted(mine: Description, stops: list[int], cached: list[int]) -> list[Interval]:
     """Tokens to ask for, per cache group: what is not cached, and of a sliding-window group only the window's reach."""
+    return wanted_tokens(mine.spec, stops, cached)
+
+
+def wanted_tokens(spec: KVSpec, stops: list[int], cached: list[int]) -> list[Interval]:
+    """`wanted` of a model's spec."""
     ranges = []
-    for stop, start, window in zip(stops, cached, mine.spec.sliding_windows, strict=True):
+    for stop, start, window in zip(stops, cached, spec.sliding_windows, strict=True):
         # The next token, number `stop`, sees keys from `stop - window + 1` on.
         first = start if window is None else max(start, stop + 1 - window)
         ranges.append(Interval(min(first, stop), stop))

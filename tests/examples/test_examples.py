@@ -59,9 +59,9 @@ def test_asyncio(tmp_path: Path) -> None:
     assert all(line.startswith("AbortedError: ") and line.endswith("the client went away") for line in failed)
 
 
-def programs() -> dict[str, str]:
-    """Python of docs/integrate.md that says in its first line which file it is."""
-    text = (ROOT / "docs" / "integrate.md").read_text()
+def programs(page: str = "integrate.md") -> dict[str, str]:
+    """Python of a page that says in its first line which file it is."""
+    text = (ROOT / "docs" / page).read_text()
     found = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
     return dict(found)
 
@@ -82,6 +82,11 @@ def test_the_programs_of_the_guide(tmp_path: Path) -> None:
     assert output(ended[0]) == "[1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]\n"
     for process in ended[1:]:
         output(process)
+
+
+def test_the_program_of_the_page_on_storage(tmp_path: Path) -> None:
+    (tmp_path / "storage.py").write_text(programs("storage.md")["storage.py"])
+    assert output(start(tmp_path, "storage.py")) == "read: 1.0 0.0\n"
 
 
 def test_the_guide_names_what_is_there() -> None:
