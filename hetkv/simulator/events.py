@@ -53,8 +53,7 @@ class Events:
             if heap[0][0] > until:
                 self.now = until
                 return
-            time, _, handler, argument = heappop(heap)
-            self.now = time
+            self.now, _, handler, argument = heappop(heap)
             handler(argument)
 
     @property

@@ -202,11 +202,12 @@ class Instance:
         """Choose what runs next and start it."""
         pool, scheduler, batch, now = self.pool, self.scheduler, self.scheduler.batch, self.events.now
         scheduler.plan_decodes()
-        size = len(batch)
+        size = len(batch.members)
         chunks: list[Chunk] = []
         if self._flights < pool.stages:
-            chunks = scheduler.plan_prompts()
-            self._adopt()
+            if scheduler.queue or scheduler.prefilling or scheduler.resumed:
+                chunks = scheduler.plan_prompts()
+                self._adopt()
             if not chunks and not size and scheduler.ready:
                 self._plan()  # the prompt that had the last place was preempted: what is ready takes it
                 return

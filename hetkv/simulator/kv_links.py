@@ -104,10 +104,14 @@ class Links:
 
     def _uncap(self, flow: Flow) -> None:
         """The step that produced the flow's bytes is over."""
-        held_back = flow.rate >= flow.cap
+        if flow not in self._all:
+            return
+        held_back, epoch = flow.rate >= flow.cap, flow.epoch
         flow.cap = inf
-        if held_back and flow in self._all:
+        if held_back:
             self._share(flow)
+        if flow.epoch == epoch:
+            self._end_at(flow)
 
     def _complete(self, event: tuple[Flow, int]) -> None:
         flow, epoch = event
@@ -181,7 +185,12 @@ class Links:
         flow.rate = rate
         flow.since = now
         flow.epoch += 1
-        self.events.at(now + flow.remaining / rate, self._complete, (flow, flow.epoch))
+        if flow.cap == inf:  # else its last bytes are not computed yet, and `_uncap` comes first
+            self._end_at(flow)
+
+    def _end_at(self, flow: Flow) -> None:
+        """Unless its rate changes, the flow ends then."""
+        self.events.at(flow.since + flow.remaining / flow.rate, self._complete, (flow, flow.epoch))
 
 
 def max_min(flows: list[Flow], port: float, fabric: float = inf) -> dict[Flow, float]:

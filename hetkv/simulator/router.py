@@ -147,6 +147,8 @@ class Router(Generic[T]):
             return self._in_turn()
         cost, every = self._cost, self._by_many or (self._by_prefix and request.hashes)
         candidates = [i for i in self.instances if i.up] if every else self._heads()
+        if len(candidates) == 1:
+            return candidates[0]
         return min(candidates, key=lambda i: (cost(i, request), self._order[i]), default=None)
 
     def by_load(self) -> list[T]:

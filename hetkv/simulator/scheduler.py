@@ -47,7 +47,7 @@ class Scheduler:
     @property
     def places(self) -> int:
         """How many more sequences may run."""
-        return self.pool.max_num_seqs - len(self.prefilling) - len(self.fresh) - len(self.batch)
+        return self.pool.max_num_seqs - len(self.prefilling) - len(self.fresh) - len(self.batch.members)
 
     def enqueue(self, request: Request) -> None:
         """Add a prompt at the end of the queue."""
@@ -88,7 +88,7 @@ class Scheduler:
             self._join_ready()
         self.preempted = False
         most = self.pool.pages.block  # of one sequence in one step
-        while self.kv.free < most * len(self.batch) and self.batch.growth(1) > self.kv.available:
+        while self.kv.free < most * len(self.batch.members) and self.batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
             if not self.batch:
                 self._join_ready()

@@ -125,6 +125,52 @@ def test_rates_in_progress_are_those_of_all_flows_shared_anew(flows, fabric):
     events.run()
 
 
+class Eager(Links):
+    """Schedules an end with every rate, also while the bytes are still being computed."""
+
+    def _set(self, flow, rate, now):
+        known = flow.epoch
+        super()._set(flow, rate, now)
+        if flow.cap < inf and flow.epoch != known:
+            self._end_at(flow)
+
+    def _uncap(self, flow):
+        held_back = flow.rate >= flow.cap
+        flow.cap = inf
+        if held_back and flow in self._all:
+            self._share(flow)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 5), st.integers(0, 3), st.integers(0, 2), st.floats(1, 200), st.sampled_from([0.0, 0.5, 3.0])
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([inf, 150.0]),
+)
+def test_ends_that_cannot_come_are_not_waited_for(flows, fabric):
+    # Bytes that are still being computed do not end: leaving their ends out changes none.
+    found = []
+    for kind in (Links, Eager):
+        events, ends = Events(), {}
+        links = kind(events, 100.0, fabric, 0.01)
+        for i, (start, source, sink, size, over) in enumerate(flows):
+
+            def begin(_, i=i, source=source, sink=sink, size=size, over=over, links=links, ends=ends, events=events):
+                links.start(f"s{source}", f"d{sink}", size, lambda _: ends.setdefault(i, events.now), None, over, 8)
+
+            events.at(start, begin)
+        events.run()
+        found.append((ends, links.sent, links.throughput.peak, links.flows.peak))
+    assert found[0][0] == found[1][0]
+    assert len(found[0][0]) == len(flows)
+    assert found[0][1:] == pytest.approx(found[1][1:])
+
+
 def test_cancelled_flow_frees_its_share_and_never_ends():
     events = Events()
     links = Links(events, 100)

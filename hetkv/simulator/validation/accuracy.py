@@ -11,7 +11,7 @@ import numpy as np
 
 from hetkv.costmodel import step_model
 from hetkv.costmodel.calibration.report import section
-from hetkv.simulator.deployment import LinkPlan, Plan, PoolPlan
+from hetkv.simulator.deployment import LinkPlan, Plan, PoolPlan, Role
 from hetkv.simulator.run import simulate
 from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.traffic.sources import Traffic
@@ -143,31 +143,34 @@ two queues equal the recursions of Lindley and of Kiefer and Wolfowitz to roundi
 @section("simulator-speed", 220)
 def speed(data: Path) -> str:
     """How long simulations take on one core."""
-    plan = Plan(
-        model="Llama-3.1-8B",
-        pools=[PoolPlan("prefill", "H100-SXM", "prefill", count=8), PoolPlan("decode", "H100-SXM", "decode", count=8)],
-        link=LinkPlan(50.0),
-    )
-    million = Traffic(
-        rate=100.0, requests=1_000_000, prompt_tokens="lognormal:1024:0.8", output_tokens="lognormal:256:0.8"
-    )
+
+    def pair(count: int) -> Plan:
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        pools = [PoolPlan(role, "H100-SXM", role, count=count) for role in roles]
+        return Plan(model="Llama-3.1-8B", pools=pools, link=LinkPlan(50.0))
+
+    def synthetic(rate: float, requests: int) -> Traffic:
+        lengths = {"prompt_tokens": "lognormal:1024:0.8", "output_tokens": "lognormal:256:0.8"}
+        return Traffic(rate=rate, requests=requests, **lengths)  # type: ignore[arg-type]
+
     rows = []
-    for label, traffic in (
-        ("Azure 2023 conversation trace", Traffic(trace=str(data / "traces/azure2023_conv.csv"))),
-        ("Mooncake conversation trace", Traffic(trace=str(data / "traces/mooncake_conversation.jsonl"))),
-        ("synthetic, 100 requests/s", million),
+    for label, count, traffic in (
+        ("Azure 2023 conversation trace", 8, Traffic(trace=str(data / "traces/azure2023_conv.csv"))),
+        ("Mooncake conversation trace", 8, Traffic(trace=str(data / "traces/mooncake_conversation.jsonl"))),
+        ("synthetic, 100 requests/s", 8, synthetic(100.0, 1_000_000)),
+        ("synthetic, 25,600 requests/s", 2048, synthetic(25_600.0, 250_000)),
     ):
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        summary = simulate(plan, traffic.build()).summary
+        summary = simulate(pair(count), traffic.build()).summary
         seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-        simulated = f"{summary['requests']:,} | {summary['simulated_seconds']:,.0f}"
+        simulated = f"{2 * count:,} | {summary['requests']:,} | {summary['simulated_seconds']:,.0f}"
         rows.append(f"| {label} | {simulated} | {seconds:.1f} | {cpu:.1f} | {summary['requests'] / cpu:,.0f} |")
     return f"""## Simulator speed
 
-8 prefill and 8 decode instances of one H100 each, layer-wise KV transfer, one process, reading the trace included.
+As many prefill as decode instances of one H100 each, layer-wise KV transfer, one process, reading the trace included.
 Other work on the machine lengthens the wall time, so the processor time is given as well.
 
-| traffic | requests | simulated s | wall s | processor s | requests per processor s |
-|---|---|---|---|---|---|
+| traffic | instances | requests | simulated s | wall s | processor s | requests per processor s |
+|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
