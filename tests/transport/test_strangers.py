@@ -12,6 +12,7 @@ import pytest
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.transport.config import TransferConfig
+from tests.transport import strangers
 from tests.transport.peers import check_transfer, connected, randomise
 
 SPEC = KVSpec.uniform(2, 2, 64)
@@ -53,3 +54,16 @@ def test_a_stranger_writes_nothing(monkeypatch: pytest.MonkeyPatch, rounds: int)
             thread.join()
         assert sender.path(sender.peers[0]) == "stream"
         assert receiver.peers[0].lost is sender.peers[0].lost is None
+
+
+def test_strangers_of_each_kind_are_refused_and_logged_once() -> None:
+    """Beside them honest requests arrive; `python -m tests.transport.strangers` says at what speed."""
+    found = strangers.measure(0.5, 1)["kinds"]
+    assert set(found) == set(strangers.KINDS)
+    for kind, seen in found.items():
+        assert seen["attempts"] >= (strangers.HALF_OPEN if kind == "half open" else 1), kind
+        assert seen["right"], kind
+        assert not seen["honest_link_lost"], kind
+        # A kind of error is logged once a minute and host: what an earlier kind of stranger met is not logged again.
+        assert seen["lines_logged"] <= 1, (kind, seen["logged"])
+    assert found["half open"]["lines_logged"] == found["wrong secret"]["lines_logged"] == 1
