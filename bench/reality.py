@@ -5,8 +5,9 @@ python bench/reality.py --out DIR --budget 450 --model shape:llama-2-7b      # r
 python bench/reality_predict.py DIR                                          # the simulator's part again, from DIR
 
 Two deployments of two instances each stand side by side, and one at a time is loaded. For each: requests one by one,
-and with more and more in flight, which give the calibration and the capacity; then Poisson arrivals at 30, 60 and 90 %
-of the capacity, which the simulator is judged on. DIR has every request and every engine step, after each part anew.
+then as many as make a full load, which gives the capacity; Poisson arrivals at 20, 45 and 75 % of it to calibrate on,
+and at 30, 60 and 90 % for the simulator to be judged on. DIR has every request and every engine step, after each part
+anew.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ DEMO = ROOT / "hetkv" / "runtime" / "data" / "demo"
 START_S = 150.0
 PROBES = 6
 SHARES = (0.3, 0.6, 0.9)
+CALIBRATED = (0.2, 0.45, 0.75)
+"""Shares of the capacity that are judged, and that are calibrated on."""
 
 
 class Fixed(Workload):
@@ -140,39 +143,39 @@ class System:
         self.found["probes"] = lengths
 
     def capacity(self, seconds: float) -> float:
-        """Requests per second with `in_flight` requests always there, after fewer and fewer long stages of less."""
+        """Requests per second with `in_flight` requests always there."""
         args = self.args
-        level, begin = 1, time.monotonic()
-        while level < args.in_flight:
-            self.load(f"flight_{level}", Fixed(2 * level, args.prompt_tokens, args.output_tokens), 10 + level,
-                      max(5.0, seconds / 4), level)  # fmt: skip
-            level *= 4
-        spent = time.monotonic() - begin
-        last = self.found["loads"][f"flight_{level // 4}"]
-        count = int(max(2.0 * args.in_flight, last["throughput_rps"] * (seconds - spent)))
-        count = min(count, 8 * args.in_flight)
-        columns = self.load(f"flight_{args.in_flight}", Fixed(count, args.prompt_tokens, args.output_tokens), 9,
-                            max(15.0, 2 * (seconds - spent)), args.in_flight)  # fmt: skip
+        self.load("flight_1", Fixed(3, args.prompt_tokens, args.output_tokens), 10, max(5.0, seconds / 4), 1)
+        columns = self.load("full", Fixed(4 * args.in_flight, args.prompt_tokens, args.output_tokens), 9,
+                            max(15.0, seconds), args.in_flight)  # fmt: skip
         ends = np.sort(columns["last_token"][columns["status"] == FINISHED])
         first, stop = len(ends) // 4, len(ends) - max(1, min(len(ends) // 4, args.in_flight // 2))
         if stop - first < 4:
             raise InputError(f"{self.name}: only {len(ends)} requests finished while its capacity was measured")
         rate = float((stop - first) / (ends[stop] - ends[first]))
-        self.found.update(capacity_rps=rate, calibrated_until=time.time())
+        self.found["capacity_rps"] = rate
         self.say(f"capacity {rate:.4g} requests/s with {args.in_flight} in flight")
         return rate
 
-    def judge(self, label: str, rate: float, seconds: float, share: float) -> None:
-        """Poisson arrivals at a rate that no calibration has seen."""
+    def calibrate(self, seconds: float) -> None:
+        """Loads between those that are judged; all steps up to the end of these are calibrated on."""
+        for share in CALIBRATED:
+            self._arrivals(f"calibrate_{share:g}", share * self.found["capacity_rps"], seconds, round(1000 * share))
+        self.found["calibrated_until"] = time.time()
+
+    def _arrivals(self, label: str, rate: float, seconds: float, seed: int) -> None:
         args = self.args
         traffic = Traffic(
             rate=rate, duration=seconds, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens
         )
-        seed = 100 + round(100 * share)
         self.load(label, traffic.build(), seed, 2 * seconds + 30)
-        self.found["runs"].append(
-            {"label": label, "share": share, "rate": rate, "duration": seconds, "seed": seed}
-        )  # fmt: skip
+
+    def judge(self, label: str, rate: float, seconds: float, share: float) -> None:
+        """Poisson arrivals at a rate that no calibration has seen."""
+        seed = 100 + round(100 * share)
+        self._arrivals(label, rate, seconds, seed)
+        run = {"label": label, "share": share, "rate": rate, "duration": seconds, "seed": seed}
+        self.found["runs"].append(run)
 
     def end(self) -> None:
         if self._process.poll() is None:
@@ -213,11 +216,14 @@ def main() -> int:
     try:
         for system in systems:
             system.wait()
-        stage = 0.16 * left()
         for system in systems:
             system.probe(args.probe_tokens)
             keep()
-            system.capacity(stage)
+        stage = left()
+        for system in systems:
+            system.capacity(0.08 * stage)
+            keep()
+            system.calibrate(0.025 * stage)
             keep()
         # A common rate shows both deployments under the same traffic.
         low, high = sorted(systems, key=lambda one: float(one.found["capacity_rps"]))

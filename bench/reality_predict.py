@@ -88,11 +88,21 @@ def predict(folder: Path) -> dict[str, Any]:
 def _steps(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Rows by pool."""
     found: dict[str, list[dict[str, float]]] = {}
-    for path in sorted(folder.glob("*.csv")):
+    origins: list[int] = []
+    for number, path in enumerate(sorted(folder.glob("*.csv"))):
         pool = next(role for role in BLOCKS if path.name.startswith(role))
         with path.open() as file:
             for row in csv.DictReader(file):
                 found.setdefault(pool, []).append({key: float(value) for key, value in row.items()})
+                origins.append(number)
+    # How many other instances were busy during each step.
+    every = [row for rows in found.values() for row in rows]
+    ends = np.array([row["end"] for row in every])
+    starts, files = ends - [row["seconds"] for row in every], np.array(origins)
+    for place, row in enumerate(every):
+        other = files != files[place]
+        both = np.minimum(ends[other], ends[place]) - np.maximum(starts[other], starts[place])
+        row["others"] = float(np.maximum(both, 0.0).sum() / row["seconds"])
     return found
 
 
@@ -169,7 +179,9 @@ def _run(
     for name, model in models.items():
         rows = [row for row in steps[name] if real["start"] <= row["end"] <= real["end"]]
         expected = sum(
-            model.step_seconds(int(row["decoding"]), row["context"], int(row["prompt"]), row["pairs"]) for row in rows
+            model.step_seconds(int(row["decoding"]), row["context"], int(row["prompt"]), row["pairs"])
+            * (1 + model.crowding * row["others"])
+            for row in rows
         )
         drift[name] = sum(row["seconds"] for row in rows) / expected if expected else None
         table = np.array([[row[column] for column in COLUMNS] for row in rows])

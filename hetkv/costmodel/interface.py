@@ -34,6 +34,8 @@ class StepModel(Protocol):
     """Pipeline stages: so many steps may be in flight at once."""
     kv_element_bytes: float = 2.0
     """Bytes of one KV element, scales included."""
+    crowding: float = 0.0
+    """By what share a step takes longer for each other instance of the machine that is busy meanwhile."""
 
     def step_seconds(
         self, decode_batch: int, decode_context: float, prefill_tokens: int = 0, prefill_pairs: float = 0.0

@@ -1,8 +1,9 @@
 """Step times of one engine as they were measured where it runs: `MeasuredSteps`, which `hetkv calibrate --bench` fits.
 
 A step's time is a piecewise line in the number of its tokens, and more for each decoding sequence, each KV token these
-read, each pair of a prompt, and for having prompts at all. There is no GPU in it: it holds for the model, the engine
-and the machine that were measured, and for no other.
+read, each pair of a prompt, and for having prompts at all; and all of it the more, the more other instances of the
+machine are busy. There is no GPU in it: it holds for the model, the engine and the machine that were measured, and for
+no other.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class StepFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     context_s: float
     pair_s: float
     prompt_s: float
+    crowding: float = 0.0
+    """See `StepModel`: instances share cores, memory and the server's process with each other."""
     kv_bytes_per_token: float
     rows: int
     median_error: float
@@ -69,7 +72,7 @@ class MeasuredSteps(StepModel):
     """Implements `StepModel`. Where there is no memory model, a plan has to say how many tokens of KV there are."""
 
     def __init__(self, fit: StepFit, kv_tokens: int) -> None:
-        self.fit, self._tokens = fit, kv_tokens
+        self.fit, self._tokens, self.crowding = fit, kv_tokens, fit.crowding
         edges = (0.0, *NODES[1:])
         self._lines = []
         value = fit.step_s

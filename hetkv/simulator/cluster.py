@@ -48,6 +48,9 @@ class Cluster:
             for pool in pools
             for name in (f"{pool.name}/{i}" for i in range(pool.count))
         }
+        busy: dict[Instance, None] = {}
+        for instance in self.instances.values():
+            instance.share_machine(busy)
         entries = [i for i in self.instances.values() if i.pool.role != DECODE]
         decoders = [i for i in self.instances.values() if i.pool.role == DECODE]
         self.entry = Router(entries, prefill_routing)

@@ -55,6 +55,7 @@ class Instance:
         self._landed = 0.0  # when the latest of them ends
         self._life = 0  # a flight that was begun in an older life is void
         self._settling = False  # a flight's prompts are being handed on: nothing is started meanwhile
+        self._crowd: dict[Instance, None] = {}  # those of its machine that are busy, where that matters
 
     def report_to(self, changed: dict[Instance, None]) -> None:
         """From now on, enter this instance in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
@@ -64,6 +65,10 @@ class Instance:
         self.requests += requests
         self.prompt_tokens += prompt_tokens
         self._changed[self] = None
+
+    def share_machine(self, busy: dict[Instance, None]) -> None:
+        """Its steps are slowed down by the instances in `busy`, which it enters while it is busy itself."""
+        self._crowd = busy
 
     # -- for the deployment around it
 
@@ -201,6 +206,7 @@ class Instance:
     def _plan(self) -> None:
         """Choose what runs next and start it."""
         pool, scheduler, batch, now = self.pool, self.scheduler, self.scheduler.batch, self.events.now
+        slow = 1 + pool.model.crowding * (len(self._crowd) - self._busy) if self._crowd else 1.0
         scheduler.plan_decodes()
         size = len(batch.members)
         chunks: list[Chunk] = []
@@ -216,7 +222,7 @@ class Instance:
             tokens = sum(n for _, n in chunks)
             pairs = sum(n * r.computed + n * (n + 1) / 2 for r, n in chunks)
             decoding = size if self._decodes else 0
-            seconds = pool.model.step_seconds(decoding, batch.context if decoding else 0.0, tokens, pairs)
+            seconds = slow * pool.model.step_seconds(decoding, batch.context if decoding else 0.0, tokens, pairs)
             first, self._steps, self._growth = seconds, 1, 0
             pool.prefill_tokens += tokens
             if pool.role == PREFILL:
@@ -233,8 +239,8 @@ class Instance:
             if self._growth > self.kv.free and self._growth > self.kv.available:
                 self._steps = batch.steps_within(self.kv.available, self._steps)
                 self._growth = batch.growth(self._steps)
-            seconds = line.seconds(batch.context, self._steps)
-            first = line.seconds(batch.context, 1) if scheduler.joined else seconds
+            seconds = slow * line.seconds(batch.context, self._steps)
+            first = slow * line.seconds(batch.context, 1) if scheduler.joined else seconds
         else:
             self._idle()
             return
@@ -248,6 +254,8 @@ class Instance:
         if not self._busy:
             self._busy = True
             pool.busy.add(now, 1)
+            if pool.model.crowding:
+                self._crowd[self] = None
         self._start = now
         self._whole = self._steps == 1
         self._epoch += 1
@@ -342,6 +350,7 @@ class Instance:
         self._growth = self._steps = 0
         if self._busy:
             self._busy = False
+            self._crowd.pop(self, None)
             self.pool.busy.add(self.events.now, -1)
 
     def _prefilled(self, request: Request) -> None:

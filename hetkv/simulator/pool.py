@@ -50,6 +50,7 @@ class Pool:
 
     def __post_init__(self) -> None:
         self.stages = self.model.stages
+        self.skip_ahead = self.skip_ahead and not self.model.crowding  # who else is busy may change with each step
         self._keep(self.model.kv)
         tokens = min(self.max_num_batched_tokens, 2048)
         self.seconds_per_prompt_token = self.model.step_seconds(0, 0.0, tokens, tokens * (tokens + 1) / 2) / tokens

@@ -66,6 +66,28 @@ def test_the_fit_finds_what_steps_take(tmp_path: Path) -> None:
         assert found.step_seconds(*work) == pytest.approx(true.step_seconds(*work), rel=0.03)
 
 
+def test_steps_are_slower_beside_others(tmp_path: Path) -> None:
+    """The share is found, and two requests at a time on two instances take that much longer than one on one."""
+    random, steps = np.random.default_rng(4), rows(0.1)
+    for row in steps:
+        row["others"] = float(random.choice([0.0, 1.0, random.uniform()]))
+        row["seconds"] *= 1 + 0.4 * row["others"]
+    path = calibrated(tmp_path, [{"name": "here", "kv_bytes_per_token": 4096, "rows": steps}])
+    fit = load_steps([path])["here"]
+    assert fit.crowding == pytest.approx(0.4, abs=0.05)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "model: Llama-2-7B\ncalibration: [own.json]\n"
+        "pools: [{role: aggregated, gpu: this one, steps: here, kv_tokens: 4096, count: 2}]\n"
+    )
+    alone, both = (
+        simulate(load_plan(plan), Traffic(rate=rate, requests=2, prompt_tokens="64", output_tokens="400").build(), 1)
+        for rate in (0.001, 1000)
+    )
+    ratio = both.summary["tpot_ms"]["mean"] / alone.summary["tpot_ms"]["mean"]
+    assert ratio == pytest.approx(1 + fit.crowding, rel=0.03)
+
+
 def test_a_plan_of_measured_steps(tmp_path: Path) -> None:
     """Requests one at a time take the sums of their steps, and the time to the engine and back."""
     calibrated(tmp_path, [{"name": "here", "kv_bytes_per_token": 4096, "rows": rows(0.0)}])
