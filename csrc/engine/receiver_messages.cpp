@@ -74,7 +74,8 @@ void Receiver::on_release(Link& link, const wire::Release& release) {
 }
 
 void Receiver::on_abort(Link& link, const wire::Prelude& prelude, const wire::Abort& abort) {
-  if (Request* request = find(prelude.request, prelude.epoch)) {
+  Request* request = find(prelude.request, prelude.epoch);
+  if (request != nullptr && part_of(*request, link) != nullptr) {  // it can give up nothing of another peer's
     fail(*request, Status::error(abort.code, link.config.name + ": the sender gave the request up: " + abort.reason),
          &link);
   }

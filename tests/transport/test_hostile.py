@@ -14,6 +14,8 @@ import pytest
 from hetkv.errors import ClosedError, HetkvError, InputError, TransportError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, LayerSpec
+from hetkv.reference import wire
+from hetkv.reference.messages import Abort, Heartbeat, Prelude, Type
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.handle import request_key
 from hetkv.transport.receiver import Receiver
@@ -50,6 +52,26 @@ def test_a_chunk_before_the_window_does_not_stand_for_one_inside() -> None:
             tx.send_layer(1, (96 - start, 128 - start))
         with pytest.raises(InputError, match="every layer of it was sent"):
             tx.send_layer(0, (96, 128))
+
+
+def test_a_peer_cannot_give_up_the_request_of_another() -> None:
+    """Not even one that knows its id and its epoch."""
+    source = randomise(KVPool.allocate(SLIDING, 16), 1)
+    quiet = TransferConfig(heartbeat_s=60, peer_timeout_s=600)  # numbers of injected messages are known
+    with connected([source, source], [KVPool.allocate(SLIDING, 16)], quiet) as ([honest, hostile], [receiver]):
+        rx = receiver.receive("theirs", [1, 2], 32, src_instance="p0")
+        [peer] = hostile.peers
+        for kind, body in ((Type.ABORT, Abort(9, "hostile")), (Type.HEARTBEAT, Heartbeat(1))):
+            named = (request_key("theirs"), receiver.engine.epoch(rx.handle)) if kind is Type.ABORT else (bytes(16), 0)
+            prelude = Prelude(kind, hostile.engine.next_sequence(peer.link), *named)
+            hostile.engine.inject(peer.link, wire.encode(prelude, body, peer.connection.data_keys.send))
+        mine = receiver.receive("its own", [3], 16, src_instance="p1")  # comes after what was injected
+        hostile.send("its own", [0], 16).send_layers()
+        mine.wait(5)
+        tx = honest.send("theirs", [4, 5], 32)
+        tx.send_layers()
+        rx.wait(5)
+        tx.wait(5)
 
 
 def in_forked_child(work: Callable[[], None]) -> None:
