@@ -15,13 +15,33 @@ ASSUMED_PROMPT_TOKEN_S = 1e-4
 
 
 class MemberPool:
-    """Implements the router's `PoolFacts`. Instances measure their own speed, so each is a pool of its own."""
+    """Implements the router's `PoolFacts`: instances of one kind, which share the speed that they measure.
+
+    With a speed for each, a request would go to the one that happened to measure the better one, whatever it has to do.
+    """
 
     def __init__(self, hello: Hello) -> None:
-        self.name = hello.name
+        self.kind = (hello.pool, hello.gpu, hello.device, hello.tp, hello.pp, hello.max_num_seqs, hello.weight)
+        self.name = repr(self.kind)
         self.weight = hello.weight
         self.max_num_seqs = hello.max_num_seqs
         self.seconds_per_prompt_token = ASSUMED_PROMPT_TOKEN_S
+        self._measured: dict[str, float] = {}
+
+    def measured(self, instance: str, seconds: float) -> None:
+        """What an instance says; 0: it has computed nothing yet."""
+        if seconds:
+            self._measured[instance] = seconds
+            self._average()
+
+    def forget(self, instance: str) -> None:
+        """It has gone, and its speed with it."""
+        if self._measured.pop(instance, None):
+            self._average()
+
+    def _average(self) -> None:
+        if self._measured:
+            self.seconds_per_prompt_token = sum(self._measured.values()) / len(self._measured)
 
 
 class MemberBlocks:
@@ -85,7 +105,7 @@ class Member:
             self.kv.hashes.clear()
         self.kv.hashes.difference_update(report.gone)
         self.kv.hashes.update(report.came)
-        self.pool.seconds_per_prompt_token = report.load.prompt_token_s or self.pool.seconds_per_prompt_token
+        self.pool.measured(self.name, report.load.prompt_token_s)
 
     def free_for_more(self) -> bool:
         """Whether it would begin with another prompt at once."""

@@ -231,6 +231,8 @@ class Scheduler:
         if reason:
             self.reject(member, reason)
             return
+        equal = (other.pool for other in self.members.values() if other.pool.kind == member.pool.kind)
+        member.pool = next(equal, member.pool)
         self.members[member.name] = member
         hello = member.hello
         log.info("%s joined: %s on %s, KV %s, %d tokens", member.name, member.role, hello.gpu, hello.kv,
@@ -251,6 +253,7 @@ class Scheduler:
             return
         log.log(logging.INFO if member.leaving else logging.WARNING, "%s is gone: %s", member.name, reason)
         self._route(member, False)
+        member.pool.forget(member.name)
         for generation in list(member.generations.values()):
             self._again(generation, f"{member.name} is gone")
         for other in self.members.values():

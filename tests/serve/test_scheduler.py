@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from hetkv.errors import GenerationError, InputError
@@ -245,6 +246,25 @@ def test_one_that_leaves_ends_what_it_has() -> None:
     for generation in (second, third):
         fleet.output("aggregated-1", generation.transfer, finish="stop")
     fleet.check_empty()
+
+
+def test_equal_instances_share_the_speed_that_they_measure() -> None:
+    """Else all requests would go to the one that measured the better one, while the other has nothing to do."""
+    fleet = Fleet("aggregated", "aggregated")
+    for number, seconds in enumerate((1e-4, 3e-4)):
+        fleet.report(f"aggregated-{number}", load=msgspec.structs.replace(IDLE, prompt_token_s=seconds))
+    assert fleet["aggregated-0"].pool.seconds_per_prompt_token == pytest.approx(2e-4)
+    homes = []
+    for _ in range(6):
+        generation = fleet.submit()
+        assert generation.home is not None
+        homes.append(generation.home.name)
+        fleet.report(generation.home.name, progress={generation.transfer: 10})  # it is computed, and decodes
+    assert homes.count("aggregated-0") == homes.count("aggregated-1") == 3
+    slower = fleet.join(hello("aggregated-2", "aggregated", gpu="another"))
+    assert slower.pool is not fleet["aggregated-0"].pool
+    fleet.scheduler.lost(fleet["aggregated-1"], "a test")
+    assert fleet["aggregated-0"].pool.seconds_per_prompt_token == pytest.approx(1e-4)
 
 
 def test_prompts_go_where_their_prefix_is() -> None:
