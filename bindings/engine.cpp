@@ -57,13 +57,43 @@ std::optional<wire::Content> to_content(const std::optional<py::bytes>& content)
   return to_array<16>(*content, "content");
 }
 
-// (descriptor, send key, receive key) of each socket.
-using Streams = std::vector<std::tuple<int, py::bytes, py::bytes>>;
+constexpr std::pair<const char*, transport::Cipher> kCiphers[] = {
+    {"aes-256-gcm", transport::Cipher::kAes256Gcm},
+    {"chacha20-poly1305", transport::Cipher::kChaCha20Poly1305},
+};
+
+transport::Cipher to_cipher(const std::string& name) {
+  for (const auto& [known, cipher] : kCiphers) {
+    if (name == known) return cipher;
+  }
+  check(Status::error(Code::kInvalid, "cipher '" + name + "' is not known"));
+  return transport::Cipher::kNone;
+}
+
+std::vector<std::string> ciphers() {
+  std::vector<std::string> out;
+  for (const auto& [name, cipher] : kCiphers) {
+    if (transport::has_cipher(cipher)) out.emplace_back(name);
+  }
+  return out;
+}
+
+// (descriptor, send key, receive key, cipher or "") of each socket.
+using Streams = std::vector<std::tuple<int, py::bytes, py::bytes, std::string>>;
 
 std::vector<transport::StreamConfig> to_streams(const Streams& streams) {
   std::vector<transport::StreamConfig> out;
-  for (const auto& [descriptor, send_key, receive_key] : streams) {
-    out.push_back({descriptor, to_array<16>(send_key, "send_key"), to_array<16>(receive_key, "receive_key")});
+  for (const auto& [descriptor, send_key, receive_key, cipher] : streams) {
+    transport::StreamConfig& config = out.emplace_back();
+    config.descriptor = descriptor;
+    if (cipher.empty()) {
+      config.send_key = to_array<16>(send_key, "send_key");
+      config.receive_key = to_array<16>(receive_key, "receive_key");
+      continue;
+    }
+    config.cipher = to_cipher(cipher);
+    config.send_seal = to_array<32>(send_key, "send_key");
+    config.receive_seal = to_array<32>(receive_key, "receive_key");
   }
   return out;
 }
@@ -184,6 +214,7 @@ void bind_common(EngineClass<E>& type) {
 
 void bind_engine(py::module_& m) {
   m.attr("RMA_TRANSPORTS") = transport::kRmaTransports;
+  m.def("ciphers", &ciphers, "Ciphers that this build and CPU have, by the names of docs/wire-codes.md; best first.");
   m.def(
       "load_ucx", [](const std::string& path) { check(transport::load_ucx(path.c_str())); }, py::arg("path"),
       "Loads the `libucp` at `path`, for engines whose configuration names transports in `rma`.");
@@ -263,7 +294,9 @@ void bind_engine(py::module_& m) {
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("streams"),
            py::arg("frame_ms") = 0,
-           "`streams`: (descriptor, send key, receive key) of each; the descriptors are duplicated.");
+           "`streams`: (descriptor, send key, receive key, cipher) of each; the descriptors are duplicated. Keys have "
+           "16\n"
+           "bytes, and 32 where the cipher is not empty: see `ciphers`.");
 
   py::class_<SendBatch, std::shared_ptr<SendBatch>>(m, "SendBatch")
       .def(py::init([](std::vector<std::uint64_t> handles,

@@ -5,10 +5,6 @@ if(HETKV_C STREQUAL "OFF")
   return()
 endif()
 
-find_package(PkgConfig QUIET)
-if(PkgConfig_FOUND)
-  pkg_check_modules(sodium QUIET IMPORTED_TARGET libsodium)
-endif()
 execute_process(COMMAND "${Python_EXECUTABLE}" -c
                 "import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec('msgpack_cxx').origin).parent / 'include')"
                 OUTPUT_VARIABLE msgpack_hint OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)

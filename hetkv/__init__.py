@@ -30,10 +30,12 @@ _MODULES = {
     "Receiver": "transport.receiver",
     "RecvHandle": "transport.receiver",
     "ScaleLayout": "kv.scale",
+    "SecretFile": "control.secret",
     "Segment": "kv.spec",
     "SendHandle": "transport.sender",
     "Sender": "transport.sender",
     "Shard": "kv.spec",
+    "TlsConfig": "control.tls",
     "TransferConfig": "transport.config",
     "content_digest": "transport.content",
 }
@@ -54,16 +56,20 @@ __all__ = [
     "Receiver",
     "RecvHandle",
     "ScaleLayout",
+    "SecretFile",
     "Segment",
     "SendHandle",
     "Sender",
     "Shard",
+    "TlsConfig",
     "TransferConfig",
     "__version__",
     "content_digest",
 ]
 
 if TYPE_CHECKING:
+    from hetkv.control.secret import SecretFile
+    from hetkv.control.tls import TlsConfig
     from hetkv.errors import HetkvError
     from hetkv.kv.dtypes import DType
     from hetkv.kv.layer import LayerMemory

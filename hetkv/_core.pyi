@@ -73,6 +73,7 @@ def checksum(data: _Buffer, offset: int = 0, seed: int = 0) -> int:
 def copy(dst: _Buffer, src: _Buffer, threads: int = 1) -> None:
     """memcpy on the threads that remap uses: the yardstick of `hetkv bench remap`."""
 
+def ciphers() -> list[str]: ...
 def available_isas() -> list[str]:
     """Instruction sets that remap can use here, narrowest first."""
 
@@ -218,7 +219,7 @@ class LinkConfig:
         plans: Sequence[LayerPlan],
         device_windows: bool = False,
         rdma_windows: bool = False,
-        streams: Sequence[tuple[int, bytes, bytes]],
+        streams: Sequence[tuple[int, bytes, bytes, str]],
         frame_ms: int = 0,
     ) -> None: ...
 

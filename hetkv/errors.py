@@ -45,6 +45,20 @@ class AuthenticationError(ControlError):
     """The peer did not prove that it has the shared secret, or a message's MAC is wrong."""
 
 
+class SecretError(AuthenticationError):
+    """The two sides have no shared secret in common."""
+
+
+class CertificateError(AuthenticationError):
+    """TLS: a certificate was rejected. `reason`: `unknown-ca`, `expired`, `not-yet-valid`, `revoked`, `identity` (it is
+    not on the list of allowed peers), `host`, `missing`, `crl` (the list of revoked ones is missing or too old), or
+    `other`. `own`: it is this side's certificate, and the peer rejected it."""
+
+    def __init__(self, text: str, reason: str = "other", *, own: bool = False) -> None:
+        super().__init__(text)
+        self.reason, self.own = reason, own
+
+
 class HandshakeError(ControlError):
     """The two sides cannot work together; see the subclasses and the text."""
 

@@ -23,6 +23,8 @@ constexpr std::size_t kMostPieces = 16;                    // of one sendmsg
 constexpr std::size_t kMostDescriptors = 64;               // that wait for their frames
 constexpr int kLocalBuffer = 4 << 20;                      // of a unix socket; TCP's grow by themselves
 constexpr std::size_t kMostMessage = wire::kMaxMessageBytes;
+constexpr std::size_t kClearBytes = offsetof(FrameHeader, mac);  // of a header, ahead of its MAC or tag
+constexpr std::size_t kSealedInput = kMostSealed + kClearBytes + sizeof(SealTag) + 2 * kAhead;
 
 Status lost(int error) {
   return Status::error(Code::kPeerLost, error == 0 ? std::string("the peer's data connection ended")
@@ -35,14 +37,18 @@ void set(int descriptor, int level, int option, int value) {
 
 }  // namespace
 
-Stream::Stream(StreamOwner& owner, int descriptor, const wire::SipKey& send_key, const wire::SipKey& receive_key,
-               bool first)
+Stream::Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first)
     : owner_(owner),
       descriptor_(descriptor),
-      send_key_(send_key),
-      receive_key_(receive_key),
+      send_key_(config.send_key),
+      receive_key_(config.receive_key),
       first_(first),
-      in_(kInputBytes) {
+      head_bytes_(config.cipher == Cipher::kNone ? sizeof(FrameHeader) : kClearBytes + sizeof(SealTag)),
+      in_(config.cipher == Cipher::kNone ? kInputBytes : kSealedInput) {
+  if (config.cipher != Cipher::kNone) {
+    close_seal_.emplace(config.cipher, config.send_seal);
+    open_seal_.emplace(config.cipher, config.receive_seal);
+  }
   sockaddr_storage name{};
   socklen_t length = sizeof name;
   local_ = getsockname(descriptor, reinterpret_cast<sockaddr*>(&name), &length) == 0 && name.ss_family == AF_UNIX;
@@ -67,21 +73,29 @@ Stream::~Stream() {
 // --- out ---
 
 void Stream::append(Outgoing frame) {
-  frame.header.mac = frame_mac(frame.header, frames_out_++, send_key_);
-  queued_bytes_ += sizeof frame.header + frame.header.length;
+  if (close_seal_) {
+    const std::size_t bytes = frame.header.length;
+    if (frame.put != nullptr) frame.body = std::move(spare_);
+    frame.body.resize(bytes);
+    const void* plain = frame.put != nullptr ? frame.data : frame.body.data();
+    close_seal_->close(&frame.header, kClearBytes, plain, bytes, frame.body.data(), &frame.tag);
+  } else {
+    frame.header.mac = frame_mac(frame.header, frames_out_++, send_key_);
+  }
+  queued_bytes_ += head_bytes_ + frame.header.length;
   out_.push_back(std::move(frame));
   Outgoing& last = out_.back();
-  if (last.put == nullptr) last.data = last.body.data();
+  if (last.put == nullptr || close_seal_) last.data = last.body.data();
 }
 
 void Stream::queue(FrameHeader header, std::vector<std::uint8_t> body) {
-  append({header, std::move(body), nullptr, -1, nullptr});
+  append({header, {}, std::move(body), nullptr, -1, nullptr});
 }
 
 Status Stream::queue_window(FrameHeader header, int descriptor) {
   const int own = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
   if (own < 0) return Status::error(Code::kTransport, std::string("no descriptor is left: ") + std::strerror(errno));
-  append({header, {}, nullptr, own, nullptr});
+  append({header, {}, {}, nullptr, own, nullptr});
   return {};
 }
 
@@ -103,9 +117,14 @@ bool Stream::write() {
     std::size_t skip = out_done_;
     std::size_t asked = 0;
     for (auto& frame : out_) {
-      if (count + 2 > kMostPieces || (frame.descriptor >= 0 && count > 0)) break;  // a descriptor begins its call
-      const std::size_t head = sizeof frame.header;
-      if (skip < head) pieces[count++] = {reinterpret_cast<std::uint8_t*>(&frame.header) + skip, head - skip};
+      if (count + 3 > kMostPieces || (frame.descriptor >= 0 && count > 0)) break;  // a descriptor begins its call
+      const std::size_t head = head_bytes_;
+      const std::size_t whole = close_seal_ ? kClearBytes : head;  // of what is sent of `header`
+      if (skip < whole) pieces[count++] = {reinterpret_cast<std::uint8_t*>(&frame.header) + skip, whole - skip};
+      if (skip < head && whole < head) {
+        const std::size_t done = std::max(skip, whole) - whole;
+        pieces[count++] = {frame.tag.data() + done, head - whole - done};
+      }
       const std::size_t done = skip > head ? skip - head : 0;
       if (done < frame.header.length) {
         pieces[count++] = {const_cast<std::uint8_t*>(frame.data) + done, frame.header.length - done};
@@ -150,11 +169,12 @@ void Stream::sent(std::size_t bytes) {
   while (!out_.empty()) {
     Outgoing& frame = out_.front();
     if (frame.descriptor >= 0 && bytes > 0) close(std::exchange(frame.descriptor, -1));  // it left with the first byte
-    const std::size_t whole = sizeof frame.header + frame.header.length;
+    const std::size_t whole = head_bytes_ + frame.header.length;
     if (bytes < whole) break;
     bytes -= whole;
     StreamPut* put = frame.put;
     const std::size_t length = frame.header.length;
+    if (put != nullptr) spare_ = std::move(frame.body);
     out_.pop_front();
     if (put != nullptr) owner_.on_part_sent(put, length);
   }
@@ -169,9 +189,19 @@ bool Stream::read() {
     const long bytes = receive();
     if (bytes <= 0) break;
     moved += static_cast<std::size_t>(bytes);
-    if (!parse()) break;
+    if (!(open_seal_ ? parse_sealed() : parse())) break;
   }
   return moved > 0;
+}
+
+// Bytes that the frame that is being read lacks in the buffer, as far as is known.
+std::size_t Stream::missing() const {
+  const std::size_t left = in_end_ - in_begin_;
+  if (!open_seal_) return have_header_ ? header_.length - std::min<std::size_t>(header_.length, left) : 0;
+  if (left < head_bytes_) return head_bytes_ - left;
+  FrameHeader header;
+  std::memcpy(&header, in_.data() + in_begin_, sizeof header);  // its last bytes are of the tag
+  return head_bytes_ + header.length - left;                    // at most kMostSealed: see parse_sealed()
 }
 
 // Into the slot, as far as the part that is being read goes, and into the buffer what follows.
@@ -186,13 +216,12 @@ long Stream::receive() {
     pieces[count++] = {to, direct};
   }
   if (in_begin_ == in_end_) in_begin_ = in_end_ = 0;
-  if (in_.size() - in_end_ < kMostMessage + sizeof header_) {
+  if (in_.size() - in_end_ < (open_seal_ ? missing() + kAhead : kMostMessage + sizeof header_)) {
     std::memmove(in_.data(), in_.data() + in_begin_, in_end_ - in_begin_);
     in_end_ -= in_begin_;
     in_begin_ = 0;
   }
-  const std::size_t rest =
-      have_header_ && direct == 0 ? header_.length - std::min<std::size_t>(header_.length, in_end_ - in_begin_) : 0;
+  const std::size_t rest = direct == 0 ? missing() : 0;
   pieces[count++] = {in_.data() + in_end_, std::min(rest + kAhead, in_.size() - in_end_)};
   msghdr call{};
   call.msg_iov = pieces;
@@ -238,9 +267,7 @@ bool Stream::parse() {
       if (left < sizeof header_) return true;
       std::memcpy(&header_, in_.data() + in_begin_, sizeof header_);
       if (header_.mac != frame_mac(header_, frames_in_, receive_key_)) {
-        ended_ = true;
-        owner_.fail(Status::error(Code::kBadMac, "a frame of the data connection has a wrong MAC"));
-        return false;
+        return end(Code::kBadMac, "a frame of the data connection has a wrong MAC");
       }
       ++frames_in_;
       in_begin_ += sizeof header_;
@@ -272,12 +299,60 @@ bool Stream::parse() {
         continue;
       }
     }
-    ended_ = true;
-    owner_.fail(Status::error(Code::kMalformed, "a frame of kind " + std::to_string(static_cast<int>(header_.kind)) +
-                                                    " with " + std::to_string(header_.length) +
-                                                    " bytes does not belong on this connection"));
-    return false;
+    return misplaced();
   }
+  return false;
+}
+
+// The same of an encrypted stream. Nothing of a frame but its length is looked at before the whole of it is authentic.
+bool Stream::parse_sealed() {
+  while (!ended_) {
+    const std::size_t left = in_end_ - in_begin_;
+    if (left < head_bytes_) return true;
+    std::uint8_t* at = in_.data() + in_begin_;
+    std::memcpy(&header_, at, sizeof header_);  // its last bytes are of the tag
+    if (header_.length > kMostSealed) {
+      return end(Code::kMalformed, "an encrypted frame of " + std::to_string(header_.length) + " bytes is too long");
+    }
+    if (left < head_bytes_ + header_.length) return true;
+    SealTag given;
+    std::memcpy(given.data(), at + kClearBytes, sizeof given);
+    std::uint8_t* body = at + head_bytes_;
+    if (!open_seal_->open(&header_, kClearBytes, body, header_.length, given)) {
+      return end(Code::kBadMac, "an encrypted frame of the data connection was altered");
+    }
+    in_begin_ += head_bytes_ + header_.length;
+    if (!take_whole(body)) return false;
+  }
+  return false;
+}
+
+// A frame that is whole and authentic.
+bool Stream::take_whole(std::uint8_t* body) {
+  if (header_.kind == FrameKind::kPayload) {
+    void* to = owner_.on_part(header_, 0);
+    if (to == nullptr) {
+      ended_ = true;
+      return false;
+    }
+    std::memcpy(to, body, header_.length);
+    owner_.on_part_end(header_);
+    return true;
+  }
+  if (header_.kind != FrameKind::kMessage || !first_ || header_.length > kMostMessage) return misplaced();
+  owner_.on_frame(header_, body);
+  return true;
+}
+
+bool Stream::misplaced() {
+  return end(Code::kMalformed, "a frame of kind " + std::to_string(static_cast<int>(header_.kind)) + " with " +
+                                   std::to_string(header_.length) + " bytes does not belong on this connection");
+}
+
+// The link has failed.
+bool Stream::end(Code code, std::string why) {
+  ended_ = true;
+  owner_.fail(Status::error(code, std::move(why)));
   return false;
 }
 

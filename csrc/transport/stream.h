@@ -5,8 +5,10 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <vector>
 
+#include "transport/seal.h"
 #include "transport/stream_frame.h"
 #include "transport/transport.h"
 
@@ -40,8 +42,8 @@ class StreamOwner {
 
 class Stream {
  public:
-  // Takes the descriptor over. `first`: the stream that carries messages, too.
-  Stream(StreamOwner& owner, int descriptor, const wire::SipKey& send_key, const wire::SipKey& receive_key, bool first);
+  // Takes the descriptor over; that of the configuration is not used. `first`: the stream that carries messages, too.
+  Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -73,6 +75,7 @@ class Stream {
  private:
   struct Outgoing {
     FrameHeader header;
+    SealTag tag{};  // in place of the header's MAC, where the stream is encrypted
     std::vector<std::uint8_t> body;
     const std::uint8_t* data = nullptr;  // of the body, or of a put's source
     int descriptor = -1;
@@ -81,14 +84,23 @@ class Stream {
   void append(Outgoing frame);
   void sent(std::size_t bytes);
   bool parse();
+  bool parse_sealed();
   bool take_payload();
+  bool take_whole(std::uint8_t* body);
+  bool misplaced();
+  bool end(Code code, std::string why);
   long receive();
+  std::size_t missing() const;
 
   StreamOwner& owner_;
   int descriptor_;
   const wire::SipKey send_key_;
   const wire::SipKey receive_key_;
   const bool first_;
+  std::optional<Seal> close_seal_;  // of an encrypted stream
+  std::optional<Seal> open_seal_;
+  const std::size_t head_bytes_;  // of a frame's header, with its MAC or tag
+  std::vector<std::uint8_t> spare_;
   bool local_ = false;
   bool ended_ = false;
 

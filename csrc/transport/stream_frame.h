@@ -31,6 +31,9 @@ static_assert(offsetof(FrameHeader, kind) == 4 && offsetof(FrameHeader, number) 
 static_assert(offsetof(FrameHeader, slot) == 16 && offsetof(FrameHeader, generation) == 20);
 static_assert(offsetof(FrameHeader, offset) == 24 && offsetof(FrameHeader, mac) == 32);
 
+// Of an encrypted frame, without its header: most bytes of a part, or of a message.
+constexpr std::size_t kMostSealed = 256 * 1024;
+
 inline std::uint64_t frame_mac(const FrameHeader& header, std::uint64_t place, const wire::SipKey& key) {
   std::uint8_t bytes[sizeof header];
   std::memcpy(bytes, &header, sizeof header);

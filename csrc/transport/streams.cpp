@@ -21,7 +21,7 @@ namespace hetkv::transport {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
-constexpr std::size_t kPartBytes = 256 * 1024;              // of a put, between which messages and other streams come
+constexpr std::size_t kPartBytes = kMostSealed;             // of a put, between which messages and other streams come
 constexpr std::size_t kMostQueued = std::size_t{64} << 20;  // of messages that a peer does not read
 constexpr std::uint64_t kMostAhead = 1 << 20;               // parts that came before an earlier one
 constexpr std::uint64_t kShutNs = 100 * kMs;                // how long the peer has to end its side
@@ -75,11 +75,14 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
 
   Status start(const PeerAddress& peer) {
     for (const auto& config : peer.streams) {
+      if (config.cipher != Cipher::kNone && !has_cipher(config.cipher)) {
+        return Status::error(Code::kUnsupported, "this build or CPU does not have the link's cipher");
+      }
       // The transport's own descriptors, so that those of the caller stay his, whatever happens.
       const int own = fcntl(config.descriptor, F_DUPFD_CLOEXEC, 0);
       if (own < 0)
         return Status::error(Code::kTransport, std::string("no descriptor is left: ") + std::strerror(errno));
-      streams_.push_back(std::make_unique<Stream>(*this, own, config.send_key, config.receive_key, streams_.empty()));
+      streams_.push_back(std::make_unique<Stream>(*this, own, config, streams_.empty()));
       if (auto status = transport_.watch(*this, *streams_.back()); !status.ok()) return status;
     }
     if (streams_.empty()) return Status::error(Code::kInvalid, "a link needs a stream");

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "status.h"
+#include "transport/seal.h"
 #include "wire/message.h"
 #include "wire/siphash.h"
 
@@ -92,8 +93,11 @@ class Endpoint {
 // A connected socket to the peer. The transport uses a duplicate, so that the descriptor stays its owner's.
 struct StreamConfig {
   int descriptor = -1;
-  wire::SipKey send_key{};
+  wire::SipKey send_key{};  // of MACs, where there is no cipher
   wire::SipKey receive_key{};
+  Cipher cipher = Cipher::kNone;  // must be there
+  SealKey send_seal{};
+  SealKey receive_seal{};
 };
 
 // What connect() needs to know of a peer.

@@ -16,7 +16,7 @@
 namespace hetkv::wire {
 
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 4;
+constexpr std::uint8_t kMinor = 5;
 constexpr std::size_t kMaxSegments = 4;
 constexpr std::size_t kMaxMessageBytes = 64 * 1024;
 constexpr std::size_t kMaxReasonBytes = 512;

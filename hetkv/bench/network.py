@@ -8,6 +8,7 @@ nor checks anything. See docs/measuring.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import statistics
@@ -15,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from hetkv.bench import namespaces
 from hetkv.bench.child import Child
@@ -120,6 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--connections", type=int, action="append", metavar="N", help="of a link; repeatable (default 1 and 4)"
     )
     parser.add_argument(
+        "--encrypt", action="store_true", help="measure encrypted streams, too, in the same rounds as those in clear"
+    )
+    parser.add_argument(
         "--mbit", type=float, action="append", metavar="N", help="rates to limit the way to, by tbf (default: none)"
     )
 
@@ -136,40 +142,50 @@ def run(args: argparse.Namespace) -> int:
     console, load, rows = terminal.console(args.json), os.getloadavg()[0], []
     for rate in [0, *(args.mbit or [])]:
         for connections in args.connections or [1, 4]:
-            rows.append(measure(args.layers, connections, args.rounds, rate))
+            rows.append(measure(args.layers, connections, args.rounds, rate, args.encrypt))
     show(console, rows)
     if args.json:
-        note = "GB/s: 10^9 payload bytes a second; medians over rounds; ratio: hetkv / plain loop, of one round"
+        note = (
+            "GB/s: 10^9 payload bytes a second; medians over rounds; ratio: hetkv / plain loop, of_clear: encrypted / "
+            "in clear, each of one round"
+        )
         report = {**environment(), "rounds": args.rounds, "load_average": round(load, 2), "target": TARGET}
         terminal.write_json(args.json, {**report, "note": note, "results": rows})
     return 0
 
 
-def measure(layers: int, connections: int, rounds: int, mbit: float = 0) -> dict[str, Any]:
-    """One row: the plain loop and hetkv between the same two namespaces, in turns."""
+def measure(layers: int, connections: int, rounds: int, mbit: float = 0, encrypt: bool = False) -> dict[str, Any]:
+    """One row: the plain loop and hetkv between the same two namespaces, in turns; and hetkv with encrypted streams."""
     most = min((mib for rate, mib in MOST_MIB.items() if rate >= mbit), default=1 << 20) if mbit else 1 << 20
     shape = Shape(min(layers, max(1, most // 16)), LAYER_TOKENS)
     config = TransferConfig(streams=connections)
     plain_s: list[float] = []
     hetkv_s: list[float] = []
-    with namespaces.joined(mbit) as (source, destination):
+    secret_s: list[float] = []
+    with namespaces.joined(mbit) as (source, destination), contextlib.ExitStack() as stack:
         places = source._replace(private_shm=True), destination._replace(private_shm=True)
-        plain = Plain(places, shape.payload_bytes, connections)
-        try:
-            with Pair(shape, config, places=places) as pair:
-                pair.send()
-                plain.seconds()
-                before = plain.cpu(), sum(pair.cpu())
-                for _ in range(rounds):
-                    plain_s.append(plain.seconds())
-                    hetkv_s.append(pair.send().seconds)
-                after = plain.cpu(), sum(pair.cpu())
-                path, verified = pair.path(), pair.verify()
-        finally:
-            plain.close()
+        plain = stack.enter_context(contextlib.closing(Plain(places, shape.payload_bytes, connections)))
+        pair = stack.enter_context(Pair(shape, config, places=places))
+        secret = None
+        if encrypt:
+            secret = stack.enter_context(Pair(shape, msgspec.structs.replace(config, encrypt=True), places=places))
+            secret.send()
+        pair.send()
+        plain.seconds()
+        before = plain.cpu(), sum(pair.cpu()), sum(secret.cpu()) if secret else 0.0
+        for _ in range(rounds):
+            plain_s.append(plain.seconds())
+            hetkv_s.append(pair.send().seconds)
+            if secret:
+                secret_s.append(secret.send().seconds)
+        after = plain.cpu(), sum(pair.cpu()), sum(secret.cpu()) if secret else 0.0
+        path, verified = pair.path(), pair.verify()
+        cipher = secret.cipher() if secret else ""
+        if secret and (not cipher or pair.cipher() or secret.verify() != verified):
+            raise BenchmarkError(f"streams are not what they should be: cipher {cipher!r} and {pair.cipher()!r}")
     size = shape.payload_bytes / 1e9
     cpu = [round((b - a) / rounds / size, 3) for a, b in zip(before, after, strict=True)]
-    return {
+    row = {
         "mbit": mbit,
         "connections": connections,
         "mib": shape.payload_bytes >> 20,
@@ -182,6 +198,16 @@ def measure(layers: int, connections: int, rounds: int, mbit: float = 0) -> dict
         "hetkv_cpu_s_per_gb": cpu[1],
         "verified_bytes": verified,
     }
+    if encrypt:
+        rates = [round(a / b, 3) for a, b in zip(hetkv_s, secret_s, strict=True)]
+        row["encrypted"] = {
+            "cipher": cipher,
+            "gb_s": round(size / statistics.median(secret_s), 3),
+            "of_clear": round(statistics.median(rates), 3),
+            "of_clear_rounds": rates,
+            "cpu_s_per_gb": cpu[2],
+        }
+    return row
 
 
 def show(console: Any, rows: list[dict[str, Any]]) -> None:
@@ -201,5 +227,29 @@ def show(console: Any, rows: list[dict[str, Any]]) -> None:
             f"{min(row['ratio_rounds']):.2f}-{max(row['ratio_rounds']):.2f}",
             f"{row['plain_cpu_s_per_gb']:.2f}",
             f"{row['hetkv_cpu_s_per_gb']:.2f}",
+        )
+    console.print(table)
+    if any("encrypted" in row for row in rows):
+        show_encrypted(console, rows)
+
+
+def show_encrypted(console: Any, rows: list[dict[str, Any]]) -> None:
+    """What encryption costs: the same transfers, in the same rounds."""
+    from rich.table import Table
+
+    table = Table(
+        "limit", "connections", "cipher", "GB/s", "of clear", "rounds", "CPU s/GB, clear", "encrypted", box=None
+    )
+    for row in rows:
+        found = row["encrypted"]
+        table.add_row(
+            f"{row['mbit']:g} Mbit/s" if row["mbit"] else "none",
+            str(row["connections"]),
+            found["cipher"],
+            f"{found['gb_s']:.3f}",
+            f"{found['of_clear']:.2f}",
+            f"{min(found['of_clear_rounds']):.2f}-{max(found['of_clear_rounds']):.2f}",
+            f"{row['hetkv_cpu_s_per_gb']:.2f}",
+            f"{found['cpu_s_per_gb']:.2f}",
         )
     console.print(table)

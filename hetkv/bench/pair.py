@@ -171,6 +171,10 @@ class _Side:
             counters.update(node.stats())
         return dict(counters)
 
+    def cipher(self) -> str:
+        """Of the first link; empty: none."""
+        return str(self.nodes[0].peers[0].cipher)
+
     def trace(self) -> list[Any]:
         return [span for node in self.nodes for span in node.engine.take_trace()]
 
@@ -324,6 +328,10 @@ class Pair:
         if device not in (0, frames) or direct not in (0, frames):
             return "mixed"
         return "device" if device else "shm" if direct else "stream"
+
+    def cipher(self) -> str:
+        """Of what goes from the senders to the receivers; empty: it is not encrypted."""
+        return str(ask_all(self.senders, "cipher")[0])
 
     def idle_cpu(self, seconds: float) -> list[float]:
         """Share of a core that each process uses while nothing is sent: senders, receivers."""

@@ -33,6 +33,11 @@ class Agreement(NamedTuple):
     """Ranks of the peer's instance that hold something this rank holds too: a request involves a link to each."""
 
     @property
+    def cipher(self) -> str:
+        """Of streams that leave the host; empty: neither side asks for one."""
+        return compat.cipher(self.mine, self.theirs)
+
+    @property
     def sends(self) -> bool:
         """This side is the sender."""
         return self.mine.role == "sender"

@@ -5,6 +5,7 @@ What reads or writes is `Steps` of `hetkv/control/reactor.py`."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import select
 import socket
@@ -17,6 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from hetkv.control.reactor import Steps, Wait
+from hetkv.control.tls import names_of, tls_error
 from hetkv.errors import AuthenticationError, ControlError, MessageError, PeerLostError
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -45,6 +47,7 @@ class Channel:
         self.remote: object = sock.getpeername()
         """The peer's address, as the family has it."""
         self._sock = sock
+        self._tls: ssl.SSLSocket | None = None
         self._lock = threading.Lock()
         self._life = threading.Lock()
 
@@ -61,19 +64,28 @@ class Channel:
             ):
                 socket.socket.setsockopt(self._sock, socket.IPPROTO_TCP, option, value)
 
-    def start_tls(
-        self, context: ssl.SSLContext, server_side: bool, hostname: str | None, deadline: float | None
-    ) -> Steps[None]:
-        """TLS handshake. Raises `AuthenticationError` where the certificates or versions do not fit."""
+    def start_tls(self, context: ssl.SSLContext, host: str | None, deadline: float | None) -> Steps[None]:
+        """TLS handshake, as a client where `host` is given, the name that the certificate may have to be of. Raises
+        `CertificateError`, or `AuthenticationError` where the two sides' versions do not fit."""
         try:
             with self._life:
                 sock = context.wrap_socket(
-                    self._sock, server_side=server_side, server_hostname=hostname, do_handshake_on_connect=False
+                    self._sock,
+                    server_side=host is None,
+                    server_hostname=host if context.check_hostname else None,
+                    do_handshake_on_connect=False,
                 )
-                self._sock = sock
+                self._sock = self._tls = sock
         except OSError as error:
             raise PeerLostError(f"{self.peer}: {error.strerror or error}") from None
         yield from self._until(sock.do_handshake, select.POLLIN, deadline, "TLS handshake")
+
+    def certificate(self) -> tuple[bytes, tuple[str, ...]]:
+        """SHA-256 and the names of the peer's certificate, after `start_tls`."""
+        assert self._tls is not None
+        with self._lock:
+            whole, read = self._tls.getpeercert(binary_form=True), self._tls.getpeercert()
+        return hashlib.sha256(whole or b"").digest(), names_of(read)
 
     def read(self, size: int, deadline: float | None, what: str) -> Steps[bytes]:
         """Exactly `size` bytes; `PeerLostError` at the end, `ControlTimeoutError` when late. `what` is for the text."""
@@ -104,7 +116,8 @@ class Channel:
         try:
             # The TCP half alone: a TLS close_notify is a courtesy, and unwrap() would wait for the peer's.
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
-            while (yield from self._until(lambda: self._sock.recv(4096), select.POLLIN, deadline, "end")):
+            receive = partial(socket.socket.recv, self._sock, 4096)
+            while (yield from self._until(receive, select.POLLIN, deadline, "end")):
                 pass
         except (OSError, ControlError):
             pass  # the peer has gone, or takes too long
@@ -141,7 +154,7 @@ class Channel:
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise PeerLostError(f"{self.peer}: connection closed before its {what}") from None
             except ssl.SSLError as error:
-                raise AuthenticationError(f"{self.peer}: TLS failed: {error}") from None
+                raise tls_error(self.peer, error) from None
             except OSError as error:
                 raise PeerLostError(f"{self.peer}: {error.strerror or error}", errno=error.errno) from None
             descriptor = self._sock.fileno()

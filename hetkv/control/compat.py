@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from hetkv.control.conversion import Conversion, scale_text, segment_conversion
-from hetkv.control.description import Description
+from hetkv.control.description import CIPHERS_SINCE, Description
 from hetkv.control.handshake import MINOR
 from hetkv.errors import IncompatibleError, InputError
 from hetkv.kv.dtypes import DType
@@ -61,6 +61,7 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
         if mine.fingerprint[name] != theirs.fingerprint[name]:
             raise IncompatibleError(f"fingerprint.{name}", mine.fingerprint[name], theirs.fingerprint[name])
     _check_heartbeat(mine, theirs)
+    cipher(mine, theirs)
     sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
     shared = list(overlap(mine.spec, mine.shard, theirs.shard))
     if not shared:
@@ -78,8 +79,27 @@ def check(mine: Description, theirs: Description, minor: int = MINOR) -> None:
         raise IncompatibleError("slot_bytes", ours, other, "a slot holds one token of a layer")
 
 
+def cipher(mine: Description, theirs: Description) -> str:
+    """The cipher of the link's streams where either side asks for one: the sender's best that the receiver has, too.
+    Empty where neither asks. Raises `IncompatibleError`."""
+    if not (mine.encrypt or theirs.encrypt):
+        return ""
+    sender, receiver = (mine, theirs) if mine.role == "sender" else (theirs, mine)
+    for name in sender.ciphers:
+        if name in receiver.ciphers:
+            return name
+    asks = "this side asks for encryption" if mine.encrypt else "the peer asks for encryption"
+    raise IncompatibleError("ciphers", _names(mine.ciphers), _names(theirs.ciphers), asks)
+
+
+def _names(ciphers: tuple[str, ...]) -> str:
+    return ", ".join(ciphers) or "none: no libsodium"
+
+
 def check_minor(mine: Description, minor: int) -> None:
     """Raise `IncompatibleError` where a description says what a reader of that minor version does not know."""
+    if mine.encrypt and minor < CIPHERS_SINCE:
+        raise IncompatibleError("encrypt", True, f"version 1.{minor}", "its streams cannot be encrypted")
     if minor >= SCALES_SINCE:
         return
     for group in mine.layers:

@@ -21,6 +21,9 @@ MAX_TEXT = 512
 MAX_NAME, MAX_FINGERPRINTS = 64, 32
 MAX_WORKER_ADDRESS_BYTES = 64 * 1024
 MAX_SOCKETS = 4
+MAX_CIPHERS = 8
+CIPHERS_SINCE = 5
+"""Minor version from which streams may be encrypted."""
 MAX_ENGINE_BYTES = 16
 
 
@@ -88,6 +91,10 @@ class Description(
     """Random number of this engine: a peer of the same name and another number is another one."""
     worker_address: bytes = b""
     """UCX worker address for RDMA; empty: this side does none."""
+    ciphers: tuple[str, ...] = ()
+    """Ciphers that this side has for streams, best first. From minor 5 on."""
+    encrypt: bool = False
+    """This side asks for streams that leave the host to be encrypted. From minor 5 on."""
     sockets: tuple[str, ...] = ()
     """Listening side: unix sockets at which it takes streams, in addition to its port."""
 
@@ -109,6 +116,8 @@ class Description(
                 raise InputError(
                     f"fingerprint[{name[:MAX_NAME]!r}]: names have 1 to {MAX_NAME} characters, values 1 to {MAX_TEXT}"
                 )
+        if len(self.ciphers) > MAX_CIPHERS or not all(0 < len(name) <= MAX_NAME for name in self.ciphers):
+            raise InputError(f"ciphers are at most {MAX_CIPHERS} names of 1 to {MAX_NAME} characters")
         for field in ("heartbeat_interval_ms", "heartbeat_timeout_ms", "lease_ms"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}, must be at least 1")
@@ -195,6 +204,8 @@ _encoder = msgspec.msgpack.Encoder()
 
 def for_minor(description: Description, minor: int) -> Description:
     """The description without what a reader of an older minor version would reject."""
+    if minor < CIPHERS_SINCE:
+        description = msgspec.structs.replace(description, ciphers=(), encrypt=False)
     if minor < 2:
         description = msgspec.structs.replace(description, fingerprint={})
     return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")

@@ -11,17 +11,29 @@ import hmac
 import os
 import struct
 import time
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from hetkv._version import __version__
 from hetkv.control.channel import Channel
 from hetkv.control.reactor import Steps
-from hetkv.errors import AuthenticationError, HandshakeError, InputError, ListenerBusyError, PeerLostError, VersionError
+from hetkv.errors import (
+    AuthenticationError,
+    CertificateError,
+    HandshakeError,
+    InputError,
+    ListenerBusyError,
+    PeerLostError,
+    SecretError,
+    VersionError,
+)
 
 Role = Literal["sender", "receiver"]
 
 MAJOR = 2
-MINOR = 4
+MINOR = 5
+TLS_SINCE = 5
+"""Minor version from which the keys of a connection inside TLS depend on both certificates."""
 MIN_SECRET_BYTES = 16
 MAGIC = b"hetkvctl"
 STREAM_MAGIC = b"hetkvdat"
@@ -34,7 +46,7 @@ _FIXED = struct.Struct("<8sHHI")
 """First 16 bytes of every hello of every version: magic, major, minor, length of the whole hello."""
 _HELLO = struct.Struct("<8sHHIB7x32s32s")
 _PROOF = struct.Struct("<B3x32s")
-_PROVE, _ALERT = 1, 2
+_PROVE, _ALERT, _NOT_ALLOWED, _NEEDS_TLS = 1, 2, 3, 4
 _ROLES: dict[Role, int] = {"sender": 1, "receiver": 2}
 WRONG_SECRET = "authentication failed: the two sides do not have the same secret"
 
@@ -72,6 +84,8 @@ class Keys(NamedTuple):
     call_receive: bytes
     streams: tuple[tuple[bytes, bytes], ...]
     """SipHash keys of the frames on each stream: send, receive."""
+    seals: tuple[tuple[bytes, bytes], ...]
+    """The same for a stream that is encrypted: 32 bytes each."""
 
 
 def hkdf_extract(salt: bytes, secret: bytes) -> bytes:
@@ -89,10 +103,13 @@ def hkdf_expand(key: bytes, info: bytes, length: int) -> bytes:
 
 
 class Schedule:
-    """All keys of one connection, from the secret and both hellos. Both sides compute the same."""
+    """All keys of one connection, from the secret and both hellos. Both sides compute the same.
 
-    def __init__(self, secret: bytes, sender_hello: bytes, receiver_hello: bytes) -> None:
-        self.transcript = hashlib.sha256(sender_hello + receiver_hello).digest()
+    `certificates`: of a connection inside TLS, SHA-256 of the sender's, then of the receiver's.
+    """
+
+    def __init__(self, secret: bytes, sender_hello: bytes, receiver_hello: bytes, certificates: bytes = b"") -> None:
+        self.transcript = hashlib.sha256(sender_hello + receiver_hello + certificates).digest()
         self._key = hkdf_extract(self.transcript, secret)
 
     def key(self, label: str, length: int) -> bytes:
@@ -118,6 +135,7 @@ class Schedule:
             tuple(
                 (self.key(f"stream {i} {role}", 16), self.key(f"stream {i} {other}", 16)) for i in range(MOST_STREAMS)
             ),
+            tuple((self.key(f"seal {i} {role}", 32), self.key(f"seal {i} {other}", 32)) for i in range(MOST_STREAMS)),
         )
 
 
@@ -149,14 +167,29 @@ def greet(channel: Channel, role: Role, timeout: float) -> Steps[Opening]:
     return Opening(mine, sent, magic)
 
 
+class Inside(NamedTuple):
+    """What TLS says of the two sides: SHA-256 of each certificate, and whether the peer's is rejected."""
+
+    mine: bytes
+    theirs: bytes
+    rejection: CertificateError | None = None
+
+
 def authenticate(
-    channel: Channel, secret: bytes, role: Role, connecting: bool, timeout: float, opening: Opening | None = None
+    channel: Channel,
+    secrets: Sequence[bytes],
+    role: Role,
+    connecting: bool,
+    timeout: float,
+    opening: Opening | None = None,
+    inside: Inside | None = None,
 ) -> Steps[Keys]:
     """Run the handshake up to the keys. Each step may take `timeout` seconds, however slowly the bytes trickle.
 
-    The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from.
-    Raises `AuthenticationError`, `VersionError`, `HandshakeError`, `PeerLostError`, `ControlTimeoutError`; on the
-    connecting side `ListenerBusyError` where trying again may help.
+    The connecting side proves first, so that a listener gives an unknown client no MAC to guess the secret from. It
+    proves the first of the secrets; the listening side takes any. `inside`: where the channel is inside TLS.
+    Raises `AuthenticationError` with its subclasses, `VersionError`, `HandshakeError`, `PeerLostError`,
+    `ControlTimeoutError`; on the connecting side `ListenerBusyError` where trying again may help.
     """
     greeted = False
     try:
@@ -167,17 +200,34 @@ def authenticate(
             raise AuthenticationError(f"{channel.peer}: handshake was reflected: the peer sent this side's own nonce")
         if theirs.role == role:
             raise HandshakeError(f"{channel.peer}: both sides are {role}s")
-        schedule = Schedule(secret, *((sent, received) if role == "sender" else (received, sent)))
+        if inside is not None and theirs.minor < TLS_SINCE:
+            raise VersionError(
+                f"{channel.peer}: with TLS both sides need control protocol {MAJOR}.{TLS_SINCE}, the peer has "
+                f"{MAJOR}.{theirs.minor}"
+            )
+        if inside is not None and inside.rejection is not None:
+            yield from _say(channel, _NOT_ALLOWED, timeout)
+            raise inside.rejection
+        ours, others = (inside.mine, inside.theirs) if inside is not None else (b"", b"")
+        inputs = (sent, received, ours + others) if role == "sender" else (received, sent, others + ours)
+        schedules = [Schedule(secret, *inputs) for secret in secrets]
+        schedule = schedules[0]
         if connecting:
-            yield from _prove(channel, schedule.proof(role), timeout)
-        yield from _verify(channel, schedule.proof(other_role(role)), timeout)
-        if not connecting:
-            yield from _prove(channel, schedule.proof(role), timeout)
+            yield from _say(channel, _PROVE, timeout, schedule.proof(role))
+            yield from _verify(channel, [schedule], other_role(role), timeout)
+        else:
+            schedule = yield from _verify(channel, schedules, other_role(role), timeout)
+            yield from _say(channel, _PROVE, timeout, schedule.proof(role))
     except PeerLostError as error:
         if connecting and (greeted or error.errno == errno.ECONNRESET):
             raise ListenerBusyError(str(error), errno=error.errno) from None
         raise
     return schedule.keys(role, min(mine.minor, theirs.minor))
+
+
+def ask_for_tls(channel: Channel, timeout: float) -> Steps[None]:
+    """Tell a peer that began without TLS that this side needs it, in place of a proof."""
+    yield from _say(channel, _NEEDS_TLS, timeout)
 
 
 def read_hello(channel: Channel, deadline: float, start: bytes = b"") -> Steps[tuple[Hello, bytes]]:
@@ -204,15 +254,23 @@ def read_hello(channel: Channel, deadline: float, start: bytes = b"") -> Steps[t
     return hello, data
 
 
-def _prove(channel: Channel, proof: bytes, timeout: float) -> Steps[None]:
-    yield from channel.write(_PROOF.pack(_PROVE, proof), time.monotonic() + timeout)
+def _say(channel: Channel, kind: int, timeout: float, proof: bytes = bytes(32)) -> Steps[None]:
+    yield from channel.write(_PROOF.pack(kind, proof), time.monotonic() + timeout)
 
 
-def _verify(channel: Channel, expected: bytes, timeout: float) -> Steps[None]:
-    """Read the peer's proof; on a wrong one say so, so that both sides report the same."""
+def _verify(channel: Channel, schedules: Sequence[Schedule], role: Role, timeout: float) -> Steps[Schedule]:
+    """Read the peer's proof, and which secret it is of; on a wrong one say so, so that both sides report the same."""
     kind, proof = _PROOF.unpack((yield from channel.read(_PROOF.size, time.monotonic() + timeout, "proof")))
-    if kind == _PROVE and hmac.compare_digest(proof, expected):
-        return
+    if kind == _NOT_ALLOWED:
+        text = f"{channel.peer}: TLS: this side's certificate is of no name that is on the peer's list of peers"
+        raise CertificateError(text, "identity", own=True)
+    if kind == _NEEDS_TLS:
+        raise CertificateError(
+            f"{channel.peer}: TLS: the peer asks for it, and this side has none", "missing", own=True
+        )
     if kind == _PROVE:
-        yield from channel.write(_PROOF.pack(_ALERT, bytes(32)), time.monotonic() + timeout)
-    raise AuthenticationError(f"{channel.peer}: {WRONG_SECRET}")
+        for schedule in schedules:
+            if hmac.compare_digest(proof, schedule.proof(role)):
+                return schedule
+        yield from _say(channel, _ALERT, timeout)
+    raise SecretError(f"{channel.peer}: {WRONG_SECRET}")

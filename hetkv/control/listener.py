@@ -6,28 +6,33 @@ import logging
 import resource
 import select
 import socket
-import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
 from hetkv.control.address import Address
 from hetkv.control.channel import Channel
-from hetkv.control.connection import (
+from hetkv.control.connection import LINGER_S, ControlConnection
+from hetkv.control.description import Description
+from hetkv.control.establish import (
     DEFAULT_TIMEOUT_S,
     SILENCE_S,
     Admit,
-    ControlConnection,
     Describe,
+    Side,
+    enter_tls,
     receive,
 )
-from hetkv.control.handshake import STREAM_MAGIC, Role, check_secret, greet
+from hetkv.control.handshake import STREAM_MAGIC, Inside, Role, ask_for_tls, greet
 from hetkv.control.local import LocalSockets
 from hetkv.control.reactor import Steps, Task, Wait, call, shared
+from hetkv.control.secret import Secrets, as_secrets
 from hetkv.control.streams import Desk
+from hetkv.control.tls import Tls
 from hetkv.errors import AuthenticationError, ControlError, HetkvError, InputError, PeerLostError
 
 MAX_HANDSHAKES = 512
@@ -62,23 +67,29 @@ class Listener:
         address: str,
         *,
         role: Role,
-        secret: bytes,
+        secret: bytes | Secrets,
         describe: Describe,
         on_connection: Callable[[ControlConnection], None],
         on_rejected: Callable[[str, HetkvError], None] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        tls: ssl.SSLContext | None = None,
+        tls: Tls | None = None,
         max_handshakes: int = MAX_HANDSHAKES,
         silence: float = SILENCE_S,
         admit: Admit | None = None,
     ) -> None:
-        check_secret(secret)
-        self._role, self._secret, self._describe, self._admit = role, secret, describe, admit
+        secrets, self._local = as_secrets(secret), LocalSockets()
+
+        def describe_local() -> Description:
+            return msgspec.structs.replace(describe(), sockets=self._local.names)
+
+        self._side = Side(role, secrets, describe_local, timeout, tls, silence, admit)
         self._on_connection, self._on_rejected = on_connection, on_rejected or _Complaints().log
-        self._timeout, self._tls, self._silence = timeout, tls, silence
         self._max = max(1, min(max_handshakes, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._sock = _bind(Address.parse(address))
-        self._local = LocalSockets()
+        try:
+            self._sock = bind(Address.parse(address))
+        except InputError:
+            self._local.close()
+            raise
         self._desk = Desk()
         name = self._sock.getsockname()
         self.address = str(Address(name[0], name[1]))
@@ -159,36 +170,35 @@ class Listener:
 
     def _handshake(self, channel: Channel) -> Steps[ControlConnection | None]:
         """A connection, or `None` where it was a stream of one: both come to the same port."""
-        deadline = time.monotonic() + self._timeout
+        side, inside = self._side, None
         try:
-            plain = self._tls is None
-            if self._tls is not None:
-                plain = (yield from channel.first_byte(deadline, "TLS handshake")) == STREAM_MAGIC[:1]
-                if not plain:
-                    yield from channel.start_tls(self._tls, True, None, deadline)
-            opening = yield from greet(channel, self._role, self._timeout)
+            deadline = time.monotonic() + side.timeout
+            outside = side.tls is None
+            if side.tls is not None:
+                outside = (yield from channel.first_byte(deadline, "TLS handshake")) == STREAM_MAGIC[:1]
+                if not outside:
+                    inside = yield from self._enter_tls(channel, side.tls)
+            opening = yield from greet(channel, side.role, side.timeout)
             if opening.magic == STREAM_MAGIC:
-                yield from self._desk.accept(channel, opening.sent, self._timeout)
+                yield from self._desk.accept(channel, opening.sent, side.timeout)
                 return None
-            if plain and self._tls is not None:
+            if outside and side.tls is not None:
+                yield from ask_for_tls(channel, side.timeout)
+                yield from channel.linger(min(LINGER_S, side.timeout))
                 raise AuthenticationError(f"{channel.peer}: TLS failed: the peer does not speak it")
         except BaseException:
             channel.close()
             raise
-        return (
-            yield from receive(
-                channel,
-                opening,
-                self._desk,
-                self._role,
-                self._secret,
-                lambda: msgspec.structs.replace(self._describe(), sockets=self._local.names),
-                self._timeout,
-                self._silence,
-                self._admit,
-                lambda: self._strangers.pop(channel, None),
-            )
-        )
+        passed = partial(self._strangers.pop, channel, None)
+        return (yield from receive(channel, opening, self._desk, side, inside, passed))
+
+    def _enter_tls(self, channel: Channel, tls: Tls) -> Steps[Inside]:
+        """TLS; where it fails the peer gets the alert that says why, before the connection ends."""
+        try:
+            return (yield from enter_tls(channel, tls, None, self._side.timeout))
+        except AuthenticationError:
+            yield from channel.linger(min(LINGER_S, self._side.timeout))
+            raise
 
     def _on_end(self, connection: ControlConnection | None, peer: str, error: BaseException | None) -> None:
         """A handshake has ended."""
@@ -229,7 +239,7 @@ class Listener:
                 connection.close("this side failed")
 
 
-def _bind(address: Address) -> socket.socket:
+def bind(address: Address) -> socket.socket:
     """A non-blocking listening socket; all interfaces, IPv4 and IPv6 where there is one, for an empty host."""
     try:
         if not address.host and socket.has_dualstack_ipv6():

@@ -1,18 +1,115 @@
-"""The secret that instances share: from a file, or made once for this user on this host."""
+"""The secret that instances share, and how it is replaced: from a file, or made once for this user on this host."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import secrets
 import stat
 import tempfile
+import threading
+import time
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from hetkv.control.handshake import MIN_SECRET_BYTES
+from hetkv.control.handshake import MIN_SECRET_BYTES, check_secret
 from hetkv.errors import InputError
 
 SECRET_ENV = "HETKV_SECRET_FILE"
+OLD = ".old"
+"""A file of the name of the secret's with this at its end holds the secret before it, which is accepted, too."""
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Secrets(Protocol):
+    """What each handshake asks for the secret."""
+
+    def accepted(self) -> tuple[bytes, ...]:
+        """The secret, then those before it that are still accepted."""
+
+
+class HeldSecret:
+    """A secret that the caller gives. Any thread."""
+
+    def __init__(self, secret: bytes) -> None:
+        """Raises `InputError` where it is too short."""
+        check_secret(secret)
+        self._held: list[tuple[bytes, float]] = [(bytes(secret), math.inf)]
+        self._lock = threading.Lock()
+
+    def rotate(self, secret: bytes, accept_old_s: float) -> None:
+        """Prove and accept this one from now on, and accept those before it for some seconds."""
+        check_secret(secret)
+        until = time.monotonic() + accept_old_s
+        with self._lock:
+            older = [(held, min(end, until)) for held, end in self._held if held != secret]
+            self._held = [(bytes(secret), math.inf), *older]
+
+    def accepted(self) -> tuple[bytes, ...]:
+        with self._lock:
+            self._held = [(held, end) for held, end in self._held if end > time.monotonic()]
+            return tuple(held for held, _ in self._held)
+
+
+class SecretFile:
+    """A secret in a file, mode 600, which is read again for the next handshake once the file has changed. While there
+    is a file next to it whose name has `.old` at its end, the secret in that one is accepted, too. Any thread."""
+
+    def __init__(self, file: str | os.PathLike[str] | None = None) -> None:
+        """`file`: default as for `shared_secret`. Raises `InputError` as it does."""
+        self.path = _path(file)
+        self._lock = threading.Lock()
+        self._stamp = self._look()
+        self._accepted = self._read()
+
+    def accepted(self) -> tuple[bytes, ...]:
+        """As the files are now; where they are wrong, as they were."""
+        with self._lock:
+            stamp = self._look()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._accepted = self._read()
+                    _log.info("read secret file %s again", self.path)
+                except InputError as error:
+                    _log.error("%s; what was read before stays in use", error)
+            return self._accepted
+
+    def _files(self) -> tuple[Path, ...]:
+        old = self.path.with_name(self.path.name + OLD)
+        return (self.path, old) if old.exists() else (self.path,)
+
+    def _look(self) -> tuple[object, ...]:
+        """Changes with the files."""
+        stamps = []
+        for file in self._files():
+            try:
+                found = file.stat()
+                stamps.append((found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode))
+            except OSError:
+                stamps.append((0, 0, 0, 0))
+        return tuple(stamps)
+
+    def _read(self) -> tuple[bytes, ...]:
+        return tuple(shared_secret(file) for file in self._files())
+
+    def __reduce__(self) -> tuple[type[SecretFile], tuple[Path]]:
+        return SecretFile, (self.path,)
+
+
+def as_secrets(secret: bytes | Secrets) -> Secrets:
+    """Raises `InputError` where a secret is too short."""
+    return secret if isinstance(secret, Secrets) else HeldSecret(secret)
+
+
+def secrets_of(secret: bytes | SecretFile | None) -> HeldSecret | SecretFile:
+    """What is given as a secret, by its bytes or as a file; `None`: the default file. Raises `InputError`."""
+    if secret is None:
+        return SecretFile()
+    return secret if isinstance(secret, SecretFile) else HeldSecret(secret)
 
 
 def shared_secret(file: str | os.PathLike[str] | None = None) -> bytes:
@@ -20,8 +117,7 @@ def shared_secret(file: str | os.PathLike[str] | None = None) -> bytes:
 
     Raises `InputError` where the file cannot be read, others can use it, or it is too short.
     """
-    named = file or os.environ.get(SECRET_ENV)
-    path = Path(named) if named else _own_file()
+    path = _path(file)
     try:
         mode = path.stat().st_mode
         data = path.read_bytes().strip()
@@ -45,6 +141,11 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _path(file: str | os.PathLike[str] | None) -> Path:
+    named = file or os.environ.get(SECRET_ENV)
+    return Path(named) if named else _own_file()
 
 
 def _own_file() -> Path:

@@ -37,16 +37,22 @@ CALL_BYTES = len(STREAM_MAGIC) + _CALL.size + _TAG_BYTES
 class Streams:
     """Connected sockets of one link, and the keys of each. Owns the sockets until `close`."""
 
-    def __init__(self, kind: Kind, sockets: Sequence[socket.socket], keys: Keys, tried: Sequence[str] = ()) -> None:
+    def __init__(
+        self, kind: Kind, sockets: Sequence[socket.socket], keys: Keys, cipher: str = "", tried: Sequence[str] = ()
+    ) -> None:
+        """`cipher`: what both sides agreed on for streams that leave the host; empty: none."""
+        self.cipher = cipher if kind == "tcp" else ""
+        """Of the frames of each stream; empty: they are not encrypted."""
         self.kind: Kind = kind
         """`unix`: the peer is on this host, and slots can be passed to it as descriptors."""
         self.tried = tuple(tried)
         """What was not to be had before that, and why."""
         self._sockets, self._keys = list(sockets), keys
 
-    def config(self) -> list[tuple[int, bytes, bytes]]:
-        """Descriptor, send key and receive key of each, for the engine, which duplicates the descriptors."""
-        return [(sock.fileno(), *keys) for sock, keys in zip(self._sockets, self._keys.streams, strict=False)]
+    def config(self) -> list[tuple[int, bytes, bytes, str]]:
+        """Descriptor, send key, receive key and cipher of each, for the engine, which duplicates the descriptors."""
+        keys = self._keys.seals if self.cipher else self._keys.streams
+        return [(sock.fileno(), *pair, self.cipher) for sock, pair in zip(self._sockets, keys, strict=False)]
 
     def __len__(self) -> int:
         return len(self._sockets)
@@ -93,17 +99,19 @@ class Desk:
         came[index] = channel  # before the answer, after which the peer may say that all are there
         yield from channel.write(_tag(keys.call_send, sent, head), time.monotonic() + timeout)
 
-    def collect(self, keys: Keys, kind: Kind, count: int, peer: str) -> Streams:
+    def collect(self, keys: Keys, kind: Kind, count: int, peer: str, cipher: str) -> Streams:
         """The connection's streams. Raises `HandshakeError` where some are missing."""
+        if kind == "unix" and any(came.family != socket.AF_UNIX for came in self._expected[keys.link_id][1].values()):
+            raise HandshakeError(f"{peer}: its streams are not the unix sockets that it says they are")
         came = self._expected[keys.link_id][1]
         if sorted(came) != list(range(count)):
             raise HandshakeError(f"{peer}: of {count} streams came {sorted(came)}")
         sockets = [came[index].release() for index in range(count)]
         came.clear()
-        return Streams(kind, sockets, keys)
+        return Streams(kind, sockets, keys, cipher)
 
 
-def dial(keys: Keys, target: Channel, names: Sequence[str], count: int, timeout: float) -> Streams:
+def dial(keys: Keys, target: Channel, names: Sequence[str], count: int, timeout: float, cipher: str = "") -> Streams:
     """Streams to the listener that `target` is connected to: over the first of its unix sockets that works, else TCP.
 
     Raises the `ControlError` of the last one tried.
@@ -112,7 +120,7 @@ def dial(keys: Keys, target: Channel, names: Sequence[str], count: int, timeout:
     for name in names:
         address = "\0" + name[1:] if name.startswith("@") else name
         try:
-            return Streams("unix", [_dial(keys, 0, socket.AF_UNIX, address, name, timeout)], keys, tried)
+            return Streams("unix", [_dial(keys, 0, socket.AF_UNIX, address, name, timeout)], keys, cipher, tried)
         except ControlError as error:
             tried.append(str(error))
     sockets: list[socket.socket] = []
@@ -123,7 +131,7 @@ def dial(keys: Keys, target: Channel, names: Sequence[str], count: int, timeout:
         for sock in sockets:
             sock.close()
         raise
-    return Streams("tcp", sockets, keys, tried)
+    return Streams("tcp", sockets, keys, cipher, tried)
 
 
 def _dial(keys: Keys, index: int, family: int, address: object, name: str, timeout: float) -> socket.socket:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from hetkv.control.secret import SecretFile
+from hetkv.control.tls import TlsConfig
 from hetkv.integrations.engine import Engine, Logits, Sequence
 from hetkv.integrations.names import wire_name
 from hetkv.integrations.sampling import Chosen, Sampling, choose, log_softmax
@@ -49,7 +51,13 @@ class EngineInstance:
     """One engine of one rank, able to prefill for other instances and to decode for them. One thread at a time."""
 
     def __init__(
-        self, engine: Engine, *, instance: str, secret: bytes | None = None, config: TransferConfig | None = None
+        self,
+        engine: Engine,
+        *,
+        instance: str,
+        secret: bytes | SecretFile | None = None,
+        config: TransferConfig | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
         """Opens both nodes over the engine's pool. Raises what `Sender` does."""
         self.engine, self.instance = engine, instance
@@ -57,7 +65,12 @@ class EngineInstance:
             stack.callback(engine.close)
             self.nodes = stack.enter_context(
                 Exchange(
-                    engine.pool, instance=instance, secret=secret, config=config, fingerprint=dict(engine.fingerprint)
+                    engine.pool,
+                    instance=instance,
+                    secret=secret,
+                    config=config,
+                    tls=tls,
+                    fingerprint=dict(engine.fingerprint),
                 )
             )
             self._stack = stack.pop_all()

@@ -8,7 +8,7 @@ from hetkv.kv.dtypes import DType
 from hetkv.reference.messages import Type
 
 MAGIC = b"HKV1"
-MAJOR, MINOR = 1, 4
+MAJOR, MINOR = 1, 5
 FRAME_BYTES = 144
 """A whole frame message; in a file, the header before each payload."""
 CHECKSUM_KEY = b"hetkv.checksum.1"

@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
+from hetkv.control.secret import SecretFile
+from hetkv.control.tls import TlsConfig
 from hetkv.errors import HetkvError, InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
@@ -59,7 +61,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 8192
     """Most tokens of a step: their activations need room, too."""
     threads: int = 1
-    secret: bytes
+    secret: bytes | SecretFile
+    tls: TlsConfig | None = None
     host: str = "127.0.0.1"
     """Where it listens for instances that its KV goes to, as they reach it."""
     transfer: TransferConfig = TransferConfig(lease_s=PATIENCE_S, hold_s=PATIENCE_S)
@@ -181,6 +184,7 @@ class Rank:
             Exchange(
                 self.pool,
                 secret=config.secret,
+                tls=config.tls,
                 instance=plan.name,
                 rank=config.rank,
                 instance_shards=plan.shards(self.model.config),

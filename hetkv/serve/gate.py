@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from hashlib import sha256
 from typing import Any
 
 from hetkv.control.address import Address
-from hetkv.errors import AuthenticationError, HetkvError, InputError
+from hetkv.control.listener import bind
+from hetkv.control.secret import Secrets, as_secrets
+from hetkv.control.tls import Credentials, Tls, names_of, tls_error
+from hetkv.errors import HetkvError, InputError, SecretError
 from hetkv.runtime.commands import Report
 from hetkv.serve.member import Member
 from hetkv.serve.messages import Hello, Leaving, ToInstance, Trace
 from hetkv.serve.scheduler import Scheduler
-from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, Seal, greeting
+from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, WRONG_SECRET, Seal, greeting
 
 SILENCE_S = 10.0
 """An instance beats once a second; one that says nothing for so long is gone."""
 HANDSHAKE_S = 5.0
+BACK_OFF_S = 0.2
 log = logging.getLogger("hetkv.serve.gate")
 
 
@@ -27,38 +34,82 @@ class Gate:
     """Listens for instances, and is their voice in the scheduler. `on_trace` gets what their transports did."""
 
     def __init__(
-        self, scheduler: Scheduler, secret: bytes, on_trace: Callable[[Member, Trace], None] = lambda m, t: None
+        self,
+        scheduler: Scheduler,
+        secret: bytes | Secrets,
+        on_trace: Callable[[Member, Trace], None] = lambda m, t: None,
+        tls: Tls | None = None,
     ) -> None:
-        self.scheduler, self._secret, self._on_trace = scheduler, secret, on_trace
+        self.scheduler, self._secrets, self._on_trace, self._tls = scheduler, as_secrets(secret), on_trace, tls
         self.address = ""
-        self._server: asyncio.Server | None = None
+        self._socket: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self, address: str) -> None:
         """Listen at `host:port`; port 0 is any free one, see `address` then. Raises `InputError`."""
         host, port = Address.parse(address)
         try:
-            self._server = await asyncio.start_server(self._serve, host or None, port)
-        except OSError as error:
-            raise InputError(f"cannot listen for instances at {address}: {error.strerror or error}") from None
-        self.address = str(Address(host or "127.0.0.1", self._server.sockets[0].getsockname()[1]))
+            self._socket = bind(Address(host, port))
+        except InputError as error:
+            raise InputError(f"instances: {error}") from None
+        self.address = str(Address(host or "127.0.0.1", self._socket.getsockname()[1]))
+        self._begin(self._accept(self._socket))
         log.info("gate for instances at %s", self.address)
 
     async def close(self) -> None:
         """End all connections."""
-        if self._server is not None:
-            self._server.close()
-            for writer in self._writers:
-                writer.close()
-            await self._server.wait_closed()
+        for task in self._tasks:
+            task.cancel()
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        """Each connection with the certificates as they are then."""
+        while True:
+            try:
+                sock, _ = await asyncio.get_running_loop().sock_accept(listening)
+            except OSError as error:
+                log.error("%s: cannot accept: %s", self.address, error)
+                await asyncio.sleep(BACK_OFF_S)
+                continue
+            self._begin(self._enter(sock))
+
+    async def _enter(self, sock: socket.socket) -> None:
+        peer = "{}:{}".format(*sock.getpeername()[:2])
+        credentials = self._tls.credentials() if self._tls is not None else None
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        loop = asyncio.get_running_loop()
+        options: Any = {"ssl": credentials.server, "ssl_handshake_timeout": HANDSHAKE_S} if credentials else {}
+        try:
+            transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, **options)
+        except ssl.SSLError as error:
+            log.warning("%s", tls_error(peer, error))
+            return
+        except OSError as error:
+            log.warning("%s: %s", peer, error)
+            return
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        await self._serve(reader, writer, credentials)
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None
+    ) -> None:
         peer = "{}:{}".format(*writer.get_extra_info("peername")[:2])
         self._writers.add(writer)
         member: Member | None = None
         reason = "it closed the connection"
         try:
-            seal = await asyncio.wait_for(self._greet(reader, writer), HANDSHAKE_S)
+            seal = await asyncio.wait_for(self._greet(reader, writer, credentials), HANDSHAKE_S)
             hello = await asyncio.wait_for(self._read(reader, seal), HANDSHAKE_S)
             if not isinstance(hello, Hello):
                 raise InputError(f"an instance begins with Hello, not {type(hello).__name__}")
@@ -95,18 +146,28 @@ class Gate:
             if member is not None:
                 self.scheduler.lost(member, reason)
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Seal:
-        """Both sides prove that they have the secret, the instance first."""
+    async def _greet(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None
+    ) -> Seal:
+        """Both sides prove that they have a secret, the instance first."""
+        certificates = b""
+        if self._tls is not None and credentials is not None:
+            peer = writer.get_extra_info("ssl_object")
+            certificates = sha256(peer.getpeercert(binary_form=True)).digest() + credentials.fingerprint
+            rejection = self._tls.check("an instance", names_of(peer.getpeercert()))
+            if rejection is not None:
+                raise rejection
         mine = greeting(secrets.token_bytes(NONCE_BYTES))
         writer.write(mine)
-        seal = Seal("scheduler", self._secret, mine, await reader.readexactly(GREETING_BYTES))
-        try:
-            seal.check(await reader.readexactly(PROOF_BYTES))
-        except AuthenticationError:
-            writer.write(bytes(PROOF_BYTES))  # so that both sides report the same
-            raise
-        writer.write(seal.proof)
-        return seal
+        theirs = await reader.readexactly(GREETING_BYTES)
+        seals = [Seal("scheduler", secret, mine, theirs, certificates) for secret in self._secrets.accepted()]
+        proof = await reader.readexactly(PROOF_BYTES)
+        for seal in seals:
+            if seal.fits(proof):
+                writer.write(seal.proof)
+                return seal
+        writer.write(bytes(PROOF_BYTES))  # so that both sides report the same
+        raise SecretError(WRONG_SECRET)
 
     @staticmethod
     async def _read(reader: asyncio.StreamReader, seal: Seal) -> Any:

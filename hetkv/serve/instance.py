@@ -10,17 +10,20 @@ import logging
 import secrets
 import signal
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hetkv.control.address import Address
-from hetkv.control.secret import shared_secret
-from hetkv.errors import HetkvError, PeerLostError
+from hetkv.control.secret import SecretFile
+from hetkv.control.tls import Tls, TlsConfig, names_of, tls_error
+from hetkv.errors import HetkvError, PeerLostError, SecretError
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.models import ModelConfig
 from hetkv.runtime.batching import Limits
@@ -68,25 +71,40 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     secret_file: str | None = None
     steps: str | None = None
     """Folder that gets a file with a row for each step, see `StepLog`."""
+    tls: TlsConfig | None = None
 
 
 class Connection:
     """A socket to the scheduler that both have proved themselves on. Any thread may send; one receives."""
 
-    def __init__(self, address: str, secret: bytes) -> None:
+    def __init__(self, address: str, secret: bytes, tls: Tls | None = None) -> None:
+        """Raises `PeerLostError`, and `AuthenticationError` with its subclasses."""
         host, port = Address.parse(address)
         try:
             self._socket = socket.create_connection((host, port), CONNECT_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            certificates = self._enter(tls, f"scheduler {address}", host) if tls is not None else b""
             mine = greeting(secrets.token_bytes(NONCE_BYTES))
             self._socket.sendall(mine)
-            self._seal = Seal("instance", secret, mine, self._read(GREETING_BYTES))
+            self._seal = Seal("instance", secret, mine, self._read(GREETING_BYTES), certificates)
             self._socket.sendall(self._seal.proof)
             self._seal.check(self._read(PROOF_BYTES))
             self._socket.settimeout(None)
+        except ssl.SSLError as error:
+            raise tls_error(f"scheduler {address}", error) from None
         except OSError as error:
             raise PeerLostError(f"scheduler {address}: {error.strerror or error}") from None
         self._lock = threading.Lock()
+
+    def _enter(self, tls: Tls, peer: str, host: str) -> bytes:
+        """TLS: the two certificates, for the seal."""
+        own = tls.credentials()
+        name = host if own.client.check_hostname else None
+        self._socket = wrapped = own.client.wrap_socket(self._socket, server_hostname=name)
+        rejection = tls.check(peer, names_of(wrapped.getpeercert()))
+        if rejection is not None:
+            raise rejection
+        return own.fingerprint + sha256(wrapped.getpeercert(binary_form=True) or b"").digest()
 
     def send(self, message: ToScheduler) -> None:
         """Raises `PeerLostError`."""
@@ -124,7 +142,8 @@ class Instance:
 
     def __init__(self, config: InstanceConfig) -> None:
         self.config = config
-        self._secret = shared_secret(config.secret_file)
+        self._secrets = SecretFile(config.secret_file)
+        self._tls = Tls(config.tls) if config.tls is not None else None
         self.name = f"{config.plan.name}.{secrets.token_hex(2)}"
         """Different from that of one that had this place before, which others may still have a link to."""
         described = model_config(config.model)
@@ -134,10 +153,10 @@ class Instance:
         else:
             model, fingerprint = config.model, checkpoint_fingerprint(Path(config.model))
         rank = RankConfig(
-            plan=msgspec.structs.replace(config.plan, name=self.name), model=model, secret=self._secret,
-            compute_dtype=config.compute_dtype, kv_tokens=config.kv_tokens, memory_share=config.memory_share,
-            step_tokens=config.limits.max_num_batched_tokens, threads=config.threads, host=config.host,
-            fingerprint=fingerprint, trace=config.trace,
+            plan=msgspec.structs.replace(config.plan, name=self.name), model=model, secret=self._secrets,
+            tls=config.tls, compute_dtype=config.compute_dtype, kv_tokens=config.kv_tokens,
+            memory_share=config.memory_share, step_tokens=config.limits.max_num_batched_tokens,
+            threads=config.threads, host=config.host, fingerprint=fingerprint, trace=config.trace,
         )  # fmt: skip
         self._ranks = ranks_of(rank)
         facts = self._ranks.facts
@@ -188,7 +207,7 @@ class Instance:
 
     def _serve(self) -> None:
         """One connection, from hello to its end."""
-        connection = Connection(self.config.scheduler, self._secret)
+        connection = self._connect()
         try:
             connection.send(self.hello)
             self._connection = connection
@@ -210,6 +229,17 @@ class Instance:
         finally:
             self._connection = None
             connection.close()
+
+    def _connect(self) -> Connection:
+        """With the secret, and where the scheduler does not have it yet, with the one before it."""
+        accepted = self._secrets.accepted()
+        for number, secret in enumerate(accepted):
+            try:
+                return Connection(self.config.scheduler, secret, self._tls)
+            except SecretError:
+                if number == len(accepted) - 1:
+                    raise
+        raise AssertionError("there is always a secret")
 
     def _report(self, report: Report) -> None:
         """Called in the engine's thread."""

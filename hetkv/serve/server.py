@@ -13,7 +13,8 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from hetkv.control.secret import shared_secret
+from hetkv.control.secret import SecretFile
+from hetkv.control.tls import Tls, TlsConfig
 from hetkv.errors import ApiError
 from hetkv.runtime.chat import ChatTemplate
 from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
@@ -48,6 +49,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill: str = BALANCED
     decode: str = BALANCED
     secret_file: str | None = None
+    tls: TlsConfig | None = None
     timeline: bool = False
     """Instances report what their transports do, for the page."""
     trace: str | None = None
@@ -63,7 +65,8 @@ class Server(HttpServer):
         self.metrics = Metrics(self.scheduler)
         self.tracer = _tracer(options.trace)
         self._moves = Moves()
-        self.gate = Gate(self.scheduler, shared_secret(options.secret_file), self._on_trace)
+        tls = Tls(options.tls) if options.tls is not None else None
+        self.gate = Gate(self.scheduler, SecretFile(options.secret_file), self._on_trace, tls)
         config = model_config(options.model)
         tokenizer: TextTokenizer | TokenIds
         if is_shape(options.model):

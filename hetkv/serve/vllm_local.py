@@ -14,6 +14,9 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import msgspec
+
+from hetkv.control.tls import TlsConfig
 from hetkv.errors import InputError
 from hetkv.planner.output.launch import HOST, SECRET, Server, servers, visible_devices
 from hetkv.simulator.deployment import Plan
@@ -34,8 +37,16 @@ class Started(NamedTuple):
 class VllmLocal:
     """Starts the servers of a plan in the order of its pools, GPUs in turn. `close` ends them."""
 
-    def __init__(self, plan: Plan, model: str, secret_file: str | None = None, more: Sequence[str] = ()) -> None:
-        """`more`: further arguments of every server."""
+    def __init__(
+        self,
+        plan: Plan,
+        model: str,
+        secret_file: str | None = None,
+        more: Sequence[str] = (),
+        tls: TlsConfig | None = None,
+    ) -> None:
+        """`more`: further arguments of every server. `tls`: for their connectors."""
+        self._tls = tls
         if find_spec("vllm") is None:
             raise InputError(
                 "the plan's engine is vllm, which is not installed here (docs/vllm.md); `--engine hetkv` takes the "
@@ -81,9 +92,8 @@ class VllmLocal:
                 one.process.kill()
                 one.process.wait()
 
-    @staticmethod
     def _start(
-        server: Server, number: int, model: str, secret_file: str | None, first: int, more: Sequence[str]
+        self, server: Server, number: int, model: str, secret_file: str | None, first: int, more: Sequence[str]
     ) -> Started:
         port = _free_port()
         given = [argument.replace(HOST, "127.0.0.1") for argument in server.arguments]
@@ -91,6 +101,9 @@ class VllmLocal:
             given = [argument.replace(f'"{SECRET}"', f'"{secret_file}"') for argument in given]
         else:  # this user's own secret
             given = [argument.replace(f',"secret_file":"{SECRET}"', "") for argument in given]
+        if self._tls is not None:
+            key, tls = '"kv_connector_extra_config":{', msgspec.json.encode(self._tls).decode()
+            given = [argument.replace(key, f'{key}"tls":{tls},') for argument in given]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *given]
         command += [*more, "--host", "127.0.0.1", "--port", str(port)]
         devices = ",".join(str(first + gpu) for gpu in range(server.gpus))

@@ -2,7 +2,8 @@
 
 Each side sends a magic and a nonce; keys come from the secret and both nonces (HKDF, as on the control channel of the
 transport). The instance proves first. A frame is a length (4 bytes, little-endian), a MessagePack message, and 16
-bytes of HMAC-SHA256 over its number and the message, with one key per direction. Messages are not encrypted.
+bytes of HMAC-SHA256 over its number and the message, with one key per direction. Messages are not encrypted, except
+by TLS, which may be around all of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from hetkv.control.handshake import hkdf_expand, hkdf_extract
-from hetkv.errors import AuthenticationError, HandshakeError, MessageError
+from hetkv.errors import AuthenticationError, HandshakeError, MessageError, SecretError
 from hetkv.serve.messages import ToInstance, ToScheduler
 
 MAGIC = b"hetkv-serve 1\n\0\0"
@@ -24,6 +25,7 @@ GREETING_BYTES = len(MAGIC) + NONCE_BYTES
 PROOF_BYTES = 32
 MAC_BYTES = 16
 MAX_BYTES = 64 << 20
+WRONG_SECRET = "scheduler and instance do not have the same secret"
 LENGTH = struct.Struct("<I")
 _NUMBER = struct.Struct("<Q")
 
@@ -38,14 +40,15 @@ _ENCODER = msgspec.msgpack.Encoder()
 class Seal:
     """One side's keys and counters of a connection. Knows no sockets."""
 
-    def __init__(self, side: Side, secret: bytes, mine: bytes, theirs: bytes) -> None:
-        """`mine` and `theirs` are the greetings that were sent and received."""
+    def __init__(self, side: Side, secret: bytes, mine: bytes, theirs: bytes, certificates: bytes = b"") -> None:
+        """`mine` and `theirs` are the greetings that were sent and received; `certificates`: with TLS, SHA-256 of the
+        instance's and of the scheduler's."""
         if not theirs.startswith(MAGIC):
             raise HandshakeError(f"not a scheduler or an instance of this version: it began with {theirs[:16]!r}")
         if mine == theirs:
             raise AuthenticationError("the handshake was reflected")
         first, second = (mine, theirs) if side == "instance" else (theirs, mine)
-        self._key = hkdf_extract(sha256(first + second).digest(), secret)
+        self._key = hkdf_extract(sha256(first + second + certificates).digest(), secret)
         other: Side = "scheduler" if side == "instance" else "instance"
         self.proof = self._derived(f"proof {side}")
         """What this side sends to show that it has the secret."""
@@ -57,10 +60,14 @@ class Seal:
     def _derived(self, label: str) -> bytes:
         return hkdf_expand(self._key, f"hetkv serve {label}".encode(), 32)
 
+    def fits(self, proof: bytes) -> bool:
+        """Whether the other side has the secret."""
+        return hmac.compare_digest(proof, self._expected)
+
     def check(self, proof: bytes) -> None:
-        """Raise `AuthenticationError` unless the other side has the secret."""
-        if not hmac.compare_digest(proof, self._expected):
-            raise AuthenticationError("scheduler and instance do not have the same secret")
+        """Raise `SecretError` unless the other side has the secret."""
+        if not self.fits(proof):
+            raise SecretError(WRONG_SECRET)
 
     def close(self, message: ToInstance | ToScheduler) -> bytes:
         """A message as a frame."""

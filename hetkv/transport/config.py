@@ -61,6 +61,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Store into a peer's window where it can be mapped (paths `shm`, `device`); otherwise always stage and send."""
     streams: int = 1
     """Connections of the data plane to a peer on another host, where this side connects; at most 8."""
+    encrypt: bool = False
+    """Encrypt what goes to peers over TCP, messages and payloads. Either side may ask for it; both need libsodium. Such
+    a link does no RDMA. Unix sockets and memory of one host are not encrypted. Without `tls` whoever has the secret and
+    recorded the handshake can decrypt."""
     rma: Literal["off", "auto"] = "off"
     """Put payloads through UCX where both sides have RDMA (path `rma`). Off, as UCX lets whoever is on the RDMA network
     and knows the worker's address write to this process without the secret: see SECURITY.md."""

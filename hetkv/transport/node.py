@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
 
-from hetkv.control.address import Address
-from hetkv.control.connection import ControlConnection, connect
+from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, Ready, group_layers, host_id
-from hetkv.control.handshake import Role, check_secret
+from hetkv.control.establish import connect
+from hetkv.control.handshake import Role
 from hetkv.control.listener import Listener
-from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
+from hetkv.control.secret import SecretFile
+from hetkv.control.tls import TlsConfig
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
 from hetkv.transport import lifetime
+from hetkv.transport.access import Access, available_ciphers
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
 from hetkv.transport.handle import Handle, RequestId
@@ -30,8 +32,6 @@ from hetkv.transport.requests import Requests
 from hetkv.transport.rma import rma_transports
 
 if TYPE_CHECKING:
-    import ssl
-
     from typing_extensions import Self
 
     import hetkv._core as _core
@@ -69,18 +69,19 @@ class Node(ABC, Generic[P]):
         tp: int = 1,
         pp: int = 1,
         instance_shards: Sequence[Shard] = (),
-        secret: bytes | None = None,
+        secret: bytes | SecretFile | None = None,
         config: TransferConfig | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: TlsConfig | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         """One rank of an instance of `tp x pp` ranks, split as `Shard.of` says, rank `pp_rank * tp + tp_rank`.
 
         `instance_shards`: the shards of all ranks where they are split otherwise, in order of rank. `secret` (16 bytes
-        or more) is shared by all instances; on one host hetkv makes one for this user (see `shared_secret`), across
-        hosts it must be given, or named by `$HETKV_SECRET_FILE`. `tls`: a context for the control channel.
-        `fingerprint`: what made the KV, such as `{"weights": digest, "vocabulary": digest}`; a peer with another value
-        of a name that both sides have is rejected with `IncompatibleError`, which says the name and both values.
+        or more, or `SecretFile`) is shared by all instances; on one host hetkv makes one for this user (see
+        `shared_secret`), across hosts it must be given, or named by `$HETKV_SECRET_FILE`. `tls`: the control channel is
+        TLS 1.3 with certificates of both sides, in addition to the secret. `fingerprint`: what made the KV, such as
+        `{"weights": digest, "vocabulary": digest}`; a peer with another value of a name that both sides have is
+        rejected with `IncompatibleError`, which says the name and both values.
 
         Raises `InputError` for what does not fit together, also where a receiver's pool is not writable or overlaps
         itself; `TransportError` where RDMA is asked for and UCX does not start, or the process was forked while a
@@ -89,9 +90,7 @@ class Node(ABC, Generic[P]):
         """
         if not isinstance(instance, str) or not isinstance(rank, SupportsIndex):
             raise InputError(f"instance is a name and rank an integer, not {instance!r} and {rank!r}")
-        self._own_secret = secret is None and not is_named()
-        secret = shared_secret() if secret is None else secret
-        check_secret(secret)
+        self._access = Access(secret, tls)
         lifetime.check_process()
         self.instance, self.rank = instance, index(rank)
         if not isinstance(pool, KVPool):
@@ -107,7 +106,6 @@ class Node(ABC, Generic[P]):
         self.config = config or TransferConfig()
         if self.device is None and self.config.window == "device":
             raise InputError("window='device' needs a pool on a device")
-        self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._peers = Peers()
         self.layers = tuple(pool.layers)
@@ -119,6 +117,7 @@ class Node(ABC, Generic[P]):
         last = max(self.layers, default=-1)
         config_of_engine.layer_groups = [self.group_of.get(layer, -1) for layer in range(last + 1)]
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
+        ciphers = available_ciphers(self.config.encrypt)
         self.requests: Requests[P] = Requests(self.engine)
         lifetime.starting.add(self)
         try:
@@ -141,6 +140,8 @@ class Node(ABC, Generic[P]):
                 instance_shards=shards,
                 device=self.device.backend if self.device else "cpu",
                 fingerprint=dict(fingerprint or {}),
+                ciphers=ciphers,
+                encrypt=self.config.encrypt,
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()
@@ -166,15 +167,15 @@ class Node(ABC, Generic[P]):
 
         `book`: a file that this rank adds its address to, for `Instance.read`.
         """
-        self._check_reachable(address, "listen at")
+        self._access.check(address, "listen at")
         listener = Listener(
             address,
             role=self.role,
-            secret=self._secret,
+            secret=self._access.secrets,
             describe=lambda: self.description,
             on_connection=self._accept,
             timeout=self.config.handshake_timeout_s,
-            tls=self._tls,
+            tls=self._access.tls,
             silence=3 * self.config.peer_timeout_s,
             admit=self._peers.admit,
         )
@@ -210,19 +211,27 @@ class Node(ABC, Generic[P]):
         """
         if not isinstance(address, str):
             return connect_instance(self, address)
-        self._check_reachable(address, "connect to")
+        self._access.check(address, "connect to")
         connection = connect(
             address,
             role=self.role,
-            secret=self._secret,
+            secret=self._access.secrets,
             describe=lambda: self.description,
             timeout=self.config.handshake_timeout_s,
-            tls=self._tls,
+            tls=self._access.tls,
             silence=3 * self.config.peer_timeout_s,
             admit=self._peers.admit,
             streams=self.config.streams,
         )
         return self._link(connection)
+
+    def rotate_secret(self, secret: bytes, accept_old_s: float = 600.0) -> None:
+        """Replace the shared secret: new connections prove this one, and where the peer does not have it yet, or proves
+        one before it, those for `accept_old_s` seconds. Standing links stay.
+
+        Raises `InputError` where it is too short, or the secret is a file's: that is replaced by writing the file.
+        """
+        self._access.rotate(secret, accept_old_s)
 
     @property
     def peers(self) -> list[Peer]:
@@ -291,12 +300,12 @@ class Node(ABC, Generic[P]):
     def _link(self, connection: ControlConnection) -> Peer:
         from hetkv.core import core
 
-        theirs, agreement = connection.peer, connection.agreement
+        theirs, agreement, cipher = connection.peer, connection.agreement, connection.streams.cipher
         try:
             plans = link_plans(self.pool, agreement)
             link = self.engine.add_link(
                 core.LinkConfig(
-                    address=theirs.worker_address if self.description.worker_address else b"",
+                    address=theirs.worker_address if self.description.worker_address and not cipher else b"",
                     number=connection.link_id,
                     minor=connection.minor,
                     send_key=connection.data_keys.send,
@@ -371,14 +380,6 @@ class Node(ABC, Generic[P]):
     @abstractmethod
     def _retire(self, peer: Peer) -> None:
         """The peer is gone permanently."""
-
-    def _check_reachable(self, address: str, verb: str) -> None:
-        """Raise `InputError` for another host where the secret is this host's own."""
-        if self._own_secret and not is_loopback(Address.parse(address).host):
-            raise InputError(
-                f"cannot {verb} {address!r} with the secret of this host alone: give `secret`, the same on all hosts, "
-                f"or name its file in {SECRET_ENV}"
-            )
 
     def _submit(self, request_id: RequestId, make: Callable[[], P]) -> P:
         """Register a request before `poll` can find it."""

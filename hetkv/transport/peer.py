@@ -34,6 +34,8 @@ class Peer:
         """The connection of the data plane: `unix` (this host; slots can be shared), or `tcp`."""
         self.tried: tuple[str, ...] = connection.streams.tried
         """What was not to be had before that, and why; known to the side that connected."""
+        self.cipher: str = connection.streams.cipher
+        """Of what goes over that connection; empty: it is not encrypted."""
         self.slow_because = self._slow()
         """Why payloads take a slower way than two processes under one kernel can have; empty where they do not."""
         self.ready = False

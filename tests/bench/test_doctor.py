@@ -69,8 +69,10 @@ def test_advice(name: str) -> None:
 @pytest.mark.skipif(bool(namespaces.why_not()), reason=namespaces.why_not() or "there are namespaces")
 def test_network(tmp_path: Path) -> None:
     out = tmp_path / "network.json"
-    assert main(["bench", "network", "--layers", "2", "--rounds", "2", "--connections", "2", "--json", str(out)]) == 0
+    options = ["--layers", "2", "--rounds", "2", "--connections", "2", "--encrypt"]
+    assert main(["bench", "network", *options, "--json", str(out)]) == 0
     [row] = json.loads(out.read_text())["results"]
     assert (row["path"], row["connections"], row["mib"]) == ("stream", 2, 32)
     assert row["verified_bytes"] == 32 << 20
-    assert len(row["ratio_rounds"]) == 2
+    assert len(row["ratio_rounds"]) == len(row["encrypted"]["of_clear_rounds"]) == 2
+    assert row["encrypted"]["cipher"] in ("aes-256-gcm", "chacha20-poly1305")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from hetkv.control.connection import ControlConnection, connect
+from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, group_layers, host_id
+from hetkv.control.establish import connect
 from hetkv.control.listener import Listener
 from hetkv.errors import ControlError
 from hetkv.kv.dtypes import DType

@@ -16,8 +16,9 @@ import pytest
 
 from hetkv.control import handshake
 from hetkv.control.address import Address
-from hetkv.control.connection import ControlConnection, connect
+from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Ready
+from hetkv.control.establish import connect
 from hetkv.control.handshake import Schedule, hkdf_expand, hkdf_extract
 from hetkv.control.listener import Listener
 from hetkv.errors import (
@@ -32,7 +33,6 @@ from hetkv.kv.spec import KVSpec
 from tests.control.peers import (
     HELLO_BYTES,
     SECRET,
-    Proxy,
     describe,
     drain,
     join,
@@ -200,60 +200,6 @@ def test_a_killed_process_is_noticed():
         with join(server) as client, server.next() as peer:
             client.send(Ready())
             assert peer.recv(5) == Ready()
-
-
-# --- TLS
-
-
-@pytest.fixture(scope="module")
-def contexts(tmp_path_factory):
-    """(server context, context that trusts it, context that does not)."""
-    import shutil
-    import ssl
-
-    if shutil.which("openssl") is None:
-        pytest.skip("makes its certificate with the openssl command, which is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-keyout", key, "-out", cert, "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(cert, key)
-    return server, ssl.create_default_context(cafile=str(cert)), ssl.create_default_context()
-
-
-def test_tls_carries_the_same_protocol(contexts):
-    server_tls, trusting, _ = contexts
-    with serving(tls=server_tls) as server, Proxy(server.address) as proxy:
-        with join(server, address=proxy.address, tls=trusting) as client, server.next() as peer:
-            for _ in range(50):
-                client.send(Ready())
-                peer.send(Ready())
-                assert client.recv(5) == peer.recv(5) == Ready()
-            client.close("done")
-            assert "done" in str(loss_of(peer))
-        assert b"hetkvctl" not in proxy.sent["up"] + proxy.sent["down"]
-
-
-def test_tls_with_an_unknown_certificate_or_without_tls_fails(contexts):
-    server_tls, trusting, strange = contexts
-    with serving(tls=server_tls) as server:
-        with pytest.raises(AuthenticationError, match=r"(?i)certificate verify failed"):
-            join(server, tls=strange)
-        with pytest.raises(AuthenticationError, match=r"(?i)hostname mismatch"):
-            join(server, tls=trusting, tls_hostname="elsewhere")
-        with pytest.raises(ControlError):
-            join(server)
-        for _ in range(3):
-            assert isinstance(server.error(), (AuthenticationError, PeerLostError))
-        with join(server, tls=trusting), server.next():
-            pass
-    with serving() as server, pytest.raises(AuthenticationError, match="TLS failed"):
-        join(server, tls=trusting)
 
 
 # --- resources

@@ -14,8 +14,9 @@ import pytest
 
 import hetkv.control.connection
 from hetkv.control.channel import MAX_MESSAGE_BYTES, Channel, Records
-from hetkv.control.connection import MAX_UNREAD_MESSAGES, connect
+from hetkv.control.connection import MAX_UNREAD_MESSAGES
 from hetkv.control.description import Accept, Ready, Rejection, decode, encode
+from hetkv.control.establish import connect
 from hetkv.control.handshake import MAJOR, MINOR, WRONG_SECRET, Hello, authenticate
 from hetkv.control.reactor import run
 from hetkv.errors import (
@@ -332,7 +333,7 @@ def test_a_rejection_by_one_side_alone_reaches_the_other(monkeypatch):
 def test_a_malformed_description_is_named_on_both_sides(change, text):
     with serving() as server:
         channel = Channel(raw_client(server.address), "server")
-        keys = run(authenticate(channel, SECRET, "sender", True, 5))
+        keys = run(authenticate(channel, [SECRET], "sender", True, 5))
         records = Records(channel, keys.control_send, keys.control_receive)
         raw = msgspec.msgpack.decode(encode(describe("sender"))) | change
         run(records.write(msgspec.msgpack.encode(raw), time.monotonic() + 5))

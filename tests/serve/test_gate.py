@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from hetkv.errors import AuthenticationError, HandshakeError, MessageError
+from hetkv.control.secret import HeldSecret
+from hetkv.control.tls import Tls, TlsConfig
+from hetkv.errors import (
+    AuthenticationError,
+    CertificateError,
+    HandshakeError,
+    MessageError,
+    PeerLostError,
+    SecretError,
+)
 from hetkv.runtime.batching import Limits
 from hetkv.runtime.plan import InstancePlan, SideOptions
 from hetkv.runtime.sampling import Sampling
@@ -23,6 +32,7 @@ from hetkv.serve.instance import Connection, Instance, InstanceConfig
 from hetkv.serve.messages import Beat, Goodbye, Welcome
 from hetkv.serve.scheduler import Scheduler
 from hetkv.serve.wire import LENGTH, MAC_BYTES, Seal, greeting
+from tests.control.authority import Authority
 from tests.runtime.instances import reference
 
 
@@ -34,10 +44,12 @@ def config(role: str, model: Path, gate: str, secret: Path) -> InstanceConfig:
 
 
 @asynccontextmanager
-async def opened(secret: bytes, address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Scheduler, str]]:
+async def opened(
+    secret: bytes | HeldSecret, address: str = "127.0.0.1:0", tls: Tls | None = None
+) -> AsyncIterator[tuple[Scheduler, str]]:
     """A scheduler and its gate."""
     scheduler = Scheduler()
-    gate = Gate(scheduler, secret)
+    gate = Gate(scheduler, secret, tls=tls)
     await gate.open(address)
     try:
         yield scheduler, gate.address
@@ -105,6 +117,57 @@ def test_a_rejected_instance_ends(checkpoint: tuple[Path, Any], secret: Path) ->
             assert scheduler.rejected == {instance.name: "not today"}
 
     asyncio.run(run())
+
+
+def test_the_gate_takes_the_secret_before() -> None:
+    async def run() -> None:
+        held = HeldSecret(b"the secret before this")
+        held.rotate(b"the secret from now on", 60)
+        async with opened(held) as (_, address):
+            for secret in held.accepted():
+                (await asyncio.to_thread(Connection, address, secret)).close()
+            with pytest.raises(SecretError):
+                await asyncio.to_thread(Connection, address, b"another one of sixteen")
+
+    asyncio.run(run())
+
+
+def test_the_gate_inside_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only certificates that are as they should be are let in; the gate's log and the instance say why not."""
+    ca, secret = Authority(tmp_path / "ca"), b"a secret of sixteen"
+    revoked = ca.issue("revoked", "127.0.0.1")
+    ca.revoke(revoked)
+    stranger = Authority(tmp_path / "stranger").issue("stranger", "127.0.0.1", ca=ca.file)
+    mine = ca.issue("gate", "127.0.0.1", crl=ca.crl(), peers=("127.0.0.1", "spiffe://cluster/*"))
+    good = ca.issue("good", "spiffe://cluster/decode/0")
+    wrong = {
+        "not of an authority that this side trusts": stranger,
+        "has expired": ca.issue("expired", "spiffe://cluster/a", begins=-3, ends=-2),
+        "was revoked": revoked,
+        "which is not on this side's list of peers": ca.issue("other", "spiffe://elsewhere/a"),
+    }
+
+    def attempt(address: str, side: TlsConfig | None) -> Connection:
+        return Connection(address, secret, Tls(side) if side is not None else None)
+
+    async def run() -> None:
+        async with opened(secret, tls=Tls(mine)) as (scheduler, address):
+            for text, side in wrong.items():
+                with pytest.raises((AuthenticationError, PeerLostError)):
+                    await asyncio.to_thread(attempt, address, side)
+                await until(lambda text=text: text in caplog.text, 10)
+            with pytest.raises((HandshakeError, PeerLostError)):
+                await asyncio.to_thread(attempt, address, None)
+            (await asyncio.to_thread(attempt, address, good)).close()
+            impostor = ca.issue("impostor", "elsewhere.example")
+            assert not scheduler.members
+        async with opened(secret, tls=Tls(impostor)) as (_, address):
+            with pytest.raises(CertificateError) as found:
+                await asyncio.to_thread(attempt, address, good)
+            assert found.value.reason == "host"
+
+    with caplog.at_level("WARNING", "hetkv.serve.gate"):
+        asyncio.run(run())
 
 
 def test_a_stranger_is_not_let_in() -> None:

@@ -126,6 +126,7 @@ def connected(
                         rank=rank if one else 0,
                         instance_shards=shards if one else (),
                         config=settings,
+                        tls=options.get("tls"),
                     )
                 )
                 for rank, pool in enumerate(pools)

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hetkv.control.connection import ControlConnection, connect
+from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Ready
+from hetkv.control.establish import connect
 from hetkv.core import core
 from hetkv.errors import AuthenticationError, HetkvError, MalformedError, PeerLostError, ProtocolError
 from hetkv.kv.pool import KVPool
@@ -92,7 +93,7 @@ class Peer:
         )
         self.connection.send(Ready())
         self.connection.recv(WAIT_S)
-        [(descriptor, self.key, _)] = self.connection.streams.config()
+        [(descriptor, self.key, _, _)] = self.connection.streams.config()
         self.sock = socket.socket(fileno=os.dup(descriptor))
         self.sock.setblocking(True)
         self.place = 0

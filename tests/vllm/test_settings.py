@@ -45,9 +45,9 @@ def test_piecewise_graphs_are_asked_for_by_the_setting_alone() -> None:
 def test_own_secret_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("HETKV_SECRET_FILE", raising=False)
-    first = Settings().secret()
+    first = Settings().secret().accepted()
     assert len(first) == 64
-    assert Settings().secret() == first
+    assert Settings().secret().accepted() == first
     made = tmp_path / "hetkv" / "secret"
     assert stat.S_IMODE(made.stat().st_mode) == 0o600
     assert list(made.parent.iterdir()) == [made]
@@ -60,10 +60,22 @@ def test_secret_that_others_can_read_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="chmod 600"):
         Settings(secret_file=str(path)).secret()
     path.chmod(0o600)
-    assert Settings(secret_file=str(path)).secret() == b"a secret of sixteen bytes or more"
+    assert Settings(secret_file=str(path)).secret().accepted() == (b"a secret of sixteen bytes or more",)
     path.write_text("short")
     with pytest.raises(InputError, match="5 bytes"):
         Settings(secret_file=str(path)).secret()
+
+
+def test_tls_is_a_table_of_files(tmp_path: Path) -> None:
+    files = {"ca": str(tmp_path / "ca.pem"), "certificate": "own.pem"}
+    found = Settings.parse({"tls": {**files, "peers": ["spiffe://cluster/decode/*"]}}).tls
+    assert found is not None
+    assert (found.ca, found.key, found.peers) == (files["ca"], None, ("spiffe://cluster/decode/*",))
+    for wrong in ({"ca": "x"}, {**files, "cert": "x"}, {**files, "peers": ["*"]}):
+        with pytest.raises(InputError, match="tls"):
+            Settings.parse({"tls": wrong})
+    with pytest.raises(InputError, match=r"ca\.pem: No such file"):  # before a model is loaded
+        check_command_line(line({"tls": files}))
 
 
 def test_several_hosts_need_a_secret_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Checks that need no model, before one is loaded: the settings, the secret, the address.
+"""Checks that need no model, before one is loaded: the settings, the secret, certificates, the address.
 
 vLLM makes a connector only when its workers have loaded the model, minutes after the start, and shows its class the
 configuration earlier on GPUs alone. The command line has it from the beginning, so it is read from there.
@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hetkv.control.tls import Tls
 from hetkv.errors import InputError
 from hetkv.integrations.vllm.settings import Settings
 
@@ -30,6 +31,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
             continue
         settings = Settings.parse(extra)
         settings.secret()
+        if settings.tls is not None:
+            Tls(settings.tls)
         if config.get("kv_role") in ("kv_producer", "kv_both"):
             check_address(settings)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from hetkv.control.secret import SECRET_ENV, is_loopback, is_named, shared_secret
+from hetkv.control.secret import SECRET_ENV, SecretFile, is_loopback, is_named
+from hetkv.control.tls import TlsConfig
 from hetkv.errors import InputError
 from hetkv.transport.config import TransferConfig
 
@@ -17,6 +18,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     secret_file: str | None = None
     """File with the shared secret; default: `$HETKV_SECRET_FILE`; on one host a file of this user."""
+    tls: TlsConfig | None = None
+    """Certificates of this instance for TLS on the control channel; both sides need them. Default: no TLS."""
     host: str = "127.0.0.1"
     """Producer: address of this host to listen at, as consumers reach it."""
     port: int = 0
@@ -43,11 +46,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port + rank if self.port else 0}"
 
-    def secret(self) -> bytes:
+    def secret(self) -> SecretFile:
         """The shared secret. Where none is named and only this host takes part, a random one of this user's own.
 
         Raises `InputError` where the file cannot be read, others can read it, or several hosts take part without one.
         """
         if self.secret_file is None and not is_named() and not is_loopback(self.host):
             raise InputError(f"host {self.host}: set secret_file (or {SECRET_ENV}) to a file that all hosts have")
-        return shared_secret(self.secret_file)
+        return SecretFile(self.secret_file)

@@ -57,6 +57,7 @@ class WorkerSide:
         shards = self._caches.instance_shards
         options = {
             "secret": self._secret,
+            "tls": self._settings.tls,
             "instance": self._role.engine_id,
             "rank": self._caches.rank,
             "instance_shards": shards if len(shards) > 1 else (),

@@ -1,0 +1,106 @@
+#include "transport/seal.h"
+
+#include <cstring>
+
+#ifdef HETKV_WITH_SODIUM
+#include <sodium.h>
+#endif
+
+namespace hetkv::transport {
+
+#ifdef HETKV_WITH_SODIUM
+
+static_assert(sizeof(SealKey) == crypto_aead_aes256gcm_KEYBYTES);
+static_assert(sizeof(SealKey) == crypto_aead_chacha20poly1305_ietf_KEYBYTES);
+static_assert(sizeof(SealTag) == crypto_aead_aes256gcm_ABYTES);
+static_assert(sizeof(SealTag) == crypto_aead_chacha20poly1305_ietf_ABYTES);
+
+struct Seal::State {
+  Cipher cipher;
+  SealKey key;
+  std::uint64_t frames_per_key;
+  std::uint64_t place = 0;            // of the next frame
+  std::uint8_t nonce[12] = {};        // of the one under way
+  crypto_aead_aes256gcm_state aes{};  // the key's schedule
+};
+
+bool has_cipher(Cipher cipher) {
+  static const bool ready = sodium_init() >= 0;
+  if (!ready) return false;
+  return cipher == Cipher::kChaCha20Poly1305 ||
+         (cipher == Cipher::kAes256Gcm && crypto_aead_aes256gcm_is_available() == 1);
+}
+
+Seal::Seal(Cipher cipher, const SealKey& key, std::uint64_t frames_per_key)
+    : state_(new State{cipher, key, frames_per_key}) {
+  if (cipher == Cipher::kAes256Gcm) crypto_aead_aes256gcm_beforenm(&state_->aes, state_->key.data());
+}
+
+Seal::~Seal() {
+  if (state_ != nullptr) sodium_memzero(state_.get(), sizeof *state_);
+}
+
+// The frame's nonce; and at its place a new key, from which the one before cannot be found.
+void Seal::advance() {
+  State& at = *state_;
+  if (at.place != 0 && at.place % at.frames_per_key == 0) {
+    constexpr char kLabel[] = "hetkv next stream key";
+    crypto_auth_hmacsha256_state hmac;
+    crypto_auth_hmacsha256_init(&hmac, at.key.data(), at.key.size());
+    crypto_auth_hmacsha256_update(&hmac, reinterpret_cast<const unsigned char*>(kLabel), sizeof kLabel - 1);
+    crypto_auth_hmacsha256_final(&hmac, at.key.data());
+    if (at.cipher == Cipher::kAes256Gcm) crypto_aead_aes256gcm_beforenm(&at.aes, at.key.data());
+  }
+  std::memcpy(at.nonce + 4, &at.place, sizeof at.place);
+  ++at.place;
+}
+
+void Seal::close(const void* head, std::size_t head_bytes, const void* data, std::size_t bytes, std::uint8_t* out,
+                 SealTag* tag) {
+  advance();
+  const auto* extra = static_cast<const unsigned char*>(head);
+  const auto* plain = static_cast<const unsigned char*>(data);
+  const State& at = *state_;
+  if (at.cipher == Cipher::kAes256Gcm) {
+    crypto_aead_aes256gcm_encrypt_detached_afternm(out, tag->data(), nullptr, plain, bytes, extra, head_bytes, nullptr,
+                                                   at.nonce, &at.aes);
+  } else {
+    crypto_aead_chacha20poly1305_ietf_encrypt_detached(out, tag->data(), nullptr, plain, bytes, extra, head_bytes,
+                                                       nullptr, at.nonce, at.key.data());
+  }
+}
+
+bool Seal::open(const void* head, std::size_t head_bytes, std::uint8_t* data, std::size_t bytes, const SealTag& tag) {
+  advance();
+  const auto* extra = static_cast<const unsigned char*>(head);
+  const State& at = *state_;
+  if (at.cipher == Cipher::kAes256Gcm) {
+    return crypto_aead_aes256gcm_decrypt_detached_afternm(data, nullptr, data, bytes, tag.data(), extra, head_bytes,
+                                                          at.nonce, &at.aes) == 0;
+  }
+  return crypto_aead_chacha20poly1305_ietf_decrypt_detached(data, nullptr, data, bytes, tag.data(), extra, head_bytes,
+                                                            at.nonce, at.key.data()) == 0;
+}
+
+#else
+
+struct Seal::State {};
+
+bool has_cipher(Cipher) {
+  return false;
+}
+
+Seal::Seal(Cipher, const SealKey&, std::uint64_t) {}
+Seal::~Seal() = default;
+
+void Seal::close(const void*, std::size_t, const void*, std::size_t, std::uint8_t*, SealTag*) {}
+
+bool Seal::open(const void*, std::size_t, std::uint8_t*, std::size_t, const SealTag&) {
+  return false;
+}
+
+#endif
+
+Seal::Seal(Seal&&) noexcept = default;
+
+}  // namespace hetkv::transport
