@@ -1,7 +1,8 @@
 // Fuzzer of the data plane's streams: frames that a peer with the key could send, in two writes.
 //
 // Input: a byte that says where the second write begins, then frames: a byte (bit 0: the MAC is wrong; bit 1: a
-// descriptor comes with it), a header without its MAC, the bytes that belong to it as far as there are some.
+// descriptor comes with it), a header without its MAC, the bytes that belong to it as far as there are some. With
+// HETKV_FUZZ_SEALED the stream is encrypted.
 #include "transport/stream.h"
 
 #include <sys/mman.h>
@@ -22,6 +23,15 @@ using Bytes = std::vector<std::uint8_t>;
 constexpr std::size_t kUnsigned = offsetof(FrameHeader, mac);
 constexpr std::size_t kMostPart = 1 << 16;
 const wire::SipKey kKey{1, 2, 3};
+
+transport::StreamConfig stream_config() {
+  transport::StreamConfig config;
+  config.send_key = config.receive_key = kKey;
+#ifdef HETKV_FUZZ_SEALED
+  config.cipher = transport::Cipher::kChaCha20Poly1305;
+#endif
+  return config;
+}
 
 void require(bool holds) {
   if (!holds) std::abort();
@@ -109,7 +119,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::size_t cut = data[0] * std::size_t{8};
   {
     Owner owner;
-    transport::Stream stream(owner, ends[0], kKey, kKey, true);
+    transport::Stream stream(owner, ends[0], stream_config(), true);
+#ifdef HETKV_FUZZ_SEALED
+    require(transport::has_cipher(transport::Cipher::kChaCha20Poly1305));
+    transport::Seal seal(transport::Cipher::kChaCha20Poly1305, {});
+#endif
     std::size_t total = 0;
     for (std::size_t at = 1, number = 0; at + 1 + kUnsigned <= size; ++number) {
       const std::uint8_t flags = data[at];
@@ -119,10 +133,21 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       const std::size_t bytes = std::min<std::size_t>(frame.header.length, size - at);
       frame.body.assign(data + at, data + at + bytes);
       at += bytes;
+#ifdef HETKV_FUZZ_SEALED
+      static_cast<void>(number);
+      Bytes whole(kUnsigned + sizeof(transport::SealTag) + bytes);
+      transport::SealTag made;
+      seal.close(&frame.header, kUnsigned, frame.body.data(), bytes, whole.data() + kUnsigned + sizeof made, &made);
+      made[0] ^= flags & 1u;
+      std::memcpy(&frame.header.mac, made.data(), sizeof frame.header.mac);
+      std::memcpy(whole.data(), &frame.header, kUnsigned);
+      std::memcpy(whole.data() + kUnsigned, made.data(), sizeof made);
+#else
       frame.header.mac = transport::frame_mac(frame.header, number, kKey) ^ (flags & 1u);
       Bytes whole(sizeof frame.header + bytes);
       std::memcpy(whole.data(), &frame.header, sizeof frame.header);
       std::copy(frame.body.begin(), frame.body.end(), whole.begin() + sizeof frame.header);
+#endif
       owner.sent.push_back(std::move(frame));
       const int descriptor = (flags & 2u) != 0 ? memory : -1;
       if (total < cut && cut < total + whole.size()) {
