@@ -40,7 +40,7 @@ def bad_vectors() -> dict[str, Bad]:
     abort, done = message(ABORT, messages.Type.ABORT), message(messages.Done(1, 2), messages.Type.DONE)
     beat, bye = message(messages.Heartbeat(5), messages.Type.HEARTBEAT), message(None, messages.Type.BYE)
     latin = resize(patch(abort, 52, "I", 1), b"\xe9" + bytes(7), cut=len(abort) - 64)
-    newer = patch(kv, 5, "B", 5)
+    newer = patch(kv, 5, "B", 6)
     bound = message(BOUND, messages.Type.BOUND_TICKET)
     bundle = message(BUNDLE, messages.Type.BUNDLE)
     scaled, mla = (message(GOOD[name][1], messages.Type.FRAME) for name in ("frame-scales", "frame-scales-mla"))
@@ -56,12 +56,12 @@ def bad_vectors() -> dict[str, Bad]:
         "major": Bad("a new major version", patch(kv, 4, "B", 2), u, "major version is 2; this side reads 1"),
         "major-zero": Bad("major version 0", patch(kv, 4, "B", 0), u, "major version is 0"),
         "reserved": Bad("reserved field used", patch(kv, 12, "I", 1), m, "reserved field at byte 12 is 1, not 0"),
-        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.4 (message is 1.4)"),
+        "type-zero": Bad("type 0", patch(bye, 6, "H", 0), u, "type 0 is not known to version 1.5 (message is 1.5)"),
         "type-newer": Bad(
-            "a type of version 1.5",
-            patch(patch(bye, 6, "H", 14), 5, "B", 5),
+            "a type of version 1.6",
+            patch(patch(bye, 6, "H", 14), 5, "B", 6),
             u,
-            "type 14 is not known to version 1.4 (message is 1.5)",
+            "type 14 is not known to version 1.5 (message is 1.6)",
         ),
         "length-oversized": Bad(
             "length over the limit", patch(kv, 8, "I", 65544), m, "length 65544 is over the limit of 65536"
@@ -92,10 +92,10 @@ def bad_vectors() -> dict[str, Bad]:
         "tokens-reversed": Bad("tokens reversed", patch(kv, 72, "Q", 31), m, "token interval [32, 31) is empty or"),
         "frame-reserved": Bad("reserved field used", patch(kv, 86, "H", 256), m, "frame: reserved is 256, not 0"),
         "scale-newer": Bad(
-            "a scale encoding of 1.5",
+            "a scale encoding of 1.6",
             patch(newer, 84, "B", 16),
             u,
-            "frame: scale_encoding 16 is not known to version 1.4 (message is 1.5)",
+            "frame: scale_encoding 16 is not known to version 1.5 (message is 1.6)",
         ),
         "scale-absent": Bad(
             "scales of no segment", patch(kv, 84, "B", 4), m, "scale_encoding is 4, which names an absent segment"
@@ -125,13 +125,13 @@ def bad_vectors() -> dict[str, Bad]:
             "more scales than channels", patch(mla, 96, "I", 1024), m, "which 1024 scales do not divide"
         ),
         "codec-newer": Bad(
-            "a codec of 1.5", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.4 (message is 1.5)"
+            "a codec of 1.6", patch(newer, 85, "B", 2), u, "frame: codec 2 is not known to version 1.5 (message is 1.6)"
         ),
         "dtype-newer": Bad(
-            "a dtype of 1.5",
+            "a dtype of 1.6",
             patch(newer, 81, "B", 10),
             u,
-            "frame: dtypes[1] 10 is not known to version 1.4 (message is 1.5)",
+            "frame: dtypes[1] 10 is not known to version 1.5 (message is 1.6)",
         ),
         "dtype-missing": Bad("no dtype", patch(kv, 80, "B", 0), m, "dtypes[0] is 0, but the segment is present"),
         "dtype-extra": Bad(
@@ -182,10 +182,10 @@ def bad_vectors() -> dict[str, Bad]:
             "a payload too short", patch(bundle, 64 + 88, "Q", 5112), m, "frames[0]: frame: payload_length is 5112"
         ),
         "bundle-frame-dtype": Bad(
-            "a dtype of 1.5",
-            patch(patch(bundle, 5, "B", 5), 176 + 56, "B", 10),
+            "a dtype of 1.6",
+            patch(patch(bundle, 5, "B", 6), 176 + 56, "B", 10),
             u,
-            "bundle: frames[1]: frame: dtypes[0] 10 is not known to version 1.4 (message is 1.5)",
+            "bundle: frames[1]: frame: dtypes[0] 10 is not known to version 1.5 (message is 1.6)",
         ),
         "bundle-unaligned": Bad(
             "a payload at 8", patch(bundle, 64 + 80, "Q", 8), m, "frames[0]: payload_offset is 8, not a multiple of 64"
@@ -251,10 +251,10 @@ def bad_vectors() -> dict[str, Bad]:
         "done-request": Bad("done with nothing", patch(done, 24, "16s", b""), m, "request_id of a done is all zeros"),
         "abort-code-zero": Bad("no error", patch(abort, 48, "I", 0), m, "abort: code is 0, which is no error"),
         "abort-code-newer": Bad(
-            "a code of 1.5",
-            patch(patch(abort, 48, "I", 13), 5, "B", 5),
+            "a code of 1.6",
+            patch(patch(abort, 48, "I", 13), 5, "B", 6),
             u,
-            "abort: code 13 is not known to version 1.4 (message is 1.5)",
+            "abort: code 13 is not known to version 1.5 (message is 1.6)",
         ),
         "abort-reason-long": Bad(
             "a reason of 513 bytes",
