@@ -25,7 +25,7 @@ import torch
 
 from hetkv.bench.child import Child
 from hetkv.bench.environment import environment
-from hetkv.control.connection import connect
+from hetkv.control.establish import connect
 from hetkv.control.description import Description
 from hetkv.errors import HetkvError
 from hetkv.kv.pool import KVPool
