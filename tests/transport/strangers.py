@@ -25,8 +25,8 @@ import torch
 
 from hetkv.bench.child import Child
 from hetkv.bench.environment import environment
-from hetkv.control.establish import connect
 from hetkv.control.description import Description
+from hetkv.control.establish import connect
 from hetkv.errors import HetkvError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
