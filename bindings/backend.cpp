@@ -83,7 +83,7 @@ class DeviceRemap {
   }
 
   std::vector<std::pair<std::uint64_t, std::uint64_t>> results() {
-    ok(backend_.event_record(event_, stream_), "recording an event");
+    ok(backend_.event_record(device_, event_, stream_), "recording an event");
     std::int32_t status = 0;
     {
       const py::gil_scoped_release release_gil;
@@ -121,7 +121,8 @@ class DeviceRemap {
 
   void release() {
     if (event_ != nullptr) {
-      if (backend_.event_record(event_, stream_) == kHetkvOk) static_cast<void>(backend_.event_synchronize(event_));
+      if (backend_.event_record(device_, event_, stream_) == kHetkvOk)
+        static_cast<void>(backend_.event_synchronize(event_));
       static_cast<void>(backend_.event_destroy(event_));
     }
     static_cast<void>(backend_.slot_destroy(&slot_));

@@ -18,7 +18,7 @@
 
 #include "remap/remap.h"
 
-#define HETKV_BACKEND_ABI 4
+#define HETKV_BACKEND_ABI 5
 #define HETKV_BACKEND_SYMBOL "hetkv_backend"
 
 extern "C" {
@@ -148,13 +148,14 @@ struct HetkvBackend {
   std::int32_t (*stream_destroy)(void* stream);
   std::int32_t (*stream_synchronize)(void* stream);  // waits; for orderly ends only
   std::int32_t (*stream_device)(void* stream, std::int32_t* device);
-  std::int32_t (*stream_is_capturing)(void* stream, std::int32_t* capturing);
+  // A null stream is the default one of `device`; another one is a stream of it.
+  std::int32_t (*stream_is_capturing)(std::int32_t device, void* stream, std::int32_t* capturing);
   std::int32_t (*stream_wait_event)(void* stream, void* event);
   std::int32_t (*event_create)(std::int32_t device, std::int32_t timed, void** event);
   std::int32_t (*event_destroy)(void* event);
-  std::int32_t (*event_record)(void* event, void* stream);  // both of one device
-  std::int32_t (*event_query)(void* event);                 // kHetkvOk: done; kHetkvNotReady; or an error
-  std::int32_t (*event_synchronize)(void* event);           // waits
+  std::int32_t (*event_record)(std::int32_t device, void* event, void* stream);  // as above
+  std::int32_t (*event_query)(void* event);        // kHetkvOk: done; kHetkvNotReady; or an error
+  std::int32_t (*event_synchronize)(void* event);  // waits
   std::int32_t (*event_elapsed_us)(void* start, void* stop, double* microseconds);  // both timed and done
 
   // A thread that calls the vendor's API while another thread captures a CUDA graph would spoil that capture. Setting

@@ -40,7 +40,8 @@ Status Device::check(std::int32_t status, const std::string& what) const {
 Status Device::check_caller(void* stream) const {
   const CaptureGuard guard(*this);
   std::int32_t capturing = 0;
-  if (auto status = check(backend_.stream_is_capturing(stream, &capturing), "looking at the stream"); !status.ok()) {
+  if (auto status = check(backend_.stream_is_capturing(index_, stream, &capturing), "looking at the stream");
+      !status.ok()) {
     return status;
   }
   if (capturing != 0) {
@@ -67,7 +68,8 @@ Status Device::record(void* stream, bool timed, After* out) {
   void* handle = nullptr;
   if (auto status = take_event(timed, &handle); !status.ok()) return status;
   auto event = std::make_shared<DeviceEvent>(shared_from_this(), handle, timed);
-  if (auto status = check(backend_.event_record(handle, stream), "recording an event"); !status.ok()) return status;
+  if (auto status = check(backend_.event_record(index_, handle, stream), "recording an event"); !status.ok())
+    return status;
   *out = std::move(event);
   return {};
 }

@@ -1,6 +1,7 @@
 // The receiver's frames: checked, unpacked, verified and counted.
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "engine/ranges.h"
 #include "engine/receiver.h"
@@ -181,26 +182,22 @@ void Receiver::finish(const Unpack& unpack, const Piece& piece, const remap::Res
   complete(request);
 }
 
-// Tells each sender whose part is complete, and the caller when all are. Erases the request then.
+// Tells the caller when all parts are complete, who waits for that, and then each sender whose part is. Erases the
+// request where all are.
 void Receiver::complete(Request& request) {
   if (!request.failure.ok()) return;
-  bool all = true;
+  const bool all =
+      std::all_of(request.parts.begin(), request.parts.end(), [](const Part& part) { return part.remaining == 0; });
+  if (all) tell_end(*request.outcome);
   for (auto& part : request.parts) {
-    if (part.remaining > 0) {
-      all = false;
-    } else if (!part.done) {
-      part.done = true;
-      wire::Prelude prelude;
-      prelude.type = wire::Type::kDone;
-      prelude.request = request.id;
-      prelude.epoch = request.epoch;
-      if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});
-    }
+    if (part.remaining > 0 || std::exchange(part.done, true) || !part.link->up()) continue;
+    wire::Prelude prelude;
+    prelude.type = wire::Type::kDone;
+    prelude.request = request.id;
+    prelude.epoch = request.epoch;
+    send(*part.link, prelude, wire::Done{part.frames, part.bytes});
   }
-  if (!all) return;
-  const auto outcome = request.outcome;
-  erase(request);
-  tell_end(*outcome);
+  if (all) erase(request);
 }
 
 }  // namespace hetkv::engine

@@ -105,6 +105,17 @@ class Reactor:
         if last is not None:
             last.join()
 
+    def end(self) -> None:
+        """Stop all tasks and wait for the thread: before the interpreter ends, in which it would crash."""
+        if self.in_thread():
+            return
+        with self._lock:
+            running, last = self._thread is not None, self._last
+        if running:
+            self._post(self._drop_all)
+        if last is not None:
+            last.join()
+
     def in_thread(self) -> bool:
         """Whether the caller is a callback, which must not wait."""
         return threading.current_thread() is self._thread
@@ -193,6 +204,10 @@ class Reactor:
             task.steps.close()
         if task not in self._tasks:
             task.ended.set()
+
+    def _drop_all(self) -> None:
+        for task in list(self._tasks):
+            self._drop(task)
 
 
 def call(callback: Callable[..., object], *arguments: object) -> None:

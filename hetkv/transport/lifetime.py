@@ -7,6 +7,7 @@ import os
 import weakref
 from typing import Any
 
+from hetkv.control import reactor
 from hetkv.errors import TransportError
 
 opened: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -42,3 +43,4 @@ def _close_all() -> None:
     """Threads that outlive the interpreter would crash in it."""
     for node in list(opened):
         node.close()
+    reactor.shared().end()

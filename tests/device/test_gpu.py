@@ -106,6 +106,24 @@ def test_the_callers_stream_comes_first_and_waits(source: str, destination: str)
 
 
 @two
+def test_default_streams_of_a_device_that_is_not_the_current_one() -> None:
+    """A null stream is the pool's device's, whichever device the calling thread has made current."""
+    mine, theirs, here, there = pair("cuda:0", "cuda:1")
+    with connected([here], [there], SMALL) as ([sender], [receiver]):
+        rx = receiver.receive("r", [[1, 0]], 100)
+        tx = sender.send("r", [[9, 3, 4, 1, 2, 30, 7]], 100)
+        with torch.cuda.device(0):
+            rx.wait(stream=0)
+        seen = there.layers[2].tensors["v"].clone()
+        with torch.cuda.device(1):
+            tx.send_layers()
+        tx.wait(WAIT_S)
+        deliver([(mine, [[9, 3, 4, 1, 2, 30, 7]])], theirs, [[1, 0]], [(0, 100)])
+        assert same_bytes(to(there, "cpu"), theirs)
+        assert torch.equal(seen.cpu(), theirs.layers[2].tensors["v"])
+
+
+@two
 def test_a_graph_captured_meanwhile_is_not_disturbed() -> None:
     _, _, here, there = pair("cuda:0", "cuda:1")
     x = torch.ones(1 << 20, device="cuda:0")

@@ -33,11 +33,11 @@ std::int32_t stream_create(std::int32_t device, std::int32_t high_priority, void
 std::int32_t stream_destroy(void* stream);
 std::int32_t stream_synchronize(void* stream);
 std::int32_t stream_device(void* stream, std::int32_t* device);
-std::int32_t stream_is_capturing(void* stream, std::int32_t* capturing);
+std::int32_t stream_is_capturing(std::int32_t device, void* stream, std::int32_t* capturing);
 std::int32_t stream_wait_event(void* stream, void* event);
 std::int32_t event_create(std::int32_t device, std::int32_t timed, void** event);
 std::int32_t event_destroy(void* event);
-std::int32_t event_record(void* event, void* stream);
+std::int32_t event_record(std::int32_t device, void* event, void* stream);
 std::int32_t event_query(void* event);
 std::int32_t event_synchronize(void* event);
 std::int32_t event_elapsed_us(void* start, void* stop, double* microseconds);

@@ -38,7 +38,8 @@ std::int32_t stream_device(void* stream, std::int32_t* device) {
   return kHetkvOk;
 }
 
-std::int32_t stream_is_capturing(void* stream, std::int32_t* capturing) {
+std::int32_t stream_is_capturing(std::int32_t device, void* stream, std::int32_t* capturing) {
+  HETKV_ON(device);
   gpuStreamCaptureStatus state = gpuStreamCaptureStatusNone;
   HETKV_TRY(gpuStreamIsCapturing(as_stream(stream), &state));
   *capturing = state != gpuStreamCaptureStatusNone;
@@ -63,7 +64,8 @@ std::int32_t event_destroy(void* event) {
   return kHetkvOk;
 }
 
-std::int32_t event_record(void* event, void* stream) {
+std::int32_t event_record(std::int32_t device, void* event, void* stream) {
+  HETKV_ON(device);
   HETKV_TRY(gpuEventRecord(as_event(event), as_stream(stream)));
   return kHetkvOk;
 }

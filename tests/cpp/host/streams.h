@@ -33,7 +33,7 @@ inline std::int32_t stream_device(void* stream, std::int32_t* device) {
   return kHetkvOk;
 }
 
-inline std::int32_t stream_is_capturing(void* stream, std::int32_t* capturing) {
+inline std::int32_t stream_is_capturing(std::int32_t, void* stream, std::int32_t* capturing) {
   *capturing = static_cast<Stream*>(stream)->capturing ? 1 : 0;
   return kHetkvOk;
 }
@@ -59,7 +59,7 @@ inline std::int32_t event_destroy(void* event) {
   return kHetkvOk;
 }
 
-inline std::int32_t event_record(void* handle, void* stream) {
+inline std::int32_t event_record(std::int32_t, void* handle, void* stream) {
   static_cast<Stream*>(stream)->put([point = static_cast<Event*>(handle)->record()] {
     point->failed = broken.load();
     point->at_ns = static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
