@@ -149,6 +149,19 @@ bool forge_answer(Fleet& fleet, const Transfers& transfers, Control& control) {
   return true;
 }
 
+// A sender gives up a request that another one was asked for: nothing may come of it, not even for its own link.
+bool forge_end(Fleet& fleet, const Transfers& transfers, Control& control) {
+  const Target target = some_request(fleet, transfers, control, false);
+  if (target.side == nullptr) return false;
+  wire::Prelude prelude;
+  prelude.type = wire::Type::kAbort;
+  prelude.request = target.side->transfer->id;
+  prelude.epoch = control.side[1]->receiver->epoch(target.side->outcome->handle);
+  fleet.world.note("forged: an end over link {}, of transfer {}", control.number, target.side->transfer->number);
+  send(fleet, control, 0, prelude, wire::Abort{Code::kAborted, "forged"});
+  return true;
+}
+
 }  // namespace
 
 bool forge(Fleet& fleet, const Transfers& transfers) {
@@ -161,8 +174,9 @@ bool forge(Fleet& fleet, const Transfers& transfers) {
                         !sender.site.paused && !receiver.site.paused && Inspect::settled(*sender.engine()) &&
                         Inspect::settled(*receiver.engine());
     if (!usable) continue;
-    const bool frame = fleet.world.random.chance(0.8);
-    if (frame ? forge_frame(fleet, transfers, control) : forge_answer(fleet, transfers, control)) return true;
+    const std::uint64_t kind = fleet.world.random.below(10);
+    const auto made = kind < 7 ? forge_frame : kind < 9 ? forge_answer : forge_end;
+    if (made(fleet, transfers, control)) return true;
   }
   return false;
 }

@@ -93,6 +93,8 @@ MUTANTS = [
            "if (!MUTANT && lane.link.get() == &link && lane.epoch == prelude.epoch && !lane.cancelled) {\n      fail("),
     Mutant("idle slots are kept", ANSWERS,
            "windows.open == 0 && windows.tickets == 0 && !windows.free.empty()", "false"),
+    Mutant("anybody's abort", MESSAGES, "request != nullptr && part_of(*request, link) != nullptr",
+           "request != nullptr"),
     # Links.
     Mutant("any sequence", ENGINE, "prelude.sequence != at->receive_sequence", "false"),
     Mutant("silence is not noticed", LINKS, "now > at.heard_ns && now - at.heard_ns > patience", "false"),
