@@ -121,9 +121,10 @@ $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 		-Ccmake.define.HETKV_CUDA=OFF -Ccmake.define.HETKV_HIP=OFF
 	touch $@
 
-$(ENGINES_STAMP): constraints-engines.txt
+$(ENGINES_STAMP): constraints-engines.txt cmake/llama_cpp_python.cmake
 	test -x $(ENGINES_PY) || $(PYTHON) -m venv $(ENGINES_VENV)
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(ENGINES_PY) $(PIP) --quiet -r constraints-engines.txt
+	CMAKE_ARGS="-DCMAKE_PROJECT_INCLUDE=$(abspath cmake/llama_cpp_python.cmake)" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+		$(ENGINES_PY) $(PIP) --quiet -r constraints-engines.txt
 	touch $@
 
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.

@@ -23,6 +23,7 @@ from hetkv.errors import HetkvError, InputError
 ENGINES = {
     "reference": "hetkv.integrations.reference.engine:ReferenceEngine",
     "transformers": "hetkv.integrations.transformers.engine:TransformersEngine",
+    "transformers-paged": "hetkv.integrations.transformers.batching:BatchingEngine",
     "llama.cpp": "hetkv.integrations.llama_cpp.engine:LlamaCppEngine",
     "mlx": "hetkv.integrations.mlx.engine:MlxEngine",
     "vllm": "hetkv.integrations.vllm.instance:VllmInstance",
