@@ -21,6 +21,7 @@ SECTIONS = (
     "hetkv.costmodel.calibration.serving_runs",
     "hetkv.costmodel.calibration.new_setups",
     "hetkv.costmodel.calibration.decisions",
+    "hetkv.costmodel.calibration.field",
 )
 """Modules that register sections of docs/accuracy.md."""
 SIMULATOR = ("hetkv.simulator.validation.accuracy",)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from hetkv.costmodel.calibration.datasets import ServingRow, read_serving
-from hetkv.costmodel.calibration.errors import cross_predict, table, verdict
+from hetkv.costmodel.calibration.errors import Mask, cross_predict, table, verdict
 from hetkv.costmodel.calibration.fit import Array
 from hetkv.costmodel.calibration.report import section
 from hetkv.costmodel.calibration.serving_runs import FILE, measured, model_of, predict
 from hetkv.costmodel.catalogue import load_catalogue
 
+HEADER = ["limit", "decisions", "median", "mean", "p90", "within 10 %", "pick breaks the limit"]
 TPOT_LIMITS_S = (0.010, 0.015, 0.020, 0.030, 0.050)
 
 
@@ -32,7 +33,6 @@ def any_engine(row: ServingRow) -> tuple[Hashable, ...]:
 def decisions(data: Path) -> str:
     """Regret of choices on one engine, and across engines."""
     rows = read_serving(data / FILE).serving
-    header = ["limit", "decisions", "median", "mean", "p90", "within 10 %", "pick breaks the limit"]
     parts = [
         "## Decision regret",
         "Groups of measured alternatives: same model, GPU and lengths. Under a limit on TPOT the model picks the "
@@ -50,16 +50,24 @@ def decisions(data: Path) -> str:
         said = f"{mean:.1%}" if target is None else verdict(mean, target)
         parts += [
             f"{text} ({len({key(row) for row in rows})} groups):",
-            table(header, lines),
+            table(HEADER, lines),
             f"Mean regret over all limits: {said}.",
         ]
     return "\n\n".join(parts)
 
 
 def _lines(rows: list[ServingRow], key: Callable[[ServingRow], Hashable]) -> tuple[list[list[str]], list[float]]:
-    """A table line for each limit and one for all, and all regrets."""
+    """A table line for each limit and one for all, and all regrets, with the whole group held out."""
     catalogue = load_catalogue()
-    found = cross_predict(rows, key, lambda a, b: predict(a, b, catalogue))
+    return regrets(rows, cross_predict(rows, key, lambda a, b: predict(a, b, catalogue)), key)
+
+
+def regrets(
+    rows: list[ServingRow], found: Array, key: Callable[[ServingRow], Hashable], among: Mask | None = None
+) -> tuple[list[list[str]], list[float]]:
+    """A table line for each limit and one for all, and all regrets, of choices by `found` (TTFT and TPOT in seconds)
+    in the groups of `key`, `among` some of the rows.
+    """
     truth = measured(rows)
     gpus = np.array(
         [sum(side.tp * side.dp * side.workers for side in (r.decode, r.prefill) if side is not None) for r in rows]
@@ -68,12 +76,13 @@ def _lines(rows: list[ServingRow], key: Callable[[ServingRow], Hashable]) -> tup
     rate = [tokens / (part[0] + output * part[1]) / gpus for part in (truth, found)]
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[key(row)].append(index)
+        if among is None or among[index]:
+            groups[key(row)].append(index)
     lines, pooled, broken = [], [], 0
     for limit in TPOT_LIMITS_S:
-        regrets, missed = regret(list(groups.values()), rate, truth[1], found[1], limit)
-        lines.append([f"TPOT <= {limit * 1e3:.0f} ms", *_cells(regrets, missed)])
-        pooled += regrets
+        each, missed = regret(list(groups.values()), rate, truth[1], found[1], limit)
+        lines.append([f"TPOT <= {limit * 1e3:.0f} ms", *_cells(each, missed)])
+        pooled += each
         broken += missed
     return [*lines, ["all limits", *_cells(pooled, broken)]], pooled
 
