@@ -125,10 +125,11 @@ class System:
         self.found.setdefault("loads", {})[label] = summary
         write_rows(str(self.folder / f"{label}.csv"), columns)
         figures = {key: _milliseconds(summary[key]) for key in ("ttft_ms", "tpot_ms")}
+        rates = f"{summary['throughput_rps']:.3g} requests/s, {summary['output_tokens_per_s']:.0f} tokens/s"
+        rest = f"{summary['busy_cores']:.1f} cores busy{', CUT' if cut else ''} {test.errors or ''}"
         self.say(
-            f"{label}: {summary['finished']} of {summary['requests']} in {seconds:.1f} s, "
-            f"{summary['throughput_rps']:.3g} requests/s, {summary['output_tokens_per_s']:.0f} tokens/s, "
-            f"TTFT {figures['ttft_ms']} TPOT {figures['tpot_ms']}{summary['busy_cores']:.1f} cores{', CUT' if cut else ''} {test.errors or ''}"
+            f"{label}: {summary['finished']} of {summary['requests']} in {seconds:.1f} s, {rates}, "
+            f"TTFT {figures['ttft_ms']} TPOT {figures['tpot_ms']}, {rest}"
         )
         return columns
 
