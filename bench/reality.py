@@ -203,9 +203,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     if os.getloadavg()[0] > 1:
-        print(
-            f"load average {os.getloadavg()[0]:.1f} at the start: this machine is not at rest, and its figures say little"
-        )
+        print(f"load average {os.getloadavg()[0]:.1f} at the start: not a machine at rest, its figures say little")
     about = {
         **environment(),
         "model": str(args.model),

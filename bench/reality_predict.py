@@ -191,7 +191,8 @@ def _run(
     keep = ("requests", "finished", "ttft_ms", "tpot_ms", "e2e_ms", "throughput_rps", "output_tokens_per_s")
     sides = {side: {key: of[key] for key in keep} for side, of in (("simulated", simulated), ("measured", real))}
     return {
-        **run, "cut": real["cut"], "busy_cores": real.get("busy_cores"), "errors": real["errors"], "compared": _compared(simulated, real), **sides,
+        **run, "cut": real["cut"], "busy_cores": real.get("busy_cores"), "errors": real["errors"],
+        "compared": _compared(simulated, real), **sides,
         "step_drift": drift, "own_steps": {k: pair["ratio"] for k, pair in _compared(again, real).items()},
     }  # fmt: skip
 
