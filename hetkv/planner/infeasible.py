@@ -10,7 +10,8 @@ from hetkv.errors import InfeasibleError, UndecidedError
 from hetkv.planner.capacity import prompt_times
 from hetkv.planner.columns import Column, Columns, build_columns, kv_bytes
 from hetkv.planner.milp import optimise
-from hetkv.planner.problem import Objective, Problem
+from hetkv.planner.power import limits_of, paid_gpus
+from hetkv.planner.problem import Limits, Objective, Problem
 from hetkv.planner.result import Tightest
 
 FREE = 1e12
@@ -90,21 +91,33 @@ def _shared(problem: Problem, found: Columns) -> InfeasibleError:
         if found_error is not None:
             return found_error
     lifted = {
+        "limits": msgspec.structs.replace(problem, limits=Limits()),
         "pair limits": msgspec.structs.replace(problem, pair_limits=[]),
         "KV fabric": msgspec.structs.replace(problem, link=msgspec.structs.replace(problem.link, fabric_gb_s=None)),
         "GPU caps": msgspec.structs.replace(
             problem, gpus=[msgspec.structs.replace(o, cap=None if o.cap else o.cap) for o in problem.gpus]
         ),
     }
+    by_key = {c.key: c for c in found.columns}
     for name, other in lifted.items():
+        if other == problem:
+            continue
         try:
             solution = optimise(other, found.columns, rates, sent)
         except UndecidedError:
             continue
         if solution is None:
             continue
+        if name == "limits":
+            gpus: dict[str, int] = {}
+            for key, n in solution.counts.items():
+                gpus[by_key[key].gpu] = gpus.get(by_key[key].gpu, 0) + n * by_key[key].gpus
+            paid = paid_gpus(problem, gpus)
+            limit = max(limits_of(problem), key=lambda x: x.taken(paid) / x.most)
+            text = f"{limit.name}: without the limit the plan takes {limit.taken(paid):.4g} {limit.unit}, "
+            text += f"{limit.most:g} are allowed"
+            return _error(f"{limit.name} limit", "limits", limit.taken(paid) / limit.most, text)
         if name == "GPU caps":
-            by_key = {c.key: c for c in found.columns}
             need: dict[str, int] = {}
             for key, n in solution.counts.items():
                 need[by_key[key].gpu] = need.get(by_key[key].gpu, 0) + n * by_key[key].gpus
@@ -115,11 +128,16 @@ def _shared(problem: Problem, found: Columns) -> InfeasibleError:
             return _error("GPU cap", gpu, n / cap if cap else float("inf"), text)
         if name == "KV fabric":
             rate = sum(rates[m] * sent[m] for m in rates) / 1e9
-            limit = problem.link.fabric_gb_s or 0.0
-            text = f"KV fabric: prompts send about {rate:.3g} GB/s, `fabric_gb_s` is {limit:g}"
-            return _error("KV fabric", "link", rate / limit, text)
+            room = problem.link.fabric_gb_s or 0.0
+            text = f"KV fabric: prompts send about {rate:.3g} GB/s, `fabric_gb_s` is {room:g}"
+            return _error("KV fabric", "link", rate / room, text)
         return _error("pair limits", "pair_limits", float("inf"), "pair limits: without them a plan exists")
-    return _error("several", "problem", float("inf"), "caps, fabric and pair limits together leave no plan")
+    return _error(
+        "several",
+        "problem",
+        float("inf"),
+        "caps, fabric, pair limits and limits on power or carbon together leave no plan",
+    )
 
 
 def _budget(

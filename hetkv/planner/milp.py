@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 
 from hetkv.errors import UndecidedError
 from hetkv.planner.columns import PORT_LOAD, Column
+from hetkv.planner.power import limits_of
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
 
@@ -259,8 +260,9 @@ class _Milp:
             self.rows.add({**sides[1], choice: -large}, -inf, carried)
 
     def _gpus(self) -> None:
-        """Caps, whole nodes and the budget."""
+        """Caps, whole nodes, the budget, power and carbon."""
         spent: dict[int, float] = {}
+        paid: dict[str, dict[int, float]] = {}
         for offer in self.problem.gpus:
             used = {x: float(c.gpus) for c in self.columns if c.gpu == offer.gpu for x in self.x[c.key]}
             if not used:
@@ -272,9 +274,13 @@ class _Milp:
                 size = offer.gpus_per_node or 1
                 nodes = self.variables.add(LARGEST, cost=price * size if self.for_cost else 0.0)
                 self.rows.add({**used, nodes: -size}, -inf, 0.0)
-                spent[nodes] = price * size
+                paid[offer.gpu] = {nodes: float(size)}
             else:
-                spent.update({x: price * n for x, n in used.items()})
+                paid[offer.gpu] = used
+            spent.update({x: price * n for x, n in paid[offer.gpu].items()})
+        for limit in limits_of(self.problem):
+            terms = {x: limit.each[gpu] * n for gpu, own in paid.items() for x, n in own.items()}
+            self.rows.add(terms, -inf, limit.most)
         budget = self.problem.objective.budget_usd_per_hour
         if budget is not None:
             self.rows.add(spent, -inf, budget)

@@ -61,7 +61,8 @@ class GpuOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """A GPU type that can be had. `cap` bounds the number of GPUs; `rent: node` sells whole nodes only.
 
     `gpus_per_node` defaults to the catalogue's. A price may be left out only with the goal `split`. `engine` overrides
-    fields of the model's on this GPU type: another engine, version or dtype.
+    fields of the model's on this GPU type: another engine, version or dtype. `watts_per_gpu` is what a rented GPU draws
+    with its share of host, cooling and losses, `co2_g_per_kwh` the carbon intensity of its power: the user's figures.
     """
 
     gpu: str
@@ -72,6 +73,8 @@ class GpuOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     gpus_per_node: int | None = None
     rent: Literal["gpu", "node"] = "gpu"
     engine: dict[str, Any] = {}
+    watts_per_gpu: float | None = None
+    co2_g_per_kwh: float | None = None
 
 
 class PairLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +95,13 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     budget_usd_per_hour: float | None = None
 
 
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The most that all rented GPUs together may draw, in kW, and cause, in kg of CO2 per hour."""
+
+    kw: float | None = None
+    co2_kg_per_hour: float | None = None
+
+
 class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A planning problem. `spare_instances: 1` is N+1: every pool meets the targets with one instance down.
 
@@ -106,6 +116,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     gpus: list[GpuOffer]
     link: LinkPlan = LinkPlan(gb_s="nic")
     pair_limits: list[PairLimit] = []
+    limits: Limits = Limits()
     objective: Objective = Objective()
     spare_instances: Literal[0, 1] = 0
     roles: Roles = "any"
@@ -203,6 +214,7 @@ def check_problem(problem: Problem, origin: str = "problem") -> Problem:
             "`allow_mixed_price_bases: true` mixes them nevertheless"
         )
     _objective(problem, origin)
+    _limits(problem, origin)
     _link(problem, origin)
     if problem.seed < 0:
         raise InputError(f"{origin}: `seed` must be 0 or more, got {problem.seed}")
@@ -229,6 +241,10 @@ def _offer(offer: GpuOffer, where: str, catalogue: Catalogue, goal: Goal) -> Gpu
             raise InputError(f"{where}: missing `cap`: the goal `split` divides a given fleet")
     elif offer.cap < 0:
         raise InputError(f"{where}: `cap` must be 0 or more GPUs, got {offer.cap}")
+    for field in ("watts_per_gpu", "co2_g_per_kwh"):
+        value = getattr(offer, field)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"{where}: `{field}` must be 0 or more, got {value}")
     node = offer.gpus_per_node
     if node is None:
         node = int(gpu.value("gpus_per_node"))
@@ -322,6 +338,18 @@ def _objective(problem: Problem, origin: str) -> None:
         _positive(budget, f"{origin}: objective: `budget_usd_per_hour`")
     elif budget is not None:
         raise InputError(f"{origin}: objective: `budget_usd_per_hour` belongs to the goal `goodput`, not `{goal}`")
+
+
+def _limits(problem: Problem, origin: str) -> None:
+    for limit, fields in (("kw", ("watts_per_gpu",)), ("co2_kg_per_hour", ("watts_per_gpu", "co2_g_per_kwh"))):
+        most = getattr(problem.limits, limit)
+        if most is None:
+            continue
+        _positive(most, f"{origin}: limits: `{limit}`")
+        for i, offer in enumerate(problem.gpus):
+            for field in fields:
+                if getattr(offer, field) is None:
+                    raise InputError(f"{origin}: gpus[{i}] ({offer.gpu}): missing `{field}` for the limit `{limit}`")
 
 
 def _link(problem: Problem, origin: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetkv.planner.columns import Column
+from hetkv.planner.power import limits_of
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
 
@@ -41,6 +42,8 @@ def _one_for_one(a: Column, b: Column, problem: Problem) -> bool:
         if offer.cap is not None or offer.rent == "node" or problem.offer(b.gpu).rent == "node" or problem.pair_limits:
             return False
         if a.price > b.price:
+            return False
+        if any(limit.each[a.gpu] * a.gpus > limit.each[b.gpu] * b.gpus for limit in limits_of(problem)):
             return False
     return bool((a.rates >= b.rates).all())
 

@@ -151,6 +151,8 @@ class Plan(msgspec.Struct, frozen=True):
     nothing, and `attained` the share of each class's requests within its limits there, by class and target.
     `meets`: all hold. Plans that failed there are counted in `judged_before`.
 
+    `kw` and `co2_kg_per_hour` are of all rented GPUs, None without the user's figures.
+
     `events` of the simulator were handled to find it. `cut` are those `notes` that say which limits ended a search
     early, so that a better plan may exist. `deployments` holds a plan for the simulator for each model.
     """
@@ -182,6 +184,8 @@ class Plan(msgspec.Struct, frozen=True):
     events: int = 0
     notes: list[str] = []
     cut: list[str] = []
+    kw: float | None = None
+    co2_kg_per_hour: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries, ready for `json.dump`. A latency that never ends is null there."""

@@ -14,13 +14,15 @@ from hetkv.planner.calibrator import part_of
 from hetkv.planner.columns import Columns, build_columns
 from hetkv.planner.effort import ALTERNATIVE_EVENTS, PLAN_EVENTS, SAFETY_SECONDS
 from hetkv.planner.infeasible import explain
+from hetkv.planner.power import limits_of, paid_gpus
+from hetkv.planner.power import total as total_of
 from hetkv.planner.predict import predict
 from hetkv.planner.problem import Problem, check_problem
 from hetkv.planner.result import Attainment, ClassLatency, Option, Plan, Tightest
 from hetkv.planner.search import Search
 from hetkv.planner.sensitivity import at_end, vendor_shifts
 from hetkv.planner.slo_checker import SloChecker, deployment
-from hetkv.planner.trials import Candidate, Judgement, runners_up
+from hetkv.planner.trials import Candidate, Judgement, gpus_of, runners_up
 
 
 def solve(
@@ -104,6 +106,8 @@ def solve(
         },
         notes=notes,
         cut=cut,
+        kw=total_of(problem, paid_gpus(problem, gpus_of(best.counts)), "power"),
+        co2_kg_per_hour=total_of(problem, paid_gpus(problem, gpus_of(best.counts)), "carbon"),
     )
 
 
@@ -245,6 +249,8 @@ def _tightest(problem: Problem, search: Search, best: Candidate, simulated: Mapp
             load = best.scale * search.calibrator.rate(column.model) * share / n / column.port_rate
             found.append(Tightest("KV port", str(column), load))
     found += [Tightest("GPU cap", g, n / cap) for g, n in gpus.items() if (cap := problem.offer(g).cap)]
+    paid = paid_gpus(problem, gpus)
+    found += [Tightest(f"{x.name} limit", "limits", x.taken(paid) / x.most) for x in limits_of(problem)]
     budget = problem.objective.budget_usd_per_hour
     if budget:
         found.append(Tightest("budget", "objective", best.cost / budget))

@@ -11,6 +11,7 @@ from hetkv.planner.attainment import attainment, expected, mean_of
 from hetkv.planner.calibrator import Calibrator, Counts, Key
 from hetkv.planner.columns import Columns
 from hetkv.planner.effort import Effort
+from hetkv.planner.power import limits_of, paid_gpus
 from hetkv.planner.problem import Problem
 from hetkv.planner.result import Attainment, ClassLatency
 from hetkv.planner.seeds import choosing_seeds, held_out_seeds
@@ -78,17 +79,14 @@ class Trials:
 
     def price(self, counts: Counts) -> float:
         """USD/hour, whole nodes where the offer is by node."""
-        total = 0.0
-        for name, n in gpus_of(counts).items():
-            offer = self.problem.offer(name)
-            if offer.rent == "node":
-                n = -(-n // (offer.gpus_per_node or 1)) * (offer.gpus_per_node or 1)
-            total += n * (offer.usd_per_gpu_hour or 0.0)
-        return total
+        paid = paid_gpus(self.problem, gpus_of(counts))
+        return sum(n * (self.problem.offer(name).usd_per_gpu_hour or 0.0) for name, n in paid.items())
 
     def allowed(self, counts: Counts) -> bool:
-        """Whether the caps hold."""
-        return all(n <= cap for g, n in gpus_of(counts).items() if (cap := self.problem.offer(g).cap) is not None)
+        """Whether the caps and the limits on power and carbon hold."""
+        gpus = gpus_of(counts)
+        within = all(n <= cap for g, n in gpus.items() if (cap := self.problem.offer(g).cap) is not None)
+        return within and all(limit.keeps(paid_gpus(self.problem, gpus)) for limit in limits_of(self.problem))
 
     def is_barred(self, counts: Counts, scale: float) -> bool:
         """Whether a plan that failed on held-out seeds had as many instances of everything, for no more traffic."""

@@ -74,6 +74,10 @@ def _tiles(plan: Plan) -> list[tuple[str, str]]:
     tiles = []
     if plan.cost_per_hour is not None:
         tiles.append((f"${plan.cost_per_hour:,.2f}", "per hour"))
+    if plan.kw is not None:
+        tiles.append((f"{plan.kw:,.3g}", "kW"))
+    if plan.co2_kg_per_hour is not None:
+        tiles.append((f"{plan.co2_kg_per_hour:,.3g}", "kg CO2 per hour"))
     tiles += [
         (f"{plan.rate:,.4g}", "requests/s"),
         (f"{gpus(plan.instances)}", "GPUs"),

@@ -63,6 +63,8 @@ def _deployment(console: Console, plan: Plan) -> None:
     priced = plan.cost_per_hour is not None
     head = f"{plan.rate:,.4g} requests/s on {gpus(plan.instances)} GPUs"
     head += f" for {plan.cost_per_hour:,.2f} USD/hour" if plan.cost_per_hour is not None else ""
+    head += f", {plan.kw:,.3g} kW" if plan.kw is not None else ""
+    head += f", {plan.co2_kg_per_hour:,.3g} kg CO2/hour" if plan.co2_kg_per_hour is not None else ""
     several = len({i.model for i in plan.instances}) > 1
     columns = [
         "role",
