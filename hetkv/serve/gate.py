@@ -84,27 +84,28 @@ class Gate:
             self._begin(self._enter(sock))
 
     async def _enter(self, sock: socket.socket) -> None:
-        peer = "{}:{}".format(*sock.getpeername()[:2])
+        peer = "an instance"
         credentials = self._tls.credentials() if self._tls is not None else None
         reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
         loop = asyncio.get_running_loop()
         options: Any = {"ssl": credentials.server, "ssl_handshake_timeout": HANDSHAKE_S} if credentials else {}
         try:
+            peer = "{}:{}".format(*sock.getpeername()[:2])
             transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, **options)
         except ssl.SSLError as error:
             log.warning("%s", tls_error(peer, error))
             return
         except OSError as error:
+            sock.close()
             log.warning("%s: %s", peer, error)
             return
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        await self._serve(reader, writer, credentials)
+        await self._serve(reader, writer, credentials, peer)
 
     async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None, peer: str
     ) -> None:
-        peer = "{}:{}".format(*writer.get_extra_info("peername")[:2])
         self._writers.add(writer)
         member: Member | None = None
         reason = "it closed the connection"

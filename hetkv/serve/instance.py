@@ -23,7 +23,7 @@ import msgspec
 from hetkv.control.address import Address
 from hetkv.control.secret import SecretFile
 from hetkv.control.tls import Tls, TlsConfig, names_of, tls_error
-from hetkv.errors import HetkvError, PeerLostError, SecretError
+from hetkv.errors import AuthenticationError, HandshakeError, HetkvError, PeerLostError, SecretError
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.models import ModelConfig
 from hetkv.runtime.batching import Limits
@@ -189,6 +189,8 @@ class Instance:
                     wait = RETRY_S[0]
                 except PeerLostError as error:
                     log.info("%s: %s; trying again", self.name, error)
+                except (AuthenticationError, HandshakeError) as error:
+                    self._end(str(error))
                 self._engine.submit(Reset())  # nobody would take what is computed now
                 self._ending.wait(wait)
                 wait = min(2 * wait, RETRY_S[1])

@@ -119,6 +119,19 @@ def test_a_rejected_instance_ends(checkpoint: tuple[Path, Any], secret: Path) ->
     asyncio.run(run())
 
 
+def test_an_instance_without_the_secret_ends(
+    checkpoint: tuple[Path, Any], secret: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with opened(b"another one of sixteen") as (scheduler, address):
+            instance = Instance(config("decode", checkpoint[0], address, secret))
+            assert await asyncio.to_thread(instance.run) == 1
+            assert not scheduler.members
+
+    asyncio.run(run())
+    assert "scheduler and instance do not have the same secret" in caplog.text
+
+
 def test_the_gate_takes_the_secret_before() -> None:
     async def run() -> None:
         held = HeldSecret(b"the secret before this")
