@@ -291,7 +291,7 @@ class _Builder:
                 pp=place.pp,
                 dp=place.dp,
                 budget=engine.max_num_batched_tokens,
-                price=(offer.usd_per_gpu_hour or 0.0) * place.gpus,
+                price=self.problem.usd_per_gpu_hour(offer) * place.gpus,
                 rates=np.minimum(capacity.rates, port_rate),
                 relaxed=min(capacity.relaxed, port_rate / PORT_LOAD),
                 port_rate=port_rate,

@@ -10,7 +10,7 @@ from hetkv.costmodel import load_catalogue
 from hetkv.costmodel.catalogue import VENDORS
 from hetkv.errors import InputError, UndecidedError
 from hetkv.planner.effort import ALTERNATIVE_EVENTS
-from hetkv.planner.problem import Objective, PairLimit, Problem
+from hetkv.planner.problem import PairLimit, Problem
 from hetkv.planner.result import gpus, split
 from hetkv.planner.solve import solve
 from hetkv.planner.traffic import samples
@@ -107,7 +107,7 @@ def frontier(
     """
     if not problem.prices:
         raise InputError("the cost-against-rate frontier needs a price of every GPU")
-    problem = msgspec.structs.replace(problem, objective=Objective())
+    problem = msgspec.structs.replace(problem, objective=problem.objective.for_cost())
     top = max(scales)
     places = dict.fromkeys([*((s, 1.0) for s in scales), *((top, t) for t in targets)])
     tasks = [(name, fleet, *place) for name, fleet in fleets(problem).items() for place in places]

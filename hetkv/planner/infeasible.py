@@ -11,7 +11,7 @@ from hetkv.planner.capacity import prompt_times
 from hetkv.planner.columns import Column, Columns, build_columns, kv_bytes
 from hetkv.planner.milp import optimise
 from hetkv.planner.power import limits_of, paid_gpus
-from hetkv.planner.problem import Limits, Objective, Problem
+from hetkv.planner.problem import Limits, Problem
 from hetkv.planner.result import Tightest
 
 FREE = 1e12
@@ -146,7 +146,7 @@ def _budget(
     """The budget does not buy one instance of everything that is needed: what the cheapest such plan costs."""
     budget = problem.objective.budget_usd_per_hour or 0.0
     little = {model: 1e-6 * rate for model, rate in rates.items()}
-    free = msgspec.structs.replace(problem, objective=Objective())
+    free = msgspec.structs.replace(problem, objective=problem.objective.for_cost())
     try:
         solution = optimise(free, found.columns, little, sent)
     except UndecidedError:

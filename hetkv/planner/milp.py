@@ -269,7 +269,7 @@ class _Milp:
                 continue
             if offer.cap is not None:
                 self.rows.add(used, -inf, offer.cap)
-            price = offer.usd_per_gpu_hour or 0.0
+            price = self.problem.usd_per_gpu_hour(offer)
             if offer.rent == "node":
                 size = offer.gpus_per_node or 1
                 nodes = self.variables.add(LARGEST, cost=price * size if self.for_cost else 0.0)

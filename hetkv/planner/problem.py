@@ -89,10 +89,19 @@ class Objective(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """`cost`: least USD/hour for the classes' rates. `goodput`: the largest multiple of the rates for a budget.
 
     `split`: the largest multiple of the rates on the GPUs of the `cap`s, whatever they cost.
+
+    Costs are those of the GPUs, and of the power that they draw and the carbon of it at `usd_per_kwh` and
+    `usd_per_kg_co2`: high ones make a plan of little power or carbon.
     """
 
     goal: Goal = "cost"
     budget_usd_per_hour: float | None = None
+    usd_per_kwh: float = 0.0
+    usd_per_kg_co2: float = 0.0
+
+    def for_cost(self) -> Objective:
+        """The least cost, by the same prices."""
+        return msgspec.structs.replace(self, goal="cost", budget_usd_per_hour=None)
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -140,6 +149,14 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """The problem's engine settings with the model's over them, and those of a GPU type over both."""
         own = offer.engine if offer is not None else {}
         return msgspec.convert({**msgspec.structs.asdict(self.engine), **model.engine, **own}, Engine)
+
+    def usd_per_gpu_hour(self, offer: GpuOffer) -> float:
+        """What a rented GPU costs with its power and carbon; 0 for one without a price."""
+        if offer.usd_per_gpu_hour is None:
+            return 0.0
+        kw = (offer.watts_per_gpu or 0.0) / 1e3
+        carbon = (offer.co2_g_per_kwh or 0.0) / 1e3 * self.objective.usd_per_kg_co2
+        return offer.usd_per_gpu_hour + kw * (self.objective.usd_per_kwh + carbon)
 
     @property
     def prices(self) -> list[Price]:
@@ -341,15 +358,25 @@ def _objective(problem: Problem, origin: str) -> None:
 
 
 def _limits(problem: Problem, origin: str) -> None:
-    for limit, fields in (("kw", ("watts_per_gpu",)), ("co2_kg_per_hour", ("watts_per_gpu", "co2_g_per_kwh"))):
+    power, carbon = ("watts_per_gpu",), ("watts_per_gpu", "co2_g_per_kwh")
+    for limit, fields in (("kw", power), ("co2_kg_per_hour", carbon)):
         most = getattr(problem.limits, limit)
-        if most is None:
-            continue
-        _positive(most, f"{origin}: limits: `{limit}`")
-        for i, offer in enumerate(problem.gpus):
-            for field in fields:
-                if getattr(offer, field) is None:
-                    raise InputError(f"{origin}: gpus[{i}] ({offer.gpu}): missing `{field}` for the limit `{limit}`")
+        if most is not None:
+            _positive(most, f"{origin}: limits: `{limit}`")
+            _figures(problem, fields, f"the limit `{limit}`", origin)
+    for price, fields in (("usd_per_kwh", power), ("usd_per_kg_co2", carbon)):
+        usd = getattr(problem.objective, price)
+        if not 0 <= usd < float("inf"):
+            raise InputError(f"{origin}: objective: `{price}` must be 0 or more, got {usd}")
+        if usd:
+            _figures(problem, fields, f"`{price}`", origin)
+
+
+def _figures(problem: Problem, fields: tuple[str, ...], what: str, origin: str) -> None:
+    for i, offer in enumerate(problem.gpus):
+        for field in fields:
+            if getattr(offer, field) is None:
+                raise InputError(f"{origin}: gpus[{i}] ({offer.gpu}): missing `{field}` for {what}")
 
 
 def _link(problem: Problem, origin: str) -> None:

@@ -80,7 +80,7 @@ class Trials:
     def price(self, counts: Counts) -> float:
         """USD/hour, whole nodes where the offer is by node."""
         paid = paid_gpus(self.problem, gpus_of(counts))
-        return sum(n * (self.problem.offer(name).usd_per_gpu_hour or 0.0) for name, n in paid.items())
+        return sum(n * (self.problem.usd_per_gpu_hour(self.problem.offer(name))) for name, n in paid.items())
 
     def allowed(self, counts: Counts) -> bool:
         """Whether the caps and the limits on power and carbon hold."""

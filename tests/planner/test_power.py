@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hetkv.errors import InfeasibleError, InputError
 from hetkv.planner.columns import build_columns
+from hetkv.planner.frontier import frontier
 from hetkv.planner.output import terminal
 from hetkv.planner.power import limits_of, paid_gpus, total
 from hetkv.planner.prune import dominates
@@ -56,6 +57,25 @@ def test_a_limit_buys_the_dearer_plan_that_keeps_it(limit, unit):
     assert kinds(plan) == {"H100-SXM"}
 
 
+@pytest.mark.parametrize("objective", [{"usd_per_kwh": 5.0}, {"usd_per_kg_co2": 10.0}])
+def test_a_price_of_power_or_carbon_moves_the_choice(objective):
+    problem = powered(objective=objective)
+    plan = solve(problem, alternatives=False)
+    assert plan.meets
+    assert kinds(plan) == {"H100-SXM"}  # MI300X is the cheapest without that price
+    count = sum(i.count * i.gpus for i in plan.instances)
+    each = PRICES["H100-SXM"] + objective.get("usd_per_kwh", 0) * 1.0 + objective.get("usd_per_kg_co2", 0) * 0.1
+    assert plan.cost_per_hour == pytest.approx(count * each)
+    assert plan.cost_per_hour == pytest.approx(sum(i.count * i.usd_per_hour for i in plan.instances))
+    assert plan.lower_bound <= plan.cost_per_hour
+
+
+def test_the_frontier_keeps_the_prices_of_power():
+    found = frontier(powered(objective={"usd_per_kwh": 5.0}), [1.0], [1.0], jobs=1)
+    costs = {p.fleet: p.cost_per_hour for p in found.rates}
+    assert costs["NVIDIA only"] == costs["mixed"] < costs["AMD only"]
+
+
 def test_the_goal_goodput_keeps_a_limit():
     objective = {"goal": "goodput", "budget_usd_per_hour": 20.0}
     plan = solve(powered(objective=objective, limits={"kw": 2.5}), alternatives=False)
@@ -75,6 +95,10 @@ def test_figures_that_a_limit_needs_are_asked_for():
         powered(figures=(), limits={"kw": 5})
     with pytest.raises(InputError, match=r"missing `co2_g_per_kwh` for the limit `co2_kg_per_hour`"):
         powered(figures=("watts_per_gpu",), limits={"co2_kg_per_hour": 5})
+    with pytest.raises(InputError, match="missing `co2_g_per_kwh` for `usd_per_kg_co2`"):
+        powered(figures=("watts_per_gpu",), objective={"usd_per_kg_co2": 1})
+    with pytest.raises(InputError, match="`usd_per_kwh` must be 0 or more"):
+        powered(objective={"usd_per_kwh": -1})
     with pytest.raises(InputError, match="limits: `kw`"):
         powered(limits={"kw": 0})
 
