@@ -37,6 +37,7 @@ void bind_engine(py::module_& m);
 void bind_outcome(py::module_& m);
 void bind_device(py::module_& m);
 void bind_backend(py::module_& m);
+void bind_codec(py::module_& m);
 void bind_frame(py::module_& m);
 
 }  // namespace hetkv

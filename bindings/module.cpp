@@ -23,5 +23,6 @@ PYBIND11_MODULE(_core, m) {
   hetkv::bind_outcome(m);
   hetkv::bind_engine(m);
   hetkv::bind_backend(m);
+  hetkv::bind_codec(m);
   hetkv::bind_frame(m);
 }

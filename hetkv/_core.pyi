@@ -179,6 +179,12 @@ class LayerPlan:
     ) -> None: ...
     def payload_bytes(self, tokens: int) -> int: ...
 
+def split16(values: _Buffer, upper: _Buffer, lower: _Buffer, turn: bool) -> None:
+    """Bytes of 16-bit values in two planes: csrc/codec/split.h."""
+
+def join16(upper: _Buffer, lower: _Buffer, values: _Buffer, turn: bool) -> None:
+    """The inverse of `split16`."""
+
 FRAME_BYTES: int
 """Of a frame's message, without its payload."""
 

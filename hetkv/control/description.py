@@ -25,6 +25,7 @@ MAX_CIPHERS = 8
 CIPHERS_SINCE = 5
 """Minor version from which streams may be encrypted."""
 MAX_ENGINE_BYTES = 16
+MAX_CODECS = 16
 
 
 class _Memory(Protocol):
@@ -87,6 +88,9 @@ class Description(
     fingerprint: dict[str, str] = {}
     """What made the KV, as values that must be equal where both sides name them: weights, vocabulary, rope, ... From
     minor 2 on."""
+    codecs: tuple[str, ...] = ()
+    """Codecs that this side takes part in on links whose payloads are sent over a network; one that the peer does not
+    name, or that this side does not know, is not used. From minor 5 on."""
     engine: bytes = b""
     """Random number of this engine: a peer of the same name and another number is another one."""
     worker_address: bytes = b""
@@ -101,6 +105,8 @@ class Description(
     def __post_init__(self) -> None:
         if not 0 < len(self.instance) <= MAX_TEXT or not 0 < len(self.host) <= MAX_TEXT:
             raise InputError(f"instance and host are names of 1 to {MAX_TEXT} characters")
+        if len(self.codecs) > MAX_CODECS or not all(0 < len(name) <= MAX_NAME for name in self.codecs):
+            raise InputError(f"codecs are up to {MAX_CODECS} names of 1 to {MAX_NAME} characters")
         if len(self.engine) > MAX_ENGINE_BYTES:
             raise InputError(f"engine has {len(self.engine)} bytes, over {MAX_ENGINE_BYTES}")
         if len(self.worker_address) > MAX_WORKER_ADDRESS_BYTES:
@@ -205,7 +211,7 @@ _encoder = msgspec.msgpack.Encoder()
 def for_minor(description: Description, minor: int) -> Description:
     """The description without what a reader of an older minor version would reject."""
     if minor < CIPHERS_SINCE:
-        description = msgspec.structs.replace(description, ciphers=(), encrypt=False)
+        description = msgspec.structs.replace(description, ciphers=(), encrypt=False, codecs=())
     if minor < 2:
         description = msgspec.structs.replace(description, fingerprint={})
     return description if minor >= 1 else msgspec.structs.replace(description, device="cpu")

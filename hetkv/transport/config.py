@@ -19,7 +19,7 @@ MAX_SECONDS = 1e6
 
 
 class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How KV is moved. The defaults suit one host; nothing here changes what arrives."""
+    """How KV is moved. The defaults suit one host; nothing here but `codec` changes what arrives."""
 
     slot_bytes: int | None = None
     """Bytes of one window slot and of one staging buffer: the largest payload of a frame. Default: 1 MiB, and 16 MiB
@@ -65,6 +65,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Encrypt what goes to peers over TCP, messages and payloads. Either side may ask for it; both need libsodium. Such
     a link does no RDMA. Unix sockets and memory of one host are not encrypted. Without `tls` whoever has the secret and
     recorded the handshake can decrypt."""
+    codec: Literal["none", "fp8"] = "none"
+    """Of payloads that are sent over a network. `fp8`, which is lossy: values of two or four bytes travel as fp8 e4m3
+    with a float32 scale for each 128 channels of a token and head, to peers that say so too; never where slots are
+    shared memory, or put by RDMA. See docs/codecs.md for the link rates at which it helps."""
     rma: Literal["off", "auto"] = "off"
     """Put payloads through UCX where both sides have RDMA (path `rma`). Off, as UCX lets whoever is on the RDMA network
     and knows the worker's address write to this process without the secret: see SECURITY.md."""
@@ -89,6 +93,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise InputError(f"streams must be at most {MOST_STREAMS}, not {self.streams}")
         if self.rma not in ("off", "auto"):
             raise InputError(f"rma {self.rma!r}: off or auto")
+        if self.codec not in ("none", "fp8"):
+            raise InputError(f"codec {self.codec!r}: none or fp8")
         if self.window not in ("auto", "host", "device"):
             raise InputError(f"window {self.window!r}: auto, host or device")
         if self.window_bytes is not None and self.window_bytes < (self.slot_bytes or MIB):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
 
+from hetkv.control.codec import agreed_codec, with_codec
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.establish import connect
@@ -142,6 +143,7 @@ class Node(ABC, Generic[P]):
                 fingerprint=dict(fingerprint or {}),
                 ciphers=ciphers,
                 encrypt=self.config.encrypt,
+                codecs=() if self.config.codec == "none" else (self.config.codec,),
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()
@@ -302,6 +304,8 @@ class Node(ABC, Generic[P]):
 
         theirs, agreement, cipher = connection.peer, connection.agreement, connection.streams.cipher
         try:
+            codec = agreed_codec(agreement, connection.streams.kind)
+            agreement = with_codec(agreement, codec)
             plans = link_plans(self.pool, agreement)
             link = self.engine.add_link(
                 core.LinkConfig(
@@ -321,7 +325,7 @@ class Node(ABC, Generic[P]):
                 )
             )
             connection.streams.close()
-            peer = Peer(connection, link, plans)
+            peer = Peer(connection, link, plans, agreement, codec)
             try:
                 self._register(peer)
                 connection.send(Ready())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hetkv.control.agreement import Agreement
+from hetkv.control.codec import Codec
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, host_id, same_kernel
 from hetkv.control.local import FOLDER_ENV
@@ -20,13 +21,22 @@ if TYPE_CHECKING:
 class Peer:
     """One connected rank of the other side. `lost` tells why it is gone, or is `None`."""
 
-    def __init__(self, connection: ControlConnection, link: int, plans: Sequence[_core.LayerPlan]) -> None:
+    def __init__(
+        self,
+        connection: ControlConnection,
+        link: int,
+        plans: Sequence[_core.LayerPlan],
+        agreement: Agreement,
+        codec: Codec,
+    ) -> None:
         self.connection = connection
         self.link = link
         self.plans = plans
         """What moves over the link on this side: one for each of the agreement's `layers`."""
-        self.agreement: Agreement = connection.agreement
-        """What the handshake agreed on: routes and conversions."""
+        self.agreement = agreement
+        """What the handshake agreed on: routes and conversions, those of the codec."""
+        self.codec = codec
+        """Of the payloads."""
         self.description: Description = connection.peer
         self.minor = connection.minor
         """Version of the link: the lower one of the two sides."""

@@ -1,0 +1,46 @@
+// Binds csrc/codec/. Checks what the C++ side trusts its callers with.
+#include "bind.h"
+#include "codec/split.h"
+#include "job.h"
+
+namespace hetkv {
+namespace {
+
+std::uint8_t* bytes_of(const py::buffer& buffer, std::size_t size, bool writable) {
+  const py::buffer_info info = buffer.request(writable);
+  require(info.ndim == 1 && info.itemsize == 1 && (info.size < 2 || info.strides[0] == 1) &&
+              static_cast<std::size_t>(info.size) == size,
+          "the buffer must be " + std::to_string(size) + " contiguous bytes");
+  return static_cast<std::uint8_t*>(info.ptr);
+}
+
+// Two bytes a value; at an even address.
+std::uint16_t* values_of(const py::buffer& buffer, std::size_t count, bool writable) {
+  std::uint8_t* bytes = bytes_of(buffer, 2 * count, writable);
+  require(reinterpret_cast<std::uintptr_t>(bytes) % 2 == 0, "the values begin at an odd address");
+  return reinterpret_cast<std::uint16_t*>(bytes);
+}
+
+}  // namespace
+
+void bind_codec(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "split16",
+      [](const py::buffer& values, const py::buffer& upper, const py::buffer& lower, bool turn) {
+        const auto count = static_cast<std::size_t>(upper.request().size);
+        codec::split16(values_of(values, count, false), count, turn, bytes_of(upper, count, true),
+                       bytes_of(lower, count, true));
+      },
+      "values"_a, "upper"_a, "lower"_a, "turn"_a, "Bytes of 16-bit values in two planes: csrc/codec/split.h.");
+  m.def(
+      "join16",
+      [](const py::buffer& upper, const py::buffer& lower, const py::buffer& values, bool turn) {
+        const auto count = static_cast<std::size_t>(upper.request().size);
+        codec::join16(bytes_of(upper, count, false), bytes_of(lower, count, false), count, turn,
+                      values_of(values, count, true));
+      },
+      "upper"_a, "lower"_a, "values"_a, "turn"_a, "The inverse of `split16`.");
+}
+
+}  // namespace hetkv

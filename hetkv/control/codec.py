@@ -1,0 +1,70 @@
+"""Codecs of payloads that are sent over a network: what two sides agree on, and how segments travel then.
+
+`fp8` is lossy and so never chosen by itself: both sides name it. It is a conversion like any other: a segment that has
+two or four bytes an element in both pools travels as e4m3fn codes and float32 scales, which the sender finds and the
+receiver applies. It is left out where slots are shared memory, and on links with RDMA.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hetkv.control.agreement import Agreement, LayerRoute
+from hetkv.control.compat import MAX_PARTS
+from hetkv.control.conversion import Conversion, static_scales
+from hetkv.kv.dtypes import DType
+from hetkv.kv.segment import SegmentLayout
+from hetkv.kv.spec import Interval
+
+Codec = Literal["none", "fp8"]
+CODECS_SINCE = 5
+"""Minor version from which descriptions name codecs."""
+GROUP_CHANNELS = 128
+"""Channels that share a scale, where they divide a head's."""
+LEAST_CHANNELS = 32
+"""Of a head: with fewer, scales and padding eat up what is saved."""
+
+
+def agreed_codec(agreement: Agreement, kind: Literal["unix", "tcp"]) -> Codec:
+    """The codec of a link whose streams are of that kind; the same on both sides."""
+    mine, theirs = agreement.mine, agreement.theirs
+    rdma = bool(mine.worker_address and theirs.worker_address)
+    named = "fp8" in mine.codecs and "fp8" in theirs.codecs
+    return "fp8" if named and kind == "tcp" and not rdma and agreement.minor >= CODECS_SINCE else "none"
+
+
+def with_codec(agreement: Agreement, codec: Codec) -> Agreement:
+    """The agreement with the conversions of a link of that codec."""
+    if codec == "none":
+        return agreement
+    return agreement._replace(layers=tuple(_with_fp8(agreement, at) for at in agreement.layers))
+
+
+def _with_fp8(agreement: Agreement, at: LayerRoute) -> LayerRoute:
+    mine, theirs = agreement.mine, agreement.theirs
+    sender, receiver = (mine, theirs) if agreement.sends else (theirs, mine)
+    heads, found = at.route.heads, dict(at.conversions)
+    sides = sender.layout(at.layer).segments, receiver.layout(at.layer).segments
+    held = sender.shard.heads[at.layer], receiver.shard.heads[at.layer]
+    parts = len(found) + sum(how.scale_groups > 0 for how in found.values())
+    for name in found:
+        src, dst = (side[name] for side in sides)
+        if parts < MAX_PARTS and _is_wide(src) and _is_wide(dst):
+            found[name] = fp8_conversion(src, dst, heads, *held)
+            parts += 1
+    return at._replace(conversions=found)
+
+
+def _is_wide(part: SegmentLayout) -> bool:
+    return part.dtype in (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32) and part.channels >= LEAST_CHANNELS
+
+
+def fp8_conversion(
+    src: SegmentLayout, dst: SegmentLayout, heads: Interval, src_heads: Interval, dst_heads: Interval
+) -> Conversion:
+    """A wide segment as fp8 codes and scales on the wire, for the global `heads` of a route."""
+    groups = src.channels // GROUP_CHANNELS if src.channels % GROUP_CHANNELS == 0 else 1
+    source, target = static_scales(src, heads, src_heads), static_scales(dst, heads, dst_heads)
+    pack = None if set(source) == {1.0} else tuple(source)
+    unpack = None if set(target) == {1.0} else tuple(1 / scale for scale in target)
+    return Conversion(DType.FLOAT8_E4M3FN, pack, unpack, groups, "quantise", "apply")
