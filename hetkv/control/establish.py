@@ -143,7 +143,10 @@ def establish(channel: Channel, side: Side, host: str, streams: int = 1) -> Step
     def steps() -> Steps[ControlConnection]:
         inside = None
         if side.tls is not None:
-            inside = yield from enter_tls(channel, side.tls, host, side.timeout)
+            try:
+                inside = yield from enter_tls(channel, side.tls, host, side.timeout)
+            except PeerLostError as error:  # without an alert: it has too many at once
+                raise ListenerBusyError(str(error), errno=error.errno) from None
         keys = yield from authenticate(channel, side.secrets.accepted(), side.role, True, side.timeout, inside=inside)
         channel.end_when_silent(side.silence)
         records = Records(channel, keys.control_send, keys.control_receive)

@@ -219,7 +219,7 @@ def authenticate(
             schedule = yield from _verify(channel, schedules, other_role(role), timeout)
             yield from _say(channel, _PROVE, timeout, schedule.proof(role))
     except PeerLostError as error:
-        if connecting and (greeted or error.errno == errno.ECONNRESET):
+        if connecting and (greeted or inside is not None or error.errno == errno.ECONNRESET):
             raise ListenerBusyError(str(error), errno=error.errno) from None
         raise
     return schedule.keys(role, min(mine.minor, theirs.minor))

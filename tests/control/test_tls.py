@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,21 @@ def test_keys_depend_on_both_certificates_and_on_hellos_that_were_never_in_clear
     assert Schedule(secret, *hellos).key("link", 8) != mine.key("link", 8)
     other = Schedule(secret, *hellos, digests[1] + digests[0])
     assert other.key("link", 8) != mine.key("link", 8)
+
+
+def test_many_peers_at_once_take_turns(ca: Authority) -> None:
+    """The listener ends handshakes that are too many, also inside TLS; those peers try again."""
+    listening, connecting = Tls(ca.issue("listening", HERE)), Tls(ca.issue("connecting", HERE))
+    with serving(tls=listening, max_handshakes=2) as server:
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda _: join(server, tls=connecting), range(24)))
+        for connection in made:
+            server.next().close()
+            connection.close()
+        ended = []
+        while not server.rejected.empty():
+            ended.append(server.error())
+        assert not any(isinstance(error, CertificateError) for error in ended)
 
 
 # --- files
