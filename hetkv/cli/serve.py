@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hetkv.serve.http import HttpOptions
     from hetkv.serve.instance import InstanceConfig
     from hetkv.serve.plans import Deployment
+    from hetkv.serve.ray_cluster import RayInstances
     from hetkv.serve.server import Server, ServerOptions
 
 TLS_HELP = {
@@ -51,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prefill", metavar="NxTPaPPb", help="instances that prefill (default TP1)")
     what.add_argument("--decode", metavar="NxTPaPPb", help="instances that decode (default TP1)")
     what.add_argument("--aggregated", metavar="NxTPaPPb", help="instances that do both, in place of these")
+    what.add_argument(
+        "--cluster", choices=("local", "ray"), default="local", help="where they run: processes here, or actors of Ray"
+    )
+    what.add_argument(
+        "--ray-address",
+        default="auto",
+        metavar="ADDRESS",
+        help="of the cluster (default: the one that this node is in)",
+    )
     what.add_argument("--none", action="store_true", help="start no instance: they join from elsewhere")
     what.add_argument("--join", metavar="HOST:PORT", help="start no server: join the one whose gate is there")
     for role, block, layout in (("prefill", 16, "nhd"), ("decode", 64, "hnd")):
@@ -128,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("hetkv.transport").setLevel(logging.WARNING)
     if args.none and args.join:
         raise InputError("--none and --join: nothing would be started")
+    if args.cluster == "ray" and (args.none or args.join or _engine(args) == "vllm"):
+        raise InputError("--cluster ray starts instances of the reference runtime: without --none, --join and vLLM")
     if args.join:
         return _join(args)
     return _serve_vllm(args) if _engine(args) == "vllm" else _serve(args)
@@ -192,6 +204,8 @@ def _http_options(args: argparse.Namespace) -> HttpOptions:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    import msgspec
+
     from hetkv.serve.http import bound
     from hetkv.serve.local import Local
     from hetkv.serve.server import Server, run_server
@@ -203,8 +217,14 @@ def _serve(args: argparse.Namespace) -> int:
         if name is not None and name not in DISCIPLINES:
             raise InputError(f"--{role}-routing {name}: known are {', '.join(DISCIPLINES)}")
     listening = bound(args.host, args.port)
-    local = Local(deployment.instances)
     options = _server_options(args, deployment)
+    local: Local | RayInstances = Local(deployment.instances)
+    if args.cluster == "ray":
+        from hetkv.control.secret import shared_secret
+        from hetkv.serve.ray_cluster import RayInstances
+
+        local = RayInstances(deployment.instances, args.ray_address, shared_secret(args.secret_file))
+        options = msgspec.structs.replace(options, gate=options.gate.replace("127.0.0.1", local.host))
     server = Server(options, local.start)
     port = listening.getsockname()[1]
     threading.Thread(target=_announce, args=(server, local, f"http://{args.host}:{port}"), daemon=True).start()
@@ -224,7 +244,7 @@ def _announce(server: Server, local: Any, url: str) -> None:
 
     def up() -> bool:
         members = list(server.scheduler.members.values())
-        return server.started and len(members) >= len(local.pids) and all(member.up for member in members)
+        return server.started and len(members) >= local.count and all(member.up for member in members)
 
     while not (up() or local.failed):
         time.sleep(0.05)

@@ -42,6 +42,11 @@ class Local:
         self._watcher.start()
 
     @property
+    def count(self) -> int:
+        """Instances that there should be."""
+        return len(self._configs)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process ids by name in the plan."""
         pairs = zip(self._configs, self._processes, strict=True)

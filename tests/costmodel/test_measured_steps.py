@@ -66,7 +66,7 @@ def test_the_fit_finds_what_steps_take(tmp_path: Path) -> None:
         assert found.step_seconds(*work) == pytest.approx(true.step_seconds(*work), rel=0.03)
 
 
-def test_steps_are_slower_beside_others(tmp_path: Path) -> None:
+def test_steps_are_slower_while_others_work(tmp_path: Path) -> None:
     """The share is found, and two requests at a time on two instances take that much longer than one on one."""
     random, steps = np.random.default_rng(4), rows(0.1)
     for row in steps:

@@ -144,6 +144,7 @@ def test_templates_that_object_or_are_broken() -> None:
         (["--plan", "nowhere.yaml"], "nowhere.yaml"),
         (["--join", "x:1", "--prefill", "2xTP1"], "--join starts one instance"),
         (["--join", "x:1", "--none"], "nothing would be started"),
+        (["--cluster", "ray", "--join", "x:1"], "--cluster ray starts instances of the reference runtime"),
         (["--kv-tokens", "0"], "--kv-tokens must be at least 1"),
         (["--max-num-batched-tokens", "8"], "leaves no room for prompts"),
         (["--decode-routing", "luck"], "known are"),
