@@ -74,6 +74,7 @@ def test_the_stage_without_the_codec_moves_every_bit() -> None:
     assert stage.payload_bytes == stage.pool_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(namespaces.why_not(True)), reason=namespaces.why_not(True) or "namespaces are to be had")
 def test_fp8_through_a_slow_link() -> None:
     row = measure_link(1000, 2)
