@@ -140,7 +140,7 @@ class Strangers:
         connect(self.address, role="sender", secret=b"not the secret of these", describe=describe, timeout=5).close()
 
     def foreign_frames(self) -> None:
-        """A call for a stream of the honest link, and frames for its slots behind it."""
+        """A call for a stream of the honest link, and frames for its slots after it."""
         head = b"hetkvdat" + (2).to_bytes(2, "little") + bytes(2) + (64).to_bytes(4, "little")
         head += self.link.to_bytes(8, "little") + bytes(8) + random.randbytes(32)
         self.call(head + b"".join(number.to_bytes(8, "little") + random.randbytes(96) for number in range(20)))
@@ -237,12 +237,12 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
                         name, list(range(BLOCKS, BLOCKS + VICTIM)), VICTIM * 16, src_instance="honest"
                     )
                     strangers.ask("start", kind, (name, receiver.engine.epoch(waiting.handle)))
-                    beside = transfer(receiver, sender, seconds, number)
+                    among = transfer(receiver, sender, seconds, number)
                     counts["attempts"] += strangers.ask("stop")
                     sender.ask("send", name, VICTIM)
                     waiting.wait(20)
                     alone = (alone + transfer(receiver, sender, seconds / 2, number)) / 2
-                    ratios.append(beside / alone)
+                    ratios.append(among / alone)
                     rates.append(alone)
                 kinds[kind] = {
                     "ratio": round(statistics.median(ratios), 3),

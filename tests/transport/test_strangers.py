@@ -56,8 +56,8 @@ def test_a_stranger_writes_nothing(monkeypatch: pytest.MonkeyPatch, rounds: int)
         assert receiver.peers[0].lost is sender.peers[0].lost is None
 
 
-def test_strangers_of_each_kind_are_refused_and_logged_once() -> None:
-    """Beside them honest requests arrive; `python -m tests.transport.strangers` says at what speed."""
+def test_strangers_of_each_kind_are_rejected_and_logged_once() -> None:
+    """Among them honest requests arrive; `python -m tests.transport.strangers` says at what speed."""
     found = strangers.measure(0.5, 1)["kinds"]
     assert set(found) == set(strangers.KINDS)
     for kind, seen in found.items():
