@@ -95,7 +95,10 @@ class Node : public std::enable_shared_from_this<Node> {
   Result prepare(const hetkv_request_config& config, std::unique_ptr<hetkv_request>* out);
   Result take(const Status& status, std::unique_ptr<hetkv_request> request, hetkv_request** out);
   Result links_of(const char* source, std::vector<std::uint32_t>* out);
-  engine::Engine& engine() { return sender_ ? static_cast<engine::Engine&>(*sender_) : *receiver_; }
+  engine::Engine& engine() {
+    if (sender_) return *sender_;
+    return *receiver_;
+  }
 
   const control::Role role_;
   const std::shared_ptr<const Pool> pool_;

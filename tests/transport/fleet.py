@@ -32,8 +32,8 @@ from hetkv.kv.spec import KVSpec
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.exchange import Exchange
 from hetkv.transport.receiver import RecvHandle
-from tests.transport.peers import SECRET
 
+SECRET = b"a secret of the fleet"
 SPEC = KVSpec.uniform(2, 2, 64)
 BLOCKS, BLOCK = 64, 16
 CALLERS = 2
