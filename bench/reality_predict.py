@@ -1,6 +1,7 @@
 """The simulator on what bench/reality.py measured: calibration, one simulation for each judged run, the table.
 
 python bench/reality_predict.py DIR
+python bench/reality_predict.py bench/results/reality.json     # the tables alone, of a result file
 
 Reads DIR/measured.json, the rows of requests and the steps; writes calibration_input.json, calibration.json (by
 `hetkv calibrate --bench`), reality.json and table.md there. Steps and requests of judged runs are never calibrated on.
@@ -248,4 +249,8 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    predict(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    if path.is_dir():
+        predict(path)
+    else:
+        print(table(json.loads(path.read_text())), end="")
