@@ -62,9 +62,11 @@ find-mutants:
 fuzz:
 	.ci/fuzz $(SECONDS)
 
-# Every ordered pair of engines, with real ones. Not in .ci/run, whose time it would not fit in: a job of its own.
+# Every ordered pair of engines, with real ones: a few prompts each; all of them with ENGINES_MARK="".
+ENGINES_MARK ?= not slow
 test-engines: $(STAMP) $(ENGINES_STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HETKV_ENGINES='$(ENGINES)' $(PY) -m pytest tests/engines -o timeout=900
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HETKV_ENGINES='$(ENGINES)' \
+		$(PY) -m pytest tests/engines -m "$(ENGINES_MARK)" -o timeout=900
 
 # The tables of docs/engines.md.
 engines: $(STAMP) $(ENGINES_STAMP)

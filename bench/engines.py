@@ -151,7 +151,7 @@ def tables(run: dict[str, Any]) -> str:
         lines.append(
             f"| {prefill} | {decode} | {' | '.join(same)} | {gqa['ttft_ms']:.1f} ms | {gqa['alone_ms']:.1f} ms |"
         )
-    if half := run.get("half"):
+    for half in run.get("half", {}).values():
         lines += _half_table(half)
     lines += ["", "| integration | lines |", "|---|---|"]
     lines += [f"| {name} | {count} |" for name, count in run["lines"].items()]
@@ -205,9 +205,11 @@ def main() -> int:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         head = {"commit": commit.stdout.strip(), "cpu": platform.processor() or platform.machine()}
         if args.half is None:
-            found = {**head, **run(sides)}
+            kept = json.loads(RESULTS.read_text()).get("half", {}) if RESULTS.exists() else {}
+            found = {**head, **run(sides), "half": kept}
         else:
-            found = {**json.loads(RESULTS.read_text()), "half": {**head, **run_half(sides, args.half)}}
+            found = json.loads(RESULTS.read_text())
+            found["half"] = {**found["half"], args.half: {**head, **run_half(sides, args.half)}}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     document = DOCUMENT.read_text(encoding="utf-8")
     new = written(document, tables(json.loads(RESULTS.read_text())))

@@ -23,7 +23,8 @@ HEADS = {"gqa": (4, 2), "mha": (2, 2)}
 def installed() -> dict[str, Side]:
     """The engines that these tests run, each with its interpreter: `{"mlx": {"python": "..."}}` in the environment."""
     given = msgspec.json.decode(os.environ.get("HETKV_ENGINES", "{}"), type=dict[str, Side])
-    own = {"reference": Side(python=sys.executable), "transformers": Side(python=sys.executable)}
+    names = ("reference", "transformers", "transformers-paged")
+    own = {name: Side(python=sys.executable) for name in names}
     return {**own, **given}
 
 
@@ -39,7 +40,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: llama(folder / name, heads=heads, kv_heads=kv) for name, (heads, kv) in HEADS.items()}
 
 
-@pytest.fixture(scope="module", params=list(HEADS))
+@pytest.fixture(scope="module", params=["gqa", pytest.param("mha", marks=pytest.mark.slow)])
 def processes(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], sides: Mapping[str, Side]
 ) -> Iterator[dict[str, EngineProcess]]:

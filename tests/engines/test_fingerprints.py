@@ -30,15 +30,23 @@ def others(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     }
 
 
+@pytest.mark.parametrize(
+    "fields", [("weights",), pytest.param(("vocabulary", "rope"), marks=pytest.mark.slow)], ids="-".join
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_another_model(
-    checkpoints: dict[str, Path], others: dict[str, Path], sides: Mapping[str, Side], engine: str
+    checkpoints: dict[str, Path],
+    others: dict[str, Path],
+    sides: Mapping[str, Side],
+    engine: str,
+    fields: tuple[str, ...],
 ) -> None:
     """An engine with each of them, as the side that connects and as the side that listens."""
     right = "reference" if engine != "reference" else "transformers"
     with engines(str(checkpoints["gqa"]), sides, [(right, right)], ROOM, SECRET) as running:
         address = running[right].call("listen")
-        for field, other in others.items():
+        for field in fields:
+            other = others[field]
             with engines(str(other), sides, [(engine, engine)], ROOM, SECRET) as wrong:
                 for connecting, listening, at in (
                     (wrong[engine], running[right], address),

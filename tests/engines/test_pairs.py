@@ -15,6 +15,8 @@ from tests.engines.conftest import installed
 NEW_TOKENS = 64
 LENGTHS = (5, 6, 7, 9, 13, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 90, 127, 129, 256, 800)
 """Tokens of the prompts; at the edges of blocks, of chunks and of MLX's steps among them."""
+FEW = (5, 16, 33, 129, 800)
+"""Of those, for the run in CI."""
 ENGINES = list(installed())
 
 
@@ -29,12 +31,15 @@ def pairs(processes: dict[str, EngineProcess]) -> Iterator[Pairs]:
     return Pairs(processes, NEW_TOKENS, distributions=1)
 
 
+@pytest.mark.parametrize("lengths", [FEW, pytest.param(LENGTHS, marks=pytest.mark.slow)], ids=["few", "all"])
 @pytest.mark.parametrize("decode", ENGINES)
 @pytest.mark.parametrize("prefill", ENGINES)
-def test_tokens(pairs: Pairs, prompts: list[list[int]], prefill: str, decode: str) -> None:
-    """20 prompts of 5 to 800 tokens x 64 tokens, float32, half of them in each of the two ways to meet."""
-    half = len(prompts) // 2
-    for mode, some in (("concurrent", prompts[:half]), ("prefill_first", prompts[half:])):
+def test_tokens(pairs: Pairs, prompts: list[list[int]], prefill: str, decode: str, lengths: tuple[int, ...]) -> None:
+    """Prompts of 5 to 800 tokens x 64 tokens, float32, half of them in each of the two ways to meet."""
+    chosen = [prompt for prompt in prompts if len(prompt) in lengths]
+    assert len(chosen) == len(lengths)
+    half = len(chosen) // 2
+    for mode, some in (("concurrent", chosen[:half]), ("prefill_first", chosen[half:])):
         result = pairs.run(prefill, decode, some, mode)  # type: ignore[arg-type]
         different = {r.prompt_tokens: r.first_difference for r in result.requests if r.first_difference is not None}
         assert not different, f"{mode}: first differing token by prompt length"
