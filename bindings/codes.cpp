@@ -140,6 +140,8 @@ const char* name_of(Code code) {
       return "ContentError";
     case Code::kDevice:
       return "DeviceError";
+    case Code::kPoolChecksum:
+      return "PoolChecksumError";
   }
   return nullptr;
 }

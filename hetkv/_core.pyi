@@ -130,6 +130,7 @@ class EngineConfig:
     max_blocks: int
     copy_engine: bool
     high_priority: bool
+    verify_bytes: int
     spin_us: int
     heartbeat_ms: int
     peer_timeout_ms: int

@@ -103,6 +103,11 @@ class ChecksumError(TransferError):
     """A payload is not what its sender packed."""
 
 
+class PoolChecksumError(ChecksumError):
+    """With `verify="pool"`: the pool does not hold what was unpacked. An unpack went wrong, or something else wrote to
+    the request's blocks. The sender gets `ChecksumError`."""
+
+
 class ProtocolError(TransferError):
     """The peer sent what the request or the link does not allow."""
 
@@ -187,6 +192,7 @@ _BY_CODE: dict[int, type[HetkvError]] = {
     2: MalformedError,
     3: UnsupportedError,
     4: AuthenticationError,
+    14: PoolChecksumError,  # before its base, for to_code
     5: ChecksumError,
     6: ProtocolError,
     7: PeerLostError,

@@ -40,6 +40,7 @@ typedef enum hetkv_status {
   HETKV_CLOSED = 11,           /* this side was closed */
   HETKV_CONTENT = 12,          /* the two sides mean other prompts by one id; nothing was sent */
   HETKV_DEVICE = 13,           /* a GPU or its driver rejected */
+  HETKV_POOL_CHECKSUM = 14,    /* the pool does not hold what was unpacked */
   HETKV_TIMEOUT = 64,          /* the call's time is over; what it waited for goes on */
   HETKV_INCOMPATIBLE = 65,     /* the two sides do not fit; the text names the field and both values */
   HETKV_VERSION_MISMATCH = 66, /* the peer speaks another major version */

@@ -114,6 +114,8 @@ const char* hetkv_status_name(hetkv_status status) {
       return "CONTENT";
     case HETKV_DEVICE:
       return "DEVICE";
+    case HETKV_POOL_CHECKSUM:
+      return "POOL_CHECKSUM";
     case HETKV_TIMEOUT:
       return "TIMEOUT";
     case HETKV_INCOMPATIBLE:

@@ -24,11 +24,13 @@ struct EngineConfig {
   std::uint32_t spin_us = 1000;         // how long the progress thread, and who waits for it, spins before it sleeps
   std::uint32_t heartbeat_ms = 500;
   std::uint32_t peer_timeout_ms = 3000;  // silence after which a peer is lost
-  bool copy_engine = true;    // into a window on another device: pack next to the pool, then copy, so that few
-                              // multiprocessors are taken; otherwise the pack stores over the link itself
-  bool high_priority = true;  // of remaps on a device, over other work of the process
-  bool direct = true;         // store into the peer's window where it can be mapped (reach `shared`, `peer`)
-  int bundle_frames = 64;     // sender: most frames of a bundle
+  bool copy_engine = true;       // into a window on another device: pack next to the pool, then copy, so that few
+                                 // multiprocessors are taken; otherwise the pack stores over the link itself
+  bool high_priority = true;     // of remaps on a device, over other work of the process
+  bool direct = true;            // store into the peer's window where it can be mapped (reach `shared`, `peer`)
+  std::size_t verify_bytes = 0;  // receiver: scratch memory in which what was unpacked is read again from the pool, and
+                                 // compared (engine/reread.h); 0: it is not
+  int bundle_frames = 64;        // sender: most frames of a bundle
   std::vector<std::int32_t> layer_groups;  // of each global layer: its cache group; -1: it is not in the pool
   bool trace = false;
   std::string rma;  // transports of UCX on which payloads are put; empty: none

@@ -19,6 +19,7 @@ constexpr std::uint8_t kBundlesSince = 3;  // and from which frames share a slot
 // The code that a peer of a link gets: what a device says is this side's own affair.
 inline Code wire_code(Code code, std::uint8_t minor) {
   if (code == Code::kContent && minor < kContentSince) return Code::kProtocol;
+  if (code == Code::kPoolChecksum) return Code::kChecksum;
   return code == Code::kDevice ? Code::kTransport : code;
 }
 

@@ -114,8 +114,41 @@ void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& rec
   task->tables.push_back(std::move(blocks));
 }
 
+namespace {
+
+// Calls `visit(map, bytes)` for the parts of its payload that the job reads twice.
+template <typename Visit>
+void each_read_twice(remap::Job& job, Visit visit) {
+  if (!remap::reads_twice(job)) return;
+  const std::int64_t rows = job.tokens * job.heads;
+  visit(job.src.map, static_cast<std::size_t>(rows * job.channels * item_size(job.src.map.dtype)));
+  remap::Scales& scales = job.src_scales;
+  if (scales.map.base == 0) return;
+  visit(scales.map, static_cast<std::size_t>(rows * (job.channels / scales.channels_per_scale)) * sizeof(float));
+}
+
+}  // namespace
+
+// A peer may still write to its slot: what is summed must be what is unpacked. Most remaps see to that themselves.
+void CpuMover::copy_payloads(RemapTask& task) {
+  std::size_t words = 0;
+  for (remap::Job& job : task.jobs) {
+    each_read_twice(job, [&](SegmentMap&, std::size_t bytes) { words += (bytes + 7) / 8; });
+  }
+  if (words > copies_.size()) copies_.resize(words);
+  std::uint64_t* to = copies_.data();
+  for (remap::Job& job : task.jobs) {
+    each_read_twice(job, [&](SegmentMap& map, std::size_t bytes) {
+      std::memcpy(to, reinterpret_cast<const void*>(map.base), bytes);
+      map.base = reinterpret_cast<std::uint64_t>(to);
+      to += (bytes + 7) / 8;
+    });
+  }
+}
+
 void CpuMover::submit(RemapTask* task) {
   task->start_ns = clock_->now_ns();
+  copy_payloads(*task);
   for (const remap::Job& job : task->jobs) {
     if (job.wire != remap::WireSide::kDestination) continue;
     const std::int64_t rows = job.tokens * job.heads;

@@ -63,8 +63,11 @@ class CpuMover final : public Mover {
   void poll(std::vector<RemapTask*>*) override {}
 
  private:
+  void copy_payloads(RemapTask& task);
+
   const int threads_;
   const std::shared_ptr<const Clock> clock_;
+  std::vector<std::uint64_t> copies_;  // of payloads that a remap reads twice; as large as the largest task's so far
 };
 
 }  // namespace hetkv::engine

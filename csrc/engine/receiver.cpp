@@ -21,7 +21,12 @@ Receiver::~Receiver() {
 Status Receiver::start(bool threaded) {
   if (auto status = Engine::start(threaded); !status.ok() || device_ == nullptr) return status;
   auto status = Status::error(Code::kClosed, "the receiver's progress thread has ended");
-  call([&] { status = slots_.reserve(*transport_, Where::kDevice); });
+  call([&] {
+    status = slots_.reserve(*transport_, Where::kDevice);
+    if (status.ok() && config_.verify_bytes > 0) {
+      status = DeviceBuffer::device(device_, config_.verify_bytes, &device_scratch_);
+    }
+  });
   if (!status.ok()) stop();
   return status;
 }

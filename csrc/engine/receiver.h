@@ -16,6 +16,7 @@
 #include "engine/engine.h"
 #include "engine/mover.h"
 #include "engine/ranges.h"
+#include "engine/reread.h"
 #include "engine/slots.h"
 #include "engine/stream_gates.h"
 
@@ -76,17 +77,22 @@ class Receiver final : public Engine {
     std::uint32_t unpacking = 0;
     Status failure;
   };
+  static constexpr std::size_t kExact = ~std::size_t{0};
   struct Piece {
     Request* request = nullptr;
     Part* part = nullptr;
     const LayerPlan* plan = nullptr;
     wire::Record record;
+    std::size_t expected = kExact;  // its frame in Unpack::expected; exact: the pool must have the record's checksum
   };
   // One bundle, without the frames that were not admitted.
   struct Unpack {
     std::vector<Piece> pieces;
     RemapTask task;
+    RemapTask expected;  // with `verify_bytes`: what the pool must hold, of frames whose unpack changes bits,
+    RemapTask reread;    // and what it holds
     std::uint32_t slot = 0;
+    bool holds_slot = true;
     std::list<std::unique_ptr<Unpack>>::iterator self;
   };
   // Slots that a link holds, when it was last granted one, and its number: who is served first among those that want
@@ -127,8 +133,14 @@ class Receiver final : public Engine {
                const LayerPlan** plan);
   std::unique_ptr<Unpack> make_unpack();
   void keep(std::unique_ptr<Unpack> unpack);
+  void submit(RemapTask& task, Unpack& unpack);
+  void go_on(RemapTask& task);
+  Status plan_reread(Unpack& unpack);
+  Status scratch(std::uint64_t bytes, std::uint64_t* address);
+  bool pool_differs(const Unpack& unpack, std::size_t piece) const;
+  void free_slot(Unpack& unpack);
   void finish(Unpack& unpack);
-  void finish(const Unpack& unpack, const Piece& piece, const remap::Result& result);
+  void finish(const Unpack& unpack, std::size_t at);
   void complete(Request& request);
   void fail(Request& request, Status status, const Link* reporter = nullptr);
   void rank(std::uint32_t link);
@@ -145,7 +157,9 @@ class Receiver final : public Engine {
   Where where(const Link& link) const { return link.device_windows ? Where::kDevice : Where::kHost; }
 
   SlotPool slots_;
-  std::unique_ptr<StreamGates> gates_;  // where the pool is on a device
+  std::unique_ptr<OwnWindow> scratch_;            // of `verify_bytes`; a buffer where the pool is on a device
+  std::unique_ptr<DeviceBuffer> device_scratch_;  // made at the start: allocation may wait for the device
+  std::unique_ptr<StreamGates> gates_;            // where the pool is on a device
   std::uint64_t next_epoch_;
   std::unordered_map<std::uint64_t, Request> requests_;
   std::unordered_map<wire::RequestId, std::uint64_t, IdHash> handles_;

@@ -68,12 +68,9 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
   slot->state = SlotState::kFilled;
   std::atomic_thread_fence(std::memory_order_acquire);  // the peer's stores came before its message
   if (link.config.rdma_windows) flush_rdma();
-  RemapTask& task = unpack->task;
-  task.owner = unpack.get();
   unpacks_.push_front(std::move(unpack));
   unpacks_.front()->self = unpacks_.begin();
-  mover_->submit(&task);
-  if (task.done) finish(*static_cast<Unpack*>(task.owner));
+  submit(unpacks_.front()->task, *unpacks_.front());
   if (slots_moved_) grant();  // at once, so that the sender fills the slot while the next bundle is unpacked
 }
 
@@ -96,7 +93,8 @@ std::unique_ptr<Receiver::Unpack> Receiver::make_unpack() {
 void Receiver::keep(std::unique_ptr<Unpack> unpack) {
   if (unused_.size() >= kMostUnused) return;
   unpack->pieces.clear();
-  unpack->task.clear();
+  for (RemapTask* task : {&unpack->task, &unpack->expected, &unpack->reread}) task->clear();
+  unpack->holds_slot = true;
   unused_.push_back(std::move(unpack));
 }
 
@@ -143,29 +141,44 @@ Status Receiver::admit(Request& request, Part& part, const wire::Record& record,
   return {};
 }
 
-// The unpack has ended: its slot goes back, and its layers and requests count it.
+// The unpack has ended, and what it wrote was read again: its slot goes back, and its layers and requests count it.
 void Receiver::finish(Unpack& unpack) {
-  give_back(unpack.slot);
-  for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, unpack.pieces[i], unpack.task.frames[i].result);
+  free_slot(unpack);
+  for (std::size_t i = 0; i < unpack.pieces.size(); ++i) finish(unpack, i);
   auto owned = std::move(*unpack.self);
   unpacks_.erase(unpack.self);
   keep(std::move(owned));
 }
 
-void Receiver::finish(const Unpack& unpack, const Piece& piece, const remap::Result& result) {
+void Receiver::free_slot(Unpack& unpack) {
+  if (std::exchange(unpack.holds_slot, false)) {
+    give_back(unpack.slot);
+  }
+}
+
+void Receiver::finish(const Unpack& unpack, std::size_t at) {
+  const Piece& piece = unpack.pieces[at];
+  const remap::Result& result = unpack.task.frames[at].result;
   Request& request = *piece.request;
   Part& part = *piece.part;
   const wire::Frame& frame = piece.record.frame;
   --request.unpacking;
-  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns, unpack.task.stop_ns,
-              frame.payload_length});
+  trace_.add({SpanKind::kUnpack, request.handle, frame.layer, unpack.task.start_ns,
+              std::max(unpack.task.stop_ns, unpack.reread.stop_ns), frame.payload_length});
   if (!request.failure.ok()) return;
-  if (!unpack.task.status.ok()) return fail(request, unpack.task.status);
+  for (const RemapTask* task : {&unpack.task, &unpack.expected, &unpack.reread}) {
+    if (!task->status.ok()) return fail(request, task->status);
+  }
+  const auto wrong = [&](Code code, const char* before, const char* after) {
+    fail(request, Status::error(code, part.link->config.name + before + std::to_string(frame.layer) + ", tokens " +
+                                          range_text(frame.token_start, frame.token_stop) + after));
+  };
   if (result.checksum != frame.checksum) {
-    return fail(request, Status::error(Code::kChecksum, part.link->config.name + ": the payload of layer " +
-                                                            std::to_string(frame.layer) + ", tokens " +
-                                                            range_text(frame.token_start, frame.token_stop) +
-                                                            " is not what was packed"));
+    return wrong(Code::kChecksum, ": the payload of layer ", " is not what was packed");
+  }
+  if (config_.verify_bytes > 0 && pool_differs(unpack, at)) {
+    return wrong(Code::kPoolChecksum, ": the pool does not hold what was unpacked of layer ",
+                 ": the unpack went wrong, or something else writes to the request's blocks");
   }
   ++stats_.frames;
   stats_.payload_bytes += frame.payload_length;

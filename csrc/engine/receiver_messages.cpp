@@ -84,7 +84,7 @@ void Receiver::on_abort(Link& link, const wire::Prelude& prelude, const wire::Ab
 bool Receiver::step(std::uint64_t now) {
   mover_->poll(&unpacked_);
   bool moved = !unpacked_.empty();
-  for (RemapTask* task : std::exchange(unpacked_, {})) finish(*static_cast<Unpack*>(task->owner));
+  for (RemapTask* task : std::exchange(unpacked_, {})) go_on(*task);
   moved |= sweep(now);
   if (slots_moved_) moved |= grant();
   stats_.granted_slots = slots_.in_use();
@@ -270,6 +270,8 @@ void Receiver::on_stop(const Status& status) {
 
 void Receiver::on_ended() {
   slots_.release();
+  scratch_.reset();
+  device_scratch_.reset();
   if (gates_) gates_->close_all();
 }
 

@@ -233,7 +233,7 @@ class Sender final : public Engine {
   std::map<std::uint32_t, LinkWindows> windows_;                    // per link
   std::deque<std::uint32_t> awake_;                                 // links that may have something to start
   WaitingLinks short_of_staging_[2];                                // links that wait for a buffer, by `Where`,
-  WaitingLinks behind_;                                             // or for one of the bundles ahead
+  WaitingLinks for_ahead_;                                          // or for one of the bundles ahead
   std::map<const void*, std::deque<std::shared_ptr<Wave>>> waves_;  // not computed yet, by stream, in its order
   std::vector<std::unique_ptr<OwnWindow>> staging_[2];              // unused, by `Where`
   int staging_made_[2] = {0, 0};                                    // without those of slow puts

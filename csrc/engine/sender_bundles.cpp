@@ -45,7 +45,7 @@ bool Sender::start_bundle(Link& link, WaitingLinks** waits) {
   }
   if (ahead) {  // a buffer is left to others
     const int room = std::min(kMostAhead, config_.staging_slots - 1) - ahead_;
-    if (!take_turn(link, behind_, static_cast<std::size_t>(std::max(room, 0)), waits)) return false;
+    if (!take_turn(link, for_ahead_, static_cast<std::size_t>(std::max(room, 0)), waits)) return false;
   }
   if (windows.free.empty()) {
     if (std::exchange(windows.released, false)) {
@@ -99,9 +99,9 @@ bool Sender::take_turn(const Link& link, WaitingLinks& queue, std::size_t availa
   return false;
 }
 
-// The link waits in no queue but that one. Where it did not take what it waited for, those behind it may.
+// The link waits in no queue but that one. Where it did not take what it waited for, those after it may.
 void Sender::leave(std::uint32_t link, const WaitingLinks* but, bool took) {
-  for (WaitingLinks* queue : {&short_of_staging_[0], &short_of_staging_[1], &behind_}) {
+  for (WaitingLinks* queue : {&short_of_staging_[0], &short_of_staging_[1], &for_ahead_}) {
     if (queue != but && queue->remove(link) && !took) awaken(*queue, queue->in_order().size());
   }
 }
@@ -264,7 +264,7 @@ void Sender::on_packed(Bundle& bundle) {
   LinkWindows& windows = windows_[bundle.link->id];
   if (bundle.ahead) {
     --ahead_;
-    awaken(behind_, 1);
+    awaken(for_ahead_, 1);
   }
   bool wanted = false;
   for (std::size_t i = 0; i < bundle.pieces.size(); ++i) {

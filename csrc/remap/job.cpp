@@ -68,6 +68,15 @@ JobRunner::JobRunner(const Job& job, const Kernels& kernels, std::uint64_t seed)
   wire_token_ = job.channels * (sum_.source ? from_size_ : to_size_);
 }
 
+bool JobRunner::reads_once(const Job& job) {
+  if (job.wire != WireSide::kSource) return true;
+  if (!sums_in_parts(job)) return false;
+  const std::int64_t size = item_size(job.src.map.dtype);
+  const bool plain = job.src.map.dtype == job.dst.map.dtype && job.multipliers == nullptr &&
+                     job.dst.map.pack >= job.channels && job.dst.map.inner_stride == size;
+  return plain || job.channels * size <= kSnapshotBytes;
+}
+
 void JobRunner::start(std::int64_t token, std::int64_t token_end, std::int64_t head, std::int64_t head_end) {
   token_ = window_ = window_end_ = token;
   token_end_ = token_end;
@@ -108,6 +117,8 @@ void JobRunner::open_window() {
   }
   piece_heads_ = std::clamp(kPieceBytes / (row * tokens), std::int64_t{1}, heads);
   piece_tokens_ = std::clamp(kPieceBytes / (row * piece_heads_) / 64 * 64, std::min<std::int64_t>(64, tokens), tokens);
+  const std::int64_t copied = std::max<std::int64_t>(kSnapshotBytes / std::max<std::int64_t>(wire_token_, 1), 1);
+  if (sums_ && sum_.source) piece_tokens_ = std::min(piece_tokens_, copied);
 }
 
 bool JobRunner::next(Piece& piece) {

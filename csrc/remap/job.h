@@ -28,6 +28,10 @@ class JobRunner {
   // Moves one piece and adds to `result`. After the last one, what `following` moves first is fetched.
   void step(Result& result, const JobRunner* following = nullptr);
 
+  // A piece of the payload is summed and moved from one copy of it, or read once: sums_in_parts jobs whose tokens of a
+  // head fit into such a copy.
+  static bool reads_once(const Job& job);
+
   // Every token of a head begins at a whole word of the payload, so any part of the job can be summed by itself.
   static bool sums_in_parts(const Job& job) {
     if (job.wire == WireSide::kNone) return false;

@@ -191,6 +191,10 @@ Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int 
   return Work(jobs, num_jobs, seed, threads).run();
 }
 
+bool reads_twice(const Job& job) {
+  return job.wire == WireSide::kSource && (job.scaled() || !JobRunner::reads_once(job));
+}
+
 namespace {
 
 // Frames that threads take one at a time.

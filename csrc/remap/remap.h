@@ -66,6 +66,10 @@ struct Result {
 // caller's.
 Result remap_cpu(const Job* jobs, std::size_t num_jobs, std::uint64_t seed, int threads) noexcept;
 
+// Whether remap_cpu reads the payload of such a job twice, to sum it and to move it: where a peer may write to the
+// payload meanwhile, the job is to be given a copy. All other jobs move what they sum.
+bool reads_twice(const Job& job);
+
 // One frame of a bundle: its jobs, after those of the frame before, the key of its checksum, and what was found.
 struct Frame {
   std::size_t num_jobs = 0;

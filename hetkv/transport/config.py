@@ -27,6 +27,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     window_bytes: int | None = None
     """Receiver: memory of all its slots together, for any number of senders. Default: see `default_window`, and
     16 slots where the pool is on a device."""
+    verify: Literal["payload", "pool"] = "payload"
+    """Receiver: what is compared before a layer counts as complete. `payload`: the bytes that were unpacked with what
+    the sender packed. `pool`: also what the pool holds then, read again, so that an unpack that went wrong, or another
+    writer, is seen (`PoolChecksumError`). It takes scratch memory of one to five slots."""
     window: Literal["auto", "host", "device"] = "auto"
     """Receiver with a pool on a device: where slots are. `auto`: in the device's memory for peers that can store into
     it (same host, same vendor), in pinned host memory for all others."""
@@ -95,6 +99,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise InputError(f"rma {self.rma!r}: off or auto")
         if self.codec not in ("none", "fp8"):
             raise InputError(f"codec {self.codec!r}: none or fp8")
+        if self.verify not in ("payload", "pool"):
+            raise InputError(f"verify {self.verify!r}: payload or pool")
         if self.window not in ("auto", "host", "device"):
             raise InputError(f"window {self.window!r}: auto, host or device")
         if self.window_bytes is not None and self.window_bytes < (self.slot_bytes or MIB):

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from hetkv.errors import InputError, PeerLostError, UnsupportedError
+from hetkv.kv.scale import FLOAT32_BYTES
 from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group
 from hetkv.transport.content import check_content
@@ -23,10 +24,21 @@ from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
     import hetkv._core as _core
+    from hetkv.kv.pool import KVPool
 
 
 CONTENT_SINCE = 2
 """Minor version from which tickets have contents."""
+
+
+def most_growth(pool: KVPool) -> int:
+    """How many bytes a byte of a payload can become in the pool, with scales that are not on the wire."""
+    growth = 1
+    for memory in pool.layers.values():
+        for segment in memory.layout.segments.values():
+            size = FLOAT32_BYTES + 1 if segment.scale_groups else segment.dtype.itemsize
+            growth = max(growth, size)
+    return growth
 
 
 class RecvHandle(Handle):
@@ -94,6 +106,8 @@ class Receiver(Node[RecvHandle]):
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         from hetkv.core import core
 
+        if self.config.verify == "pool":
+            config.verify_bytes = config.slot_bytes * most_growth(self.pool)
         return core.Receiver(config, device)
 
     def receive(

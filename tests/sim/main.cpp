@@ -140,7 +140,9 @@ bool run_until(World& world, std::uint64_t time) {
 std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, std::string* broken) {
   World world(mix(seed));
   world.loud = options.trace;
-  const Profile profile = Profile::draw(world.random);
+  Profile profile = Profile::draw(world.random);
+  profile.verify_pool = seed % 3 == 0;
+  if (profile.verify_pool && !profile.calm() && seed % 2 == 0) profile.rewritten = 0.005;
   auto fleet = std::make_unique<Fleet>(world, profile);
   Transfers transfers(*fleet, profile);
   fleet->start_all();

@@ -65,9 +65,21 @@ void SimMover::run(RemapTask& task, std::size_t part) {
   if (one.jobs.front().wire == remap::WireSide::kDestination) {
     network_.on_write(site_.id, one.jobs.front().dst.map.base);
   }
+  const bool unpacks = one.jobs.front().wire == remap::WireSide::kSource;
   cpu_.submit(&one);
+  if (unpacks && network_.profile.rewritten > 0 && network_.chance(network_.profile.rewritten))
+    rewrite(one.jobs.front());
   task.frames[part].result = one.frames[0].result;
   if (on_moved) on_moved();
+}
+
+// Somebody else writes to what was unpacked, before it is read again.
+void SimMover::rewrite(const remap::Job& job) {
+  const remap::Side& pool = job.dst;
+  const std::uint64_t at = address(pool.map, pool.blocks, pool.first_token, pool.first_head, 0);
+  *reinterpret_cast<std::uint8_t*>(at) ^= static_cast<std::uint8_t>(1u << network_.world.random.below(8));
+  network_.world.note("process {}: something else writes to its pool", site_.id);
+  if (network_.on_damage) network_.on_damage(site_.id, site_.id);
 }
 
 void SimMover::end(const std::shared_ptr<Move>& move) {

@@ -34,6 +34,7 @@ class SimMover final : public engine::Mover {
   };
   void go_on(const std::shared_ptr<Move>& move);
   void run(engine::RemapTask& task, std::size_t part);
+  void rewrite(const remap::Job& job);
   void end(const std::shared_ptr<Move>& move);
 
   Network& network_;

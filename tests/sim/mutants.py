@@ -23,6 +23,7 @@ class Mutant(NamedTuple):
 
 
 RECEIVER, FRAMES, MESSAGES = "receiver.cpp", "receiver_frames.cpp", "receiver_messages.cpp"
+REREADS = "receiver_rereads.cpp"
 SENDER, BUNDLES, ANSWERS, ENDINGS = "sender.cpp", "sender_bundles.cpp", "sender_messages.cpp", "sender_endings.cpp"
 ENGINE, LINKS = "engine.cpp", "engine_links.cpp"
 
@@ -42,6 +43,8 @@ MUTANTS = [
     Mutant("request of another peer", FRAMES, "part.link.get() == &link; });",
            "MUTANT || part.link.get() == &link; });"),
     Mutant("checksum", FRAMES, "result.checksum != frame.checksum", "false"),
+    Mutant("the pool is not compared", REREADS, "unpack.reread.frames[at].result.checksum != wanted", "false"),
+    Mutant("the pool is compared before it is read", REREADS, "submit(unpack.reread, unpack);", "finish(unpack);"),
     # When it tells.
     Mutant("layer reported early", FRAMES, "missing -= tokens;", "missing -= std::min(missing, tokens + 1);"),
     Mutant("complete early", FRAMES, "if (!all) return;", ""),

@@ -16,12 +16,14 @@ struct Profile {
   std::uint64_t most_move = 0;      // ns: of a pack or unpack; 0: done when submit() returns
   bool moves_while_paused = false;  // a device goes on while its process is stopped
   // Chances, of each time.
-  double bad_message = 0;  // dropped, doubled, swapped with the next one, or with a bit flipped
-  double bad_put = 0;      // ends with an error, written in part
-  double bad_move = 0;     // the device reports an error, with the task done in part
-  double flipped = 0;      // a bit of a payload, while it is in a slot
-  double slow_move = 0;    // a part of a pack waits for long on its device
-  double no_memory = 0;    // an allocation or registration fails
+  double bad_message = 0;    // dropped, doubled, swapped with the next one, or with a bit flipped
+  double bad_put = 0;        // ends with an error, written in part
+  double bad_move = 0;       // the device reports an error, with the task done in part
+  double flipped = 0;        // a bit of a payload, while it is in a slot
+  double rewritten = 0;      // a bit of the pool, after an unpack into it; only where the pool is read again
+  double slow_move = 0;      // a part of a pack waits for long on its device
+  double no_memory = 0;      // an allocation or registration fails
+  bool verify_pool = false;  // receivers read again what they unpacked
   // How often in a seed.
   std::uint32_t cuts = 0;    // of the network between two processes, for a while
   std::uint32_t kills = 0;   // of a process, which starts again under its name
@@ -38,8 +40,9 @@ struct Profile {
   std::uint32_t forgeries = 0;  // messages of a peer that has the keys but does not keep the rules
 
   bool calm() const {
-    return bad_message == 0 && bad_put == 0 && bad_move == 0 && slow_move == 0 && flipped == 0 && no_memory == 0 &&
-           cuts == 0 && kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0 && forgeries == 0;
+    return bad_message == 0 && bad_put == 0 && bad_move == 0 && rewritten == 0 && slow_move == 0 && flipped == 0 &&
+           no_memory == 0 && cuts == 0 && kills == 0 && pauses == 0 && jumps == 0 && losses == 0 && closes == 0 &&
+           forgeries == 0;
   }
 
   static Profile draw(Random& random);

@@ -70,6 +70,13 @@ def test_no_payload_error_is_accepted() -> None:
     assert min(found["kinds"].values()) > 50_000
 
 
+def test_what_a_cpu_sums_is_what_it_unpacks() -> None:
+    """Also where a peer writes to its slot meanwhile, however the payload is read."""
+    program = build("hetkv_slot_reads")
+    done = subprocess.run([program, "300"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_planted_faults_are_found() -> None:

@@ -55,6 +55,7 @@ def check(case: Deployment) -> None:
         window_bytes=slot * rng.choice([1, 8]),
         direct=rng.random() < 0.7,
         bundle_frames=rng.choice([1, 2, 64]),
+        verify=rng.choice(["payload", "pool"]),
     )
     with ExitStack() as stack:
         senders = [
