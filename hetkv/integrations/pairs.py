@@ -89,7 +89,7 @@ def engines(
     unknown = [kind for kind in kinds.values() if kind not in ENGINES]
     if unknown:
         raise InputError(f"engine {unknown[0]!r} is not known; known are {', '.join(ENGINES)}")
-    secret = secret or secrets.token_bytes(32)
+    secret = secret or secrets.token_hex(32).encode()  # text: a secret file is read without white space at its ends
     with ExitStack() as stack:
         processes = {}
         for name in names:
