@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hetkv.costmodel.textfile import read_utf8
+from hetkv.costmodel.textfile import load_yaml, read_utf8
 from hetkv.errors import InputError
 
 UNITS = {
@@ -143,7 +143,7 @@ def _shipped() -> Catalogue:
 
 def _parse(text: str, origin: str, known: Mapping[str, Gpu]) -> list[Gpu]:
     try:
-        document = yaml.safe_load(text)
+        document = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not isinstance(document.get("gpus"), dict):

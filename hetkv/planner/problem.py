@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_shape
-from hetkv.costmodel.textfile import read_utf8
+from hetkv.costmodel.textfile import load_yaml, read_utf8
 from hetkv.errors import InputError
 from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
 from hetkv.simulator.measured import with_measured_link
@@ -175,7 +175,7 @@ def load_problem(path: str | Path) -> Problem:
     `catalogue` and `calibration` files count from the problem's own folder.
     """
     try:
-        document = yaml.safe_load(read_utf8(path))
+        document = load_yaml(read_utf8(path))
     except OSError as error:
         raise InputError(f"{path}: the problem cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
@@ -258,6 +258,10 @@ def _offer(offer: GpuOffer, where: str, catalogue: Catalogue, goal: Goal) -> Gpu
             raise InputError(f"{where}: missing `cap`: the goal `split` divides a given fleet")
     elif offer.cap < 0:
         raise InputError(f"{where}: `cap` must be 0 or more GPUs, got {offer.cap}")
+    try:
+        msgspec.convert({**msgspec.structs.asdict(Engine()), **offer.engine}, Engine)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: engine: {error}") from None
     for field in ("watts_per_gpu", "co2_g_per_kwh"):
         value = getattr(offer, field)
         if value is not None and not 0 <= value < float("inf"):

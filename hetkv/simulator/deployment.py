@@ -24,7 +24,7 @@ from hetkv.costmodel import (
     model_shape,
     step_model,
 )
-from hetkv.costmodel.textfile import read_utf8
+from hetkv.costmodel.textfile import load_yaml, read_utf8
 from hetkv.engines import ENGINES, Use
 from hetkv.errors import InputError
 from hetkv.simulator.measured import measured_steps, with_measured_link
@@ -176,7 +176,7 @@ def load_plan(path: str | Path, model: str | None = None) -> Plan:
     `catalogue` and `calibration` files count from the plan's own folder.
     """
     try:
-        document = yaml.safe_load(read_utf8(path))
+        document = load_yaml(read_utf8(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     folder = Path(path).parent

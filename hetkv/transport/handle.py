@@ -26,12 +26,14 @@ def request_key(request_id: RequestId) -> bytes:
     key = b""
     if isinstance(request_id, uuid.UUID):
         key = request_id.bytes
-    elif isinstance(request_id, str):
+    elif isinstance(request_id, str) and request_id:
         key = blake2b(request_id.encode(errors="surrogatepass"), digest_size=16).digest()
     elif isinstance(request_id, (bytes, bytearray, memoryview)):
         key = bytes(request_id)
     if len(key) != 16 or not any(key):
-        raise InputError(f"request id {request_id!r} must be text, a UUID, or 16 bytes that are not all zero")
+        raise InputError(
+            f"request id {request_id!r} must be a UUID, text that is not empty, or 16 bytes that are not all zero"
+        )
     return key
 
 
@@ -87,7 +89,7 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the request is complete. Raises its `HetkvError`; `WaitTimeoutError` after `timeout` seconds."""
-        self.check_end(self.outcome.wait(timeout), timeout)
+        self.check_end(in_time(self.outcome.wait, timeout), timeout)
 
     def done(self) -> bool:
         """Whether the request has ended, well or not."""
@@ -149,6 +151,14 @@ def settle(future: Future[None], error: HetkvError | None = None) -> None:
             future.set_exception(error)
     except InvalidStateError:
         pass  # another thread was first
+
+
+def in_time(wait: Callable[..., bool], *arguments: Any) -> bool:
+    """What a wait of the engine's says; its last argument is a timeout. Raises `InputError` for one that is none."""
+    try:
+        return wait(*arguments)
+    except TypeError:
+        raise InputError(f"a timeout is a number of seconds or None, not {arguments[-1]!r}") from None
 
 
 def timed_out(timeout: float | None) -> WaitTimeoutError:

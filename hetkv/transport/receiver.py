@@ -17,7 +17,7 @@ from hetkv.kv.scale import FLOAT32_BYTES
 from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group
 from hetkv.transport.content import check_content
-from hetkv.transport.handle import Handle, RequestId, making, request_key, timed_out
+from hetkv.transport.handle import Handle, RequestId, in_time, making, request_key, timed_out
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import Node
 from hetkv.transport.peer import Peer
@@ -78,7 +78,7 @@ class RecvHandle(Handle):
         if stream is not None:
             self._stream_waits(stream, layer)
             return
-        if not self.outcome.wait_layer(layer, timeout):
+        if not in_time(self.outcome.wait_layer, layer, timeout):
             raise timed_out(timeout)
         if not self.outcome.arrived(layer) and (error := self.error) is not None:
             raise error

@@ -24,6 +24,7 @@ from hetkv.transport.content import check_content
 from hetkv.transport.handle import (
     Handle,
     RequestId,
+    in_time,
     making,
     request_key,
     running,
@@ -173,7 +174,7 @@ class SendHandle(Handle):
 
     def wait_packed(self, timeout: float | None = None) -> None:
         """Block until the request's blocks may be freed."""
-        self.check_end(self.outcome.wait_packed(timeout), timeout)
+        self.check_end(in_time(self.outcome.wait_packed, timeout), timeout)
 
     def on_event(self, kind: _core._EventKind, layer: int) -> None:
         if self._packed is not None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from hetkv.cli import main
-from hetkv.planner.problem import dump_problem
+from hetkv.errors import InputError
+from hetkv.planner.problem import dump_problem, load_problem
 from hetkv.simulator.deployment import load_plan
 from tests.planner.cases import small
 
@@ -212,7 +214,7 @@ def test_pictures_are_pictures(folder):
 )
 def test_bad_options_are_one_line(folder, monkeypatch, capsys, words, part):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys.modules["hetkv.planner.solve"], "solve", None)  # said before any search
+    monkeypatch.setattr(import_module("hetkv.planner.solve"), "solve", None)  # said before any search
     assert main(["plan", "--problem", "problem.yaml", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -220,12 +222,27 @@ def test_bad_options_are_one_line(folder, monkeypatch, capsys, words, part):
 
 
 def test_prices_need_a_date(monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["hetkv.planner.solve"], "solve", None)
+    monkeypatch.setattr(import_module("hetkv.planner.solve"), "solve", None)
     words = ["--model", "Llama-3.1-8B", "--gpu", "H100:2.5", "--rate", "4", "--ttft", "600", "--tpot", "40"]
     assert main(["plan", *words, "--prices-as-of", "yesterday"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--prices-as-of must be a date such as 2026-05 or 2026-05-31, got 'yesterday'" in error
+
+
+def test_dates_need_no_quotes_and_wrong_engine_settings_name_their_gpu(tmp_path):
+    text = dump_problem(small(roles="disaggregated"))
+    file = tmp_path / "problem.yaml"
+    document = yaml.safe_load(text)
+    document["gpus"][0]["as_of"] = "DATE"
+    plain = yaml.safe_dump(document).replace("DATE", "2026-05-31")
+    assert "as_of: 2026-05-31\n" in plain
+    file.write_text(plain)
+    assert load_problem(file).gpus[0].as_of == "2026-05-31"
+    document["gpus"][0] |= {"as_of": "2026-05", "engine": {"dtipe": "fp8"}}
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError, match=r"gpus\[0\] \(.+\): engine: .+dtipe"):
+        load_problem(file)
 
 
 def test_a_trace_needs_one_class(folder, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.transport.content import content_digest
+from hetkv.transport.handle import request_key
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "an array for a pool": (lambda: Sender(ARRAY, instance="p"), "pool is a KVPool, not ndarray"),  # type: ignore[arg-type]
     "no layers": (lambda: KVSpec.uniform(0, 2, 8), "num_layers 0: a whole number from 1"),
     "layers as text": (lambda: KVSpec.uniform("2", 2, 8), "num_layers '2': a whole number"),  # type: ignore[arg-type]
+    "an empty request id": (lambda: request_key(""), "request id '' must be a UUID, text that is not empty"),
     "text for tokens": (lambda: content_digest("abc"), "token_ids are integers"),  # type: ignore[arg-type]
     "text for a list": (lambda: content_digest([1], extra="salt"), "extra is a list"),
 }
@@ -45,6 +47,15 @@ def test_an_address_book_that_cannot_be_written() -> None:
         with pytest.raises(InputError, match=r"/no/such/folder/a\.book: No such file or directory"):
             receiver.listen("127.0.0.1:0", book="/no/such/folder/a.book")
         assert not receiver._listeners
+
+
+def test_a_timeout_that_is_no_number() -> None:
+    pool = KVPool.from_tensors(SPEC, [ARRAY], "segment block token head channel")
+    with Sender(pool, instance="p") as sender:
+        handle = sender.send("r", [0], 4)
+        for wait in (handle.wait, handle.wait_packed):
+            with pytest.raises(InputError, match="a timeout is a number of seconds or None, not 'x'"):
+                wait("x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("read", [load_catalogue, load_efficiencies, load_links])
