@@ -35,7 +35,7 @@ def test_planes_hold_every_value(turn: bool, count: int) -> None:
     assert np.array_equal(back.view(np.uint16), values)
 
 
-def test_planes_of_wrong_lengths_are_refused() -> None:
+def test_planes_of_wrong_lengths_are_rejected() -> None:
     planes = [np.zeros(4, np.uint8), np.zeros(3, np.uint8)]
     with pytest.raises(InputError, match="must be 4 contiguous bytes"):
         core.split16(np.zeros(8, np.uint8), *planes, True)

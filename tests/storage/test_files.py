@@ -1,4 +1,4 @@
-"""Files of KV: damaged ones are refused by name, places of fsspec, what the files lack, what is of another content."""
+"""Files of KV: damaged ones are rejected by name, places of fsspec, what the files lack, what is of another content."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         running.stop()
 
 
-def test_every_truncation_is_refused() -> None:
+def test_every_truncation_is_rejected() -> None:
     data = written(frame_bytes=FRAME_BYTES)
     rng = random.Random(1)
     for length in {0, 1, core.FRAME_BYTES - 1, core.FRAME_BYTES, len(data) - 1, *rng.sample(range(len(data)), 100)}:
@@ -128,7 +128,7 @@ def test_every_truncation_is_refused() -> None:
             read(io.BytesIO(data[:length]), target())
 
 
-def test_a_file_cut_between_two_frames_is_refused() -> None:
+def test_a_file_cut_between_two_frames_is_rejected() -> None:
     data = written(frame_bytes=FRAME_BYTES)
     *_, (_, frame, _) = read_frames(io.BytesIO(data))
     cut = data[: -core.FRAME_BYTES - frame.payload_length]
@@ -136,7 +136,7 @@ def test_a_file_cut_between_two_frames_is_refused() -> None:
         read(io.BytesIO(cut), target())
 
 
-def test_every_flipped_bit_is_refused() -> None:
+def test_every_flipped_bit_is_rejected() -> None:
     data = written(frame_bytes=FRAME_BYTES)
     rng = random.Random(2)
     pool = target()
@@ -158,7 +158,7 @@ def test_nothing_of_a_damaged_frame_reaches_the_pool() -> None:
     assert not any(pool.view(layer, name).any() for layer in range(3) for name in ("k", "v"))
 
 
-def test_frames_in_another_order_or_twice_are_refused() -> None:
+def test_frames_in_another_order_or_twice_are_rejected() -> None:
     data = written()
     size = len(data) // 3
     with pytest.raises(errors.AuthenticationError, match="frame 0 at byte 0: sequence is 1, not 0"):
@@ -180,7 +180,7 @@ def test_key_and_content_are_compared() -> None:
         save(io.BytesIO(), source(), BLOCKS, TOKENS, content=CONTENT, key=b"short")
 
 
-def test_another_model_is_refused_by_name() -> None:
+def test_another_model_is_rejected_by_name() -> None:
     for spec, text in [
         (KVSpec.uniform(2, 4, 32), "layer: this side has 2 layers"),
         (KVSpec.uniform(3, 4, 64), r"layers\[0\].k.channels: this side has 64, the peer has 32"),

@@ -160,12 +160,12 @@ def test_codecs_travel_from_minor_5_on() -> None:
     ) as node:
         mine = node.description
     assert mine.codecs == ("fp8",)
-    told = decode(encode(for_minor(mine, 5)), "peer")
-    assert isinstance(told, Description)
-    assert told.codecs == ("fp8",)
+    heard = decode(encode(for_minor(mine, 5)), "peer")
+    assert isinstance(heard, Description)
+    assert heard.codecs == ("fp8",)
     assert b"codecs" not in encode(for_minor(mine, 4))
 
 
-def test_an_unknown_codec_is_refused_by_name() -> None:
+def test_an_unknown_codec_is_rejected_by_name() -> None:
     with pytest.raises(InputError, match="codec is 'zip'"):
         TransferConfig(codec="zip")  # type: ignore[arg-type]

@@ -14,7 +14,8 @@ from hetkv.transport.config import TransferConfig
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.receiver import Receiver, RecvHandle
 from hetkv.transport.sender import Sender, SendHandle
-from tests.transport.deployments import ON_GPU, ON_HOST, Deployment, deployments, expected, fill_source, truth_of
+from tests.transport.deployments import Deployment, deployments, expected, fill_source, truth_of
+from tests.transport.memory_kinds import ON_GPU, ON_HOST
 from tests.transport.peers import WAIT_S
 
 EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "200"))
