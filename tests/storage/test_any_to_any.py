@@ -20,7 +20,8 @@ from hetkv.kv.spec import Interval, KVSpec
 from hetkv.storage import load, save
 from hetkv.storage.form import frame_layout, stored_part
 from hetkv.transport.link_plan import wanted_tokens
-from tests.transport.deployments import ON_HOST, Deployment, Truth, deployments, fill_source, place, travel, truth_of
+from tests.transport.deployments import Deployment, Truth, deployments, fill_source, place, travel, truth_of
+from tests.transport.memory_kinds import ON_HOST
 
 EXAMPLES = int(os.environ.get("HETKV_EXAMPLES", "60"))
 CONTENT = b"content of tests"
@@ -76,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=deployments(ON_HOST, ON_HOST), frame_bytes=st.sampled_from([1, 3000, 1 << 23]), data=st.data())
+@given(case=deployments(ON_HOST), frame_bytes=st.sampled_from([1, 3000, 1 << 23]), data=st.data())
 def test_any_pool_reads_what_any_other_wrote(
     folder: Path, case: Deployment, frame_bytes: int, data: st.DataObject
 ) -> None:
