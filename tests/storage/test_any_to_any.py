@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=deployments(ON_HOST), frame_bytes=st.sampled_from([1, 3000, 1 << 23]), data=st.data())
+@given(case=deployments(ON_HOST, ON_HOST), frame_bytes=st.sampled_from([1, 3000, 1 << 23]), data=st.data())
 def test_any_pool_reads_what_any_other_wrote(
     folder: Path, case: Deployment, frame_bytes: int, data: st.DataObject
 ) -> None:
