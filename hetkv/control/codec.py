@@ -2,7 +2,8 @@
 
 `fp8` is lossy and so never chosen by itself: both sides name it. It is a conversion like any other: a segment that has
 two or four bytes an element in both pools travels as e4m3fn codes and float32 scales, which the sender finds and the
-receiver applies. It is left out where slots are shared memory, and on links with RDMA.
+receiver applies. It is left out where slots are shared memory, on links with RDMA, and where a pool is on a device,
+whose remaps have no scales.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def agreed_codec(agreement: Agreement, kind: Literal["unix", "tcp"]) -> Codec:
     mine, theirs = agreement.mine, agreement.theirs
     rdma = bool(mine.worker_address and theirs.worker_address)
     named = "fp8" in mine.codecs and "fp8" in theirs.codecs
-    return "fp8" if named and kind == "tcp" and not rdma and agreement.minor >= CODECS_SINCE else "none"
+    hosts = mine.device == theirs.device == "cpu"
+    return "fp8" if named and hosts and kind == "tcp" and not rdma and agreement.minor >= CODECS_SINCE else "none"
 
 
 def with_codec(agreement: Agreement, codec: Codec) -> Agreement:

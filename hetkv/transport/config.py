@@ -72,7 +72,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     codec: Literal["none", "fp8"] = "none"
     """Of payloads that are sent over a network. `fp8`, which is lossy: values of two or four bytes travel as fp8 e4m3
     with a float32 scale for each 128 channels of a token and head, to peers that say so too; never where slots are
-    shared memory, or put by RDMA. See docs/codecs.md for the link rates at which it helps."""
+    shared memory, or put by RDMA, or either pool is on a device. See docs/codecs.md for the link rates at which it
+    helps."""
     rma: Literal["off", "auto"] = "off"
     """Put payloads through UCX where both sides have RDMA (path `rma`). Off, as UCX lets whoever is on the RDMA network
     and knows the worker's address write to this process without the secret: see SECURITY.md."""

@@ -47,11 +47,11 @@ MUTANTS = [
     Mutant("the pool is compared before it is read", REREADS, "submit(unpack.reread, unpack);", "finish(unpack);"),
     # When it tells.
     Mutant("layer reported early", FRAMES, "missing -= tokens;", "missing -= std::min(missing, tokens + 1);"),
-    Mutant("complete early", FRAMES, "if (!all) return;", ""),
+    Mutant("complete early", FRAMES, "if (all) tell_end(*request.outcome);", "tell_end(*request.outcome);"),
     Mutant("failed before the unpack has ended", MESSAGES, "request.unpacking > 0", "false"),
     Mutant("no lease", MESSAGES, "now > deadlines_.begin()->first", "false"),
     Mutant("no word of completion", FRAMES,
-           "if (part.link->up()) send(*part.link, prelude, wire::Done{part.frames, part.bytes});", ""),
+           "send(*part.link, prelude, wire::Done{part.frames, part.bytes});", ""),
     Mutant("no word of failure", MESSAGES, "part.link.get() != reporter && part.link->up() && !part.done", "false"),
     # Its slots.
     Mutant("slot freed before its unpack", FRAMES, "slot->state = SlotState::kFilled;", "give_back(bundle.slot);",

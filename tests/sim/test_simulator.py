@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.sim.mutants import main as plant_all
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sim"
 SECONDS = 20
@@ -75,6 +77,11 @@ def test_what_a_cpu_sums_is_what_it_unpacks() -> None:
     program = build("hetkv_slot_reads")
     done = subprocess.run([program, "300"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_fault_has_its_place_in_the_sources(tmp_path: Path) -> None:
+    """Which need not be built for that."""
+    plant_all(ROOT / "csrc", tmp_path)
 
 
 @pytest.mark.slow
