@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,9 @@ def writing(place: Place, options: dict[str, Any] | None = None) -> Iterator[IO[
         return
     path = os.fspath(place)
     if not _is_url(path):
-        part = Path(f"{path}.{os.getpid()}.part")
+        part = Path(f"{path}.{secrets.token_hex(8)}.part")  # threads and hosts may write the same path at once
         try:
-            with open(part, "wb") as file:
+            with open(part, "xb") as file:
                 yield file
             os.replace(part, path)
         finally:

@@ -13,7 +13,7 @@ from hetkv.errors import InputError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import Interval
 from hetkv.storage.form import StoredPart, check_host, conversions, frame_layout, frame_pool, payload_bytes, stored_part
-from hetkv.storage.places import Place, writing
+from hetkv.storage.places import Place, name_of, writing
 from hetkv.transport.blocks import BlockIds, per_group
 from hetkv.transport.content import check_content
 from hetkv.transport.link_plan import layer_plan, wanted_tokens
@@ -124,8 +124,8 @@ class _LayerFrames:
             payload=payload,
             threads=self._threads,
         )
-        file.write(header)
-        file.write(payload.data)
+        _write(file, header)
+        _write(file, payload.data)
         return len(header) + len(payload)
 
     def _staged(self, core: Any, tokens: Interval) -> _core.LayerPlan:
@@ -149,6 +149,16 @@ class _LayerFrames:
         into = layer_plan(self._stage, layer, heads, self._to_file, sends=False)
         core.unpack_frame(into, [0], tokens=tokens.size, pool_token=0, payload=wire, threads=self._threads)
         return layer_plan(self._stage, layer, heads, self._in_file, sends=True)
+
+
+def _write(file: IO[bytes], data: bytes | memoryview) -> None:
+    """All of it: a file without a buffer may take less at a time. Raises `OSError` where it takes nothing."""
+    left = memoryview(data)
+    while left:
+        taken = file.write(left)
+        if not taken:
+            raise OSError(f"{name_of(file)} takes no more bytes")
+        left = left[taken:]
 
 
 def _ends_packed(how: Conversion, part: StoredPart) -> bool:

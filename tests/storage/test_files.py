@@ -17,6 +17,7 @@ from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
 from hetkv.reference.framefile import read_frames
 from hetkv.storage import Saved, load, save
+from hetkv.storage.places import writing
 from hetkv.transport.content import content_digest
 
 SPEC = KVSpec.uniform(num_layers=3, num_kv_heads=4, head_dim=32)
@@ -224,6 +225,38 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
             save(place, source(), BLOCKS, TOKENS, content=CONTENT)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.hkv"]
     assert (tmp_path / "kept.hkv").read_bytes() == before
+
+
+def test_a_file_that_takes_little_at_a_time() -> None:
+    class Unbuffered(io.RawIOBase):
+        def __init__(self, room: int) -> None:
+            self.data, self.room = bytearray(), room
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            taken = bytes(data)[: min(1000, self.room - len(self.data))]
+            self.data += taken
+            return len(taken)
+
+    whole = written()
+    file = Unbuffered(len(whole))
+    save(file, source(), BLOCKS, TOKENS, content=CONTENT)  # type: ignore[arg-type]
+    assert bytes(file.data) == whole
+    with pytest.raises(OSError, match="takes no more bytes"):
+        save(Unbuffered(len(whole) - 1), source(), BLOCKS, TOKENS, content=CONTENT)  # type: ignore[arg-type]
+
+
+def test_two_writers_of_one_path(tmp_path: Path) -> None:
+    path = tmp_path / "kv.hkv"
+    with writing(path) as first:
+        first.write(b"first")
+        with writing(path) as second:
+            second.write(b"the second one")
+        first.write(b", still")
+    assert path.read_bytes() == b"first, still"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_errors_of_places(tmp_path: Path) -> None:
