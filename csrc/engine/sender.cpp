@@ -252,7 +252,7 @@ bool Sender::feed_links() {
     if (windows == windows_.end()) continue;
     windows->second.awake = false;
     if (found == links_.end() || !found->second->up()) {
-      leave(id, nullptr, false);
+      leave(id, nullptr);
     } else if (feed(*found->second)) {
       moved = true;
       awaken(*found->second);

@@ -206,9 +206,10 @@ class Sender final : public Engine {
   Work ready_work(const LaneQueue& lanes, std::size_t most_bytes, std::size_t most_frames) const;
   bool take_staging(Link& link, Where window, Bundle* bundle, WaitingLinks** waits);
   bool take_turn(const Link& link, WaitingLinks& queue, std::size_t available, WaitingLinks** waits);
-  void leave(std::uint32_t link, const WaitingLinks* but, bool took);
+  void leave(std::uint32_t link, const WaitingLinks* but);
   void awaken(const WaitingLinks& queue, std::size_t available);
   std::size_t available(Where where) const;  // staging buffers
+  std::size_t room_ahead() const;            // bundles that may wait in a stream, too
   void fill(LaneQueue& lanes, std::size_t room, bool shortest, Bundle* bundle);
   bool cut(Lane& lane, wire::TokenRange tokens, std::size_t room, Bundle* bundle);
   void launch(LinkWindows& windows, std::unique_ptr<Bundle> bundle);

@@ -30,7 +30,7 @@ constexpr std::uint64_t aligned(std::uint64_t offset) {
 bool Sender::feed(Link& link) {
   WaitingLinks* waits = nullptr;
   const bool started = start_bundle(link, &waits);
-  leave(link.id, waits, started);
+  leave(link.id, waits);
   return started;
 }
 
@@ -44,8 +44,7 @@ bool Sender::start_bundle(Link& link, WaitingLinks** waits) {
     return false;
   }
   if (ahead) {  // a buffer is left to others
-    const int room = std::min(kMostAhead, config_.staging_slots - 1) - ahead_;
-    if (!take_turn(link, for_ahead_, static_cast<std::size_t>(std::max(room, 0)), waits)) return false;
+    if (!take_turn(link, for_ahead_, room_ahead(), waits)) return false;
   }
   if (windows.free.empty()) {
     if (std::exchange(windows.released, false)) {
@@ -99,10 +98,12 @@ bool Sender::take_turn(const Link& link, WaitingLinks& queue, std::size_t availa
   return false;
 }
 
-// The link waits in no queue but that one. Where it did not take what it waited for, those after it may.
-void Sender::leave(std::uint32_t link, const WaitingLinks* but, bool took) {
+// The link waits in no queue but that one. What it waited for and did not take, those after it may: also where it
+// started a bundle that needs none of it.
+void Sender::leave(std::uint32_t link, const WaitingLinks* but) {
   for (WaitingLinks* queue : {&short_of_staging_[0], &short_of_staging_[1], &for_ahead_}) {
-    if (queue != but && queue->remove(link) && !took) awaken(*queue, queue->in_order().size());
+    if (queue == but || !queue->remove(link)) continue;
+    awaken(*queue, queue == &for_ahead_ ? room_ahead() : available(static_cast<Where>(queue - short_of_staging_)));
   }
 }
 
@@ -112,6 +113,10 @@ void Sender::awaken(const WaitingLinks& queue, std::size_t available) {
     if (available-- == 0) return;
     if (const auto waiting = link(id)) awaken(*waiting);
   }
+}
+
+std::size_t Sender::room_ahead() const {
+  return static_cast<std::size_t>(std::max(std::min(kMostAhead, config_.staging_slots - 1) - ahead_, 0));
 }
 
 std::size_t Sender::available(Where where) const {

@@ -178,7 +178,7 @@ bool Sender::link_idle(const Link& link) const {
 
 void Sender::on_link_closed(Link& link) {
   windows_.erase(link.id);
-  leave(link.id, nullptr, false);
+  leave(link.id, nullptr);
 }
 
 void Sender::on_stop(const Status& status) {

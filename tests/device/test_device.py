@@ -13,10 +13,11 @@ import torch
 from hetkv.errors import (
     AbortedError,
 )
+from hetkv.kv.pool import KVPool
 from hetkv.kv.scale import ScaleLayout
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.sender import Sender
-from tests.device.host import SMALL, HostStream, on_device, options, pools
+from tests.device.host import SMALL, SPEC, HostStream, on_device, options, pools
 from tests.transport.peers import WAIT_S, check_transfer, connected, duplicate, randomise, same_bytes, settled, until
 
 
@@ -225,3 +226,37 @@ def test_at_rest_nothing_spins(monkeypatch: pytest.MonkeyPatch) -> None:
         after = sender.engine.stats()["wakeups"], receiver.engine.stats()["wakeups"]
         assert max(b - a for a, b in zip(before, after, strict=True)) < 20
         assert isinstance(sender, Sender)
+
+
+def test_a_link_that_needs_no_buffer_any_more_leaves_its_turn_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three links and one staging buffer. The second waits for it, and then has so little left to send that it is
+    packed without: the third has to hear that the buffer is there."""
+    on_device(monkeypatch)
+    tokens, few = 6144, 64  # of a layer: 1.5 MiB, which goes through a buffer, and 16 KiB
+    source = randomise(KVPool.allocate(SPEC, 3 * tokens // 16 + few // 16, layout="nhd"), 0)
+    config = TransferConfig(slot_bytes=2 << 20, window_bytes=8 << 20, staging_slots=1)
+    destinations = [KVPool.allocate(SPEC, (tokens + few) // 16, layout="hnd") for _ in range(3)]
+    with connected([source], destinations, config) as ([sender], receivers):
+        blocks = list(range(tokens // 16))
+        rest = list(range(tokens // 16, (tokens + few) // 16))
+        asked = [receiver.receive(name, blocks, tokens) for name, receiver in zip("abc", receivers, strict=True)]
+        small = receivers[1].receive("small", rest, few)
+        sent = [sender.send(name, blocks, tokens) for name in "abc"]
+        until(lambda: all(receiver.stats()["granted_slots"] for receiver in receivers))
+        with options("slow=500000"):
+            sent[0].send_layer(0)
+            time.sleep(0.1)
+            sent[1].send_layers()
+            time.sleep(0.05)
+            sender.send("small", rest, few).send_layers()
+            sent[2].send_layers()
+            time.sleep(0.05)
+            asked[1].abort()
+            with pytest.raises(AbortedError):
+                sent[1].wait(WAIT_S)
+        small.wait(WAIT_S)
+        asked[2].wait(5)
+        for layer in (1, 2):
+            sent[0].send_layer(layer)
+        asked[0].wait(WAIT_S)
+        settled(sender, *receivers)
