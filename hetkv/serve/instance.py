@@ -90,6 +90,8 @@ class Connection:
             self._socket.sendall(self._seal.proof)
             self._seal.check(self._read(PROOF_BYTES))
             self._socket.settimeout(None)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise PeerLostError(f"scheduler {address}: it closed the connection") from None
         except ssl.SSLError as error:
             raise tls_error(f"scheduler {address}", error) from None
         except OSError as error:
@@ -124,7 +126,8 @@ class Connection:
     def close(self) -> None:
         """End it, also for a thread that receives."""
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # That of TLS's socket would first end TLS: another thread's message could leave in clear.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         self._socket.close()
 
     def _read(self, count: int) -> bytes:

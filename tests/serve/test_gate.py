@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -181,6 +183,48 @@ def test_the_gate_inside_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
     with caplog.at_level("WARNING", "hetkv.serve.gate"):
         asyncio.run(run())
+
+
+def test_a_gate_that_ends_a_tls_handshake_is_tried_again(tmp_path: Path) -> None:
+    """A busy scheduler does, and one that ends: no instance may end with it."""
+    mine = Tls(Authority(tmp_path / "ca").issue("instance", "127.0.0.1"))
+
+    def end(listening: socket.socket) -> None:
+        sock, _ = listening.accept()
+        with sock:
+            sock.recv(1 << 16)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=end, args=(listening,))
+        thread.start()
+        try:
+            with pytest.raises(PeerLostError, match="it closed the connection"):
+                Connection("127.0.0.1:{}".format(listening.getsockname()[1]), b"a secret of sixteen", mine)
+        finally:
+            thread.join()
+
+
+def test_a_connection_that_is_closed_does_not_leave_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that send meanwhile would send in clear."""
+    ca, secret, versions = Authority(tmp_path / "ca"), b"a secret of sixteen", []
+    shutdown = socket.socket.shutdown
+
+    def watched(sock: socket.socket, how: int) -> None:
+        if isinstance(sock, ssl.SSLSocket):
+            versions.append(sock.version())
+        shutdown(sock, how)
+
+    async def run() -> None:
+        async with opened(secret, tls=Tls(ca.issue("gate", "127.0.0.1"))) as (_, address):
+            side = Tls(ca.issue("instance", "127.0.0.1"))
+            connection = await asyncio.to_thread(Connection, address, secret, side)
+            monkeypatch.setattr(socket.socket, "shutdown", watched, raising=False)
+            connection.close()
+
+    asyncio.run(run())
+    assert versions == ["TLSv1.3"]
 
 
 def test_a_stranger_is_not_let_in() -> None:
