@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
+from math import ceil, inf
 
 import msgspec
 import numpy as np
@@ -34,7 +34,8 @@ class Period(msgspec.Struct, frozen=True):
     `replayed_ttft_ms` and `replayed_tpot_ms` are the plan's, at the class's percentiles, under the period's own
     requests: at their own times, which may come in bursts, and with their own prefixes. A plan is first made for
     Poisson arrivals at the mean rate and costs `poisson_cost_per_hour`. Where the period's own requests miss a target
-    with it, instances are added to the pools that are late, and those that can be spared are taken away again.
+    with it, instances are added to the pools that are late, as far as caps and limits allow, and those that can be
+    spared are taken away again.
     `why` says why there is no plan; `cut` which limits ended the search for it early: a better one may exist.
     """
 
@@ -189,8 +190,10 @@ class _Own:
         said, grown = self(instances), instances
         while not said.meets and sum(i.count for i in grown) < MOST * sum(i.count for i in instances):
             late = {role for role in ("prefill", "decode", "aggregated") if said.used(role) > 1}
-            grown = [msgspec.structs.replace(i, count=ceil(GROWTH * i.count)) if i.role in late else i for i in grown]
-            said = self(grown)
+            more = [msgspec.structs.replace(i, count=ceil(GROWTH * i.count)) if i.role in late else i for i in grown]
+            if hourly(self.problem, more) == inf:
+                break
+            said, grown = self(more), more
         return self._spare(said, grown) if said.meets and grown is not instances else (said, grown)
 
     def _spare(self, said: Verdict, instances: list[Instances]) -> tuple[Verdict, list[Instances]]:

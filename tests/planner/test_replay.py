@@ -6,7 +6,7 @@ import itertools
 
 import msgspec
 
-from hetkv.planner.problem import Problem
+from hetkv.planner.problem import Limits, Objective, Problem
 from hetkv.planner.replay import plan_period
 from hetkv.simulator.traffic.trace import Row
 from tests.planner.cases import small
@@ -31,6 +31,24 @@ def test_a_period_that_comes_in_bursts_gets_a_plan_that_holds() -> None:
     assert found.cost_per_hour is not None
     assert found.poisson_cost_per_hour is not None
     assert found.cost_per_hour > found.poisson_cost_per_hour
+
+
+def with_power(**changes: object) -> Problem:
+    asked = one_type()
+    return msgspec.structs.replace(asked, gpus=[msgspec.structs.replace(asked.gpus[0], watts_per_gpu=1000.0)], **changes)
+
+
+def test_a_period_costs_what_its_power_does() -> None:
+    found = plan_period(with_power(objective=Objective(usd_per_kwh=5.0)), 0.0, SPAN, bursts(1, 0.5), 0.0)
+    assert found.replay_meets
+    assert found.cost_per_hour == found.poisson_cost_per_hour
+
+
+def test_a_period_grows_no_further_than_its_limit() -> None:
+    free = plan_period(with_power(), 0.0, SPAN, bursts(40, 10.0), 0.0)
+    found = plan_period(with_power(limits=Limits(kw=free.gpus - 1)), 0.0, SPAN, bursts(40, 10.0), 0.0)
+    assert not found.replay_meets
+    assert 0 < found.gpus <= free.gpus - 1
 
 
 def test_a_calm_period_keeps_its_plan() -> None:

@@ -162,7 +162,8 @@ class AicTool:
         times = max(1, round(row["replicas"] * scale + 0.499))
 
         def instances(role: Any, gpu: str, tp: int, pp: int, count: int) -> Instances:
-            usd = self.problem.offer(gpu).usd_per_gpu_hour
+            offer = self.problem.offer(gpu)
+            usd = None if offer.usd_per_gpu_hour is None else self.problem.usd_per_gpu_hour(offer)
             return Instances(role, gpu, tp, pp, count, model.name, budget, None, None if usd is None else usd * tp * pp)
 
         if row["mode"] == "disagg":

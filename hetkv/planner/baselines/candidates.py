@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hetkv.costmodel import RooflineStepModel, load_catalogue, load_efficiencies, model_shape
 from hetkv.errors import InputError
+from hetkv.planner.power import limits_of, paid_gpus
 from hetkv.planner.problem import GpuOffer, ModelSpec, Problem
 from hetkv.planner.result import Instances
 from hetkv.planner.sizes import sizes
@@ -31,7 +32,7 @@ class Candidate(NamedTuple):
 
     def instances(self, role: str, count: int) -> Instances:
         """`count` of them in `role`."""
-        usd = None if self.offer.usd_per_gpu_hour is None else self.offer.usd_per_gpu_hour * self.gpus
+        usd = None if self.offer.usd_per_gpu_hour is None else self.price
         return Instances(role, self.offer.gpu, self.tp, self.pp, count, self.model, self.budget, None, usd)  # type: ignore[arg-type]
 
 
@@ -49,7 +50,7 @@ def candidates(problem: Problem, model: ModelSpec) -> list[Candidate]:
                 steps = step_model_of(engine, catalogue.gpu(offer.gpu), shape, place, catalogue, efficiencies)
             except InputError:
                 continue  # it does not fit
-            price = place.gpus * (1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour)
+            price = place.gpus * (1.0 if offer.usd_per_gpu_hour is None else problem.usd_per_gpu_hour(offer))
             size = place.tp, place.pp, engine.max_num_batched_tokens
             found.append(Candidate(model.name, offer, *size, steps, price))
     return found
@@ -60,19 +61,17 @@ def hired(problem: Problem, instances: Iterable[Instances]) -> dict[str, int]:
     used: dict[str, int] = {}
     for one in instances:
         used[one.gpu] = used.get(one.gpu, 0) + one.count * one.gpus
-    for gpu in used:
-        offer = problem.offer(gpu)
-        if offer.rent == "node" and offer.gpus_per_node:
-            used[gpu] = -(-used[gpu] // offer.gpus_per_node) * offer.gpus_per_node
-    return used
+    return paid_gpus(problem, used)
 
 
 def hourly(problem: Problem, instances: Iterable[Instances]) -> float:
-    """USD/hour of the instances; GPUs where the problem has no prices; infinite where a cap is exceeded."""
-    total = 0.0
-    for gpu, count in hired(problem, instances).items():
+    """USD/hour of the instances; GPUs where the problem has no prices; infinite where a cap or a limit is exceeded."""
+    total, paid = 0.0, hired(problem, instances)
+    if not all(limit.keeps(paid) for limit in limits_of(problem)):
+        return inf
+    for gpu, count in paid.items():
         offer = problem.offer(gpu)
         if offer.cap is not None and count > offer.cap:
             return inf
-        total += count * (1.0 if offer.usd_per_gpu_hour is None else offer.usd_per_gpu_hour)
+        total += count * (1.0 if offer.usd_per_gpu_hour is None else problem.usd_per_gpu_hour(offer))
     return total
