@@ -35,7 +35,9 @@ def test_a_period_that_comes_in_bursts_gets_a_plan_that_holds() -> None:
 
 def with_power(**changes: object) -> Problem:
     asked = one_type()
-    return msgspec.structs.replace(asked, gpus=[msgspec.structs.replace(asked.gpus[0], watts_per_gpu=1000.0)], **changes)
+    return msgspec.structs.replace(
+        asked, gpus=[msgspec.structs.replace(asked.gpus[0], watts_per_gpu=1000.0)], **changes
+    )
 
 
 def test_a_period_costs_what_its_power_does() -> None:

@@ -201,7 +201,7 @@ def test_a_gate_that_ends_a_tls_handshake_is_tried_again(tmp_path: Path) -> None
         thread.start()
         try:
             with pytest.raises(PeerLostError, match="it closed the connection"):
-                Connection("127.0.0.1:{}".format(listening.getsockname()[1]), b"a secret of sixteen", mine)
+                Connection(f"127.0.0.1:{listening.getsockname()[1]}", b"a secret of sixteen", mine)
         finally:
             thread.join()
 
