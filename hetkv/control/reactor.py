@@ -110,9 +110,11 @@ class Reactor:
         if self.in_thread():
             return
         with self._lock:
-            running, last = self._thread is not None, self._last
+            running = self._thread is not None
         if running:
             self._post(self._drop_all)
+        with self._lock:
+            last = self._last  # what was posted may have started a thread anew, where the one before had just ended
         if last is not None:
             last.join()
 

@@ -62,7 +62,7 @@ class SecretFile:
         """`file`: default as for `shared_secret`. Raises `InputError` as it does."""
         self.path = _path(file)
         self._lock = threading.Lock()
-        self._stamp = self._look()
+        self._stamp = self._noted = self._look()
         self._accepted = self._read()
 
     def accepted(self) -> tuple[bytes, ...]:
@@ -70,17 +70,19 @@ class SecretFile:
         with self._lock:
             stamp = self._look()
             if stamp != self._stamp:
-                self._stamp = stamp
                 try:
                     self._accepted = self._read()
+                    self._stamp = stamp
                     _log.info("read secret file %s again", self.path)
-                except InputError as error:
-                    _log.error("%s; what was read before stays in use", error)
+                except InputError as error:  # tried again: no descriptor may have been left
+                    if stamp != self._noted:
+                        _log.error("%s; what was read before stays in use", error)
+                    self._noted = stamp
             return self._accepted
 
     def _files(self) -> tuple[Path, ...]:
         old = self.path.with_name(self.path.name + OLD)
-        return (self.path, old) if old.exists() else (self.path,)
+        return (self.path, old) if os.path.exists(old) else (self.path,)  # which raises nothing
 
     def _look(self) -> tuple[object, ...]:
         """Changes with the files."""

@@ -71,6 +71,7 @@ class Tls:
         self.config = config
         self._lock = threading.Lock()
         self._stamp = self._look()
+        self._noted = ""
         self._credentials = self._load()
 
     def credentials(self) -> Credentials:
@@ -79,11 +80,13 @@ class Tls:
             try:
                 stamp = self._look()
                 if stamp != self._stamp:
-                    self._stamp = stamp
                     self._credentials = self._load()
+                    self._stamp, self._noted = stamp, ""
                     _log.info("tls: read %s again", self.config.certificate)
-            except InputError as error:
-                _log.error("%s; what was read before stays in use", error)
+            except InputError as error:  # tried again: no descriptor may have been left
+                if str(error) != self._noted:
+                    _log.error("%s; what was read before stays in use", error)
+                self._noted = str(error)
             return self._credentials
 
     def check(self, peer: str, names: Iterable[str]) -> CertificateError | None:
@@ -110,7 +113,11 @@ class Tls:
 
     def _load(self) -> Credentials:
         key = self.config.key or self.config.certificate
-        if Path(key).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        try:
+            mode = Path(key).stat().st_mode
+        except OSError as error:
+            raise InputError(f"tls: {key}: {error.strerror}") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise InputError(f"tls: private key {key} can be used by others: chmod 600 it")
         try:
             found = _PEM.search(Path(self.config.certificate).read_text("ascii", "replace"))

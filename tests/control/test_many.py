@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -185,6 +186,30 @@ def test_a_reactor_has_a_thread_only_while_it_has_tasks() -> None:
             reactor.stop(task)
         assert not thread.is_alive()
         assert reactor._thread is None
+    ours.close()
+    theirs.close()
+
+
+def test_the_end_waits_for_a_thread_that_it_has_started_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ran may end between the look at it and the order to stop."""
+    reactor = Reactor()
+    ours, theirs = socket.socketpair()
+
+    def steps():
+        yield Wait(ours.fileno(), select.POLLIN, None)
+
+    task = reactor.start(steps(), lambda *_: None)
+    post = reactor._post
+
+    def late(command: Callable[[], None]) -> None:
+        monkeypatch.setattr(reactor, "_post", post)
+        reactor.stop(task)
+        post(lambda: (time.sleep(0.2), command()))
+
+    monkeypatch.setattr(reactor, "_post", late)
+    reactor.end()
+    assert reactor._last is not None
+    assert not reactor._last.is_alive()
     ours.close()
     theirs.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import time
 from pathlib import Path
@@ -120,3 +122,25 @@ def test_a_file_that_goes_wrong_leaves_what_was_read(tmp_path: Path, caplog: pyt
     assert pickle.loads(pickle.dumps(side)).accepted() == (NEW,)
     with pytest.raises(InputError, match="nowhere: No such file"):
         SecretFile(tmp_path / "nowhere")
+
+
+def test_a_file_that_could_not_be_read_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor may have been left just when it was replaced."""
+    path = tmp_path / "secret"
+    write(path, OLD)
+    side = SecretFile(path)
+    write(path, NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", _no_descriptor)
+        assert side.accepted() == (OLD,)
+    assert side.accepted() == (NEW,)
+
+
+def test_a_name_that_leaves_no_room_for_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / ("s" * 255)
+    write(path, OLD)
+    assert SecretFile(path).accepted() == (OLD,)
+
+
+def _no_descriptor(path: Path) -> bytes:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,6 +250,22 @@ def test_files_that_go_wrong_leave_what_was_read(ca: Authority, caplog: pytest.L
     Path(side.certificate).unlink()
     assert tls.credentials() is before
     again = ca.issue("side", HERE)
+    assert tls.credentials().fingerprint == hashlib.sha256(_der(again)).digest()
+
+
+def test_files_that_could_not_be_read_are_read_later(ca: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor may have been left just when they were replaced."""
+    side = ca.issue("side", HERE)
+    tls = Tls(side)
+    before = tls.credentials()
+    again = ca.issue("side", HERE)
+
+    def no_descriptor(path: Path, *_: object) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", no_descriptor)
+        assert tls.credentials() is before
     assert tls.credentials().fingerprint == hashlib.sha256(_der(again)).digest()
 
 
