@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from hetkv.control.address import Address
 from hetkv.errors import InputError
 from hetkv.serve.instance import InstanceConfig
 from hetkv.serve.local import REJECTED
@@ -37,16 +36,20 @@ class _Actor:
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         device = "cuda:0" if torch.cuda.device_count() else "cpu"  # Ray shows a process only the GPUs that it gave it
-        with tempfile.TemporaryDirectory(prefix="hetkv-") as folder:
-            file = Path(folder) / "secret"
-            file.touch(0o600)
-            file.write_bytes(secret)
-            return run(
-                msgspec.structs.replace(
-                    config, plan=msgspec.structs.replace(config.plan, device=device),
-                    host=ray.util.get_node_ip_address(), secret_file=str(file),
-                )
-            )  # fmt: skip
+        return run(
+            msgspec.structs.replace(
+                config, plan=msgspec.structs.replace(config.plan, device=device),
+                host=ray.util.get_node_ip_address(), secret_file=held(secret),
+            )
+        )  # fmt: skip
+
+
+def held(secret: bytes) -> str:
+    """Path of a file with the secret, mode 600, that is on no disk and ends with this process, however that ends."""
+    file = os.memfd_create("hetkv-secret")
+    os.fchmod(file, 0o600)
+    os.write(file, secret)
+    return f"/proc/{os.getpid()}/fd/{file}"
 
 
 class RayInstances:
@@ -84,6 +87,9 @@ class RayInstances:
 
     def start(self, scheduler: str) -> None:
         """Ask Ray for all of them, to register at `scheduler`."""
+        at = Address.parse(scheduler)
+        if at.host in ("0.0.0.0", "::"):  # every address of this node: the others need one of them
+            scheduler = str(Address(self.host, at.port))
         self._configs = [msgspec.structs.replace(config, scheduler=scheduler) for config in self._configs]
         gpus = int(self._ray.cluster_resources().get("GPU", 0) > 0)
         remote = self._ray.remote(_Actor)
@@ -124,6 +130,8 @@ class RayInstances:
                     self.failed = f"{name} ended with {status}"
                 elif status and not self._closing.wait(1.0):
                     log.warning("%s ended with %s; it is started again", name, status)
+                    # In another process: in this one a GPU that has failed would stay as it is.
+                    self._ray.kill(self._actors[number], no_restart=False)
                     self._run(number)
             if not self._runs:
                 return

@@ -87,7 +87,7 @@ def test_a_node_is_removed_under_load(
 
         assert asyncio.run(load()) == [200] * REQUESTS
         removed, deadline = time.monotonic(), time.monotonic() + 150
-        while len(up(server)) < 3:
+        while len(up(server)) < 3 or up(server) == before:  # the last answer may come before the loss is seen
             assert time.monotonic() < deadline, server.log.read_text()
             time.sleep(0.2)
         print(f"all instances are up {time.monotonic() - removed:.1f} s after the last answer")
