@@ -27,4 +27,8 @@ _Loader = type("_Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": _RESOL
 
 def load_yaml(text: str) -> Any:
     """The document, in which a date is text whether it is quoted or not. Raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
