@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from hetkv.control.conversion import segment_conversion
+from hetkv.errors import HetkvError
 from hetkv.kv.pool import KVPool
-from hetkv.kv.spec import Interval
+from hetkv.kv.spec import Interval, KVSpec
 from hetkv.reference import remap as reference
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.link_plan import wanted
@@ -171,6 +173,25 @@ def until(
     while not condition():
         assert time.monotonic() < deadline, why()
         time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def attacked(make_peer: Callable[[Receiver], Any], spec: KVSpec, config: TransferConfig) -> Iterator[tuple[Any, Any]]:
+    """A hostile peer, and a request for which it was granted all four slots; no byte of the pool changes."""
+    pool = randomise(KVPool.allocate(spec, 16), 1)
+    before = duplicate(pool)
+    with Receiver(pool, secret=SECRET, instance="d", config=config) as receiver:
+        peer = make_peer(receiver)
+        try:
+            until(lambda: bool(receiver.peers))
+            want = receiver.receive("r", [1, 2], 32)
+            until(lambda: receiver.stats()["granted_slots"] == 4)
+            yield peer, want
+        finally:
+            peer.close()
+        assert same_bytes(pool, before)
+        with pytest.raises(HetkvError):
+            want.wait(WAIT_S)
 
 
 def check_transfer(

@@ -31,7 +31,17 @@ from hetkv.transport.config import TransferConfig
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 from tests.control.peers import describe
-from tests.transport.peers import SECRET, WAIT_S, check_transfer, connected, duplicate, randomise, same_bytes, until
+from tests.transport.peers import (
+    SECRET,
+    WAIT_S,
+    attacked,
+    check_transfer,
+    connected,
+    duplicate,
+    randomise,
+    same_bytes,
+    until,
+)
 
 SPEC = KVSpec.uniform(2, 2, 64)
 SMALL = TransferConfig(slot_bytes=16384, window_bytes=4 * 16384, encrypt=True)
@@ -241,28 +251,9 @@ class Peer:
         self.connection.close()
 
 
-@contextlib.contextmanager
-def hostile() -> Iterator[tuple[Peer, Any]]:
-    """A link, and a request for which this peer has been granted all four slots; nothing of the pool changes."""
-    pool = randomise(KVPool.allocate(SPEC, 16), 1)
-    before = duplicate(pool)
-    with Receiver(pool, secret=SECRET, instance="d", config=SMALL) as receiver:
-        peer = Peer(receiver)
-        try:
-            until(lambda: bool(receiver.peers))
-            want = receiver.receive("r", [1, 2], 32)
-            until(lambda: receiver.stats()["granted_slots"] == 4)
-            yield peer, want
-        finally:
-            peer.close()
-        assert same_bytes(pool, before)
-        with pytest.raises(HetkvError):
-            want.wait(WAIT_S)
-
-
 def test_the_independent_implementation_reads_what_is_sent(tcp: None, cipher: str) -> None:
     """Ticket and grants, frame after frame, each under the nonce of its place; and it is read in turn."""
-    with hostile() as (peer, want):
+    with attacked(Peer, SPEC, SMALL) as (peer, want):
         types = set()
         while not {2, 3} <= types:
             kind, message = peer.read()
@@ -301,7 +292,7 @@ ATTACKS: dict[str, tuple[Callable[[Peer], bytes], type[HetkvError]]] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_not_the_next_frame_ends_the_link(tcp: None, name: str) -> None:
-    with hostile() as (peer, want):
+    with attacked(Peer, SPEC, SMALL) as (peer, want):
         attack, error = ATTACKS[name]
         peer.sock.sendall(attack(peer))
         with pytest.raises(error):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -24,7 +22,15 @@ from hetkv.kv.spec import KVSpec
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
-from tests.transport.peers import SECRET, WAIT_S, check_transfer, connected, duplicate, randomise, same_bytes, until
+from tests.transport.peers import (
+    SECRET,
+    WAIT_S,
+    attacked,
+    check_transfer,
+    connected,
+    randomise,
+    until,
+)
 
 SPEC = KVSpec.uniform(2, 2, 64)
 SMALL = TransferConfig(slot_bytes=16384, window_bytes=4 * 16384)
@@ -111,25 +117,6 @@ class Peer:
         self.connection.close()
 
 
-@contextlib.contextmanager
-def hostile() -> Iterator[tuple[Peer, Any]]:
-    """A link, and a request for which this peer has been granted all four slots; nothing of the pool changes."""
-    pool = randomise(KVPool.allocate(SPEC, 16), 1)
-    before = duplicate(pool)
-    with Receiver(pool, secret=SECRET, instance="d", config=SMALL) as receiver:
-        peer = Peer(receiver)
-        try:
-            until(lambda: bool(receiver.peers))
-            rx = receiver.receive("r", [1, 2], 32)
-            until(lambda: receiver.stats()["granted_slots"] == 4)
-            yield peer, rx
-        finally:
-            peer.close()
-        assert same_bytes(pool, before)
-        with pytest.raises(HetkvError):
-            rx.wait(WAIT_S)
-
-
 OUTSIDE: dict[str, Callable[[Peer], None]] = {
     "slot that does not exist": lambda p: p.frame(2, bytes(64), slot=4),
     "slot far outside": lambda p: p.frame(2, bytes(64), slot=2**32 - 1),
@@ -143,7 +130,7 @@ OUTSIDE: dict[str, Callable[[Peer], None]] = {
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_payload_goes_to_granted_slots_only(name: str) -> None:
-    with hostile() as (peer, rx):
+    with attacked(Peer, SPEC, SMALL) as (peer, rx):
         OUTSIDE[name](peer)
         with pytest.raises(ProtocolError, match="which the sender does not hold, or for bytes outside of it"):
             rx.wait(WAIT_S)
@@ -166,7 +153,7 @@ MALFORMED: dict[str, tuple[Callable[[Peer], None], type[HetkvError]]] = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_stream_ends_the_link(name: str) -> None:
-    with hostile() as (peer, rx):
+    with attacked(Peer, SPEC, SMALL) as (peer, rx):
         attack, error = MALFORMED[name]
         attack(peer)
         with pytest.raises(error):
@@ -174,7 +161,7 @@ def test_a_malformed_stream_ends_the_link(name: str) -> None:
 
 
 def test_a_message_after_parts_that_never_come_waits(tcp: None) -> None:
-    with hostile() as (peer, rx):
+    with attacked(Peer, SPEC, SMALL) as (peer, rx):
         peer.frame(1, bytes(56), number=7)  # malformed, once it is looked at
         with pytest.raises(HetkvError):
             rx.wait(0.3)
