@@ -2,7 +2,8 @@
 
 Each instance is a process that sends and receives. It asks the others for requests without pause, compares what arrives
 with what their pools hold, and counts in a file that all share, so that a kill loses no count. A killed instance starts
-again at once under the same name and ports.
+again at once under the same name and ports. `--pause` spaces requests out, so that the rate is that of the links and
+not of the processors: a lasting loss after restarts shows there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ CALLERS = 2
 """Requests that an instance waits for at a time, each with a quarter of the pool for itself."""
 LEASE_S = 10.0
 BUCKETS_A_SECOND = 10
-COUNTS = ("begun", "complete", "failed", "wrong", "hung", "links", "ready", "rest")
+COUNTS = ("begun", "complete", "failed", "wrong", "hung", "links", "rest", "runs_ms")
+"""The last: when the instance's process had its modules, since `--epoch`."""
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Member:
     def __init__(self, number: int, options: argparse.Namespace) -> None:
         self.number, self.options = number, options
         self.board = Board.open(options.folder, options.instances, options.most_seconds)
+        self.board.set(number, "runs_ms", int((time.time() - options.epoch) * 1000))
         self.life = f"{os.getpid()}"
         self.patterns = [pattern(one) for one in range(options.instances)]
         self.memory = np.zeros((2, 2, BLOCKS, BLOCK, 2, 64), np.float16)
@@ -163,6 +166,7 @@ class Member:
             with contextlib.suppress(OSError):
                 self.asked.sendto(json.dumps([request, blocks]).encode(), to)
             self.finish(handle, into, self.patterns[source][:, :, blocks])
+            self.stopping.wait(self.options.pause)
 
     def finish(self, handle: RecvHandle, into: list[int], expected: np.ndarray) -> None:
         end = "complete"
@@ -187,12 +191,16 @@ class Fleet:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.board = Board.open(options.folder, options.instances, options.most_seconds, "w+")
+        self.killed: dict[int, float] = {}
+        """When, by instance that has not started again yet."""
+        self.starts: list[float] = []
+        """Seconds from a kill until the new process had its modules."""
         self.processes = [self.start(number) for number in range(options.instances)]
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
         options = self.options
         command = [sys.executable, "-m", "tests.transport.fleet", "--member", str(number)]
-        for name in ("instances", "ports", "folder", "epoch", "most_seconds", "peer_timeout"):
+        for name in ("instances", "ports", "folder", "epoch", "most_seconds", "peer_timeout", "pause"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         return subprocess.Popen(command, stdin=subprocess.PIPE)
 
@@ -207,10 +215,19 @@ class Fleet:
 
     def kill(self, number: int) -> None:
         """Kill an instance and start it again."""
+        self.note(number)
         self.processes[number].send_signal(signal.SIGKILL)
         self.processes[number].wait()
-        self.board.set(number, "links", 0)
+        for name in ("links", "runs_ms"):
+            self.board.set(number, name, 0)
+        self.killed[number] = self.now()
         self.processes[number] = self.start(number)
+
+    def note(self, number: int) -> None:
+        """Keep what the instance's last start took, if it has ended."""
+        runs = int(self.board.of("runs_ms")[number]) / 1000
+        if number in self.killed and runs:
+            self.starts.append(runs - self.killed.pop(number))
 
     def now(self) -> float:
         return time.time() - self.options.epoch
@@ -255,17 +272,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             fleet.kill(order.pop())
         last_kill = fleet.now()
         during = fleet.rate(first_kill, last_kill)
-        time.sleep(options.recovery)
+        relinked = fleet.linked(options.recovery)
+        linked = fleet.now() - last_kill
+        time.sleep(max(0.0, last_kill + options.recovery - fleet.now()))
         end = fleet.now()
         after = [fleet.rate(last_kill + at / 2, last_kill + at / 2 + 1) for at in range(int(2 * (end - last_kill)) - 2)]
         back = next((at / 2 + 1 for at, rate in enumerate(after) if rate >= options.back * before), None)
-        relinked = fleet.linked(30)
+        relinked = relinked or fleet.linked(30)
+        for number in list(fleet.killed):
+            fleet.note(number)
     finally:
         codes = fleet.stop()
     counts = {name: int(fleet.board.of(name).sum()) for name in ("begun", "complete", "failed", "wrong", "hung")}
     return {
         "instances": options.instances,
         "kills": options.kills,
+        "pause_s": options.pause,
         "seconds_until_linked": round(all_linked, 1),
         "requests_a_second": {
             "before": round(before, 1),
@@ -276,6 +298,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "back_share": options.back,
         "seconds_until_back": back,
         "all_linked_again": relinked,
+        "seconds_until_all_linked": round(linked, 1),
+        "interpreter_starts_s": [round(float(np.quantile(fleet.starts, at)), 2) for at in (0.5, 1)]
+        if fleet.starts
+        else [],
         **counts,
         "open_at_rest": [int(value) - 1 for value in fleet.board.of("rest")],
         "exit_codes": codes,
@@ -289,6 +315,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steady", type=float, default=10.0, help="seconds before the first kill")
     parser.add_argument("--recovery", type=float, default=15.0, help="seconds after the last kill")
     parser.add_argument("--back", type=float, default=0.9, help="share of the rate before that counts as recovered")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between a caller's requests")
     parser.add_argument("--peer-timeout", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ports", type=int, default=21000, help="the first of three for each instance")
