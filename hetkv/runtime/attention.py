@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from hetkv.models import ModelConfig
 from hetkv.runtime.batch import Batch
+from hetkv.runtime.graphs import FixedBatch
 from hetkv.runtime.linear import Linear
 from hetkv.runtime.norm import Norm
 from hetkv.runtime.parallel_group import ParallelGroup
@@ -26,7 +27,7 @@ class AttentionLayer(Protocol):
     def project(self, x: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, and the two segments to cache, `[tokens, heads, channels]` each, of `[tokens, hidden]`."""
 
-    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch | FixedBatch, query: torch.Tensor) -> torch.Tensor:
         """Attention of every span over its own pages: what `output` takes, `[tokens, channels]`."""
 
 
@@ -63,11 +64,11 @@ class Attention:
         flat = norm.split(x.flatten(1), heads * self.config.head_dim, replicas, self.group)
         return flat.view(x.shape)
 
-    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch | FixedBatch, query: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
         for number, part in enumerate(batch.parts):
             k, v, mask = batch.read(number, self.index, query.dtype, self.sliding_window)
-            q = query[part.rows].view(len(part.spans), part.queries, *query.shape[1:])
+            q = query[part.rows].view(-1, part.queries, *query.shape[1:])
             out[part.rows] = self._product(q, k, v, mask).flatten(0, 1)
         return out.flatten(1)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from hetkv.models import Latent, ModelConfig
 from hetkv.runtime.batch import Batch
+from hetkv.runtime.graphs import FixedBatch
 from hetkv.runtime.linear import Linear
 from hetkv.runtime.norm import Norm
 from hetkv.runtime.rope import Rotation, yarn_scale
@@ -55,12 +56,12 @@ class LatentAttention:
         latent, key = torch.split_with_sizes(self.latent_down(x)[:, None], [mla.rank, mla.rope_dim], dim=-1)
         return torch.cat((absorbed, turn(turned)), dim=-1), self.latent_norm(latent), turn(key)
 
-    def attend(self, batch: Batch, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, batch: Batch | FixedBatch, query: torch.Tensor) -> torch.Tensor:
         """Attention of every span over its own latents; `[tokens, heads * value_dim]`."""
         out = query.new_empty(*query.shape[:-1], self.mla.rank)
         for number, part in enumerate(batch.parts):
             latent, key, mask = batch.read(number, self.index, query.dtype)
-            q = query[part.rows].view(len(part.spans), part.queries, *query.shape[1:])
+            q = query[part.rows].view(-1, part.queries, *query.shape[1:])
             out[part.rows] = (
                 F.scaled_dot_product_attention(
                     q.transpose(1, 2),

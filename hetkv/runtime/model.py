@@ -25,6 +25,7 @@ from hetkv.models import ModelConfig
 from hetkv.runtime.attention import Attention, AttentionLayer
 from hetkv.runtime.batch import Batch, Span
 from hetkv.runtime.checkpoint import read_checkpoint
+from hetkv.runtime.graphs import DecodeGraphs, FixedBatch
 from hetkv.runtime.mla import LatentAttention
 from hetkv.runtime.mlp import Mixture, Mlp, mlp_of
 from hetkv.runtime.norm import Norm
@@ -79,6 +80,7 @@ class Decoder:
             self._rotary if config.sliding_rope is None else Rotary(config.sliding_rope, config.head_dim, self.device)
         )
         self._spec = config.kv_spec()
+        self._graphs = DecodeGraphs(self._alone) if self._records else None
 
     @classmethod
     def load(
@@ -98,6 +100,16 @@ class Decoder:
         config, group = read_checkpoint(directory), group or ParallelGroup()
         part = Part.of(config, group.tp, group.rank % group.tp, group.pp, group.rank // group.tp, stages)
         return cls(config, load_weights(Path(directory), config, dtype, device, part), part, group)
+
+    @property
+    def _records(self) -> bool:
+        """Whether steps can be CUDA graphs: routing to experts asks the host, as messages between ranks do."""
+        return self.device.type == "cuda" and self.part.tp == self.part.pp == 1 and self.config.experts is None
+
+    def _alone(self, batch: FixedBatch) -> torch.Tensor:
+        logits = self._compute(batch)
+        assert logits is not None, "one rank has the whole model"
+        return logits
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -141,7 +153,15 @@ class Decoder:
         """
         for span in spans:
             self._check(span)
-        batch = Batch(spans)
+        if self._graphs is not None and on_layer is None and around_layer is nullcontext:
+            logits = self._graphs.step(spans)
+            if logits is not None:
+                return logits
+        return self._compute(Batch(spans), on_layer, around_layer)
+
+    def _compute(
+        self, batch: Batch | FixedBatch, on_layer: OnLayer | None = None, around_layer: AroundLayer = nullcontext
+    ) -> torch.Tensor | None:
         full = self._rotary.at(batch.positions, self.dtype)
         local = full if self._sliding_rotary is self._rotary else self._sliding_rotary.at(batch.positions, self.dtype)
         shape = (len(batch.ids), self.config.hidden_size)
@@ -163,7 +183,7 @@ class Decoder:
         rows = F.embedding(torch.where(mine, ids - start, 0), self.embedding)
         rows = self.group.sum(rows.masked_fill_(~mine[:, None], 0))
         scale = self.config.embedding_scale
-        return rows if scale == 1 else rows * torch.tensor(scale, dtype=self.dtype, device=self.device)
+        return rows if scale == 1 else rows * torch.tensor(scale, dtype=self.dtype).item()
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, vocab]` of hidden states `[rows, hidden]`: each rank makes those of its part of the vocabulary."""
@@ -179,7 +199,13 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _run(
-        self, index: int, layer: Layer, x: torch.Tensor, batch: Batch, turn: Rotation, on_layer: OnLayer | None
+        self,
+        index: int,
+        layer: Layer,
+        x: torch.Tensor,
+        batch: Batch | FixedBatch,
+        turn: Rotation,
+        on_layer: OnLayer | None,
     ) -> torch.Tensor:
         """One layer's hidden states, its keys and values written."""
         q, k, v = layer.attention.project(_normed(layer.before_attention, x), turn)

@@ -21,6 +21,7 @@ class PoolViews:
         self._segments = {layer: [name for name, _, _ in pool.spec.layers[layer].segments] for layer in pool.layers}
         self._layouts = {layer: memory.layout.segments for layer, memory in pool.layers.items()}
         self._views: dict[tuple[int, str], torch.Tensor] = {}
+        self._scales: dict[tuple[int, str], torch.Tensor | None] = {}
         for layer, memory in pool.layers.items():
             for name, part in memory.layout.segments.items():
                 if not part.dtype.torch.is_floating_point:
@@ -34,6 +35,7 @@ class PoolViews:
                 view = pool.view(layer, name)
                 # FP8 has no indexed copy on every device; moves of one-byte codes need no arithmetic.
                 self._views[layer, name] = view.view(torch.uint8) if part.dtype.itemsize == 1 else view
+                self._scales[layer, name] = _scale(part.scale, view)
         self.device = next(iter(self._views.values())).device
 
     @classmethod
@@ -51,15 +53,15 @@ class PoolViews:
         """
         for name, values in zip(self._segments[layer], (k, v), strict=True):
             part, view = self._layouts[layer][name], self._views[layer, name]
-            view[blocks, offsets] = _encode(values, part).reshape(-1, *view.shape[2:])
+            view[blocks, offsets] = _encode(values, part, self._scales[layer, name]).reshape(-1, *view.shape[2:])
 
     def gather(self, layer: int, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """What `write` stored in blocks `[..., n]`, `[..., n * block size, heads, channels]` each."""
         found = []
         for name in self._segments[layer]:
             part = self._layouts[layer][name]
-            rows = self._views[layer, name][blocks]
-            found.append(_decode(rows.reshape(*blocks.shape[:-1], -1, part.heads, part.channels), part, dtype))
+            rows = self._views[layer, name][blocks].reshape(*blocks.shape[:-1], -1, part.heads, part.channels)
+            found.append(_decode(rows, part, self._scales[layer, name], dtype))
         return found[0], found[1]
 
 
@@ -67,23 +69,25 @@ _MADE: WeakKeyDictionary[KVPool, PoolViews] = WeakKeyDictionary()
 """By pool, which the views do not hold."""
 
 
-def _encode(values: torch.Tensor, part: SegmentLayout) -> torch.Tensor:
+def _encode(values: torch.Tensor, part: SegmentLayout, scale: torch.Tensor | None) -> torch.Tensor:
     target = part.dtype.torch
-    if part.scale is not None:
-        values = values.float() / _scale(part.scale, values)
+    if scale is not None:
+        values = values.float() / scale
     if target.itemsize == 1:
         limit = torch.finfo(target).max
         return values.float().clamp(-limit, limit).to(target).view(torch.uint8)
     return values.to(target)
 
 
-def _decode(codes: torch.Tensor, part: SegmentLayout, dtype: torch.dtype) -> torch.Tensor:
+def _decode(codes: torch.Tensor, part: SegmentLayout, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     values = codes.view(part.dtype.torch) if part.dtype.itemsize == 1 else codes
-    if part.scale is not None:
-        return (values.float() * _scale(part.scale, values)).to(dtype)
+    if scale is not None:
+        return (values.float() * scale).to(dtype)
     return values.to(dtype)
 
 
-def _scale(scale: ScaleLayout, like: torch.Tensor) -> torch.Tensor:
+def _scale(scale: ScaleLayout | None, like: torch.Tensor) -> torch.Tensor | None:
     """Static scale as `[1 or heads, 1]`, to go with `[..., heads, channels]`."""
+    if scale is None:
+        return None
     return torch.tensor(scale.values, dtype=torch.float32, device=like.device)[:, None]
