@@ -238,8 +238,8 @@ class Calibrator:
             if reach.cut and reach.scale >= scale:
                 continue
             factor = reach.scale * self.rate(model) / sum(part_of(self._by_key[k], n) for k, n in mine.items())
-            for key, count in mine.items():
-                self._factors.setdefault(key, {})[count] = max(factor, 0.05)
+            for key, count in mine.items():  # sizes that share a rate share the last correction
+                self._factors.setdefault(key, {})[min(count, COUNTS[-1])] = max(factor, 0.05)
         return found
 
     def corrected(self) -> list[Column]:

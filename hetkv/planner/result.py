@@ -153,6 +153,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     `kw` and `co2_kg_per_hour` are of all rented GPUs, None without the user's figures.
 
+    `columns_seconds` and `solve_seconds` are of CPU time, `verify_seconds` of the clock.
+
     `events` of the simulator were handled to find it. `cut` are those `notes` that say which limits ended a search
     early, so that a better plan may exist. `deployments` holds a plan for the simulator for each model.
     """

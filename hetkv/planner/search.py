@@ -25,9 +25,9 @@ from hetkv.planner.trials import NEAR, Candidate, Trials
 ITERATIONS = 6
 """Rounds of solving and simulating, at most."""
 
-RESERVE = 0.02
-"""Extra rate that is asked of the program, added up, in each round after the last one until the targets hold."""
-
+RESERVE, MOST_RESERVE = 0.02, 0.2
+"""Extra rate that is asked of a pool, added up in each round, where a measurement says that it holds and the seeds
+together say that it does not, or where no more can be measured."""
 
 DEARER = 1.1
 """Where no plan met the targets, the neighbours are asked up to this multiple of the costliest plan that was tried."""
@@ -62,6 +62,7 @@ class Search:
     slack: dict[tuple[str, str], Reach] = field(default_factory=dict)  # (model, role) to multiples of the plan's rates
     cut_off: list[Cut] = field(default_factory=list)  # pools of plans that failed on held-out seeds
     slack_of: Candidate | None = None  # the plan that `slack` was measured for to the end
+    more: dict[tuple[str, str], float] = field(default_factory=dict)  # (model, role) to extra rate that is asked of it
     _asked: tuple[Any, ...] = ()  # the program before, and its solution
     _answer: Solution | None = None
 
@@ -96,10 +97,10 @@ class Search:
         self.best = min(left, key=key, default=None)
         if not self.for_cost:
             steps = 2 ** (len(self.trials.barred) - 1)  # the next attempt must not fail by as little
-            self._rescale(failed, {"": 0.98**steps * failed.scale})
+            self._rescale(failed, 0.98**steps * failed.scale)
         elif self.best is None:
             self.iterations = ITERATIONS
-            self._rounds(1 + RESERVE)
+            self._rounds({key[:2] for key in failed.counts if key[1] in roles})
         self._finish()
         self.seconds += time.perf_counter() - begin
         return self
@@ -108,26 +109,31 @@ class Search:
         if self.neighbours and self.for_cost and not self.problem.pair_limits:
             self._improve()
 
-    def _rounds(self, reserve: float = 1.0) -> None:
-        """Solve, simulate and correct until nothing better comes, or a limit is met."""
+    def _rounds(self, short: set[tuple[str, str]] | None = None) -> None:
+        """Solve, simulate and correct until nothing better comes, or a limit is met.
+
+        `short` are the pools, by model and role, of which more is asked than what was measured says.
+        """
         cuts = list(self.cut_off)
         before: list[dict[Any, int]] = []  # that tell nothing more where they come again
-        new = 0
+        short, new = short or set(), 0
         while new < 2 * ITERATIONS:
             late = self.iterations >= ITERATIONS or self.effort.spent
             found = self.best is not None or (not self.trials.barred and self.near() is not None)
-            if late and (found or not self.for_cost or reserve > 1.2):
+            if late and (found or not self.for_cost):
                 break
-            if late:
-                reserve += RESERVE
+            for pool in short:
+                self.more[pool] = self.more.get(pool, 0.0) + RESERVE
+            if max(self.more.values(), default=0.0) > MOST_RESERVE + 1e-9:
+                break
             try:
-                solution = self._solve(self.calibrator.corrected(), cuts, reserve)
+                solution = self._solve(self.calibrator.corrected(), cuts)
             except UndecidedError as error:
                 self.undecided = error
                 break
             if solution is None:
                 break
-            if late and any(solution.counts == c.counts for c in self.seen):
+            if short and any(solution.counts == c.counts for c in self.seen):
                 continue  # nothing to learn from it again: more must be asked for
             new += 1
             self.iterations += 1
@@ -142,10 +148,22 @@ class Search:
                 before = [solution.counts] if candidate.meets else []
             else:
                 before.append(solution.counts)
-            scales = self._measure(candidate)
-            if not self.for_cost:
-                self._rescale(candidate, scales)
+            reached = self._measure(candidate)
+            if self.for_cost:
+                short = self._short(candidate, reached)
+            else:
+                self._rescale(candidate, min((reach.scale for reach in reached.values()), default=0.0))
             cuts += self._cuts(candidate)
+
+    def _short(self, candidate: Candidate, reached: Mapping[tuple[str, str], Reach]) -> set[tuple[str, str]]:
+        """Pools that miss a target with the seeds together, where measuring them, with one, corrected nothing."""
+        found = set()
+        for model, role in {key[:2] for key in candidate.counts}:
+            reach = reached.get((model, role))
+            known = reach is not None and reach.scale < candidate.scale
+            if candidate.verdicts[model].used(role) > 1 and (not known or self.effort.spent):
+                found.add((model, role))
+        return found
 
     def adopt(self, other: Search) -> None:
         """Take over what a search of some of these columns simulated and measured, and its plan if it is better."""
@@ -154,28 +172,34 @@ class Search:
         if other.best is not None and self._better(other.best):
             self.best, self.solution = other.best, other.solution
 
-    def _solve(self, columns: Sequence[Column], cuts: Sequence[Cut], reserve: float) -> Solution | None:
-        begin = time.perf_counter()
-        rates = {m.name: reserve * self.calibrator.rate(m.name) for m in self.problem.models}
-        asked = (rates, list(cuts), [c.rates.tolist() for c in columns])
+    def _solve(self, columns: Sequence[Column], cuts: Sequence[Cut]) -> Solution | None:
+        begin = time.process_time()
+        rates = {m.name: self.calibrator.rate(m.name) for m in self.problem.models}
+        columns = [self._reserved(c) for c in columns]
+        asked = (list(cuts), [c.rates.tolist() for c in columns])
         if asked != self._asked:  # a plan that failed by less than can be measured changes nothing
             kept = prune(columns, self.problem)
             self._answer = optimise(self.problem, kept, rates, kv_bytes(self.found, self.problem), cuts=cuts)
             self._asked = asked
-        self.solve_seconds += time.perf_counter() - begin
+        self.solve_seconds += time.process_time() - begin
         return self._answer
+
+    def _reserved(self, column: Column) -> Column:
+        """The column with less rate where more is asked of its pool."""
+        part = 1 + self.more.get(column.key[:2], 0.0)
+        return replace(column, rates=column.rates / part, relaxed=column.relaxed / part) if part > 1 else column
 
     def bound(self) -> float | None:
         """The objective of all columns with queueing relaxed, None where even that is infeasible or not decided."""
         rates = {m.name: self.calibrator.rate(m.name) for m in self.problem.models}
         loose = msgspec.structs.replace(self.problem, spare_instances=0)
-        begin = time.perf_counter()
+        begin = time.process_time()
         columns = [replace(c, rates=np.full_like(c.rates, c.relaxed)) for c in self.calibrator.corrected()]
         try:
             solution = optimise(loose, prune(columns, loose), rates, kv_bytes(self.found, self.problem), relaxed=True)
         except UndecidedError:
             solution = None
-        self.solve_seconds += time.perf_counter() - begin
+        self.solve_seconds += time.process_time() - begin
         return None if solution is None else solution.bound
 
     def _better(self, candidate: Candidate) -> bool:
@@ -185,10 +209,10 @@ class Search:
             return True
         return candidate.cost < self.best.cost - 1e-9 if self.for_cost else candidate.scale > self.best.scale
 
-    def _measure(self, candidate: Candidate) -> dict[str, float]:
-        """The least scale over the roles, by model; the next program uses what was measured."""
+    def _measure(self, candidate: Candidate) -> dict[tuple[str, str], Reach]:
+        """The largest scale of each pool that was measured; the next program uses it."""
         begin = time.perf_counter()
-        found, reached = {}, {}
+        found = {}
         for model in self.checkers:
             counts = {k: n for k, n in candidate.counts.items() if k[0] == model}
             if self.problem.spare_instances:
@@ -198,12 +222,10 @@ class Search:
                 r for r in ("prefill", "decode", "aggregated") if candidate.meets or not self.for_cost or used(r) > 1
             ]
             scales = self.calibrator.measure(model, counts, candidate.scale, some)
-            found[model] = min((reach.scale for reach in scales.values()), default=0.0)
-            for role, reach in scales.items():
-                reached[model, role] = replace(reach, scale=reach.scale / candidate.scale)
+            found.update({(model, role): reach for role, reach in scales.items()})
         if candidate is self.best:
-            self.slack = reached
-            self.slack_of = None if any(reach.cut for reach in reached.values()) else candidate
+            self.slack = {pool: replace(r, scale=r.scale / candidate.scale) for pool, r in found.items()}
+            self.slack_of = None if any(reach.cut for reach in found.values()) else candidate
         self.verify_seconds += time.perf_counter() - begin
         return found
 
@@ -213,9 +235,8 @@ class Search:
         self.calibrator.effort = Effort(self.checkers, self.events // 2, self.deadline)
         self._measure(self.best)
 
-    def _rescale(self, candidate: Candidate, scales: Mapping[str, float]) -> None:
+    def _rescale(self, candidate: Candidate, scale: float) -> None:
         """The goals without a rate: the plan at the scale that the simulator allows."""
-        scale = min(scales.values())
         for _ in range(8):
             if scale <= 0 or (self.best is not None and scale <= self.best.scale):
                 return
@@ -252,7 +273,7 @@ class Search:
         plan = self.best or self.near() or min(self.left(), key=lambda c: c.used, default=None)
         if plan is None:
             return
-        most = plan.cost if plan.used <= NEAR else DEARER * max(c.cost for c in self.seen)
+        most = plan.cost if plan.near else DEARER * max(c.cost for c in self.seen)
         for model in self.checkers:
             plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else most)
         if self._better(plan):
@@ -265,7 +286,7 @@ class Search:
 
     def near(self) -> Candidate | None:
         """The best plan that misses by so little, or not at all, that held-out seeds may accept it."""
-        left = [c for c in self.left() if c.used <= NEAR]
+        left = [c for c in self.left() if c.near]
         return min(left, key=lambda c: (c.cost if self.for_cost else -c.scale, c.used), default=None)
 
     def to_judge(self) -> Candidate | None:

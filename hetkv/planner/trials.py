@@ -23,7 +23,7 @@ NEAR = 1.03
 CHOOSING_REQUESTS, JUDGING_REQUESTS = 12_000, 40_000
 """Requests over all seeds that choose, and over all that judge; at least `FEWEST` and at most `MOST` seeds each."""
 
-FEWEST, MOST = (2, 3), (4, 8)
+FEWEST, MOST = (3, 3), (4, 8)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Candidate:
     """A plan that was simulated: at `scale` it `meets` all targets or not. `cost` is USD/hour, 0 without prices.
 
     Where it was near enough with the first seed, `verdicts` are what another seed is expected not to exceed.
+    `each_holds`: it held with each of the seeds, which were too few to expect much of another one.
     `barred`: it failed on held-out seeds. `held`: it held on them, which counts for more than what chose it.
     """
 
@@ -38,6 +39,7 @@ class Candidate:
     scale: float
     cost: float
     verdicts: dict[str, Verdict]
+    each_holds: bool = False
     barred: bool = False
     held: bool = False
 
@@ -49,6 +51,11 @@ class Candidate:
     def used(self) -> float:
         """Of the target that is nearest to its limit, or furthest beyond it, the share that is used."""
         return max(v.used() for v in self.verdicts.values())
+
+    @property
+    def near(self) -> bool:
+        """Whether held-out seeds may accept it."""
+        return self.each_holds or self.used <= NEAR
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,15 @@ class Trials:
         candidate = Candidate(dict(counts), scale, self.price(counts), self._verdicts(counts, scale, None))
         if candidate.used <= NEAR:
             several = {model: [v] for model, v in candidate.verdicts.items()}
-            for seed in choosing_seeds(self.problem.seed, self._seeds(scale, CHOOSING_REQUESTS, 0))[1:]:
+            seeds = choosing_seeds(self.problem.seed, self._seeds(scale, CHOOSING_REQUESTS, 0))
+            for seed in seeds[1:]:
                 for model, verdict in self._verdicts(counts, scale, seed).items():
                     several[model].append(verdict)
                 if any(v[-1].used() > 1.1 for v in several.values()):
                     break
             verdicts = {model: Verdict(expected([v.latency for v in each])) for model, each in several.items()}
-            candidate = replace(candidate, verdicts=verdicts)
+            each = len(seeds) < MOST[0] and all(v.used() <= 1 for seen in several.values() for v in seen)
+            candidate = replace(candidate, verdicts=verdicts, each_holds=each)
         candidate = replace(candidate, barred=self.is_barred(counts, scale))
         self.seconds += time.perf_counter() - begin
         self.seen.append(candidate)
