@@ -149,6 +149,7 @@ typedef struct hetkv_node_config {
   uint32_t handshake_timeout_ms;
   const char* const* fingerprint; /* name, value, name, value, ... of what made the KV; values of a name that both */
   uint32_t num_fingerprint;       /* sides have must be equal. Number of names */
+  uint32_t verify_pool;           /* receiver: 1: read what was unpacked again from the pool (HETKV_POOL_CHECKSUM) */
   const char* backends;           /* folder of the GPU backends; NULL: next to this library */
 } hetkv_node_config;
 
@@ -186,6 +187,7 @@ typedef struct hetkv_request_config {
   const uint8_t* content; /* NULL, or 16 bytes that both sides must have alike (hetkv.content_digest) */
   const char* source;     /* receiver: the instance that sends; NULL: the only one that is linked */
   uint32_t limit_ms;      /* receiver: lease, sender: hold; 0: the node's */
+  int32_t priority;       /* sender: lower ones leave first, on each link */
 } hetkv_request_config;
 
 /* Both return at once. */

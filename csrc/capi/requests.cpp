@@ -73,8 +73,8 @@ Result Node::send(const hetkv_request_config& config, hetkv_request** out) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return failure(HETKV_CLOSED, "the sender is closed");
   const std::uint64_t hold = config.limit_ms > 0 ? config.limit_ms : settings_.hold_ms;
-  const Status status =
-      sender_->submit({request->id, request->tokens, request->blocks, hold, content_of(config), 0}, &request->outcome);
+  const Status status = sender_->submit(
+      {request->id, request->tokens, request->blocks, hold, content_of(config), config.priority}, &request->outcome);
   return take(status, std::move(request), out);
 }
 

@@ -56,6 +56,17 @@ std::size_t default_window() {
   return largest == 0 ? 32 * kMiB : std::clamp(largest / 2, 4 * kMiB, 32 * kMiB);
 }
 
+// Most bytes that a byte of a payload becomes in the pool, as values of one byte may travel.
+std::size_t most_growth(const Pool& pool) {
+  std::size_t growth = 1;
+  for (const control::LayerGroup& group : pool.layers) {
+    for (const auto& [name, segment] : group.layout.segments) {
+      growth = std::max(growth, static_cast<std::size_t>(item_size(segment.dtype)));
+    }
+  }
+  return growth;
+}
+
 }  // namespace
 
 Result read_settings(const hetkv_node_config& config, const Pool& pool, NodeSettings* out) {
@@ -84,6 +95,8 @@ Result read_settings(const hetkv_node_config& config, const Pool& pool, NodeSett
                                                 : std::max(engine.slot_bytes, default_window());
   if (engine.window_bytes < engine.slot_bytes) return invalid("window_bytes holds no slot of slot_bytes");
   engine.staging_slots = on_device ? 6 : 4;
+  if (config.verify_pool > 1) return invalid("verify_pool is 0 or 1");
+  if (config.verify_pool == 1) engine.verify_bytes = engine.slot_bytes * most_growth(pool);
   if (config.threads > 0) engine.threads = static_cast<int>(config.threads);
   if (config.heartbeat_ms > 0) engine.heartbeat_ms = config.heartbeat_ms;
   if (config.peer_timeout_ms > 0) engine.peer_timeout_ms = config.peer_timeout_ms;

@@ -26,6 +26,8 @@ class Send:
     """Tokens of the whole prompt."""
     stop: int
     blocks: Blocks
+    priority: int = 0
+    """Of 32 bits: lower ones leave first."""
 
 
 @dataclass(frozen=True)

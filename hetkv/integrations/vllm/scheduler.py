@@ -47,6 +47,12 @@ class Producing:
     sent: int = 0
     """Mode `concurrent`: tokens whose layers the workers were asked to send."""
 
+    def send(self, stop: int, blocks: Blocks) -> Send:
+        """Its tokens `[0, stop)`. vLLM's priority is any integer of a client's."""
+        priority = max(-(2**31), min(self.request.priority, 2**31 - 1))
+        prompt = self.request.num_prompt_tokens
+        return Send(self.request.request_id, self.name, self.content, prompt, stop, _copy(blocks), priority)
+
 
 class SchedulerSide:
     """All of it runs in the scheduler's thread. Nothing here talks to a peer, and nothing a client sends may raise."""
@@ -176,8 +182,7 @@ class SchedulerSide:
             assert output.kv_connector_block_state is not None
             blocks = output.kv_connector_block_state.get_block_ids(request_id)
             assert blocks is not None
-            ids = self._cache_config.select_transfer_block_ids(blocks)
-            meta.computing.append(Send(request_id, producing.name, producing.content, prompt, stop, _copy(ids)))
+            meta.computing.append(producing.send(stop, self._cache_config.select_transfer_block_ids(blocks)))
             producing.sent = stop
         self._pace(meta)
         return meta
@@ -195,9 +200,8 @@ class SchedulerSide:
         if done and computed == request.num_prompt_tokens:
             answer = self._answer(producing.transfer_id)
             if producing.kept:
-                ids = _copy(self._cache_config.select_transfer_block_ids(block_ids))
-                send = Send(request.request_id, producing.name, producing.content, computed, computed, ids)
-                self._next.held.append(send)
+                ids = self._cache_config.select_transfer_block_ids(block_ids)
+                self._next.held.append(producing.send(computed, ids))
                 self._held.add(request.request_id)
             return producing.kept, answer
         if producing.sent:

@@ -147,7 +147,14 @@ class Sending:
     def _open(self, send: Send) -> Outgoing:
         blocks = self._caches.blocks(send.blocks)
         try:
-            tx = self._sender.send(send.name, blocks, send.num_tokens, hold_s=NO_LIMIT_S, content=send.content)
+            tx = self._sender.send(
+                send.name,
+                blocks,
+                send.num_tokens,
+                hold_s=NO_LIMIT_S,
+                content=send.content,
+                priority=send.priority,
+            )
         except HetkvError as error:
             _log.error("request %s: %s", send.request_id, error)
             self._stats.add("failed_sends")
