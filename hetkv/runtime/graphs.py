@@ -84,7 +84,6 @@ class DecodeGraphs:
     def __init__(self, compute: Callable[[FixedBatch], torch.Tensor]) -> None:
         self._compute = compute
         self._recorded: WeakKeyDictionary[KVPool, dict[tuple[int, int], Recorded]] = WeakKeyDictionary()
-        self._memory: Any = None
 
     def step(self, spans: Sequence[Span]) -> torch.Tensor | None:
         """Logits `[spans, vocab]`, in memory of the caller's; None, with nothing done, where no graph fits."""
@@ -95,13 +94,15 @@ class DecodeGraphs:
         inputs = torch.from_numpy(fixed_inputs(pool, spans, *shape))
         graphs = self._recorded.setdefault(pool, {})
         if shape not in graphs:
-            graphs[shape] = self._record(pool, inputs, shape[1])
+            # Graphs of one pool share memory: they run one after another, and end together.
+            memory = next(iter(graphs.values())).graph.pool() if graphs else None
+            graphs[shape] = self._record(pool, inputs, shape[1], memory)
         recorded = graphs[shape]
         recorded.inputs.copy_(inputs)
         recorded.graph.replay()
         return recorded.logits[: len(spans)].clone()
 
-    def _record(self, pool: KVPool, values: torch.Tensor, tokens: int) -> Recorded:
+    def _record(self, pool: KVPool, values: torch.Tensor, tokens: int, memory: Any) -> Recorded:
         device = PoolViews.of(pool).device
         with torch.cuda.device(device):
             inputs = values.to(device)
@@ -112,9 +113,8 @@ class DecodeGraphs:
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             # Threads of the transport use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 logits = self._compute(FixedBatch(pool, inputs, tokens))
-            self._memory = self._memory or graph.pool()
         return Recorded(graph, inputs, logits)
 
 
