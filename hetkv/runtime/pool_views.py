@@ -73,7 +73,7 @@ class PoolViews:
 
 class _Blocks:
     """Blocks of `[blocks, tokens, ...]`, copied in the order in which they are stored: whole rows of memory, where
-    nothing else lies between a block's elements. An index of any other kind is several times slower on GPUs."""
+    nothing else is between a block's elements. An index of any other kind is several times slower on GPUs."""
 
     def __init__(self, view: torch.Tensor) -> None:
         stored = sorted(range(1, view.dim()), key=view.stride, reverse=True)
