@@ -173,6 +173,8 @@ class Records:
         self._channel = channel
         self._send_key, self._receive_key = send_key, receive_key
         self._sent = self._received = 0
+        self.limit = MAX_MESSAGE_BYTES
+        """Of a payload that is read; a larger one is rejected before it is."""
 
     def write(self, payload: bytes, deadline: float | None) -> Steps[None]:
         """One record. Raises `MessageError` where the payload is larger than `MAX_MESSAGE_BYTES`."""
@@ -187,8 +189,8 @@ class Records:
         peer = self._channel.peer
         header = yield from self._channel.read(_HEADER.size, deadline, what)
         length, reserved, sequence = _HEADER.unpack(header)
-        if length > MAX_MESSAGE_BYTES:
-            raise MessageError(f"{peer}: control message of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        if length > self.limit:
+            raise MessageError(f"{peer}: control message of {length} bytes is over the limit of {self.limit}")
         rest = yield from self._channel.read(length + MAC_BYTES, deadline, what)
         payload, mac = rest[:length], rest[length:]
         if not hmac.compare_digest(mac, hmac.digest(self._receive_key, header + payload, "sha256")):

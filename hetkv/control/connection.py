@@ -16,12 +16,15 @@ from hetkv.control.agreement import Agreement
 from hetkv.control.channel import Channel, Records
 from hetkv.control.description import Bye, Message, Ready, decode, encode
 from hetkv.control.handshake import Keys
-from hetkv.control.reactor import Steps, call, run, shared
+from hetkv.control.payloads import MAX_LATER_BYTES, MESSAGES_SINCE, Later
+from hetkv.control.reactor import Steps, call, run, shared, with_own_descriptor
 from hetkv.control.streams import Streams
 from hetkv.errors import ControlError, ControlTimeoutError, MessageError, PeerLostError
 
 MAX_UNREAD_MESSAGES = 256
 LINGER_S = 1.0
+MAX_POSTED_BYTES = 64 << 20
+"""Of messages that wait until the peer reads."""
 
 
 class DataKeys(NamedTuple):
@@ -56,10 +59,14 @@ class ControlConnection:
         self._sending = threading.Lock()
         self._state = threading.Condition()
         self._unread: deque[Message] = deque()
+        self._posted: deque[bytes] = deque()
+        self._posted_bytes = 0
+        self._on_message: Callable[[Later], None] | None = None
         self._callbacks: list[Callable[[ControlError], None]] = []
         self._lost: ControlError | None = None
         self._failed_send: ControlError | None = None
-        self._closed = False
+        self._closed = self._shutting = False
+        records.limit = MAX_LATER_BYTES
         self._reader = shared().start(self._read(), self._end)
 
     @property
@@ -73,6 +80,26 @@ class ControlConnection:
             with self._state:
                 self._check_open()
             self._write(message, time.monotonic() + self._timeout)
+        self._go_on()
+
+    def on_message(self, callback: Callable[[Later], None]) -> None:
+        """Call `callback` with each message that is no part of the handshake, in the reactor's thread, where it must
+        not wait. What it raises ends the connection. To be set before `Ready` is sent: the peer may say more then."""
+        self._on_message = callback
+
+    def post(self, message: Later) -> None:
+        """Send one message after those before it; returns at once, in any thread. Nothing happens where the connection
+        has ended, and it ends where more than `MAX_POSTED_BYTES` wait because the peer does not read."""
+        data = encode(message)
+        with self._state:
+            if self._closed or self._lost is not None:
+                return
+            self._posted.append(data)
+            self._posted_bytes += len(data)
+            over = self._posted_bytes > MAX_POSTED_BYTES
+        if over:
+            self._fail(ControlTimeoutError(f"{self.peer_address}: the peer does not read control messages"))
+        shared().start(self._write_posted(), lambda *_: None)
 
     def recv(self, timeout: float | None = None) -> Message:
         """Next message; messages that came before a loss are handed out first, then the loss is raised.
@@ -113,15 +140,20 @@ class ControlConnection:
         linger = 0.0 if shared().in_thread() else LINGER_S
         if standing and self._sending.acquire(timeout=linger):
             try:
+                while self._posted:
+                    run(self._records.write(self._next_posted(), time.monotonic() + linger))
                 self._write(Bye(reason[:512]), time.monotonic() + linger)
             except ControlError:
                 pass  # the peer is gone: nothing left to tell it
             finally:
                 self._sending.release()
+        self._shutting = True
         self._channel.wake()
         shared().stop(self._reader)
-        with self._sending:
+        # The reactor's thread must not wait for its own steps: those close the channel, then, as they are woken.
+        if self._sending.acquire(blocking=not shared().in_thread()):
             self._channel.close()
+            self._sending.release()
         self.streams.close()
 
     def __enter__(self) -> ControlConnection:
@@ -141,9 +173,37 @@ class ControlConnection:
         try:
             run(self._records.write(encode(message), deadline))
         except (PeerLostError, ControlTimeoutError) as error:
-            self._failed_send = self._failed_send or error
-            self._channel.wake()
+            self._fail(error)
             raise
+
+    def _fail(self, error: ControlError) -> None:
+        self._failed_send = self._failed_send or error
+        self._channel.wake()
+
+    def _go_on(self) -> None:
+        """Somebody else had the channel while messages were posted."""
+        if self._posted:
+            shared().start(self._write_posted(), lambda *_: None)
+
+    def _next_posted(self) -> bytes:
+        with self._state:
+            data = self._posted.popleft()
+            self._posted_bytes -= len(data)
+        return data
+
+    def _write_posted(self) -> Steps[None]:
+        """What the reactor runs for `post`. Whoever holds the channel meanwhile calls `_go_on` afterwards."""
+        while self._posted and not self._shutting and self._sending.acquire(blocking=False):
+            try:
+                while self._posted and not self._shutting:
+                    yield from with_own_descriptor(self._records.write(self._next_posted(), time.monotonic() + self._timeout))
+            except (PeerLostError, ControlTimeoutError) as error:
+                self._posted.clear()
+                self._fail(error)
+            finally:
+                if self._shutting:
+                    self._channel.close()
+                self._sending.release()
 
     def _read(self) -> Steps[None]:
         """What the reactor runs."""
@@ -168,6 +228,9 @@ class ControlConnection:
         if isinstance(message, Bye):
             why = f": {message.reason}" if message.reason else ""
             raise PeerLostError(f"{self.peer_address}: the peer closed the connection{why}", orderly=True)
+        if isinstance(message, Later) and self.minor >= MESSAGES_SINCE and self._on_message is not None:
+            self._on_message(message)
+            return
         if not isinstance(message, Ready):
             raise MessageError(f"{self.peer_address}: message {type(message).__name__} after the handshake")
         with self._state:

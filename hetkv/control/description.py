@@ -12,6 +12,7 @@ import msgspec
 
 from hetkv.control.handshake import MOST_STREAMS, Role
 from hetkv.control.local import is_local_name
+from hetkv.control.payloads import Later
 from hetkv.errors import InputError, MessageError
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.reshard import check_shard
@@ -202,7 +203,7 @@ class Bye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bye"):
     reason: str = ""
 
 
-Message = Description | Accept | Rejection | Streaming | Ready | Bye
+Message = Description | Accept | Rejection | Streaming | Ready | Bye | Later
 
 _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

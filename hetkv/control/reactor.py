@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
-from hetkv.errors import ControlTimeoutError
+from hetkv.errors import ControlError, ControlTimeoutError, PeerLostError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -57,6 +57,33 @@ def run(steps: Steps[T]) -> T:
     except StopIteration as stop:
         value: T = stop.value
         return value
+
+
+def with_own_descriptor(steps: Steps[T]) -> Steps[T]:
+    """The same steps, waiting at a descriptor of their own, as the reactor has each once: for what writes to a socket
+    that other steps read. Raises `PeerLostError` where there is no descriptor left."""
+    copy = -1
+    try:
+        wait = next(steps)
+        while True:
+            if copy < 0:
+                copy = os.dup(wait.descriptor)
+            try:
+                yield wait._replace(descriptor=copy)
+            except ControlTimeoutError as error:
+                wait = steps.throw(error)
+            else:
+                wait = next(steps)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    except OSError as error:
+        if isinstance(error, ControlError):
+            raise
+        raise PeerLostError(f"no descriptor to write with: {error.strerror}", errno=error.errno) from None
+    finally:
+        if copy >= 0:
+            os.close(copy)
 
 
 class Task:
@@ -184,7 +211,8 @@ class Reactor:
         else:
             task.wait = wait
             if wait.descriptor >= 0:
-                self._selector.register(wait.descriptor, wait.event, task)
+                event = selectors.EVENT_READ if wait.event == select.POLLIN else selectors.EVENT_WRITE
+                self._selector.register(wait.descriptor, event, task)
             if wait.deadline is not None:
                 heapq.heappush(self._late, (wait.deadline, next(self._order), task, wait))
             return

@@ -13,6 +13,7 @@ import numpy as np
 from hetkv.control.secret import SecretFile
 from hetkv.control.tls import TlsConfig
 from hetkv.integrations.engine import Engine, Logits, Sequence
+from hetkv.integrations.first_token import FirstToken
 from hetkv.integrations.names import wire_name
 from hetkv.integrations.sampling import Chosen, Sampling, choose, log_softmax
 from hetkv.transport.config import TransferConfig
@@ -90,8 +91,9 @@ class EngineInstance:
         self.nodes.receiver.connect(Book(source, tuple(addresses)))
 
     def prefill(self, request_id: str, tokens: list[int], sampling: Sampling | None = None) -> Generated:
-        """Compute a prompt and choose its first token; the KV leaves as it is computed. `finish` waits for its end."""
-        start = time.monotonic_ns()
+        """Compute a prompt and choose its first token; the KV leaves as it is computed, and then what goes on with it:
+        the token, its log-probability and the state of the sampling. `finish` waits for the end."""
+        start, sampling = time.monotonic_ns(), sampling or Sampling()
         sequence = self.engine.open(len(tokens))
         try:
             handle = self.nodes.sender.send(
@@ -104,8 +106,9 @@ class EngineInstance:
         try:
             first = choose(
                 sequence.prefill(tokens, lambda layer, start, stop: handle.send_layer(layer, (start, stop))),
-                sampling or Sampling(),
+                sampling,
             )
+            handle.carry(FirstToken(token=first.token, logprob=first.logprob, sampling=sampling.after()).encode())
         except BaseException:
             handle.abort("the prefill failed")
             raise
@@ -130,6 +133,7 @@ class EngineInstance:
                 len(tokens),
                 src_instance=source,
                 content=content_digest(tokens),
+                payload=True,
             )
         except BaseException:
             sequence.close()
@@ -139,19 +143,19 @@ class EngineInstance:
     def decode(
         self,
         request_id: str,
-        first: tuple[int, float],
         max_new_tokens: int,
-        sampling: Sampling | None = None,
         distributions: int = 0,
         timeout: float = WAIT_S,
     ) -> Generated:
-        """Go on with an accepted request after its first token, once its KV is there. Raises what ended it."""
+        """Go on with an accepted request once its KV is there, after the first token that the prefill instance chose,
+        with its sampling. Raises what ended the request."""
         sequence, handle, tokens = self._incoming.pop(request_id)
         start = time.monotonic_ns()
         try:
             handle.wait(timeout)
             sequence.adopt(len(tokens))
-            return self._go_on(sequence, Chosen(*first), max_new_tokens, sampling or Sampling(), start, distributions)
+            first = FirstToken.decode(handle.payload(timeout))
+            return self._go_on(sequence, first.chosen, max_new_tokens, first.sampling, start, distributions)
         finally:
             sequence.close()
 
@@ -165,7 +169,7 @@ class EngineInstance:
         try:
             logits = sequence.prefill(tokens, lambda *_: None)
             made = self._go_on(
-                sequence, choose(logits, sampling), max_new_tokens, sampling, start, distributions, logits
+                sequence, choose(logits, sampling), max_new_tokens, sampling.after(), start, distributions, logits
             )
         finally:
             sequence.close()
@@ -189,16 +193,16 @@ class EngineInstance:
         distributions: int,
         logits: Logits | None = None,
     ) -> Generated:
-        """`count` tokens in all. `distributions`: of how many of them the log-probabilities are kept; `logits`: those
-        that `first` was chosen from, where this engine made them."""
+        """`count` tokens in all, those after `first` by `sampling`. `distributions`: of how many of them the
+        log-probabilities are kept; `logits`: those that `first` was chosen from, where this engine made them."""
         chosen, kept = [first], [None if logits is None else _logprobs(logits)]
         first_ns = time.monotonic_ns()
         while len(chosen) < count:
-            sampling = sampling.after()
             logits = sequence.step(chosen[-1].token)
             if len(kept) < distributions:
                 kept.append(_logprobs(logits))
             chosen.append(choose(logits, sampling))
+            sampling = sampling.after()
         return Generated(
             tokens=[at.token for at in chosen],
             logprobs=[at.logprob for at in chosen],

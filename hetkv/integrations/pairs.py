@@ -152,7 +152,6 @@ class Pairs:
         decoded: Generated = destination.call(
             "decode",
             request_id=name,
-            first=(first.tokens[0], first.logprobs[0]),
             max_new_tokens=self._tokens,
             distributions=self._distributions,
         )

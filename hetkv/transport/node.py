@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
@@ -27,6 +27,7 @@ from hetkv.transport.device import device_of
 from hetkv.transport.handle import Handle, RequestId
 from hetkv.transport.instance import Instance, connect_instance
 from hetkv.transport.link_plan import link_plans
+from hetkv.transport.notifications import Notifications, Talking
 from hetkv.transport.peer import Peer, Peers
 from hetkv.transport.ranks import instance_shards_of
 from hetkv.transport.requests import Requests
@@ -50,7 +51,7 @@ LOOK_S = 0.001
 """Requests of one step look once whether the pool's memory is still there."""
 
 
-class Node(ABC, Generic[P]):
+class Node(Talking, Generic[P]):
     """One rank's end of the transport: a pool, an engine with its progress thread, and links to peers.
 
     The pool must outlive the node. Either side may listen or connect. `close` (or `with`) ends everything; a node that
@@ -109,16 +110,15 @@ class Node(ABC, Generic[P]):
             raise InputError("window='device' needs a pool on a device")
         self._lock = threading.Lock()
         self._peers = Peers()
+        self._notifications = Notifications()
         self.layers = tuple(pool.layers)
         self.group_of = {layer: pool.spec.group_of(layer) for layer in self.layers}
         self._listeners: list[Listener] = []
         self._closed = False
         on_device = self.device is not None
         config_of_engine = self._engine_config(on_device)
-        last = max(self.layers, default=-1)
-        config_of_engine.layer_groups = [self.group_of.get(layer, -1) for layer in range(last + 1)]
+        config_of_engine.layer_groups = [self.group_of.get(at, -1) for at in range(max(self.layers, default=-1) + 1)]
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
-        ciphers = available_ciphers(self.config.encrypt)
         self.requests: Requests[P] = Requests(self.engine)
         lifetime.starting.add(self)
         try:
@@ -141,7 +141,7 @@ class Node(ABC, Generic[P]):
                 instance_shards=shards,
                 device=self.device.backend if self.device else "cpu",
                 fingerprint=dict(fingerprint or {}),
-                ciphers=ciphers,
+                ciphers=available_ciphers(self.config.encrypt),
                 encrypt=self.config.encrypt,
                 codecs=() if self.config.codec == "none" else (self.config.codec,),
             )
@@ -328,6 +328,7 @@ class Node(ABC, Generic[P]):
             peer = Peer(connection, link, plans, agreement, codec)
             try:
                 self._register(peer)
+                connection.on_message(lambda message: self._on_message(peer, message))
                 connection.send(Ready())
                 connection.recv(self.config.handshake_timeout_s)
             except HetkvError as error:
@@ -359,8 +360,7 @@ class Node(ABC, Generic[P]):
             return False
         theirs = connection.peer
         here = connection.streams.kind == "unix" or theirs.host == self.description.host
-        near = here and theirs.device == self.device.backend
-        return near or self.config.window == "device"
+        return (here and theirs.device == self.device.backend) or self.config.window == "device"
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
         """The peer's process ended or closed, so it no longer touches this side's memory."""
@@ -380,6 +380,7 @@ class Node(ABC, Generic[P]):
     def _forget(self, peer: Peer) -> None:
         peer.connection.close(str(peer.lost or ""))
         self._peers.pop(peer.link)
+        self._notifications.forget(peer)
 
     @abstractmethod
     def _retire(self, peer: Peer) -> None:

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from hetkv.errors import InputError, PeerLostError, UnsupportedError
+from hetkv.control.payloads import Ask, Payload
+from hetkv.errors import HetkvError, InputError, MessageError, PeerLostError, UnsupportedError
 from hetkv.kv.scale import FLOAT32_BYTES
 from hetkv.transport.arrivals import Arrivals
 from hetkv.transport.blocks import BlockIds, integers, milliseconds, per_group
@@ -20,6 +21,8 @@ from hetkv.transport.content import check_content
 from hetkv.transport.handle import Handle, RequestId, in_time, making, request_key, timed_out
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import Node
+from hetkv.transport.notifications import check_messages
+from hetkv.transport.payloads import Awaited, AwaitedPayloads
 from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class RecvHandle(Handle):
     """A request that this side receives. Complete when every layer is verified and in the pool."""
 
     _arrivals: Arrivals | None = None
+    awaited: Awaited | None = None
+    """The payload, where it was asked for."""
 
     @property
     def layers(self) -> Mapping[int, Future[None]]:
@@ -83,6 +88,19 @@ class RecvHandle(Handle):
         if not self.outcome.arrived(layer) and (error := self.error) is not None:
             raise error
 
+    def payload(self, timeout: float | None = None) -> bytes:
+        """What the sender's request carries besides KV (`SendHandle.carry`), with `receive(payload=True)`: waits for
+        it, at most until the request's lease is over.
+
+        Raises the request's error where it failed; `PeerLostError`, `LeaseExpiredError`; `WaitTimeoutError` after
+        `timeout` seconds; `InputError` where the payload was not asked for.
+        """
+        if self.awaited is None:
+            raise InputError(f"request {self.request_id!r}: its payload was not asked for: receive(..., payload=True)")
+        self.watch("end")  # its failure wakes who waits
+        found: bytes = self._node.payloads.wait(self.awaited, self, timeout)
+        return found
+
     def _stream_waits(self, stream: Any, layer: int) -> None:
         device = self._node.device
         if device is None:
@@ -90,6 +108,8 @@ class RecvHandle(Handle):
         self._node.engine.wait_stream(self.outcome, layer, device.stream(stream))
 
     def on_event(self, kind: _core._EventKind, layer: int) -> None:
+        if self.awaited is not None:
+            self._node.payloads.look()
         if self._arrivals is not None:
             if kind == "layer":
                 self._arrivals.arrive(layer)
@@ -103,9 +123,13 @@ class Receiver(Node[RecvHandle]):
 
     role = "receiver"
 
+    payloads: AwaitedPayloads
+    """Those that were asked for."""
+
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         from hetkv.core import core
 
+        self.payloads = AwaitedPayloads()
         if self.config.verify == "pool":
             config.verify_bytes = config.slot_bytes * most_growth(self.pool)
         return core.Receiver(config, device)
@@ -120,6 +144,7 @@ class Receiver(Node[RecvHandle]):
         src_instance: str | None = None,
         lease_s: float | None = None,
         content: bytes | None = None,
+        payload: bool = False,
     ) -> RecvHandle:
         """Ask for a request's KV: give its senders a ticket. Returns at once.
 
@@ -131,6 +156,9 @@ class Receiver(Node[RecvHandle]):
         `content` (see `content_digest`) must be that of the sender's request: otherwise, also where only one side names
         one, nothing is sent and the request fails on both sides with `ContentError`. A source whose version has no
         contents raises `UnsupportedError`.
+
+        `payload`: also ask for what the sender's request of this content carries besides KV: see `RecvHandle.payload`.
+        A source whose version has no payloads raises `UnsupportedError`.
         """
         key, digest = request_key(request_id), check_content(content)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
@@ -146,12 +174,18 @@ class Receiver(Node[RecvHandle]):
         for peer in sources if digest is not None else ():
             if peer.minor < CONTENT_SINCE:
                 raise UnsupportedError(f"{peer.name} speaks version 1.{peer.minor}, which does not compare contents")
+        carrier = min(sources, key=lambda peer: peer.rank)
+        if payload:
+            check_messages(carrier, "payloads")
         lease_ms = milliseconds("lease_s", self.config.lease_s if lease_s is None else lease_s)
 
         def make() -> RecvHandle:
             return RecvHandle(request_id, self, self.engine.receive(key, want, blocks, links, lease_ms, digest))
 
-        return self._submit(request_id, make)
+        handle = self._submit(request_id, make)
+        if payload:
+            handle.awaited = self.payloads.ask(carrier, key, digest or b"", lease_ms / 1000)
+        return handle
 
     def _sources(self, src_instance: str | None) -> tuple[list[Peer], list[int]]:
         """Every rank of the source instance that holds something this rank holds too, and their links."""
@@ -184,6 +218,23 @@ class Receiver(Node[RecvHandle]):
         if missing:
             raise PeerLostError(f"ranks {missing} of instance {some.instance!r} are not connected")
         return list(chosen.values())
+
+    def _on_payload(self, peer: Peer, message: Ask | Payload) -> None:
+        if not isinstance(message, Payload):
+            raise MessageError(f"{peer.address}: a sender asks for a payload")
+        self.payloads.take(peer, message)
+
+    def _on_link_event(self, kind: _core._EventKind, link: int, error: HetkvError | None) -> None:
+        super()._on_link_event(kind, link, error)
+        self.payloads.look()
+
+    def _forget(self, peer: Peer) -> None:
+        super()._forget(peer)
+        self.payloads.look()
+
+    def close(self) -> None:
+        self.payloads.end()
+        super().close()
 
     def _retire(self, peer: Peer) -> None:
         self.engine.retire_link(peer.link)

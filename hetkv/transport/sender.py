@@ -11,12 +11,13 @@ for layer in range(num_layers):
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
-from hetkv.errors import InputError
+from hetkv.control.payloads import Ask, Payload, as_payload
+from hetkv.errors import InputError, MessageError
 from hetkv.kv.spec import Interval
 from hetkv.transport.batch import SendBatch
 from hetkv.transport.blocks import BlockIds, block_array, milliseconds, per_group
@@ -32,6 +33,7 @@ from hetkv.transport.handle import (
 )
 from hetkv.transport.link_plan import wanted
 from hetkv.transport.node import Node
+from hetkv.transport.payloads import OfferedPayloads
 from hetkv.transport.peer import Peer
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class SendHandle(Handle):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
     _packed: Future[None] | None = None
+    _carries: Callable[[bytes], None] | None
 
     def __init__(
         self,
@@ -60,8 +63,10 @@ class SendHandle(Handle):
         outcome: _core.Outcome,
         tokens: list[Interval],
         blocks: list[array[int]],
+        carries: Callable[[bytes], None],
     ) -> None:
         super().__init__(request_id, sender, outcome)
+        self._carries = carries
         self.sender = sender
         self._pool, self._device, self._engine = sender.pool, sender.device, sender.engine
         self._tokens, self._blocks = tokens, blocks
@@ -145,6 +150,21 @@ class SendHandle(Handle):
             raise InputError(f"tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks")
         return start, stop
 
+    def carry(self, payload: bytes | bytearray | memoryview) -> None:
+        """Give the receivers up to 64 KiB besides the KV, once, when it is known: the first token, say, after the last
+        layer was sent, also where the request is complete by then. Returns at once.
+
+        Receivers that asked for it get it (`RecvHandle.payload`); it is kept for them for `hold_s` seconds. A receiver
+        of several ranks' KV asks the lowest of them, so every rank should give the same. Raises `InputError` for more
+        than 64 KiB and for a second one.
+        """
+        data = as_payload(payload)
+        with making:
+            carries, self._carries = self._carries, None
+        if carries is None:
+            raise InputError(f"request {self.request_id!r} carries a payload already")
+        carries(data)
+
     def extend(self, block_ids: Any, group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
         if group not in self._pool.cache_groups:
@@ -187,9 +207,12 @@ class Sender(Node[SendHandle]):
 
     role = "sender"
 
+    _payloads: OfferedPayloads
+
     def _make_engine(self, config: _core.EngineConfig, device: _core.Device | None) -> Any:
         from hetkv.core import core
 
+        self._payloads = OfferedPayloads()
         return core.Sender(config, device)
 
     def send(
@@ -201,6 +224,7 @@ class Sender(Node[SendHandle]):
         hold_s: float | None = None,
         content: bytes | None = None,
         priority: int = 0,
+        payload: bytes | bytearray | memoryview | None = None,
     ) -> SendHandle:
         """Announce a request of `num_tokens` tokens (of each cache group) in these blocks; returns at once.
 
@@ -217,8 +241,11 @@ class Sender(Node[SendHandle]):
         same link, whenever it came. Among equals the requests that came first end first, and small ones do not wait
         for large ones. Links share staging buffers, slots and the copy engine evenly, whatever their priorities. A link
         that always has requests of a lower number moves no others, which fail when their lease is over.
+
+        `payload`: what `SendHandle.carry` takes, where it is known already.
         """
         key, digest = request_key(request_id), check_content(content)
+        first = None if payload is None else as_payload(payload)
         check_priority(priority)
         tokens, blocks = per_group(self.pool.spec, num_tokens, block_ids)
         spans = wanted(self.description, tokens, [0] * len(tokens))
@@ -229,9 +256,16 @@ class Sender(Node[SendHandle]):
 
         def make() -> SendHandle:
             outcome = self.engine.submit(key, spans, blocks, hold_ms, digest, priority)
-            return SendHandle(request_id, self, outcome, spans, blocks)
+            self._payloads.begin(key)
+            return SendHandle(request_id, self, outcome, spans, blocks, carries)
 
-        return self._submit(request_id, make)
+        def carries(data: bytes) -> None:
+            self._payloads.give(key, digest or b"", data, hold_ms / 1000)
+
+        handle = self._submit(request_id, make)
+        if first is not None:
+            handle.carry(first)
+        return handle
 
     def batch(self, items: Iterable[SendHandle | tuple[SendHandle, tuple[int, int] | None]]) -> SendBatch:
         """Requests of this sender that one step computes together, each with the tokens that it computes (all of them
@@ -251,6 +285,15 @@ class Sender(Node[SendHandle]):
         """How payloads get to a peer, once it has granted a slot: see `Path`."""
         engine: _core.Sender = self.engine
         return engine.path(peer.link)
+
+    def _on_payload(self, peer: Peer, message: Ask | Payload) -> None:
+        if not isinstance(message, Ask):
+            raise MessageError(f"{peer.address}: a payload from a receiver")
+        self._payloads.ask(peer, message)
+
+    def _forget(self, peer: Peer) -> None:
+        super()._forget(peer)
+        self._payloads.forget(peer)
 
     def _retire(self, peer: Peer) -> None:
         pass  # a receiver that ended leaves nothing to retire here

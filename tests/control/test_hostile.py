@@ -18,6 +18,7 @@ from hetkv.control.connection import MAX_UNREAD_MESSAGES
 from hetkv.control.description import Accept, Ready, Rejection, decode, encode
 from hetkv.control.establish import connect
 from hetkv.control.handshake import MAJOR, MINOR, WRONG_SECRET, Hello, authenticate
+from hetkv.control.payloads import MAX_LATER_BYTES, MAX_PAYLOAD_BYTES, Notice
 from hetkv.control.reactor import run
 from hetkv.errors import (
     AuthenticationError,
@@ -234,10 +235,10 @@ def test_a_repeated_record_closes():
 
 def test_an_oversized_record_is_rejected_before_it_is_read():
     with linked() as (client, peer):
-        run(client._channel.write(struct.pack("<IIQ", MAX_MESSAGE_BYTES + 1, 0, 2), time.monotonic() + 5))
+        run(client._channel.write(struct.pack("<IIQ", MAX_LATER_BYTES + 1, 0, 2), time.monotonic() + 5))
         lost = loss_of(peer)
         assert isinstance(lost, MessageError)
-        assert f"{MAX_MESSAGE_BYTES + 1} bytes is over the limit of {MAX_MESSAGE_BYTES}" in str(lost)
+        assert f"{MAX_LATER_BYTES + 1} bytes is over the limit of {MAX_LATER_BYTES}" in str(lost)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +251,14 @@ def test_an_oversized_record_is_rejected_before_it_is_read():
         (b"", "malformed"),
         (b"\xc1", "malformed"),
         (encode(Accept()), "message Accept after the handshake"),
+        (encode(Notice(b"")), "message Notice after the handshake"),  # nobody is there to take it
+        (msgspec.msgpack.encode({"type": "notice", "data": bytes(MAX_PAYLOAD_BYTES + 1)}), "data has 65537 bytes"),
+        (msgspec.msgpack.encode({"type": "notice", "data": "text"}), "data"),
+        (msgspec.msgpack.encode({"type": "payload", "request": bytes(15), "data": b""}), "request has 15 bytes"),
+        (msgspec.msgpack.encode({"type": "payload", "request": bytes(16)}), "missing required field `data`"),
+        (msgspec.msgpack.encode({"type": "ask", "request": bytes(16), "content": b"x"}), "content has 1 bytes"),
+        (msgspec.msgpack.encode({"type": "taken", "count": 0}), "0 notifications"),
+        (msgspec.msgpack.encode({"type": "taken", "count": 257}), "257 notifications"),
     ],
 )
 def test_a_message_that_cannot_be_is_named(payload, text):

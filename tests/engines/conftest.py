@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from tests.integrations.checkpoints import llama
 
 ROOM = {"capacity": 1024, "slots": 2}
 """Options of all engines."""
+SECRET = b"shared by the right and the wrong ones"
 HEADS = {"gqa": (4, 2), "mha": (2, 2)}
 """Query heads and KV heads of the checkpoints."""
 
@@ -40,11 +42,36 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: llama(folder / name, heads=heads, kv_heads=kv) for name, (heads, kv) in HEADS.items()}
 
 
+class Running:
+    """All engines with one of the checkpoints at a time, in float32: started once for all tests that use them."""
+
+    def __init__(self, checkpoints: Mapping[str, Path], sides: Mapping[str, Side]) -> None:
+        self._checkpoints, self._sides = checkpoints, sides
+        self._name, self._stack = "", ExitStack()
+        self._processes: dict[str, EngineProcess] = {}
+
+    def of(self, name: str) -> dict[str, EngineProcess]:
+        """Those of a checkpoint; others end."""
+        if name != self._name:
+            self.close()
+            pairs = [(side, side) for side in self._sides]
+            self._processes = self._stack.enter_context(
+                engines(str(self._checkpoints[name]), self._sides, pairs, ROOM, SECRET)
+            )
+            self._name = name
+        return self._processes
+
+    def close(self) -> None:
+        self._name = ""
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def running(checkpoints: dict[str, Path], sides: Mapping[str, Side]) -> Iterator[Running]:
+    with closing(Running(checkpoints, sides)) as started:
+        yield started
+
+
 @pytest.fixture(scope="module", params=["gqa", pytest.param("mha", marks=pytest.mark.slow)])
-def processes(
-    request: pytest.FixtureRequest, checkpoints: dict[str, Path], sides: Mapping[str, Side]
-) -> Iterator[dict[str, EngineProcess]]:
-    """All engines with one of the checkpoints, in float32."""
-    pairs = [(name, name) for name in sides]
-    with engines(str(checkpoints[request.param]), sides, pairs, ROOM) as running:
-        yield running
+def processes(request: pytest.FixtureRequest, running: Running) -> dict[str, EngineProcess]:
+    return running.of(request.param)

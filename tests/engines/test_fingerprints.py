@@ -6,15 +6,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hetkv.errors import IncompatibleError
 from hetkv.integrations.pairs import Side, engines
-from tests.engines.conftest import HEADS, ROOM, installed
+from hetkv.integrations.process import EngineProcess
+from tests.engines.conftest import HEADS, ROOM, SECRET, Running, installed
 from tests.integrations.checkpoints import llama, with_config, with_vocabulary
 
 ENGINES = list(installed())
-SECRET = b"shared by the right and the wrong ones"
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +36,30 @@ def others(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_another_model(
-    checkpoints: dict[str, Path],
+    running: Running,
     others: dict[str, Path],
     sides: Mapping[str, Side],
     engine: str,
     fields: tuple[str, ...],
 ) -> None:
     """An engine with each of them, as the side that connects and as the side that listens."""
-    right = "reference" if engine != "reference" else "transformers"
-    with engines(str(checkpoints["gqa"]), sides, [(right, right)], ROOM, SECRET) as running:
-        address = running[right].call("listen")
-        for field in fields:
-            other = others[field]
-            with engines(str(other), sides, [(engine, engine)], ROOM, SECRET) as wrong:
-                for connecting, listening, at in (
-                    (wrong[engine], running[right], address),
-                    (running[right], wrong[engine], wrong[engine].call("listen")),
-                ):
-                    with pytest.raises(IncompatibleError) as error:
-                        connecting.call("connect", source=listening.start.instance, addresses=[at])
-                    assert error.value.field == f"fingerprint.{field}"
-                    until_warned(listening, f"fingerprint.{field}")
+    right = running.of("gqa")["reference" if engine != "reference" else "transformers"]
+    address = right.call("listen")
+    for field in fields:
+        named = {f"wrong-{field}": msgspec.structs.replace(sides[engine], engine=engine)}
+        with engines(str(others[field]), named, [(name, name) for name in named], ROOM, SECRET) as started:
+            (wrong,) = started.values()
+            for connecting, listening, at in ((wrong, right, address), (right, wrong, wrong.call("listen"))):
+                before = warnings_of(listening, f"fingerprint.{field}")
+                with pytest.raises(IncompatibleError) as error:
+                    connecting.call("connect", source=listening.start.instance, addresses=[at])
+                assert error.value.field == f"fingerprint.{field}"
+                deadline = time.monotonic() + 30
+                while warnings_of(listening, f"fingerprint.{field}") == before:
+                    assert time.monotonic() < deadline, "the side that listens did not warn"
+                    time.sleep(0.05)
 
 
-def until_warned(process: object, text: str) -> None:
-    """Wait until a process has logged it."""
-    deadline = time.monotonic() + 30
-    while not any(text in line for line in process.call("warned")):  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline, f"no warning with {text}"
-        time.sleep(0.05)
+def warnings_of(process: EngineProcess, text: str) -> int:
+    """How many warnings with this text a process has logged."""
+    return sum(text in line for line in process.call("warned"))

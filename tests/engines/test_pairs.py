@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 
@@ -15,7 +15,7 @@ from tests.engines.conftest import installed
 NEW_TOKENS = 64
 LENGTHS = (5, 6, 7, 9, 13, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 90, 127, 129, 256, 800)
 """Tokens of the prompts; at the edges of blocks, of chunks and of MLX's steps among them."""
-FEW = (5, 16, 33, 129, 800)
+FEW = (5, 33, 800)
 """Of those, for the run in CI."""
 ENGINES = list(installed())
 
@@ -27,7 +27,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def pairs(processes: dict[str, EngineProcess]) -> Iterator[Pairs]:
+def pairs(processes: dict[str, EngineProcess]) -> Pairs:
     return Pairs(processes, NEW_TOKENS, distributions=1)
 
 
@@ -38,7 +38,7 @@ def test_tokens(pairs: Pairs, prompts: list[list[int]], prefill: str, decode: st
     """Prompts of 5 to 800 tokens x 64 tokens, float32, half of them in each of the two ways to meet."""
     chosen = [prompt for prompt in prompts if len(prompt) in lengths]
     assert len(chosen) == len(lengths)
-    half = len(chosen) // 2
+    half = (len(chosen) + 1) // 2
     for mode, some in (("concurrent", chosen[:half]), ("prefill_first", chosen[half:])):
         result = pairs.run(prefill, decode, some, mode)  # type: ignore[arg-type]
         different = {r.prompt_tokens: r.first_difference for r in result.requests if r.first_difference is not None}
@@ -60,8 +60,8 @@ def test_another_prompt_is_rejected(processes: Mapping[str, EngineProcess], pair
         source, destination = processes[name], processes[other]
         accept = {"source": name, "tokens": [5, 4, 3, 2], "max_new_tokens": 4}
         destination.call("accept", request_id=f"{name}-mixed-up", **accept)
-        first = source.call("prefill", request_id=f"{name}-mixed-up", tokens=[3, 4, 5, 6])
+        source.call("prefill", request_id=f"{name}-mixed-up", tokens=[3, 4, 5, 6])
         with pytest.raises(ContentError):
-            destination.call("decode", request_id=f"{name}-mixed-up", first=(first.tokens[0], 0.0), max_new_tokens=4)
+            destination.call("decode", request_id=f"{name}-mixed-up", max_new_tokens=4)
         with pytest.raises(ContentError):
             source.call("finish", request_id=f"{name}-mixed-up")

@@ -62,8 +62,8 @@ def test_pairs(instances: dict[str, EngineInstance], prefill: str, decode: str, 
         prompt = PROMPT[:length]
         alone = destination.generate(prompt, TOKENS, sampling)
         destination.accept("request", prefill, prompt, TOKENS)
-        first = source.prefill("request", prompt, sampling)
-        made = destination.decode("request", (first.tokens[0], first.logprobs[0]), TOKENS, sampling, distributions=3)
+        source.prefill("request", prompt, sampling)
+        made = destination.decode("request", TOKENS, distributions=3)
         source.finish("request")
         assert made.tokens == alone.tokens
         assert made.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
@@ -154,8 +154,8 @@ def test_devices(checkpoint: Path, instances: dict[str, EngineInstance]) -> None
             destination.connect("cuda", [first.listen()])
             alone = destination.generate(PROMPT, TOKENS)
             destination.accept("request", "cuda", PROMPT, TOKENS)
-            token = first.prefill("request", PROMPT)
-            made = destination.decode("request", (token.tokens[0], token.logprobs[0]), TOKENS)
+            first.prefill("request", PROMPT)
+            made = destination.decode("request", TOKENS)
             first.finish("request")
             assert made.tokens == alone.tokens
     finally:

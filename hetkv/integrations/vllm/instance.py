@@ -37,6 +37,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from hetkv.errors import HetkvError, InputError, WaitTimeoutError
+from hetkv.integrations.first_token import FirstToken
 from hetkv.integrations.instance import WAIT_S, Generated
 from hetkv.integrations.sampling import Sampling
 from hetkv.integrations.vllm.worker import WorkerSide
@@ -134,8 +135,11 @@ class VllmInstance:
         while name not in self._outputs:
             self._step()
             handle = handle or self._outgoing(name)
-        self._sent[request_id] = handle or self._outgoing(name)
-        return self._generated(name, start, 0)
+        self._sent[request_id] = handle = handle or self._outgoing(name)
+        made = self._generated(name, start, 0)
+        if handle is not None:
+            handle.carry(FirstToken(token=made.tokens[0], logprob=made.logprobs[0]).encode())
+        return made
 
     def finish(self, request_id: str, timeout: float = WAIT_S) -> None:
         """Wait until a prefilled request has been received, and give its room back. Raises what ended it."""
@@ -162,15 +166,12 @@ class VllmInstance:
     def decode(
         self,
         request_id: str,
-        first: tuple[int, float],
         max_new_tokens: int,
-        sampling: Sampling | None = None,
         distributions: int = 0,
         timeout: float = WAIT_S,
     ) -> Generated:
-        """Go on with an accepted request once its KV is there. Raises what ended it. Greedy, as `accept` began it."""
-        if sampling is not None and sampling.temperature > 0:
-            raise InputError("vLLM's sampling is its own: this instance decodes greedily")
+        """Go on with an accepted request once its KV is there. Raises what ended it. Greedy, as `accept` began it,
+        whatever the prefill instance's sampling is."""
         start = time.monotonic_ns()
         name, handle, count = self._accepted.pop(request_id)
         if max_new_tokens != count:
