@@ -196,7 +196,8 @@ class ControlConnection:
         while self._posted and not self._shutting and self._sending.acquire(blocking=False):
             try:
                 while self._posted and not self._shutting:
-                    yield from with_own_descriptor(self._records.write(self._next_posted(), time.monotonic() + self._timeout))
+                    deadline = time.monotonic() + self._timeout
+                    yield from with_own_descriptor(self._records.write(self._next_posted(), deadline))
             except (PeerLostError, ControlTimeoutError) as error:
                 self._posted.clear()
                 self._fail(error)
