@@ -225,7 +225,7 @@ def test_a_program_that_takes_no_notifications(pair: Pair) -> None:
 
 
 def test_peer_of_the_last_minor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 2.5 has neither: who needs them is heard so, all else goes on."""
+    """Version 2.5 has neither: an error says so to who needs them, all else goes on."""
     monkeypatch.setattr(handshake, "MINOR", 5)
     with connected([KVPool.allocate(SPEC, 12)], [KVPool.allocate(SPEC, 12)]) as ([sender], [receiver]):
         with pytest.raises(UnsupportedError, match=r"p0/0 speaks version 2\.5, which has no payloads"):

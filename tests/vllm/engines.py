@@ -228,6 +228,15 @@ class Core:
         else:
             del receiver.connect
 
+    def connector(self, method: str) -> None:
+        """Call one of the connector's methods at its worker, as vLLM's worker does."""
+        getattr(get_kv_transfer_group(), method)()
+
+    def links(self) -> int:
+        """How many peers the worker is linked to."""
+        worker = get_kv_transfer_group()._worker
+        return sum(len(node.peers) for node in (worker._sender, worker._receiver) if node is not None)
+
     def resources(self) -> list[int]:
         """Threads and open descriptors of this process."""
         return [len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]

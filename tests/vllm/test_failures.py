@@ -118,6 +118,38 @@ def test_inside_a_multi_connector(model: str) -> None:
     engine.kill()
 
 
+DRAFT = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
+
+def test_what_is_not_served(model: str) -> None:
+    """Where no command line says it the engine's start does, by name."""
+    engine = Engine(model, "kv_producer", 32, speculative_config=DRAFT)
+    assert engine.error is not None
+    assert "speculative decoding has not been shown" in engine.error
+    engine.kill()
+
+
+@pytest.mark.parametrize("who", ["producer", "consumer"])
+def test_caches_that_go_and_come_back(model: str, who: str) -> None:
+    """What vLLM 0.33 calls around sleep: nothing is linked meanwhile, and transfers go on afterwards."""
+    pair = Pair(producer_of(model), consumer_of(model, "fail"))
+    side = pair.producer if who == "producer" else pair.consumer
+    first, second = prompt_of(300, 6), prompt_of(300, 7)
+    alone = [pair.consumer.run(prompt, TOKENS).tokens for prompt in (first, second)]
+    assert pair.consumer.call("reset_prefix_cache")
+    assert pair.prefill_first(first, TOKENS).tokens == alone[0]
+    pair.settled()
+    for _ in range(2):
+        side.call("connector", "unregister_kv_caches")
+    other = pair.consumer if who == "producer" else pair.producer
+    until(lambda: other.call("links") == 0)
+    for _ in range(2):
+        side.call("connector", "restore_kv_caches")
+    assert pair.prefill_first(second, TOKENS).tokens == alone[1]
+    pair.settled()
+    pair.close()
+
+
 def test_a_failed_load_keeps_what_was_held(model: str) -> None:
     """With one cache group failures are reported by block, so the consumer's own prefix stays."""
     short = {**OPTIONS, "extra": {"transfer": {"lease_s": 2.0}}}

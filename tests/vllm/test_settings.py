@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from hetkv.errors import BuildError, InputError
 from hetkv.integrations.vllm import HetKVConnector
+from hetkv.integrations.vllm.limits import PARALLEL, check_config
 from hetkv.integrations.vllm.metrics import COUNTED, OBSERVED, HetKVPromMetrics, HetKVStats
 from hetkv.integrations.vllm.params import consume, produce
 from hetkv.integrations.vllm.preflight import check_command_line
@@ -183,6 +185,40 @@ def test_multi_connector_is_rejected_by_name() -> None:
     with pytest.raises(InputError, match="HetKVConnector inside MultiConnector"):
         check_command_line(line({"connectors": children}, connector="MultiConnector"))
     check_command_line(line({"connectors": children[1:]}, connector="MultiConnector"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pipeline-parallel-size", "2"], "pipeline_parallel_size is 2"),
+        (["-pp=2"], "pipeline_parallel_size is 2"),
+        (["--data_parallel_size=4"], "data_parallel_size is 4"),
+        (["-dcp", "2"], "decode_context_parallel_size is 2"),
+        (["--speculative-config", "{}"], "speculative decoding"),
+    ],
+)
+def test_what_is_not_served_is_rejected_by_name(arguments: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_command_line(line() + arguments)
+    check_command_line(arguments)  # without this connector
+    check_command_line([*line(), "-pp", "1", "-dp", "x"])
+
+
+def test_a_configuration_that_is_not_served_is_rejected_by_name() -> None:
+    def config(speculative: Any = None, sleep: bool = False, **sizes: int) -> Any:
+        parallel = SimpleNamespace(**{**dict.fromkeys(PARALLEL, 1), **sizes})
+        model = SimpleNamespace(enable_sleep_mode=sleep)
+        return SimpleNamespace(parallel_config=parallel, speculative_config=speculative, model_config=model)
+
+    check_config(config(), sleeps=False)
+    check_config(config(sleep=True), sleeps=True)
+    for field in PARALLEL:
+        with pytest.raises(InputError, match=f"{field} is 2: this connector takes 1"):
+            check_config(config(**{field: 2}), sleeps=True)
+    with pytest.raises(InputError, match="speculative decoding"):
+        check_config(config(speculative=object()), sleeps=True)
+    with pytest.raises(InputError, match=r"sleep mode needs vLLM 0\.33"):
+        check_config(config(sleep=True), sleeps=False)
 
 
 def test_server_with_a_wrong_secret_ends_at_once(models: Path, tmp_path: Path) -> None:

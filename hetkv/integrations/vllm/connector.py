@@ -19,6 +19,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from hetkv.errors import InputError
 from hetkv.integrations.vllm.content import check_hashes
+from hetkv.integrations.vllm.limits import check_config
 from hetkv.integrations.vllm.metadata import Blocks, Metadata, WorkerAddress
 from hetkv.integrations.vllm.metrics import HetKVPromMetrics, HetKVStats
 from hetkv.integrations.vllm.preflight import MULTI, NOT_IN_MULTI
@@ -28,7 +29,7 @@ from hetkv.integrations.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -48,6 +49,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
         settings = Settings.parse(transfer.kv_connector_extra_config)
+        check_config(vllm_config, sleeps=hasattr(KVConnectorBase_V1, "supports_sleep_mode"))
         check_hashes(vllm_config)
         running = get_current_vllm_config_or_none()
         outer = running.kv_transfer_config if running is not None else None
@@ -85,6 +87,10 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         settings = Settings.parse(extra_config)
         settings.secret()  # vLLM asks this before it loads a model: it does not matter where that is read
         return settings.layerwise
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        return True  # from vLLM 0.33 on, which then calls `unregister_kv_caches` and `restore_kv_caches`
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> HetKVStats:
@@ -133,6 +139,12 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._at_worker.register(kv_caches)
+
+    def unregister_kv_caches(self) -> None:
+        self._at_worker.unregister()
+
+    def restore_kv_caches(self) -> None:
+        self._at_worker.restore()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
         return WorkerAddress(self._at_worker.address)

@@ -24,7 +24,6 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from hetkv.engines import VLLM_CONNECTOR
 from hetkv.errors import InputError
 from hetkv.kv.dtypes import DType
 from hetkv.kv.layer import LayerMemory
@@ -83,13 +82,6 @@ class Caches(NamedTuple):
 def caches(config: VllmConfig, cache_config: KVCacheConfig, tensors: Mapping[str, torch.Tensor]) -> Caches:
     """Describe a worker's KV caches. Raises `InputError` that names the layer and what cannot be served."""
     parallel = config.parallel_config
-    for field, most in (
-        ("pipeline_parallel_size", VLLM_CONNECTOR.pp),
-        ("decode_context_parallel_size", 1),
-        ("prefill_context_parallel_size", 1),
-    ):
-        if getattr(parallel, field) > most:
-            raise InputError(f"{field} is {getattr(parallel, field)}: this connector takes {most}")
     layers = own_layers(config, cache_config, tensors)
     if not layers:
         raise InputError("the model has no KV cache that can be transferred")

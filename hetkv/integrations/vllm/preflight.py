@@ -1,4 +1,4 @@
-"""Checks that need no model, before one is loaded: the settings, the secret, certificates, the address.
+"""Checks that need no model, before one is loaded: what is served, the settings, the secret, certificates, the address.
 
 vLLM makes a connector only when its workers have loaded the model, minutes after the start, and shows its class the
 configuration earlier on GPUs alone. The command line has it from the beginning, so it is read from there.
@@ -13,6 +13,7 @@ from typing import Any
 
 from hetkv.control.tls import Tls
 from hetkv.errors import InputError
+from hetkv.integrations.vllm.limits import check_arguments
 from hetkv.integrations.vllm.settings import Settings
 
 OPTION = "--kv-transfer-config"
@@ -26,6 +27,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
     What is not there, or not as vLLM would take it, is left to vLLM.
     """
     for config in _configs(arguments):
+        check_arguments(arguments)
         extra = config.get("kv_connector_extra_config") or {}
         if not isinstance(extra, dict):
             continue

@@ -41,6 +41,7 @@ class WorkerSide:
         self._changed = threading.Event()
         self._stats = HetKVStats()
         self._counted = {"bytes": 0, "saturated": 0}
+        self._tensors: Mapping[str, torch.Tensor] | None = None
         self._caches: Caches | None = None
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -53,6 +54,7 @@ class WorkerSide:
 
     def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Describe the caches and start the transport. Raises `InputError` for what cannot be served."""
+        self._tensors = tensors
         self._caches = caches(self._config, self._cache_config, tensors)
         shards = self._caches.instance_shards
         options = {
@@ -66,12 +68,24 @@ class WorkerSide:
         }
         if self._role.is_kv_producer:
             self._sender = Sender(self._caches.pool, **options)
-            self.address = self._sender.listen(self._settings.address(self._caches.rank))
+            self.address = self._sender.listen(self.address or self._settings.address(self._caches.rank))
             self._sending = Sending(self._sender, self._caches, self._stats, self._changed.set, on_all_ranks)
         if self._role.is_kv_consumer:
             self._receiver = Receiver(self._caches.pool, **options)
             self._loading = Loading(self._receiver, self._caches, self._stats, self._changed.set)
         block_while_quiet()
+
+    def unregister(self) -> None:
+        """The caches' memory goes: all links end, so that nothing reads or writes it. vLLM has let transfers end."""
+        self._count()
+        self.close()
+        self._sender = self._receiver = self._sending = self._loading = None
+        self._counted = dict.fromkeys(self._counted, 0)
+
+    def restore(self) -> None:
+        """The memory is there again, at the same addresses: listen where this rank did before."""
+        if self._tensors is not None and self._sender is None and self._receiver is None:
+            self.register(self._tensors)
 
     def preempt(self, meta: Metadata) -> None:
         """Before anything is overwritten in this step."""
@@ -124,13 +138,16 @@ class WorkerSide:
 
     def stats(self) -> HetKVStats | None:
         """What was counted since the last call."""
+        self._count()
+        return self._stats.take()
+
+    def _count(self) -> None:
         for key, name in (("payload_bytes", "bytes"), ("saturated", "saturated_elements")):
             total = sum(node.stats()[key] for node in (self._sender, self._receiver) if node is not None)
             short = "bytes" if key == "payload_bytes" else "saturated"
             if total > self._counted[short]:
                 self._stats.add(name, total - self._counted[short])
                 self._counted[short] = total
-        return self._stats.take()
 
     def close(self) -> None:
         """End all transfers and links."""
