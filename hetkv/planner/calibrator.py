@@ -126,7 +126,7 @@ class Calibrator:
         roles = {k[1] for k in counts}
         if roles not in ({"aggregated"}, {"prefill", "decode"}):  # nothing is left to serve a request
             return Verdict({c.name: latency_of(c, inf, inf) for c in self.checkers[model].classes})
-        if all(self._cells(model, counts, role, scale) == 1 for role in roles):
+        if self.whole(model, counts, scale):
             return self.checkers[model](self.instances(counts), scale, seed=seed)
         if "aggregated" in roles:
             return self.role(model, counts, "aggregated", scale, seed=seed)
@@ -137,6 +137,11 @@ class Calibrator:
         within = {k: v for k, v in first.within.items() if k[1] == "ttft"}
         within |= {k: v for k, v in later.within.items() if k[1] == "tpot"}
         return Verdict(latency, within)  # the wait for the first step is in `first`
+
+    def whole(self, model: str, counts: Counts, scale: float) -> bool:
+        """Whether a model's instances are few enough to be simulated together."""
+        roles = {k[1] for k in counts if k[0] == model}
+        return all(self._cells(model, counts, role, scale) == 1 for role in roles)
 
     def role(
         self, model: str, counts: Counts, role: str, scale: float, quick: bool = True, seed: int | None = None

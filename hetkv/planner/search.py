@@ -25,9 +25,14 @@ from hetkv.planner.trials import NEAR, Candidate, Trials
 ITERATIONS = 6
 """Rounds of solving and simulating, at most."""
 
-RESERVE, MOST_RESERVE = 0.02, 0.2
-"""Extra rate that is asked of a pool, added up in each round, where a measurement says that it holds and the seeds
-together say that it does not, or where no more can be measured."""
+RESERVE, GROWTH, MOST_RESERVE = 0.02, 1.25, 1.0
+"""Extra rate that is asked of a pool where a measurement says that it holds and the seeds together say that it does
+not, or where no more can be measured: the first part, how it grows from round to round, and the most."""
+
+LOST_LATER = 0.8
+"""Of TTFT, the share up to which prompts alone say that a miss is due to what follows them: the KV's link, and decode
+instances without room."""
+
 
 DEARER = 1.1
 """Where no plan met the targets, the neighbours are asked up to this multiple of the costliest plan that was tried."""
@@ -123,7 +128,7 @@ class Search:
             if late and (found or not self.for_cost):
                 break
             for pool in short:
-                self.more[pool] = self.more.get(pool, 0.0) + RESERVE
+                self.more[pool] = GROWTH * self.more.get(pool, 0.0) + RESERVE
             if max(self.more.values(), default=0.0) > MOST_RESERVE + 1e-9:
                 break
             try:
@@ -162,8 +167,15 @@ class Search:
             reach = reached.get((model, role))
             known = reach is not None and reach.scale < candidate.scale
             if candidate.verdicts[model].used(role) > 1 and (not known or self.effort.spent):
-                found.add((model, role))
+                found.add((model, "decode" if role == "prefill" and self._lost_later(model, candidate) else role))
         return found
+
+    def _lost_later(self, model: str, candidate: Candidate) -> bool:
+        """Whether a TTFT is missed that the prefill pool by itself keeps with room to spare."""
+        if not self.calibrator.whole(model, candidate.counts, candidate.scale):
+            return False
+        alone = self.calibrator.role(model, candidate.counts, "prefill", candidate.scale)
+        return alone.used("prefill") <= LOST_LATER
 
     def adopt(self, other: Search) -> None:
         """Take over what a search of some of these columns simulated and measured, and its plan if it is better."""

@@ -44,9 +44,12 @@ def test_a_pool_beyond_the_largest_size_is_corrected_by_what_was_measured_last(
     assert float(corrected.rates[-1]) * 9000 == pytest.approx(0.98 * calibrator.rate("Llama-3.1-8B"))
 
 
-def test_more_is_asked_of_the_pool_that_misses_and_of_no_other(search: Search) -> None:
+def test_more_is_asked_of_the_pool_that_misses_and_of_no_other(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late = candidate(search, 660, 20)
     model = "Llama-3.1-8B"
+    monkeypatch.setattr(search.calibrator, "role", lambda *_: late.verdicts[model])
     assert search._short(late, {(model, "prefill"): Reach(1.0, cut=True)}) == {(model, "prefill")}
     assert search._short(late, {(model, "prefill"): Reach(0.9)}) == set()  # the measurement corrects it
     assert search._short(candidate(search, 300, 20), {}) == set()
@@ -57,6 +60,15 @@ def test_more_is_asked_of_the_pool_that_misses_and_of_no_other(search: Search) -
             assert search._reserved(column).rates == pytest.approx(column.rates / part)
     finally:
         search.more = {}
+
+
+def test_a_ttft_that_the_prompts_alone_keep_asks_for_decode(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost on the link or for want of room at the receiver is not won back by more prefill."""
+    model, late = "Llama-3.1-8B", candidate(search, 660, 20)
+    for alone, asked in ((300, "decode"), (590, "prefill")):
+        verdict = candidate(search, alone, 20).verdicts[model]
+        monkeypatch.setattr(search.calibrator, "role", lambda *_, verdict=verdict: verdict)
+        assert search._short(late, {(model, "prefill"): Reach(1.3)}) == {(model, asked)}
 
 
 def test_a_plan_that_held_with_each_of_few_seeds_is_near(search: Search) -> None:
