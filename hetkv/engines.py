@@ -21,7 +21,7 @@ class Way(NamedTuple):
     """One way of running an engine, and the most that it can start.
 
     `versions` is a specifier as pip reads it. `kv_dtypes` are this project's names; `latent` is MLA; `dp` are attention
-    replicas that share the experts of one model; `state` are layers that keep a state in place of KV (Mamba and the
+    replicas that share the experts of one model (expert parallelism over `tp * dp` ranks); `state` are layers that keep a state in place of KV (Mamba and the
     like). `transfer` names what moves the KV; empty: nothing has to.
     """
 
@@ -40,12 +40,14 @@ class Way(NamedTuple):
 WEIGHTS = ("bf16", "fp16", "fp8", "int8", "int4", "fp4")
 KV = ("bf16", "fp16", "fp8")
 
-VLLM = Way("vllm", ">=0.6", "", WEIGHTS, KV)
+VLLM = Way("vllm", ">=0.9", "", WEIGHTS, KV)
+VLLM_WITHOUT_EXPERTS = Way("vllm", ">=0.6,<0.9", "", WEIGHTS, KV, dp=1)
+"""Versions that have not all flags of the launch lines of `dp`."""
 VLLM_CONNECTOR = Way("vllm", CONNECTOR_VLLM, "HetKVConnector", WEIGHTS, KV, pp=1, dp=1, state=False)
 SGLANG = Way("sglang", ">=0.5", "", WEIGHTS, KV)
 SGLANG_NIXL = Way("sglang", ">=0.5", "SGLang's NIXL back end", WEIGHTS, KV)
 
-TABLE = (VLLM, VLLM_CONNECTOR, SGLANG, SGLANG_NIXL)
+TABLE = (VLLM, VLLM_WITHOUT_EXPERTS, VLLM_CONNECTOR, SGLANG, SGLANG_NIXL)
 
 ENGINES = tuple(dict.fromkeys(way.engine for way in TABLE))
 """Engines that the planner can write launch lines for."""
@@ -72,7 +74,8 @@ def obstacle(use: Use) -> str:
     ways = [w for w in TABLE if w.engine == use.engine and bool(w.transfer) == use.disaggregated]
     if not ways:
         return f"no launch line is known for engine {use.engine!r} (known: {', '.join(ENGINES)})"
-    reasons = [_against(way, use) for way in ways]
+    named = [w for w in ways if use.version is None or _within(use.version, w.versions)]
+    reasons = [_against(way, use) for way in named or ways]
     return "" if "" in reasons else reasons[0]
 
 

@@ -1,8 +1,10 @@
 """Seconds to plan 5 GPU types of 10,000 GPUs each for 4 classes, over random rates and targets.
 
     python bench/planner/speed.py --json bench/results/planner_speed.json [--problems 20] [--jobs 1] [--resume]
+        [--model DeepSeek-V3]
 
-Seconds are of the clock: several at once (`--jobs`) measure the same only where each process has a core to itself.
+Seconds of columns and program are of CPU time, those of verification of the clock: with several at once (`--jobs`) the
+latter mean something only where each process has a core to itself. DeepSeek-V3 has columns of attention replicas.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from hetkv.planner.solve import solve
 
 GPUS = {"H100-SXM": 2.5, "MI300X": 2.0, "A100-80-SXM": 1.3, "B200-SXM": 4.9, "L40S": 0.9}
 CAP = 10_000
+MODELS: dict[str, dict[str, Any]] = {"Llama-3.1-70B": {}, "DeepSeek-V3": {"name": "sglang", "weight_dtype": "fp8"}}
+"""The engine settings of each model. SGLang starts attention replicas that are disaggregated; an A100 has no FP8."""
 CLASSES = (
     ("chat", "lognormal:1024:0.8", "geometric:256"),
     ("code", "lognormal:2048:0.8", "geometric:64"),
@@ -26,7 +30,7 @@ CLASSES = (
 )
 
 
-def random_problem(seed: int) -> Problem:
+def random_problem(seed: int, model: str = "Llama-3.1-70B") -> Problem:
     """Rates of 500 to 8000 requests/s a class; TTFT 1 to 4 s, documents 4 to 8 s; TPOT 40 to 120 ms; p90 to p99."""
     random = np.random.default_rng([10_000, seed])
     classes = []
@@ -51,15 +55,17 @@ def random_problem(seed: int) -> Problem:
             "basis": "on_demand",
             "as_of": "2026-05",
             "cap": CAP,
+            "engine": {"weight_dtype": "int8"} if name.startswith("A100") and MODELS[model] else {},
         }
         for name, price in GPUS.items()
     ]
-    return parse_problem({"models": [{"name": "Llama-3.1-70B"}], "classes": classes, "gpus": gpus}, f"seed {seed}")
+    document = {"models": [{"name": model}], "classes": classes, "gpus": gpus, "engine": MODELS[model]}
+    return parse_problem(document, f"seed {seed}")
 
 
-def measure(seed: int) -> dict[str, Any]:
+def measure(seed: int, model: str = "Llama-3.1-70B") -> dict[str, Any]:
     """One problem's times, and what came out."""
-    plan = solve(random_problem(seed), alternatives=False)
+    plan = solve(random_problem(seed, model), alternatives=False)
     return {
         "seed": seed,
         "columns_seconds": plan.columns_seconds,
@@ -75,7 +81,7 @@ def measure(seed: int) -> dict[str, Any]:
         "lower_bound": plan.lower_bound,
         "simulated_slack": plan.simulated_slack,
         "gpus": sum(i.count * i.gpus for i in plan.instances),
-        "plan": [f"{i.count} {i.role} {i.gpu} tp{i.tp} pp{i.pp}" for i in plan.instances],
+        "plan": [f"{i.count} {i.role} {i.gpu} tp{i.tp} pp{i.pp} dp{i.dp}" for i in plan.instances],
     }
 
 
@@ -93,9 +99,10 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=20)
+    parser.add_argument("--model", choices=MODELS, default="Llama-3.1-70B")
     add_arguments(parser, jobs=1)
     args = parser.parse_args()
-    rows = measure_all(measure, [(seed,) for seed in range(args.problems)], args, summary, name="problems")
+    rows = measure_all(measure, [(seed, args.model) for seed in range(args.problems)], args, summary, name="problems")
     for key, value in (found := summary(rows)).items():
         print(f"{key}: {value}")
     return 0 if found["all_meet"] and len(rows) == args.problems else 1

@@ -67,7 +67,14 @@ def all_reduce(gpu: Gpu, ranks: int) -> ReduceTime:
 
 
 def exchange(gpu: Gpu, ranks: int) -> ReduceTime:
-    """All-to-all of `ranks` GPUs, each of which sends `n` bytes evenly to all: tokens to the experts, or back."""
+    """All-to-all of `ranks` GPUs, each of which sends `n` bytes evenly to all: tokens to the experts, or back.
+
+    No all-to-all was measured: a bound by the port and latency of `all_reduce`'s bound, at the `LINK_SHARE` of measured
+    all-reduces. It keeps `1/ranks` of the bytes, and sends the rest once: half of what a ring all-reduce sends. A step
+    has two in each layer with experts (dispatch and combine) of `experts_per_token` copies of a token, as DeepEP's
+    kernels send them (github.com/deepseek-ai/DeepEP). Engines that gather all tokens on every rank and reduce, vLLM's
+    default, send as much with as many ranks as experts a token, and more beyond.
+    """
     if ranks <= 1:
         return ReduceTime(0.0, 0.0, 0.0, 0.0)
     bandwidth, latency = _port(gpu, ranks)

@@ -63,7 +63,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """How one instance is split: `tp` ranks share heads, `dp` attention replicas share the experts, `pp` stages."""
+    """How one instance is split: `tp` ranks share heads, `dp` attention replicas share the experts, `pp` stages.
+
+    With several replicas the experts are expert parallel: whole, spread over all `ep` ranks. With one they are split
+    like an MLP: whole ones would take the same bytes, operations and all-reduces, in uneven parts.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -78,6 +82,11 @@ class Placement:
     @property
     def gpus(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def ep(self) -> int:
+        """Ranks that have whole experts; 1 where every rank has a part of each. Engines make it `tp * dp`."""
+        return self.tp * self.dp if self.dp > 1 else 1
 
 
 def count_work(gpu: Gpu, model: ModelShape, place: Placement, weight_dtype: str, kv_dtype: str) -> Work:

@@ -30,7 +30,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """A model to serve. `engine` overrides fields of the problem's; `tp`, `pp` and `dp` are the sizes to consider.
 
     Left out, `tp` is every power of two up to a node, `pp` is 1, 2 and 4, and `dp` (attention replicas that share the
-    experts) is 1; for a model with experts also every power of two with which `tp * dp` fills no more than a node.
+    experts, which are then whole on one of `tp * dp` ranks) is 1; for a model with experts also every power of two with
+    which `tp * dp` fills no more than a node, and with `tp` 1 two and four nodes.
     """
 
     name: str

@@ -51,6 +51,11 @@ def large(**changes: Any) -> Problem:
         (Use("vllm", kv_dtype="int4"), "vllm takes the kv_dtype bf16, fp16, fp8, not int4"),
         (Use("vllm", dp=2), "dp 2 shares the experts of one model, and this model has none"),
         (Use("vllm", dp=2, moe=True), ""),
+        (Use("vllm", "0.12.0", dp=16, moe=True), ""),
+        (Use("vllm", "0.8.5", dp=2, moe=True), "vllm takes dp 1 at most, not 2"),
+        (Use("vllm", "0.8.5"), ""),
+        (Use("vllm", dp=2, moe=True, disaggregated=True), "HetKVConnector takes dp 1 at most, not 2"),
+        (Use("sglang", dp=16, moe=True, disaggregated=True), ""),
         (Use("trtllm"), "no launch line is known for engine 'trtllm' (known: vllm, sglang)"),
     ],
 )

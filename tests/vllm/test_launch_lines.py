@@ -34,6 +34,10 @@ PLANS = {
         "model": "DeepSeek-V3",
         "pools": [{"role": "aggregated", "gpu": "H200", "dp": 8, "engine": {"weight_dtype": "fp8"}}],
     },
+    "experts on two nodes": {
+        "model": "DeepSeek-V3",
+        "pools": [{"role": "aggregated", "gpu": "H200", "dp": 16, "engine": {"weight_dtype": "fp8"}}],
+    },
     "windows": {"model": "gpt-oss-20b", "pools": PAIR, "link": {"gb_s": "nic"}},
     "windows kept whole": {
         "model": "gpt-oss-20b",

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hetkv.planner.output.launch import HOST, SECRET, Server, servers
+from hetkv.planner.output.launch import HOST, RPC_PORT, SECRET, Server, servers
 from hetkv.simulator.deployment import Plan
 
 RESOURCES = {
@@ -92,8 +92,17 @@ def _single(server: Server) -> dict[str, Any]:
 
 def _several(server: Server) -> dict[str, Any]:
     name = _name(server)
-    ranks = ["--nnodes", "$(LWS_GROUP_SIZE)", "--node-rank", "$(LWS_WORKER_INDEX)"]
-    ranks += ["--master-addr", "$(LWS_LEADER_ADDRESS)"]
+    head, local = "$(LWS_LEADER_ADDRESS)", 0
+    if server.dp > 1:  # whole replicas on every node
+        local = server.dp // server.nodes
+        ranks = ["--data-parallel-size-local", str(local), "--data-parallel-address", head]
+        ranks += ["--data-parallel-rpc-port", str(RPC_PORT)]
+    else:
+        ranks = ["--nnodes", "$(LWS_GROUP_SIZE)", "--node-rank", "$(LWS_WORKER_INDEX)", "--master-addr", head]
+    worker = _pod(server, [*_arguments(server), *ranks, "--headless"], label=False)
+    if local:  # the manifest's own $(...) cannot multiply
+        start = f'exec vllm serve "$@" --data-parallel-start-rank $((LWS_WORKER_INDEX * {local}))'
+        worker["spec"]["containers"][0]["command"] = ["sh", "-c", start, "vllm"]
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
@@ -104,7 +113,7 @@ def _several(server: Server) -> dict[str, Any]:
                 "size": server.nodes,
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": _pod(server, [*_arguments(server), *ranks]),
-                "workerTemplate": _pod(server, [*_arguments(server), *ranks, "--headless"], label=False),
+                "workerTemplate": worker,
             },
         },
     }

@@ -20,7 +20,7 @@ from hetkv.simulator.deployment import Engine, Plan, PoolPlan, engine_of, use_of
 ROUTER_PORT = 8000
 FIRST_PORT = {"prefill": 8100, "decode": 8200, "aggregated": 8100}
 BOOTSTRAP_PORT = 8998
-MASTER_PORT = 5000
+MASTER_PORT, RPC_PORT = 5000, 13345
 HOST, SECRET = "$HOST", "hetkv.secret"
 """In the connector's settings: the prefill host's address as decode hosts reach it, and the file with the secret."""
 
@@ -52,6 +52,7 @@ class Server(msgspec.Struct, frozen=True):
     port: int
     arguments: list[str]
     notes: list[str]
+    dp: int = 1
 
 
 def servers(plan: Plan, engine: str, gpus_per_node: Mapping[str, int] | None = None) -> list[Server]:
@@ -90,6 +91,7 @@ def servers(plan: Plan, engine: str, gpus_per_node: Mapping[str, int] | None = N
                 ports[pool.role],
                 arguments,
                 notes,
+                pool.dp,
             )
         )
         ports[pool.role] += 10 * -(-share // 10)
@@ -145,7 +147,7 @@ def _sglang(plan: Plan, pool: PoolPlan, engine: Engine) -> tuple[list[str], list
     # In SGLang the attention replicas of DP are inside the TP ranks.
     flags += ["--tp-size", str(pool.tp * pool.dp), "--pp-size", str(pool.pp)]
     if pool.dp > 1:
-        flags += ["--dp-size", str(pool.dp), "--enable-dp-attention"]
+        flags += ["--dp-size", str(pool.dp), "--enable-dp-attention", "--ep-size", str(pool.tp * pool.dp)]
     weights, notes = _weights(engine.weight_dtype)
     flags += weights
     flags += ["--kv-cache-dtype", {"fp8": "fp8_e4m3"}.get(engine.kv_dtype, "auto")]
@@ -187,10 +189,17 @@ def vllm_lines(plan: Plan, gpus_per_node: Mapping[str, int] | None = None) -> st
     found = servers(plan, "vllm", gpus_per_node)
     for server in found:
         command = ["vllm", "serve", '"$MODEL"', *_quoted(server.arguments), "--host 0.0.0.0", f"--port {server.port}"]
+        others = "--headless"
         if server.nodes > 1:
-            # `--node-rank` 0 serves; the others take part in it and also have `--headless`.
-            command += [f"--nnodes {server.nodes}", '--node-rank "$RANK"', '--master-addr "$HEAD"']
-        parts.append(_command(server, command, "add --headless where RANK is not 0"))
+            # Rank 0 serves; the others take part in it and also have `--headless`.
+            if server.dp > 1:  # whole replicas on every node
+                local = server.dp // server.nodes
+                command += [f"--data-parallel-size-local {local}", '--data-parallel-address "$HEAD"']
+                command += [f"--data-parallel-rpc-port {RPC_PORT}"]
+                others += f" --data-parallel-start-rank $((RANK * {local}))"
+            else:
+                command += [f"--nnodes {server.nodes}", '--node-rank "$RANK"', '--master-addr "$HEAD"']
+        parts.append(_command(server, command, f"add {others} where RANK is not 0"))
     if plan.disaggregated:
         assert plan.link is not None
         mode = "concurrent" if plan.link.overlap == "layerwise" else "prefill_first"
