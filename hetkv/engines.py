@@ -21,8 +21,8 @@ class Way(NamedTuple):
     """One way of running an engine, and the most that it can start.
 
     `versions` is a specifier as pip reads it. `kv_dtypes` are this project's names; `latent` is MLA; `dp` are attention
-    replicas that share the experts of one model (expert parallelism over `tp * dp` ranks); `state` are layers that keep a state in place of KV (Mamba and the
-    like). `transfer` names what moves the KV; empty: nothing has to.
+    replicas that share the experts of one model (expert parallelism over `tp * dp` ranks); `state` are layers that keep
+    a state in place of KV (Mamba and the like). `transfer` names what moves the KV; empty: nothing has to.
     """
 
     engine: str
