@@ -44,9 +44,7 @@ def test_a_pool_beyond_the_largest_size_is_corrected_by_what_was_measured_last(
     assert float(corrected.rates[-1]) * 9000 == pytest.approx(0.98 * calibrator.rate("Llama-3.1-8B"))
 
 
-def test_more_is_asked_of_the_pool_that_misses_and_of_no_other(
-    search: Search, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_is_asked_of_the_pool_that_misses_and_of_no_other(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     late = candidate(search, 660, 20)
     model = "Llama-3.1-8B"
     monkeypatch.setattr(search.calibrator, "role", lambda *_: late.verdicts[model])
