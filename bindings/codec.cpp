@@ -1,5 +1,6 @@
 // Binds csrc/codec/. Checks what the C++ side trusts its callers with.
 #include "bind.h"
+#include "codec/part.h"
 #include "codec/split.h"
 #include "job.h"
 
@@ -41,6 +42,35 @@ void bind_codec(py::module_& m) {
                       values_of(values, count, true));
       },
       "upper"_a, "lower"_a, "values"_a, "turn"_a, "The inverse of `split16`.");
+  m.def("has_zstd", &codec::has_zstd, "libzstd.so.1 is there, which the codec `lossless` needs.");
+  m.def(
+      "encode_part",
+      [](const py::buffer& data, int values) -> std::optional<py::bytes> {
+        require(codec::has_zstd(), "there is no libzstd here");
+        require(values == 1 || values == 2, "values are 1 (bfloat16) or 2 (float16)");
+        const auto count = static_cast<std::size_t>(data.request().size) / 2;
+        const auto* bytes = reinterpret_cast<const std::uint8_t*>(values_of(data, count, false));
+        codec::PartEncoder encoder;
+        std::vector<std::uint8_t> out;
+        if (!encoder.encode(static_cast<codec::Values>(values), bytes, 2 * count, &out)) return std::nullopt;
+        return py::bytes(reinterpret_cast<const char*>(out.data()), out.size());
+      },
+      "data"_a, "values"_a, "A coded part (csrc/codec/part.h) of bytes at an even address; None: it is no smaller.");
+  m.def(
+      "decode_part",
+      [](const py::bytes& coded, std::size_t most) {
+        require(codec::has_zstd(), "there is no libzstd here");
+        const std::string_view view = coded;
+        const auto* data = reinterpret_cast<const std::uint8_t*>(view.data());
+        codec::PartHeader header;
+        check(codec::read_header(data, view.size(), most, &header));
+        std::vector<std::uint16_t> out(header.plain_bytes / 2);
+        auto* to = reinterpret_cast<std::uint8_t*>(out.data());
+        codec::PartDecoder decoder;
+        check(decoder.decode(header, data, view.size(), to));
+        return py::bytes(reinterpret_cast<const char*>(to), header.plain_bytes);
+      },
+      "coded"_a, "most"_a, "The inverse. Raises MalformedError; parts of over `most` bytes are malformed, too.");
 }
 
 }  // namespace hetkv

@@ -276,7 +276,8 @@ void bind_engine(py::module_& m) {
       .def(py::init([](const py::bytes& address, std::uint64_t number, std::uint8_t minor, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
-                       bool rdma_windows, const Streams& streams, std::uint32_t frame_ms) {
+                       bool rdma_windows, const Streams& streams, int coded_values, bool always_code, bool decode,
+                       std::uint32_t frame_ms) {
              return LinkConfig{to_vector(address),
                                number,
                                minor,
@@ -289,15 +290,21 @@ void bind_engine(py::module_& m) {
                                rdma_windows,
                                std::move(plans),
                                to_streams(streams),
+                               {static_cast<codec::Values>(coded_values), always_code, decode},
                                frame_ms};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("streams"),
+           py::arg("coded_values") = 0, py::arg("always_code") = false, py::arg("decode") = false,
            py::arg("frame_ms") = 0,
            "`streams`: (descriptor, send key, receive key, cipher) of each; the descriptors are duplicated. Keys have "
            "16\n"
-           "bytes, and 32 where the cipher is not empty: see `ciphers`.");
+           "bytes, and 32 where the cipher is not empty: see `ciphers`. `coded_values`: what payloads are mostly, 1 "
+           "bfloat16,\n"
+           "2 float16, where a sender may code them (0: it may not), by measured rates or `always`; `decode`: coded "
+           "ones may\n"
+           "come.");
 
   py::class_<SendBatch, std::shared_ptr<SendBatch>>(m, "SendBatch")
       .def(py::init([](std::vector<std::uint64_t> handles,

@@ -186,6 +186,15 @@ def split16(values: _Buffer, upper: _Buffer, lower: _Buffer, turn: bool) -> None
 def join16(upper: _Buffer, lower: _Buffer, values: _Buffer, turn: bool) -> None:
     """The inverse of `split16`."""
 
+def has_zstd() -> bool:
+    """libzstd.so.1 is there, which the codec `lossless` needs."""
+
+def encode_part(data: _Buffer, values: int) -> bytes | None:
+    """A coded part (csrc/codec/part.h) of bytes at an even address; None: it is no smaller."""
+
+def decode_part(coded: bytes, most: int) -> bytes:
+    """The inverse. Raises MalformedError; parts of over `most` bytes are malformed, too."""
+
 FRAME_BYTES: int
 """Of a frame's message, without its payload."""
 
@@ -227,6 +236,9 @@ class LinkConfig:
         device_windows: bool = False,
         rdma_windows: bool = False,
         streams: Sequence[tuple[int, bytes, bytes, str]],
+        coded_values: int = 0,
+        always_code: bool = False,
+        decode: bool = False,
         frame_ms: int = 0,
     ) -> None: ...
 

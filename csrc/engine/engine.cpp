@@ -13,6 +13,7 @@ namespace hetkv::engine {
 namespace {
 
 constexpr std::uint64_t kMs = 1'000'000;
+constexpr std::uint64_t kBurstNs = kMs;  // after which messages have their turn
 
 }  // namespace
 
@@ -144,7 +145,11 @@ void Engine::loop() {
 
 bool Engine::turn() {
   bool moved = drain_commands();
-  for (int i = 0; i < kProgressBurst && transport_->progress(); ++i) moved = true;
+  const std::uint64_t begin = now_ns();
+  for (int i = 0; i < kProgressBurst && transport_->progress(); ++i) {
+    moved = true;
+    if (now_ns() > begin + kBurstNs) break;  // where it codes payloads that is soon
+  }
   moved |= drain_messages();
   const std::uint64_t now = now_ns();
   moved |= step(now);

@@ -48,7 +48,9 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
       return;
     }
     auto made = std::make_shared<Link>(next_link_, std::move(config));
-    result = transport_->connect({made->config.number, made->config.address, made->config.streams}, &made->endpoint);
+    const LinkConfig& settings = made->config;
+    result =
+        transport_->connect({settings.number, settings.address, settings.streams, settings.coding}, &made->endpoint);
     if (!result.ok()) return;
     *id = next_link_++;
     numbers_[made->config.number] = made.get();

@@ -19,12 +19,13 @@ namespace {
 constexpr std::size_t kInputBytes = 256 * 1024;
 constexpr std::size_t kAhead = 8 * 1024;  // read beyond what is under way: what is a payload there is copied once more
 constexpr std::size_t kMostAtOnce = std::size_t{4} << 20;  // of one stream, before others have their turn
+constexpr std::size_t kMostDecoded = 128 * 1024;           // the same of what is decoded: some 0.1 ms
 constexpr std::size_t kMostPieces = 16;                    // of one sendmsg
 constexpr std::size_t kMostDescriptors = 64;               // that wait for their frames
 constexpr int kLocalBuffer = 4 << 20;                      // of a unix socket; TCP's grow by themselves
 constexpr std::size_t kMostMessage = wire::kMaxMessageBytes;
 constexpr std::size_t kClearBytes = offsetof(FrameHeader, mac);  // of a header, ahead of its MAC or tag
-constexpr std::size_t kSealedInput = kMostSealed + kClearBytes + sizeof(SealTag) + 2 * kAhead;
+constexpr std::size_t kWholeInput = kMostSealed + kClearBytes + sizeof(SealTag) + 2 * kAhead;
 
 Status lost(int error) {
   return Status::error(Code::kPeerLost, error == 0 ? std::string("the peer's data connection ended")
@@ -37,14 +38,15 @@ void set(int descriptor, int level, int option, int value) {
 
 }  // namespace
 
-Stream::Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first)
+Stream::Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, bool decodes)
     : owner_(owner),
       descriptor_(descriptor),
       send_key_(config.send_key),
       receive_key_(config.receive_key),
       first_(first),
       head_bytes_(config.cipher == Cipher::kNone ? sizeof(FrameHeader) : kClearBytes + sizeof(SealTag)),
-      in_(config.cipher == Cipher::kNone ? kInputBytes : kSealedInput) {
+      in_(config.cipher == Cipher::kNone && !decodes ? kInputBytes : kWholeInput) {
+  if (decodes) decoder_.emplace();
   if (config.cipher != Cipher::kNone) {
     close_seal_.emplace(config.cipher, config.send_seal);
     open_seal_.emplace(config.cipher, config.receive_seal);
@@ -73,11 +75,20 @@ Stream::~Stream() {
 // --- out ---
 
 void Stream::append(Outgoing frame) {
+  bool coded = false;
+  if (frame.put != nullptr) {
+    frame.plain = frame.header.length;
+    frame.body = std::move(spare_);
+    coded = owner_.code_part(frame.data, frame.plain, &frame.body);
+  }
+  if (coded) {
+    frame.header.kind = FrameKind::kCoded;
+    frame.header.length = static_cast<std::uint32_t>(frame.body.size());
+  }
   if (close_seal_) {
     const std::size_t bytes = frame.header.length;
-    if (frame.put != nullptr) frame.body = std::move(spare_);
     frame.body.resize(bytes);
-    const void* plain = frame.put != nullptr ? frame.data : frame.body.data();
+    const void* plain = frame.put != nullptr && !coded ? frame.data : frame.body.data();
     close_seal_->close(&frame.header, kClearBytes, plain, bytes, frame.body.data(), &frame.tag);
   } else {
     frame.header.mac = frame_mac(frame.header, frames_out_++, send_key_);
@@ -85,17 +96,17 @@ void Stream::append(Outgoing frame) {
   queued_bytes_ += head_bytes_ + frame.header.length;
   out_.push_back(std::move(frame));
   Outgoing& last = out_.back();
-  if (last.put == nullptr || close_seal_) last.data = last.body.data();
+  if (last.put == nullptr || coded || close_seal_) last.data = last.body.data();
 }
 
 void Stream::queue(FrameHeader header, std::vector<std::uint8_t> body) {
-  append({header, {}, std::move(body), nullptr, -1, nullptr});
+  append({header, {}, std::move(body), nullptr, -1, nullptr, 0});
 }
 
 Status Stream::queue_window(FrameHeader header, int descriptor) {
   const int own = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
   if (own < 0) return Status::error(Code::kTransport, std::string("no descriptor is left: ") + std::strerror(errno));
-  append({header, {}, {}, nullptr, own, nullptr});
+  append({header, {}, {}, nullptr, own, nullptr, 0});
   return {};
 }
 
@@ -111,6 +122,7 @@ bool Stream::write() {
         break;
       }
       append(std::move(part));
+      if (out_.back().header.kind == FrameKind::kCoded) moved += kMostAtOnce;  // coding takes long: one in a turn
     }
     iovec pieces[kMostPieces];
     std::size_t count = 0;
@@ -173,7 +185,7 @@ void Stream::sent(std::size_t bytes) {
     if (bytes < whole) break;
     bytes -= whole;
     StreamPut* put = frame.put;
-    const std::size_t length = frame.header.length;
+    const std::size_t length = frame.plain;
     if (put != nullptr) spare_ = std::move(frame.body);
     out_.pop_front();
     if (put != nullptr) owner_.on_part_sent(put, length);
@@ -185,7 +197,8 @@ void Stream::sent(std::size_t bytes) {
 
 bool Stream::read() {
   std::size_t moved = 0;
-  while (!ended_ && moved < kMostAtOnce) {
+  decoded_ = 0;
+  while (!ended_ && moved < kMostAtOnce && decoded_ < kMostDecoded) {
     const long bytes = receive();
     if (bytes <= 0) break;
     moved += static_cast<std::size_t>(bytes);
@@ -216,12 +229,12 @@ long Stream::receive() {
     pieces[count++] = {to, direct};
   }
   if (in_begin_ == in_end_) in_begin_ = in_end_ = 0;
-  if (in_.size() - in_end_ < (open_seal_ ? missing() + kAhead : kMostMessage + sizeof header_)) {
+  const std::size_t rest = direct == 0 ? missing() : 0;
+  if (in_.size() - in_end_ < std::max(rest + kAhead, open_seal_ ? 0 : kMostMessage + sizeof header_)) {
     std::memmove(in_.data(), in_.data() + in_begin_, in_end_ - in_begin_);
     in_end_ -= in_begin_;
     in_begin_ = 0;
   }
-  const std::size_t rest = direct == 0 ? missing() : 0;
   pieces[count++] = {in_.data() + in_end_, std::min(rest + kAhead, in_.size() - in_end_)};
   msghdr call{};
   call.msg_iov = pieces;
@@ -298,6 +311,13 @@ bool Stream::parse() {
         owner_.on_window(header_, descriptor);
         continue;
       }
+      case FrameKind::kCoded:
+        if (!decoder_ || header_.length > kMostSealed) break;
+        if (left < header_.length) return true;
+        in_begin_ += header_.length;
+        have_header_ = false;
+        if (!take_coded(in_.data() + in_begin_ - header_.length)) return false;
+        continue;
     }
     return misplaced();
   }
@@ -339,8 +359,32 @@ bool Stream::take_whole(std::uint8_t* body) {
     owner_.on_part_end(header_);
     return true;
   }
+  if (header_.kind == FrameKind::kCoded && decoder_) return take_coded(body);
   if (header_.kind != FrameKind::kMessage || !first_ || header_.length > kMostMessage) return misplaced();
   owner_.on_frame(header_, body);
+  return true;
+}
+
+// A coded part that is whole. What it decodes to is a part as if it had come so.
+bool Stream::take_coded(const std::uint8_t* body) {
+  codec::PartHeader part;
+  Status status = codec::read_header(body, header_.length, kMostSealed, &part);
+  if (status.ok() && header_.offset % 2 != 0) {
+    status = Status::error(Code::kMalformed, "a coded payload begins at an odd offset");
+  }
+  if (!status.ok()) return end(status.code, std::move(status.detail));
+  FrameHeader plain = header_;
+  plain.kind = FrameKind::kPayload;
+  plain.length = part.plain_bytes;
+  void* to = owner_.on_part(plain, 0);
+  if (to == nullptr) {
+    ended_ = true;
+    return false;
+  }
+  status = decoder_->decode(part, body, header_.length, static_cast<std::uint8_t*>(to));
+  if (!status.ok()) return end(status.code, std::move(status.detail));
+  decoded_ += part.plain_bytes;
+  owner_.on_part_end(plain);
   return true;
 }
 

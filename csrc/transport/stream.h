@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "codec/part.h"
 #include "transport/seal.h"
 #include "transport/stream_frame.h"
 #include "transport/transport.h"
@@ -36,6 +37,8 @@ class StreamOwner {
   virtual void on_part_end(const FrameHeader& header) = 0;
   // The next part to send: of which put, and where in it; null: there is none.
   virtual StreamPut* next_part(FrameHeader* header, const std::uint8_t** data) = 0;
+  // Codes the part; false: it is sent as it is.
+  virtual bool code_part(const std::uint8_t* data, std::size_t bytes, std::vector<std::uint8_t>* out) = 0;
   virtual void on_part_sent(StreamPut* put, std::size_t bytes) = 0;
   virtual void fail(Status status) = 0;
 };
@@ -43,7 +46,8 @@ class StreamOwner {
 class Stream {
  public:
   // Takes the descriptor over; that of the configuration is not used. `first`: the stream that carries messages, too.
-  Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first);
+  // `decodes`: coded parts may come.
+  Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, bool decodes = false);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -80,6 +84,7 @@ class Stream {
     const std::uint8_t* data = nullptr;  // of the body, or of a put's source
     int descriptor = -1;
     StreamPut* put = nullptr;
+    std::size_t plain = 0;  // bytes of the put
   };
   void append(Outgoing frame);
   void sent(std::size_t bytes);
@@ -87,6 +92,7 @@ class Stream {
   bool parse_sealed();
   bool take_payload();
   bool take_whole(std::uint8_t* body);
+  bool take_coded(const std::uint8_t* body);
   bool misplaced();
   bool end(Code code, std::string why);
   long receive();
@@ -99,6 +105,7 @@ class Stream {
   const bool first_;
   std::optional<Seal> close_seal_;  // of an encrypted stream
   std::optional<Seal> open_seal_;
+  std::optional<codec::PartDecoder> decoder_;
   const std::size_t head_bytes_;  // of a frame's header, with its MAC or tag
   std::vector<std::uint8_t> spare_;
   bool local_ = false;
@@ -117,6 +124,7 @@ class Stream {
   FrameHeader header_;        // of the frame that is being read,
   bool have_header_ = false;  // if there is one
   std::size_t part_done_ = 0;
+  std::size_t decoded_ = 0;      // bytes, in this turn
   std::deque<int> descriptors_;  // that came, for frames that follow
 };
 

@@ -14,6 +14,7 @@ enum class FrameKind : std::uint8_t {
   kMessage = 1,  // `number`: parts of payloads that must be in their slots before it is delivered
   kPayload = 2,  // `number`: of this part on its link, from 0; slot, generation, `offset` in the slot
   kWindow = 3,   // no bytes, but a descriptor of the memory of a slot; `offset`: the memory's size
+  kCoded = 4,    // as kPayload, but the bytes are a coded part (codec/part.h)
 };
 
 struct FrameHeader {
@@ -31,7 +32,7 @@ static_assert(offsetof(FrameHeader, kind) == 4 && offsetof(FrameHeader, number) 
 static_assert(offsetof(FrameHeader, slot) == 16 && offsetof(FrameHeader, generation) == 20);
 static_assert(offsetof(FrameHeader, offset) == 24 && offsetof(FrameHeader, mac) == 32);
 
-// Of an encrypted frame, without its header: most bytes of a part, or of a message.
+// Most bytes of a part, also before it is coded; and of any encrypted frame, without its header.
 constexpr std::size_t kMostSealed = 256 * 1024;
 
 inline std::uint64_t frame_mac(const FrameHeader& header, std::uint64_t place, const wire::SipKey& key) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "codec/part.h"
 #include "status.h"
 #include "transport/seal.h"
 #include "wire/message.h"
@@ -100,11 +101,19 @@ struct StreamConfig {
   SealKey receive_seal{};
 };
 
+// What the two sides of a link have agreed on: its sender may code parts of payloads (codec/part.h).
+struct Coding {
+  codec::Values values = codec::Values::kNone;  // of most payload bytes of a sender's link; none: it codes nothing
+  bool always = false;                          // whatever the rates
+  bool accept = false;                          // receiver: coded parts may come
+};
+
 // What connect() needs to know of a peer.
 struct PeerAddress {
   std::uint64_t link = 0;             // number of the link, equal on both sides
   std::vector<std::uint8_t> address;  // the peer's Transport::address()
   std::vector<StreamConfig> streams;  // in the same order on both sides
+  Coding coding;                      // has_zstd() where there is any
 };
 
 class Transport {

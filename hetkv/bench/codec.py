@@ -1,7 +1,7 @@
 """`hetkv bench codec`: what codecs of payloads save, what they cost, and from which link rate on they stop helping.
 
-Lossless coders are candidates: none is on the wire. fp8 is (`TransferConfig.codec`), and `--mbit` moves KV with it and
-without between two network namespaces. See docs/codecs.md.
+On the wire (`TransferConfig.codec`) are fp8 and, as `lossless` and `auto`, split + zstd -50; `--mbit` moves KV with
+each and without between two network namespaces. See docs/codecs.md.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ CODERS: dict[str, Callable[[Literal["bf16", "fp16"]], Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hetkv bench codec`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what gets through over the link's rate")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds (default 5)")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a checkpoint whose KV transformers computes (default: the demo's)"
     )
     parser.add_argument(
-        "--mbit", type=float, action="append", metavar="N", help="link rate by tbf for fp8 against none; repeatable"
+        "--mbit",
+        type=float,
+        action="append",
+        metavar="N",
+        help="a link of that rate, by tbf, with each codec; repeatable",
     )
 
 
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--rounds: at least 1")
     if args.mbit and (why := namespaces.why_not(True)):
         raise BenchmarkError(why)
+    terminal.check_outputs({"json": args.json, "plot": args.plot})
     console, load, rows = terminal.console(args.json), os.getloadavg()[0], []
     for sample in samples(args.model):
         rows += [measure(sample, name, make, args.rounds) for name, make in CODERS.items()]
@@ -63,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
     show(console, rows)
     links = [measure_link(rate, args.rounds) for rate in args.mbit or []]
     show_links(console, links)
+    if args.plot:
+        from hetkv.bench.codec_plot import draw
+
+        draw({"results": rows, "links": links}, args.plot)
     if args.json:
         note = (
             "GB/s: 10^9 bytes of the pool a second of one thread's CPU time, medians of rounds; effective_gb_s: "

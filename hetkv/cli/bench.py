@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 
 BENCHES = {
-    "codec": "what codecs of payloads save and cost, and a link of a given rate with fp8 and without",
+    "codec": "what codecs of payloads save and cost, and a link of a given rate with each and without",
     "remap": "layout and dtype conversion against memcpy of as many bytes",
     "network": "pool to pool over TCP between two network namespaces, against a plain socket loop there",
     "overlap": "what sending costs a prefill on a GPU, and how much of the transfer is exposed after it",

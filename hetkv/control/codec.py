@@ -4,11 +4,15 @@
 two or four bytes an element in both pools travels as e4m3fn codes and float32 scales, which the sender finds and the
 receiver applies. It is left out where slots are shared memory, on links with RDMA, and where a pool is on a device,
 whose remaps have no scales.
+
+`lossless` gives back every bit: parts of payloads are coded where they enter a stream and decoded where they leave it.
+A side names it where it can decode; the sender then decides, by measured rates or always.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from typing import Any, Literal
 
 from hetkv.control.agreement import Agreement, LayerRoute
 from hetkv.control.compat import MAX_PARTS
@@ -17,9 +21,11 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.segment import SegmentLayout
 from hetkv.kv.spec import Interval
 
-Codec = Literal["none", "fp8"]
+Codec = Literal["none", "fp8", "lossless"]
 CODECS_SINCE = 5
 """Minor version from which descriptions name codecs."""
+CODED_VALUES = {DType.BFLOAT16: 1, DType.FLOAT16: 2}
+"""What `lossless` codes, by its number on the wire."""
 GROUP_CHANNELS = 128
 """Channels that share a scale, where they divide a head's."""
 LEAST_CHANNELS = 32
@@ -30,14 +36,37 @@ def agreed_codec(agreement: Agreement, kind: Literal["unix", "tcp"]) -> Codec:
     """The codec of a link whose streams are of that kind; the same on both sides."""
     mine, theirs = agreement.mine, agreement.theirs
     rdma = bool(mine.worker_address and theirs.worker_address)
-    named = "fp8" in mine.codecs and "fp8" in theirs.codecs
-    hosts = mine.device == theirs.device == "cpu"
-    return "fp8" if named and hosts and kind == "tcp" and not rdma and agreement.minor >= CODECS_SINCE else "none"
+    if kind != "tcp" or rdma or agreement.minor < CODECS_SINCE:
+        return "none"
+    both = set(mine.codecs) & set(theirs.codecs)
+    if "fp8" in both and mine.device == theirs.device == "cpu":
+        return "fp8"
+    return "lossless" if "lossless" in both and coded_values(agreement) else "none"
+
+
+def coded_values(agreement: Agreement) -> int:
+    """What most of the payload bytes of a token are that `lossless` codes; 0: most are something else."""
+    found: Counter[DType] = Counter()
+    for at in agreement.layers:
+        segments = (agreement.mine if agreement.sends else agreement.theirs).layout(at.layer).segments
+        for name, how in at.conversions.items():
+            found[how.wire] += segments[name].channels * how.wire.itemsize
+    [(dtype, _)] = found.most_common(1) or [(None, 0)]
+    return CODED_VALUES.get(dtype, 0) if dtype is not None else 0
+
+
+def coding(agreement: Agreement, codec: Codec, wanted: str) -> dict[str, Any]:
+    """What the extension's `LinkConfig` is told of a link of that codec, on a side that asked for `wanted`."""
+    if codec != "lossless":
+        return {}
+    if not agreement.sends:
+        return {"decode": True}
+    return {"coded_values": coded_values(agreement), "always_code": wanted == "lossless"}
 
 
 def with_codec(agreement: Agreement, codec: Codec) -> Agreement:
     """The agreement with the conversions of a link of that codec."""
-    if codec == "none":
+    if codec != "fp8":
         return agreement
     return agreement._replace(layers=tuple(_with_fp8(agreement, at) for at in agreement.layers))
 

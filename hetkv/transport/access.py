@@ -19,6 +19,17 @@ def available_ciphers(needed: bool) -> tuple[str, ...]:
     return found
 
 
+def available_codecs(wanted: str) -> tuple[str, ...]:
+    """What a node of `TransferConfig.codec` names. Raises `InputError` where it asks for what is not there."""
+    from hetkv.core import core
+
+    if wanted in ("none", "fp8"):
+        return () if wanted == "none" else (wanted,)
+    if wanted == "lossless" and not core.has_zstd():
+        raise InputError("codec='lossless': libzstd.so.1 is not installed here; 'auto' goes on without")
+    return ("lossless",) if core.has_zstd() else ()
+
+
 class Access:
     """A node's shared secret, and TLS where it has it."""
 

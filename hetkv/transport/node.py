@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, overload
 
-from hetkv.control.codec import agreed_codec, with_codec
+from hetkv.control.codec import agreed_codec, coding, with_codec
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Description, Ready, group_layers, host_id
 from hetkv.control.establish import connect
@@ -21,7 +21,7 @@ from hetkv.control.tls import TlsConfig
 from hetkv.errors import ClosedError, HetkvError, InputError, PeerLostError, from_code, to_code
 from hetkv.kv.pool import KVPool
 from hetkv.transport import lifetime
-from hetkv.transport.access import Access, available_ciphers
+from hetkv.transport.access import Access, available_ciphers, available_codecs
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.device import device_of
 from hetkv.transport.handle import Handle, RequestId
@@ -143,7 +143,7 @@ class Node(Talking, Generic[P]):
                 fingerprint=dict(fingerprint or {}),
                 ciphers=available_ciphers(self.config.encrypt),
                 encrypt=self.config.encrypt,
-                codecs=() if self.config.codec == "none" else (self.config.codec,),
+                codecs=available_codecs(self.config.codec),
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()
@@ -321,6 +321,7 @@ class Node(Talking, Generic[P]):
                     device_windows=self._device_windows(connection),
                     rdma_windows=self._device_windows(connection) and connection.streams.kind == "tcp",
                     streams=connection.streams.config(),
+                    **coding(agreement, codec, self.config.codec),
                     frame_ms=max(self.config.slot(self.device is not None), theirs.slot_bytes) // SLOWEST_BYTES_PER_MS,
                 )
             )

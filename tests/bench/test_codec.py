@@ -12,6 +12,7 @@ import torch
 from hetkv.bench import namespaces
 from hetkv.bench.codec import CODERS, measure, measure_fp8
 from hetkv.bench.codec_link import measure_link
+from hetkv.bench.codec_plot import draw, lines
 from hetkv.bench.fp8_stage import Fp8Stage
 from hetkv.bench.kv_samples import Sample
 from hetkv.cli import main
@@ -76,10 +77,24 @@ def test_the_stage_without_the_codec_moves_every_bit() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(namespaces.why_not(True)), reason=namespaces.why_not(True) or "namespaces are to be had")
-def test_fp8_through_a_slow_link() -> None:
+def test_codecs_through_a_slow_link() -> None:
     row = measure_link(1000, 2)
-    assert row["gain"] > 1.5
-    assert row["verified_bytes"] == 2 * row["mib"] << 20
+    assert row["gain"]["fp8"] > 1.5
+    assert row["gain"]["lossless"] > 1.1
+    assert row["verified_bytes"] == 4 * row["mib"] << 20
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    values = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sample = Sample("random", "bf16", values)
+    rows = [measure(sample, "split + zstd 1", CODERS["split + zstd 1"], 1), measure_fp8(sample, 1)]
+    links = [{"mbit": 1000, "lossless_gb_s": 0.17, "fp8_gb_s": 0.23}]
+    drawn = lines({"results": rows}, "random", "bf16")
+    assert {codec: len(points) for codec, (_, points) in drawn.items()} == {"split + zstd 1": 5, "fp8": 5}
+    assert drawn["fp8"][0] == rows[1]["ratio"]
+    draw({"results": rows, "links": links}, tmp_path / "codec.svg")
+    assert (tmp_path / "codec.svg").read_text().count("<path") > 20
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hetkv.kv.spec import KVSpec
 from tests.control.peers import describe
 
 VECTORS = Path(__file__).parents[1] / "vectors"
-MESSAGE, PAYLOAD, WINDOW = 1, 2, 3
+MESSAGE, PAYLOAD, WINDOW, CODED = 1, 2, 3, 4
 SPEC = KVSpec.uniform(2, 2, 16)
 
 
@@ -35,7 +35,13 @@ def streams() -> dict[str, bytes]:
     ticket, commit = ((VECTORS / "good" / f"{name}.bin").read_bytes() for name in ("ticket", "frame"))
     window = frame(WINDOW, b"", 0, 4096, flags=2)
     parts = [frame(PAYLOAD, bytes(range(64)) * 4, number, number * 256) for number in range(3)]
+    parts_of = json.loads((VECTORS / "coded_parts.json").read_text(encoding="utf-8"))
+    good, bad = ({name: bytes.fromhex(part["coded"]) for name, part in parts_of[kind].items()} for kind in parts_of)
+    coded = [frame(CODED, part, number, number * 8192) for number, part in enumerate(good.values())]
     return {
+        "coded": b"\3" + b"".join(coded) + frame(MESSAGE, commit, len(coded)),
+        "coded-cut": b"\0" + frame(CODED, bad["cut-stream"]),
+        "coded-less": b"\0" + frame(CODED, bad["less"]),
         "message": b"\0" + frame(MESSAGE, ticket),
         "payloads": b"\1" + b"".join(parts) + frame(MESSAGE, commit, 3),
         "window": b"\0" + window + frame(MESSAGE, ticket),

@@ -1,0 +1,49 @@
+"""The second implementation of coded parts of payloads: docs/wire-format.md, section 10.
+
+zstd is the system's, by ctypes, as there is none in Python's library before 3.14.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from ctypes.util import find_library
+
+import numpy as np
+
+from hetkv.errors import MalformedError, UnsupportedError
+
+HEADER = struct.Struct("<IB3s")
+BFLOAT16, FLOAT16 = 1, 2
+
+
+def decode_part(coded: bytes, most: int) -> bytes:
+    """The bytes of a coded part. Raises `MalformedError`; parts of over `most` bytes are malformed, too."""
+    if len(coded) < HEADER.size:
+        raise MalformedError(f"a coded payload has {len(coded)} bytes")
+    plain, values, zeros = HEADER.unpack_from(coded)
+    if zeros != bytes(3):
+        raise MalformedError("a coded payload has a reserved byte that is not 0")
+    if values not in (BFLOAT16, FLOAT16):
+        raise MalformedError(f"a coded payload has values of unknown kind {values}")
+    if plain == 0 or plain % 2 or plain > most:
+        raise MalformedError(f"a coded payload claims {plain} bytes")
+    half = plain // 2
+    if len(coded) <= HEADER.size + half or len(coded) >= plain:
+        raise MalformedError(f"a coded payload of {plain} bytes has {len(coded)}")
+    lower = np.frombuffer(coded, np.uint8, half, HEADER.size).astype(np.uint16)
+    upper = np.frombuffer(_zstd(coded[HEADER.size + half :], half, plain), np.uint8).astype(np.uint16)
+    turned = upper << 8 | lower
+    return (turned >> 1 | turned << 15 if values == BFLOAT16 else turned).astype("<u2").tobytes()
+
+
+def _zstd(data: bytes, length: int, plain: int) -> bytes:
+    path = find_library("zstd")
+    if path is None:
+        raise UnsupportedError("libzstd is not installed here")
+    decompress = ctypes.CDLL(path).ZSTD_decompress
+    decompress.restype = ctypes.c_size_t
+    out = ctypes.create_string_buffer(length)
+    if decompress(out, ctypes.c_size_t(length), data, ctypes.c_size_t(len(data))) != length:
+        raise MalformedError(f"a coded payload does not decode to its {plain} bytes")
+    return out.raw
