@@ -40,6 +40,10 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
                                                " has a frame of " + std::to_string(need) + " bytes");
     }
   }
+  const bool coded = config.coding.accept || config.coding.values != codec::Values::kNone;
+  if (coded && !codec::has_zstd()) {
+    return Status::error(Code::kUnsupported, "there is no libzstd here, which the link's codec needs");
+  }
   std::stable_sort(config.plans.begin(), config.plans.end(),
                    [](const auto& a, const auto& b) { return a.layer < b.layer; });
   call([&] {

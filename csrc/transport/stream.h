@@ -86,6 +86,7 @@ class Stream {
     StreamPut* put = nullptr;
     std::size_t plain = 0;  // bytes of the put
   };
+  static Status broken(int error);
   void append(Outgoing frame);
   void sent(std::size_t bytes);
   bool parse();

@@ -9,11 +9,12 @@
 #include <deque>
 #include <list>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 
-#include "transport/coding.h"
+#include "transport/link_coder.h"
 #include "transport/memory_key.h"
 #include "transport/shared_memory.h"
 #include "transport/stream.h"
@@ -24,7 +25,6 @@ namespace {
 constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kPartBytes = kMostSealed;             // of a put, between which messages and other streams come
 constexpr std::size_t kCodedPartBytes = 64 * 1024;          // where parts are coded: some 0.1 ms of work
-constexpr std::uint64_t kUseNs = 5 * kMs;                   // how often the use of a link's connections is looked at
 constexpr std::size_t kMostQueued = std::size_t{64} << 20;  // of messages that a peer does not read
 constexpr std::uint64_t kMostAhead = 1 << 20;               // parts that came before an earlier one
 constexpr std::uint64_t kShutNs = 100 * kMs;                // how long the peer has to end its side
@@ -77,11 +77,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   }
 
   Status start(const PeerAddress& peer) {
-    coding_ = peer.coding;
-    if ((coding_.accept || coding_.values != codec::Values::kNone) && !codec::has_zstd()) {
-      return Status::error(Code::kUnsupported, "there is no libzstd here, which the link's codec needs");
-    }
-    if (coding_.values != codec::Values::kNone) encoder_ = std::make_unique<codec::PartEncoder>();
+    if (peer.coding.values != codec::Values::kNone) coder_.emplace(peer.coding, *transport_.clock_);
     for (const auto& config : peer.streams) {
       if (config.cipher != Cipher::kNone && !has_cipher(config.cipher)) {
         return Status::error(Code::kUnsupported, "this build or CPU does not have the link's cipher");
@@ -90,7 +86,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
       const int own = fcntl(config.descriptor, F_DUPFD_CLOEXEC, 0);
       if (own < 0)
         return Status::error(Code::kTransport, std::string("no descriptor is left: ") + std::strerror(errno));
-      streams_.push_back(std::make_unique<Stream>(*this, own, config, streams_.empty(), coding_.accept));
+      streams_.push_back(std::make_unique<Stream>(*this, own, config, streams_.empty(), peer.coding.accept));
       if (auto status = transport_.watch(*this, *streams_.back()); !status.ok()) return status;
     }
     if (streams_.empty()) return Status::error(Code::kInvalid, "a link needs a stream");
@@ -122,8 +118,8 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
     }
     const auto& target = static_cast<const StreamPeerMemory&>(memory);
     if (target.target != nullptr) return rma_->put(source, bytes, *target.target, op);
-    if (puts_.empty()) pending_since_ = transport_.clock_->now_ns();
     puts_.push_back({static_cast<const std::uint8_t*>(source), bytes, 0, bytes, target.slot, op});
+    if (coder_) coder_->on_pending(true);
     for (auto& stream : streams_) write(*stream);
   }
 
@@ -228,31 +224,14 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   };
 
   bool write(Stream& stream) {
-    if (encoder_ != nullptr && !coding_.always) look_at_use();
+    if (coder_) coder_->look(streams_);
     const bool moved = stream.write();
     transport_.update(stream);
     return moved;
   }
 
-  void look_at_use() {
-    const std::uint64_t now = transport_.clock_->now_ns();
-    if (now < used_ns_ + kUseNs) return;
-    used_ns_ = now;
-    LinkUse use;
-    bool counted = true;
-    for (const auto& stream : streams_) counted &= add_use(stream->descriptor(), &use);
-    use.pending_ns = pending_ns_ + (puts_.empty() ? 0 : now - pending_since_);
-    if (counted) choice_.on_use(use);
-  }
-
-  bool codes() const { return encoder_ != nullptr && (coding_.always || choice_.coded()); }
-
   bool code_part(const std::uint8_t* data, std::size_t bytes, std::vector<std::uint8_t>* out) override {
-    if (!codes()) return false;
-    const std::uint64_t begin = transport_.clock_->now_ns();
-    const bool coded = encoder_->encode(coding_.values, data, bytes, out);
-    choice_.on_part(bytes, coded ? out->size() : bytes, transport_.clock_->now_ns() - begin);
-    return coded;
+    return coder_ && coder_->code(data, bytes, out);
   }
 
   void on_frame(const FrameHeader& header, const std::uint8_t* data) override {
@@ -297,7 +276,8 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   StreamPut* next_part(FrameHeader* header, const std::uint8_t** data) override {
     for (auto& put : puts_) {
       if (put.taken == put.bytes) continue;
-      const std::size_t bytes = std::min(codes() ? kCodedPartBytes : kPartBytes, put.bytes - put.taken);
+      const std::size_t bytes =
+          std::min(coder_ && coder_->codes() ? kCodedPartBytes : kPartBytes, put.bytes - put.taken);
       header->kind = FrameKind::kPayload;
       header->length = static_cast<std::uint32_t>(bytes);
       header->number = parts_out_++;
@@ -316,7 +296,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
     if (put->left > 0) return;
     put->op->done = true;
     puts_.remove_if([&](const StreamPut& at) { return &at == put; });
-    if (puts_.empty()) pending_ns_ += transport_.clock_->now_ns() - pending_since_;
+    if (coder_ && puts_.empty()) coder_->on_pending(false);
   }
 
   void fail(Status status) override {
@@ -338,12 +318,7 @@ class StreamEndpoint final : public Endpoint, public StreamOwner {
   Status failure_;
   bool closing_ = false;
   std::uint64_t closed_ns_ = 0;
-  Coding coding_;
-  std::unique_ptr<codec::PartEncoder> encoder_;  // of a sender's link that may code
-  CodingChoice choice_;
-  std::uint64_t pending_ns_ = 0;  // in which there were puts, until the last ones that are
-  std::uint64_t pending_since_ = 0;
-  std::uint64_t used_ns_ = 0;  // when the use of its connections was looked at
+  std::optional<LinkCoder> coder_;  // of a sender's link that may code
   std::list<StreamPut> puts_;
   std::uint64_t parts_out_ = 0;                                           // taken by streams
   std::uint64_t parts_in_ = 0;                                            // all before this one are in their slots

@@ -56,7 +56,7 @@ def coded_values(agreement: Agreement) -> int:
 
 
 def coding(agreement: Agreement, codec: Codec, wanted: str) -> dict[str, Any]:
-    """What the extension's `LinkConfig` is told of a link of that codec, on a side that asked for `wanted`."""
+    """What the extension's `LinkConfig` learns of a link of that codec, on a side that asked for `wanted`."""
     if codec != "lossless":
         return {}
     if not agreement.sends:

@@ -86,7 +86,7 @@ def test_codecs_through_a_slow_link() -> None:
 
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    values = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     sample = Sample("random", "bf16", values)
     rows = [measure(sample, "split + zstd 1", CODERS["split + zstd 1"], 1), measure_fp8(sample, 1)]
     links = [{"mbit": 1000, "lossless_gb_s": 0.17, "fp8_gb_s": 0.23}]

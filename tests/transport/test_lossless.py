@@ -48,7 +48,7 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_bit_pattern(pool: KVPool) -> None:
-    """All 2^16 values in each layer, beside values that an entropy coder makes small."""
+    """All 2^16 values in each layer, next to values that an entropy coder makes small."""
     for memory in pool.layers.values():
         for tensor in memory.tensors.values():
             values = tensor.view(torch.int16).flatten()
