@@ -305,8 +305,7 @@ class Node(Talking, Generic[P]):
         theirs, agreement, cipher = connection.peer, connection.agreement, connection.streams.cipher
         try:
             codec = agreed_codec(agreement, connection.streams.kind)
-            agreement = with_codec(agreement, codec)
-            plans = link_plans(self.pool, agreement)
+            plans = link_plans(self.pool, agreement := with_codec(agreement, codec))
             link = self.engine.add_link(
                 core.LinkConfig(
                     address=theirs.worker_address if self.description.worker_address and not cipher else b"",
