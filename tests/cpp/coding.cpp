@@ -1,8 +1,8 @@
 // A link and a coder of given rates, in virtual time, and what CodingChoice makes of them: one line a phase, the share
 // of bytes that were coded and what got through against no coding at all.
 //
-// usage: coding LINK CODER RATIO RECEIVER ... (bytes a second; RECEIVER bounds plain bytes, 0: nothing does), one or more
-// phases of 20 s of virtual time
+// usage: coding LINK CODER RATIO RECEIVER ... (bytes a second; RECEIVER bounds plain bytes, 0: nothing does), one or
+// more phases of 20 s of virtual time
 #include "transport/coding.h"
 
 #include <algorithm>
