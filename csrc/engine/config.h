@@ -106,7 +106,7 @@ struct LinkConfig {
   bool rdma_windows = false;         // of which another host puts into
   std::vector<LayerPlan> plans;
   std::vector<transport::StreamConfig> streams;  // sockets to the peer
-  transport::Coding coding;  // of their payloads
+  transport::Coding coding;                      // of their payloads
   std::uint32_t frame_ms = 0;  // what moving a frame of the largest slot may take, in which no heartbeat is sent
 };
 
