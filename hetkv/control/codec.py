@@ -51,8 +51,7 @@ def coded_values(agreement: Agreement) -> int:
         segments = (agreement.mine if agreement.sends else agreement.theirs).layout(at.layer).segments
         for name, how in at.conversions.items():
             found[how.wire] += segments[name].channels * how.wire.itemsize
-    [(dtype, _)] = found.most_common(1) or [(None, 0)]
-    return CODED_VALUES.get(dtype, 0) if dtype is not None else 0
+    return CODED_VALUES.get(max(found, key=lambda dtype: found[dtype]), 0) if found else 0
 
 
 def coding(agreement: Agreement, codec: Codec, wanted: str) -> dict[str, Any]:
