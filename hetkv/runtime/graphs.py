@@ -1,8 +1,8 @@
 """Steps of decoding as CUDA graphs: `DecodeGraphs`. A step of small batches is bound by the host's launches otherwise.
 
-A graph has a fixed number of sequences and of tokens that each looks at, powers of two; shorter batches are padded with
-a copy of their first sequence, which writes what that sequence writes. A batch that would more than quadruple in what
-is read by padding is left to the caller, as is anything but one token for each sequence.
+A graph has a fixed number of sequences and of tokens that each looks at: powers of two, and those times one and a
+half. Shorter batches are padded with a copy of their first sequence, which writes what that sequence writes. A large
+batch that padding would more than quadruple is left to the caller, as is anything but one token for each sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ LEAST_TOKENS = 512
 MOST_TOKENS = 1 << 17
 """Most tokens that all sequences of a graph look at: what is gathered of a layer must fit next to the pool."""
 PADDING = 4
-"""Most tokens read for each that is needed."""
+"""Most tokens read for each that is needed, in graphs of more than `FEW_TOKENS`."""
+FEW_TOKENS = 1 << 15
+"""Reading so many, needed or not, takes less time than the host's launches of a step."""
 
 
 class FixedBatch:
@@ -129,10 +131,15 @@ def fixed_shape(spans: Sequence[Span]) -> tuple[int, int] | None:
     if any(len(span.tokens) != 1 or span.pages.pool is not pool for span in spans):
         return None
     stops = [span.stop for span in spans]
-    rows = 1 << (len(spans) - 1).bit_length()
-    tokens = max(LEAST_TOKENS, 1 << (max(stops) - 1).bit_length())
-    fits = rows * tokens <= min(MOST_TOKENS, PADDING * max(sum(stops), LEAST_TOKENS * len(spans)))
+    rows, tokens = _rounded(len(spans)), max(LEAST_TOKENS, _rounded(max(stops)))
+    fits = rows * tokens <= min(MOST_TOKENS, max(FEW_TOKENS, PADDING * sum(stops)))
     return (rows, tokens) if fits else None
+
+
+def _rounded(count: int) -> int:
+    """The least power of two, or that times one and a half, that is no less."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 def fixed_inputs(pool: KVPool, spans: Sequence[Span], rows: int, tokens: int) -> np.ndarray:
