@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from hetkv.cli import main as hetkv  # noqa: E402
 from hetkv.costmodel import model_shape  # noqa: E402
+from hetkv.costmodel.calibration.reality import table  # noqa: E402
 from hetkv.costmodel.calibration.step_constants import COLUMNS, FEWEST, fit  # noqa: E402
 from hetkv.costmodel.measured_steps import MeasuredSteps  # noqa: E402
 from hetkv.simulator.deployment import Engine, LinkPlan, Plan, PoolPlan, Routing  # noqa: E402
@@ -32,7 +33,6 @@ from hetkv.simulator.traffic.sources import Traffic  # noqa: E402
 BLOCKS = {"aggregated": 64, "prefill": 16, "decode": 64}
 """Tokens of a KV block: the defaults of `hetkv serve`."""
 FIGURES = (("TTFT p50", "ttft_ms", "p50"), ("TPOT p50", "tpot_ms", "p50"), ("throughput", "output_tokens_per_s", ""))
-LIMITS = {"TTFT p50": 0.15, "TPOT p50": 0.15, "throughput": 0.10}
 
 
 def predict(folder: Path) -> dict[str, Any]:
@@ -204,48 +204,6 @@ def _compared(simulated: dict[str, Any], real: dict[str, Any]) -> dict[str, dict
         ours, theirs = ((side[key][part] if part else side[key]) for side in (simulated, real))
         found[title] = {"simulated": ours, "measured": theirs, "ratio": ours / theirs if ours and theirs else None}
     return found
-
-
-def table(document: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
-    lines = [
-        "| deployment | load | requests/s | figure | simulated | measured | ratio | within |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |",
-    ]
-    for name, found in document["deployments"].items():
-        for run in found["runs"]:
-            first = f"{name} | {run['share']:.0%}" if run["label"] != "common" else f"{name} | common"
-            for title, pair in run["compared"].items():
-                unit = "tokens/s" if title == "throughput" else "ms"
-                ratio = pair["ratio"]
-                verdict = "cut" if run["cut"] else "-" if ratio is None else _verdict(ratio, LIMITS[title])
-                lines.append(
-                    f"| {first} | {run['rate']:.3g} | {title}, {unit} | {_number(pair['simulated'])} | "
-                    f"{_number(pair['measured'])} | {_number(ratio)} | {verdict} |"
-                )
-                first = " | "
-    lines += [
-        "",
-        "| deployment | capacity | load | requests/s | tokens/s | TTFT p50 / p99, ms | TPOT p50 / p99, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, found in document["deployments"].items():
-        for run in found["runs"]:
-            real, label = run["measured"], "common" if run["label"] == "common" else f"{run['share']:.0%}"
-            times = " | ".join(
-                f"{_number(real[key]['p50'])} / {_number(real[key]['p99'])}" for key in ("ttft_ms", "tpot_ms")
-            )
-            rates = f"{found['capacity_rps']:.3g} | {label} | {run['rate']:.3g} | {real['output_tokens_per_s']:.0f}"
-            lines.append(f"| {name} | {rates} | {times} |")
-    return "\n".join(lines) + "\n"
-
-
-def _verdict(ratio: float, limit: float) -> str:
-    return f"{limit:.0%}" if 1 - limit <= ratio <= 1 + limit else f"not {limit:.0%}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 if __name__ == "__main__":

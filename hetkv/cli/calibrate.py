@@ -22,6 +22,7 @@ SECTIONS = (
     "hetkv.costmodel.calibration.new_setups",
     "hetkv.costmodel.calibration.decisions",
     "hetkv.costmodel.calibration.field",
+    "hetkv.costmodel.calibration.reality",
 )
 """Modules that register sections of docs/accuracy.md."""
 SIMULATOR = ("hetkv.simulator.validation.accuracy",)
