@@ -5,9 +5,9 @@ python bench/reality.py --out DIR --budget 450 --model shape:llama-2-7b      # r
 python bench/reality_predict.py DIR                                          # the simulator's part again, from DIR
 
 Two deployments of two instances each stand side by side, and one at a time is loaded. For each: requests one by one,
-then as many as make a full load, which gives the capacity; Poisson arrivals at 20, 45 and 75 % of it to calibrate on,
-and at 30, 60 and 90 % for the simulator to be judged on. DIR has every request and every engine step, after each part
-anew.
+then as many as make a full load, which gives the capacity; Poisson arrivals at 30, 60 and 90 % of it for the simulator
+to be judged on, and at 20, 45 and 75 % to calibrate on: one before each that is judged, as machines are faster and
+slower over minutes. DIR has every request and every engine step, after each part anew.
 """
 
 from __future__ import annotations
@@ -158,11 +158,9 @@ class System:
         self.say(f"capacity {rate:.4g} requests/s with {args.in_flight} in flight")
         return rate
 
-    def calibrate(self, seconds: float) -> None:
-        """Loads between those that are judged; all steps up to the end of these are calibrated on."""
-        for share in CALIBRATED:
-            self._arrivals(f"calibrate_{share:g}", share * self.found["capacity_rps"], seconds, round(1000 * share))
-        self.found["calibrated_until"] = time.time()
+    def calibrate(self, share: float, seconds: float) -> None:
+        """A load between those that are judged."""
+        self._arrivals(f"calibrate_{share:g}", share * self.found["capacity_rps"], seconds, round(1000 * share))
 
     def _arrivals(self, label: str, rate: float, seconds: float, seed: int) -> None:
         args = self.args
@@ -232,16 +230,20 @@ def main() -> int:
         for system in systems:
             system.capacity(0.08 * stage)
             keep()
-            system.calibrate(0.02 * stage)
-            keep()
         # A common rate shows both deployments under the same traffic.
         low, high = sorted(systems, key=lambda one: float(one.found["capacity_rps"]))
         plan = [
-            (one, f"rate_{share:g}", share * one.found["capacity_rps"], share) for share in SHARES for one in systems
+            (one, f"rate_{share:g}", share * one.found["capacity_rps"], share, before)
+            for share, before in zip(SHARES, CALIBRATED, strict=True)
+            for one in systems
         ]
-        plan.append((high, "common", 0.9 * low.found["capacity_rps"], 0.9))
-        for number, (system, label, rate, share) in enumerate(plan):
-            seconds = (left() - 15) / (len(plan) - number)
+        plan.append((high, "common", 0.9 * low.found["capacity_rps"], 0.9, 0.0))
+        for number, (system, label, rate, share, before) in enumerate(plan):
+            if before:
+                system.calibrate(before, 0.03 * stage)
+                keep()
+            after = sum(0.04 * stage for _, _, _, _, more in plan[number + 1 :] if more)
+            seconds = (left() - 15 - after) / (len(plan) - number)
             seconds = max(8.0, seconds - min(12.0, seconds / 4))  # until the last ones have ended
             if left() < 20:
                 raise RuntimeError(f"no time left for {system.name} {label}")

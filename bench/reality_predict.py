@@ -42,13 +42,14 @@ def predict(folder: Path) -> dict[str, Any]:
     model = shape.removeprefix("shape:").title() if shape.startswith("shape:") else shape
     entries, links, fronts = [], [], {}
     for name, found in measured["deployments"].items():
-        if "calibrated_until" not in found:
+        if not found["runs"]:
             continue
+        judged = [(found["loads"][run["label"]]["start"], found["loads"][run["label"]]["end"]) for run in found["runs"]]
         width = 4 if found["instances"][0]["device"].startswith("cpu") else 2
         kv_bytes = model_shape(model).kv_elements_per_token(1) * width
         steps = _steps(folder / name / "steps")
         for pool, rows in steps.items():
-            kept = [row for row in rows if row["end"] < found["calibrated_until"]]
+            kept = [row for row in rows if not any(start <= row["end"] <= end for start, end in judged)]
             entries.append({"name": pool, "kv_bytes_per_token": kv_bytes, "rows": kept})
         front, exposed = _probes(folder / name, found, steps)
         fronts[name] = front
