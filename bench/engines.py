@@ -153,6 +153,8 @@ def tables(run: dict[str, Any]) -> str:
         )
     for half in run.get("half", {}).values():
         lines += _half_table(half)
+    for file in sorted(RESULTS.parent.glob("engines-device-*.json")):
+        lines += _device_table(json.loads(file.read_text()))
     lines += ["", "| integration | lines |", "|---|---|"]
     lines += [f"| {name} | {count} |" for name, count in run["lines"].items()]
     return "\n".join(lines) + "\n"
@@ -176,6 +178,24 @@ def _half_table(half: dict[str, Any]) -> list[str]:
             f"| {row['identical']} of {row['requests']} |"
         )
     return lines
+
+
+def _device_table(found: dict[str, Any]) -> list[str]:
+    """Of bench/gpu/engines.py."""
+    return [
+        "",
+        f"transformers {found['transformers']} with continuous batching, prefill on one H200 (`cuda:0`), in "
+        f"{found['dtype']}: TTFT of the pair, of its prefill alone, and of the decode device alone; medians, commit "
+        f"{found['commit'][:12]}.",
+        "",
+        "| decode | prompt tokens | identical | TTFT of the pair | prefill | decode device alone |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['decode']} | {row['prompt_tokens']} | {row['identical']} of {row['requests']} | "
+            f"{row['ttft_ms']:.1f} ms | {row['prefill_ms']:.1f} ms | {row['alone_ms']:.1f} ms |"
+            for row in found["rows"]
+        ),
+    ]
 
 
 def _same(row: dict[str, Any]) -> str:
