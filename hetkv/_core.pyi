@@ -131,6 +131,7 @@ class EngineConfig:
     copy_engine: bool
     high_priority: bool
     verify_bytes: int
+    isolate_peers: bool
     spin_us: int
     heartbeat_ms: int
     peer_timeout_ms: int

@@ -30,6 +30,7 @@ struct EngineConfig {
   bool direct = true;            // store into the peer's window where it can be mapped (reach `shared`, `peer`)
   std::size_t verify_bytes = 0;  // receiver: scratch memory in which what was unpacked is read again from the pool, and
                                  // compared (engine/reread.h); 0: it is not
+  bool isolate_peers = false;    // receiver: a slot that goes to another link gets new memory; windows in host memory
   int bundle_frames = 64;        // sender: most frames of a bundle
   std::vector<std::int32_t> layer_groups;  // of each global layer: its cache group; -1: it is not in the pool
   bool trace = false;

@@ -9,7 +9,7 @@ namespace hetkv::engine {
 
 Receiver::Receiver(const EngineConfig& config, Parts parts)
     : Engine(config, std::move(parts)),
-      slots_(config.slot_bytes, config.window_bytes, device_),
+      slots_(config.slot_bytes, config.window_bytes, device_, config.isolate_peers),
       gates_(device_ ? std::make_unique<StreamGates>(device_) : nullptr),
       // Epochs rise over restarts too, so that frames for an earlier life of this receiver are stale.
       next_epoch_(clock_->wall_ns()) {}

@@ -4,8 +4,9 @@
 
 namespace hetkv::engine {
 
-SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device)
+SlotPool::SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device, bool isolate)
     : slot_bytes_(slot_bytes),
+      isolate_(isolate),
       device_(std::move(device)),
       slots_(std::max<std::size_t>(budget_bytes / slot_bytes, 1)),
       free_(slots_.size()) {}
@@ -17,11 +18,14 @@ Status SlotPool::reserve(transport::Transport& transport, Where where) {
 Slot* SlotPool::grant(transport::Transport& transport, std::uint32_t link, Where where, std::uint32_t* id,
                       Status* status) {
   if (free_ == 0) return nullptr;
-  // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory is of the
-  // right kind; then one that has none yet.
+  // Best is a slot that the link has used before, as it needs no new key on its side; then one whose memory can be
+  // used; then one that has none yet.
+  const auto usable = [&](const Slot& slot) {
+    return slot.memory->where() == where && (slot.link == link || !isolate_);
+  };
   const auto merit = [&](const Slot& slot) {
     if (slot.memory == nullptr) return 1;
-    if (slot.memory->where() != where) return 0;
+    if (!usable(slot)) return 0;
     return slot.link == link ? 3 : 2;
   };
   Slot* best = nullptr;
@@ -31,7 +35,7 @@ Slot* SlotPool::grant(transport::Transport& transport, std::uint32_t link, Where
     if (merit(*best) == 3) break;
   }
   if (best == nullptr) return nullptr;
-  if (best->memory != nullptr && best->memory->where() != where) {
+  if (best->memory != nullptr && !usable(*best)) {
     best->memory.reset();
     ++best->generation;
   }

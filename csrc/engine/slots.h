@@ -27,8 +27,8 @@ struct Slot {
 
 class SlotPool {
  public:
-  // `device`: the pool's, or null.
-  SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device);
+  // `device`: the pool's, or null. `isolate`: no two links ever have the same memory.
+  SlotPool(std::size_t slot_bytes, std::size_t budget_bytes, std::shared_ptr<Device> device, bool isolate);
 
   // Makes the memory of one slot now, so that a lack of it shows at the start.
   Status reserve(transport::Transport& transport, Where where);
@@ -66,6 +66,7 @@ class SlotPool {
   void retire(Slot& slot);
 
   const std::size_t slot_bytes_;
+  const bool isolate_;
   const std::shared_ptr<Device> device_;
   std::vector<Slot> slots_;
   std::size_t free_;

@@ -31,6 +31,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Receiver: what is compared before a layer counts as complete. `payload`: the bytes that were unpacked with what
     the sender packed. `pool`: also what the pool holds then, read again, so that an unpack that went wrong, or another
     writer, is seen (`PoolChecksumError`). It takes scratch memory of one to five slots."""
+    isolate_peers: bool = False
+    """Receiver: a slot that goes from one peer to another gets new memory, so that a peer which breaks the rules and
+    keeps to its mapping or key reads and spoils nothing of others. Costs an allocation each time, and up to
+    `window_bytes` of shared memory for each peer of this host; slots are in host memory."""
     window: Literal["auto", "host", "device"] = "auto"
     """Receiver with a pool on a device: where slots are. `auto`: in the device's memory for peers that can store into
     it (same host, same vendor), in pinned host memory for all others."""
@@ -108,6 +112,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise InputError(f"verify {self.verify!r}: payload or pool")
         if self.window not in ("auto", "host", "device"):
             raise InputError(f"window {self.window!r}: auto, host or device")
+        if self.isolate_peers and self.window == "device":
+            raise InputError("isolate_peers has slots in host memory: window is auto or host")
         if self.window_bytes is not None and self.window_bytes < (self.slot_bytes or MIB):
             raise InputError(f"window_bytes {self.window_bytes} holds no slot of {self.slot_bytes or MIB} bytes")
 
@@ -135,6 +141,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.heartbeat_ms = max(1, round(self.heartbeat_s * 1000))
         engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))
         engine.direct = self.direct
+        engine.isolate_peers = self.isolate_peers
         engine.trace = self.trace
         return engine
 

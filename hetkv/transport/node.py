@@ -356,7 +356,7 @@ class Node(Talking, Generic[P]):
 
     def _device_windows(self, connection: ControlConnection) -> bool:
         """Whether this side grants that peer slots in device memory: where its device can store into them."""
-        if self.device is None or self.role == "sender" or self.config.window == "host":
+        if self.device is None or self.role == "sender" or self.config.window == "host" or self.config.isolate_peers:
             return False
         theirs = connection.peer
         here = connection.streams.kind == "unix" or theirs.host == self.description.host

@@ -1,6 +1,7 @@
 // The simulated link of two processes: messages and pieces of puts, in order, with what may befall them.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "network.h"
 
@@ -226,6 +227,10 @@ Status SimEndpoint::share(const transport::Memory& memory, wire::SlotGrant* gran
     return Status::error(Code::kTransport, "simulated: a registration failed");
   }
   const std::uint64_t region = static_cast<const SimMemory&>(memory).region();
+  const std::uint64_t before = std::exchange(network_.regions.at(region).link, link_);
+  if (network_.profile.isolate && before != 0 && before != link_) {
+    network_.world.violate("a link is given the memory that another one has had");
+  }
   grant->rkey.resize(sizeof region);
   std::memcpy(grant->rkey.data(), &region, sizeof region);
   return {};

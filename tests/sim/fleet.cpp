@@ -34,6 +34,7 @@ Fleet::Fleet(World& its_world, const Profile& profile)
   config.heartbeat_ms = static_cast<std::uint32_t>(random.between(50, 150));
   config.peer_timeout_ms = static_cast<std::uint32_t>(random.between(4, 8) * config.heartbeat_ms);
   config.direct = random.chance(0.8);
+  config.isolate_peers = profile.isolate;
   if (profile.verify_pool) config.verify_bytes = config.slot_bytes;  // nothing is converted
   for (std::uint32_t layer = 0; layer < model.layers; ++layer) {
     config.layer_groups.push_back(static_cast<std::int32_t>(model.group_of(layer)));

@@ -111,6 +111,10 @@ std::string Inspect::check(const Receiver& receiver) {
   }
   found.equal(receiver.slots_.free_, free, "free slots");
   found.equal(receiver.slots_.quarantined_, quarantined, "slots in quarantine");
+  for (const auto& unpack : receiver.unpacks_) {
+    const bool kept = !unpack->holds_slot || receiver.slots_.slots_[unpack->slot].state == SlotState::kFilled;
+    found.require(kept, "a slot is given away before its unpack has ended");
+  }
   const auto holding = std::count_if(receiver.unpacks_.begin(), receiver.unpacks_.end(),
                                      [](const auto& unpack) { return unpack->holds_slot; });
   found.equal(static_cast<std::size_t>(holding), filled, "slots that are being unpacked");

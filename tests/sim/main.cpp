@@ -142,6 +142,7 @@ std::uint64_t run(std::uint64_t seed, const Options& options, Totals& totals, st
   world.loud = options.trace;
   Profile profile = Profile::draw(world.random);
   profile.verify_pool = seed % 3 == 0;
+  profile.isolate = seed % 5 == 0;
   if (profile.verify_pool && !profile.calm() && seed % 2 == 0) profile.rewritten = 0.005;
   auto fleet = std::make_unique<Fleet>(world, profile);
   Transfers transfers(*fleet, profile);

@@ -62,6 +62,16 @@ MUTANTS = [
     Mutant("no quarantine", MESSAGES, "slots_.quarantine(link.id);", ""),
     Mutant("quarantine that ends at once", "slots.cpp", "slot.state = SlotState::kQuarantined;\n    ++quarantined_;",
            "slot.state = SlotState::kFree; ++free_;"),
+    Mutant("a lost link's slot is in quarantine before its unpack has ended", "slots.cpp",
+           "slot.link != link || slot.state != SlotState::kGranted",
+           "slot.link != link || slot.state == SlotState::kFree"),
+    Mutant("a lost link's slot is freed before its unpack has ended", MESSAGES, "slots_.retire_host(link.id);",
+           "slots_.retire_host(link.id);\n"
+           "    for (auto& unpack : unpacks_) {\n"
+           "      if (unpack->holds_slot && slots_.at(unpack->slot)->link == link.id) free_slot(*unpack);\n"
+           "    }"),
+    Mutant("memory that another link has had", "slots.cpp", "(slot.link == link || !isolate_)",
+           "(MUTANT || slot.link == link || !isolate_)"),
     Mutant("retired memory is used again", "slots.cpp", "slot.memory.reset();\n  ++slot.generation;", ""),
     Mutant("new memory of the same generation", "slots.cpp", "++slot.generation;", ""),
     Mutant("a wish for slots is not heard", MESSAGES, "demands_[link.id].hungry = true;", ""),

@@ -67,6 +67,7 @@ class Network {
   struct Region {
     std::shared_ptr<Bytes> bytes;
     bool registered = true;
+    std::uint64_t link = 0;  // that was given it; the last one, where several are
   };
   std::unordered_map<std::uint64_t, Region> regions;
   std::uint64_t next_region = 1;

@@ -24,6 +24,7 @@ struct Profile {
   double slow_move = 0;      // a part of a pack waits for long on its device
   double no_memory = 0;      // an allocation or registration fails
   bool verify_pool = false;  // receivers read again what they unpacked
+  bool isolate = false;      // no two links have the same slot's memory
   // How often in a seed.
   std::uint32_t cuts = 0;    // of the network between two processes, for a while
   std::uint32_t kills = 0;   // of a process, which starts again under its name
