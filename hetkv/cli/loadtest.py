@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     url = args.url.rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--url {args.url}: write http://host:port")
+    if args.clients is not None:
+        raise InputError("--clients: a load test has no closed loop; --concurrency limits the requests in flight")
     traffic, slo = traffic_of(args)
     workload = traffic.build()
     model = args.model or asyncio.run(only_model(url, args.api_key))

@@ -17,7 +17,7 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     from hetkv.simulator.traffic.lengths import GRAMMAR
 
-    traffic = parser.add_argument_group("traffic (one of --trace and --rate)")
+    traffic = parser.add_argument_group("traffic (one of --trace, --rate and --clients)")
     traffic.add_argument(
         "--trace",
         metavar="FILE",
@@ -25,13 +25,21 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
     )
     traffic.add_argument("--speedup", type=float, default=1.0, help="play the trace this many times as fast")
     traffic.add_argument("--rate", type=float, metavar="R", help="synthetic arrivals per second")
+    traffic.add_argument(
+        "--clients", type=int, metavar="N", help="a closed loop: each waits for its answer before it asks again"
+    )
+    traffic.add_argument(
+        "--think", type=float, default=0.0, metavar="S", help="clients: mean of the exponential pause before a request"
+    )
     traffic.add_argument("--arrivals", choices=("poisson", "gamma", "constant"), default="poisson")
     traffic.add_argument(
         "--cv", type=float, default=2.0, help="gamma: coefficient of variation of the gaps (default 2)"
     )
     traffic.add_argument("--prompt-tokens", default="1024", metavar="DIST", help=f"{GRAMMAR} (default 1024)")
     traffic.add_argument("--output-tokens", default="256", metavar="DIST", help="the same (default 256)")
-    traffic.add_argument("--requests", type=int, metavar="N", help="stop after N arrivals (default 10000 with --rate)")
+    traffic.add_argument(
+        "--requests", type=int, metavar="N", help="stop after N arrivals (default 10000 without --trace)"
+    )
     traffic.add_argument("--duration", type=float, metavar="S", help="stop arrivals after S seconds")
     parser.add_argument("--slo-ttft-ms", type=float, default=math.inf, metavar="MS")
     parser.add_argument("--slo-tpot-ms", type=float, default=math.inf, metavar="MS")
@@ -52,6 +60,8 @@ def traffic_of(args: argparse.Namespace) -> tuple[Traffic, Slo]:
         trace=args.trace,
         speedup=args.speedup,
         rate=args.rate,
+        clients=args.clients,
+        think_s=args.think,
         arrivals=args.arrivals,
         cv=args.cv,
         prompt_tokens=args.prompt_tokens,

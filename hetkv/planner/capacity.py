@@ -62,6 +62,14 @@ class Demand:
         return self.mean([s.prompts**2 for s in self.samples]) / self.prompt**2 - 1
 
     @cached_property
+    def bursts(self) -> float:
+        """Of the gaps between arrivals, the coefficient of variation squared, by the classes' shares; 1 for Poisson.
+
+        That of the merged stream over long times (Whitt, "Approximating a point process by a renewal process", 1982).
+        """
+        return 1 + sum(s.share * (s.spec.arrival_cv**2 - 1) for s in self.samples)
+
+    @cached_property
     def steps(self) -> float:
         """Decode steps of a request: the first token comes from the prompt."""
         return self.mean([s.outputs - 1 for s in self.samples])
@@ -132,14 +140,14 @@ def prefill(
     bound = prompt_bound(steps, demand, budget)
     if any(float((one.service > one.limit).mean()) > one.allowed for one in late):
         return Capacity(NONE.rates, bound, 0.0)
-    single = waiting_load(late, mean, variance) / mean
+    single = waiting_load(late, mean, variance, demand.bursts) / mean
     tokens = np.geomspace(min(demand.prompt, budget), 0.9 * budget, 40) if demand.prompt < 0.9 * budget else None
     together = 0.0
     if tokens is not None:
         prompts = tokens / demand.prompt
         step = step_times(steps, 0.0, 0.0, tokens, prompts * demand.pairs)
         elasticity = np.clip(np.gradient(np.log(step), np.log(tokens)), 0.0, 0.97)
-        spread = elasticity * np.sqrt((1 + demand.prompt_spread) / (1 - elasticity**2))
+        spread = elasticity * np.sqrt((demand.bursts + demand.prompt_spread) / (1 - elasticity**2))
         alone = demand.mean([np.asarray(one.service) for one in late])
         together = batched_rate(late, steps.stages * prompts / step, step, alone, spread)
     return Capacity(np.maximum(single, together), bound, 0.0)
@@ -197,7 +205,7 @@ def decode(
     running = np.maximum(batches, 1.0)
     times = step_times(steps, running, running * context)
     elasticity = np.clip(np.gradient(np.log(times), np.log(batches)), 0.0, 0.95)
-    met = busy_batch(batches, elasticity, z)
+    met = busy_batch(batches, elasticity, z, demand.bursts)
     fits = (batches + KV_MARGIN * np.sqrt(batches) <= room) | (batches <= 0.5)
     good = (np.interp(met, batches, times) <= limit) & (met <= places) & fits
     best = good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)
@@ -273,7 +281,7 @@ def _prompts_in_time(
     chunks, same = np.unique(np.ceil(sample.prompts[::8] / budget), return_counts=True)
     own = chunks * mixed[:, None] + 0.5 * step[:, None]
     left = sample.spec.ttft_ms / 1e3 - own[None]
-    ahead = demand.prompt * (1 + demand.prompt_spread) / budget * step[None, :, None] / servers / (1 - load)
+    ahead = demand.prompt * (demand.bursts + demand.prompt_spread) / budget * step[None, :, None] / servers / (1 - load)
     waits = load ** (np.sqrt(2 * (servers + 1)) - 1)
     late = np.where(left < 0, 1.0, waits * np.exp(-np.maximum(left, 0.0) / np.maximum(ahead, 1e-9)))
     allowed = 1 - sample.spec.ttft_percentile / 100

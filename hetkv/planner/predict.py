@@ -56,7 +56,7 @@ def _prefill(demand: Demand, column: Column, count: int, rate: float) -> list[fl
     load = min(rate * mean, float(LOADS[-1]))
     row = int(np.searchsorted(COUNTS, count, side="right")) - 1
     waits = float(np.interp(load, LOADS, erlang_c()[row]))
-    decay = 2 * count * (1 - load) / (mean * (1 + variance / mean**2))
+    decay = 2 * count * (1 - load) / (mean * (demand.bursts + variance / mean**2))
     step, deviation = _batched(demand, column, rate)
     found = []
     for sample, own in zip(demand.samples, service, strict=True):
@@ -79,7 +79,7 @@ def _batched(demand: Demand, column: Column, rate: float) -> tuple[float, float]
     times = step_times(column.steps, 0.0, 0.0, tokens, prompts * demand.pairs)
     step = float(np.interp(rate, prompts / times, times))
     together = max(rate * step, 1.0)
-    return step, float(np.sqrt(step**2 / 12 + 1.25 * step**2 * (1 + demand.prompt_spread) / together))
+    return step, float(np.sqrt(step**2 / 12 + 1.25 * step**2 * (demand.bursts + demand.prompt_spread) / together))
 
 
 def _decode(demand: Demand, column: Column, count: int, rate: float) -> list[float]:
@@ -93,7 +93,7 @@ def _decode(demand: Demand, column: Column, count: int, rate: float) -> list[flo
     found = []
     for sample in demand.samples:
         z = max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)
-        met = float(busy_batch(np.array([batch]), np.array([elasticity]), z)[row, 0])
+        met = float(busy_batch(np.array([batch]), np.array([elasticity]), z, demand.bursts)[row, 0])
         found.append(_per_token(sample.others, float(np.interp(met, batches, times)), sample.spec.tpot_percentile))
     return found
 
@@ -118,7 +118,7 @@ def _aggregated(demand: Demand, column: Column, count: int, rate: float) -> tupl
     one, with_prompt, part = (float(np.interp(batch, batches, x)) for x in (step, mixed, share))
     load = min(batch * demand.prompt / (each * column.budget), 0.95)
     waits = load ** (float(np.sqrt(2 * (count + 1))) - 1)
-    ahead = demand.prompt * (1 + demand.prompt_spread) / column.budget * one / count / (1 - load)
+    ahead = demand.prompt * (demand.bursts + demand.prompt_spread) / column.budget * one / count / (1 - load)
     ttft, tpot = [], []
     for sample in demand.samples:
         z = max(float(ndtri(sample.spec.tpot_percentile / 100)), 0.0)

@@ -24,6 +24,8 @@ from hetkv.simulator.traffic.lengths import parse_lengths
 Basis = Literal["on_demand", "reserved", "rental_model"]
 Goal = Literal["cost", "goodput", "split"]
 Roles = Literal["any", "disaggregated", "aggregated"]
+MOST_CV = 10.0
+"""Of the gaps between arrivals: beyond it a simulation has too few bursts to tell a percentile."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -44,7 +46,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 class WorkloadClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Traffic of one kind and its targets: `ttft_ms` at `ttft_percentile`, `tpot_ms` at `tpot_percentile`.
 
-    Arrivals are Poisson. With the goals `goodput` and `split`, `rate` is the class's share of the mix.
+    Arrivals are Poisson, or with an `arrival_cv` above 1 bursts: gaps are of a gamma distribution with this coefficient
+    of variation, as `hetkv simulate --arrivals gamma --cv` has them. With the goals `goodput` and `split`, `rate` is
+    the class's share of the mix.
     """
 
     name: str
@@ -56,6 +60,7 @@ class WorkloadClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     ttft_percentile: float = 99.0
     tpot_percentile: float = 99.0
     model: str = ""
+    arrival_cv: float = 1.0
 
 
 class GpuOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -301,6 +306,8 @@ def _class(spec: WorkloadClass, index: int, problem: Problem, origin: str) -> Wo
         raise InputError(f"{where}: {what} `models` ({', '.join(names)})")
     for field in ("rate", "ttft_ms", "tpot_ms"):
         _positive(getattr(spec, field), f"{where}: `{field}`")
+    if not 1 <= spec.arrival_cv <= MOST_CV:
+        raise InputError(f"{where}: `arrival_cv` must be 1 (Poisson) to {MOST_CV:g}, got {spec.arrival_cv:g}")
     for field in ("ttft_percentile", "tpot_percentile"):
         value = getattr(spec, field)
         if not 0 < value < 100:

@@ -44,15 +44,16 @@ class Late(NamedTuple):
     allowed: float
 
 
-def waiting_load(classes: list[Late], mean: float, variance: float) -> Array:
+def waiting_load(classes: list[Late], mean: float, variance: float, bursts: float = 1.0) -> Array:
     """The largest utilisation for each of `COUNTS` at which every class keeps its limit; 0 where none does.
 
     M/G/n, first come first served: a share C of the arrivals waits (Erlang), and their wait is exponential with the
-    mean of the two-moment approximation, `mean (1 + cv^2) / 2 / (n (1 - load))`. A request is late where its wait and
-    its own service exceed the limit. `mean` and `variance` are of the service time over all classes.
+    mean of the two-moment approximation, `mean (bursts + cv^2) / 2 / (n (1 - load))` (Allen and Cunneen's for G/G/n).
+    A request is late where its wait and its own service exceed the limit. `mean` and `variance` are of the service time
+    over all classes, `bursts` is the squared coefficient of variation of the gaps between arrivals.
     """
     servers = np.array(COUNTS, dtype=np.float64)
-    decay = 2 * servers[:, None] * (1 - LOADS) / (mean * (1 + variance / mean**2))
+    decay = 2 * servers[:, None] * (1 - LOADS) / (mean * (bursts + variance / mean**2))
     rows, wait = np.arange(len(COUNTS)), erlang_c()
     limits = [np.asarray(one.limit - one.service) for one in classes]
     good = np.zeros(len(COUNTS), dtype=np.intp)  # lateness rises with the load: the loads below `good` hold
@@ -88,16 +89,17 @@ def batched_rate(classes: list[Late], rates: Array, steps: Array, mean: float, s
     return float(rates[good].max(initial=0.0))
 
 
-def busy_batch(batches: Array, elasticity: Array, z: float) -> Array:
+def busy_batch(batches: Array, elasticity: Array, z: float, bursts: float = 1.0) -> Array:
     """The batch that a request of the percentile `z` meets, `[COUNTS, batches]`, where the mean is `batches`.
 
     Sequences in a decode pool are a birth-death process with a mean of `n` batches. Its variance is the mean over
     `1 - elasticity` (of step time in the batch: a longer step lets more sequences gather). Routing by load shares them
-    evenly, so that one instance has 1/n of the deviation; a request sees the mean over its life, which has about
+    evenly, so that one instance has 1/n of the deviation. `bursts` raise the variance by `(1 + bursts) / 2`, the
+    peakedness with exponential times. A request sees the mean over its life, which has about
     `AVERAGED` of it.
     """
     servers = np.array(COUNTS, dtype=np.float64)[:, None]
-    variance = batches / np.maximum(1 - elasticity, 0.05)
+    variance = batches * (1 + bursts) / 2 / np.maximum(1 - elasticity, 0.05)
     whole = np.where(servers > 1, 0.5, 0.0)
     found: Array = batches + whole + z * AVERAGED * np.sqrt(variance / servers)
     return found

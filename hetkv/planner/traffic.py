@@ -33,7 +33,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Mix:
-    """Classes that share one deployment. Poisson streams together are one; each request is of a class by chance.
+    """Classes that share one deployment. Poisson streams together are one; each request is of a class by chance. Where
+    a class comes in bursts, each class is a stream of its own.
 
     A `Workload` of the simulator: `count` requests at `scale` times the classes' rates. Gaps, classes and lengths have
     streams of their own, so that runs at other rates see the same requests.
@@ -46,6 +47,11 @@ class Mix:
     hash_tokens: int = field(default=0, init=False)
 
     @property
+    def bursty(self) -> bool:
+        """Whether a class has other than Poisson arrivals."""
+        return any(c.arrival_cv != 1 for c in self.classes)
+
+    @property
     def rate(self) -> float:
         """Requests per second."""
         return self.scale * sum(c.rate for c in self.classes)
@@ -53,17 +59,23 @@ class Mix:
     @property
     def about(self) -> str:
         """One line for people."""
-        return f"poisson arrivals of {', '.join(c.name for c in self.classes)} at {self.rate:g} requests/s"
+        arrivals = "gamma" if self.bursty else "poisson"
+        return f"{arrivals} arrivals of {', '.join(c.name for c in self.classes)} at {self.rate:g} requests/s"
 
     def kinds(self, seed: int) -> NDArray[np.intp]:
         """The class of each request, as an index of `classes`."""
+        if self.bursty:
+            return self._streams(seed)[1]
         rates = np.array([c.rate for c in self.classes])
         return np.random.default_rng([seed, 3]).choice(len(rates), self.count, p=rates / rates.sum())
 
     def requests(self, seed: int) -> Iterator[Request]:
         """The requests in order of arrival; the same seed gives the same traffic."""
-        kinds = self.kinds(seed)
-        arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(1 / self.rate, self.count))
+        if self.bursty:
+            arrivals, kinds = self._streams(seed)
+        else:
+            kinds = self.kinds(seed)
+            arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(1 / self.rate, self.count))
         prompts = np.empty(self.count, dtype=np.int64)
         outputs = np.ones(self.count, dtype=np.int64)
         for i, spec in enumerate(self.classes):
@@ -75,6 +87,17 @@ class Mix:
         rows = zip(arrivals.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
         for number, (arrival, prompt, output) in enumerate(rows):
             yield Request(number, arrival, prompt, output)
+
+    def _streams(self, seed: int) -> tuple[Array, NDArray[np.intp]]:
+        """Arrivals and classes of the first `count` requests of one renewal stream for each class."""
+        times = []
+        for i, spec in enumerate(self.classes):
+            shape = spec.arrival_cv**-2
+            gaps = np.random.default_rng([seed, 0, i]).gamma(shape, 1 / shape, self.count)
+            times.append(np.cumsum(gaps) / (self.scale * spec.rate))
+        together = np.concatenate(times)
+        first = np.argsort(together, kind="stable")[: self.count]
+        return together[first], first // self.count
 
 
 def samples(classes: Sequence[WorkloadClass]) -> list[Sample]:

@@ -66,17 +66,38 @@ class Cluster:
         # Any instance may get a request, and after a failure the tokens generated so far are part of its prompt.
         self._reach = min(p.longest for p in pools)
         self._arrivals: Iterator[Request] = iter(())
+        self._clients = 0
+        self._thinking = 0
         self.arriving = False
 
-    def start(self, arrivals: Iterator[Request]) -> None:
+    def start(self, arrivals: Iterator[Request], clients: int = 0) -> None:
         """Take requests from `arrivals`, which must be in order of arrival; only the next one is held.
 
-        When the last of them has ended, the events stop.
+        With `clients`, each of them takes one, sends it after its `arrival` in seconds, and the next when it has ended.
+        When the last request has ended, the events stop.
         """
-        self._arrivals = arrivals
-        self._next_arrival()
+        self._arrivals, self._clients = arrivals, clients
+        for _ in range(clients):
+            self._think()
+        if not clients:
+            self._next_arrival()
+
+    def _think(self) -> None:
+        """A client is about to send its next request, if any is left."""
+        request = next(self._arrivals, None)
+        if request is not None:
+            request.arrival += self.events.now
+            self._thinking += 1
+            self.events.at(request.arrival, self._arrive, request)
+        self.arriving = self._thinking > 0
+        if not (self.arriving or self.alive):
+            self.events.stop()
 
     def _next_arrival(self) -> None:
+        if self._clients:
+            self._thinking -= 1
+            self.arriving = self._thinking > 0
+            return
         request = next(self._arrivals, None)
         self.arriving = request is not None
         if request is not None:
@@ -118,7 +139,9 @@ class Cluster:
     def _end(self, request: Request, status: int) -> None:
         del self.alive[request]
         self.records.add(request, status)
-        if not (self.alive or self.arriving):
+        if self._clients:
+            self._think()
+        elif not (self.alive or self.arriving):
             self.events.stop()
 
     def finish(self) -> None:

@@ -26,7 +26,7 @@ from hetkv.simulator.records import Records
 from hetkv.simulator.request import FINISHED
 from hetkv.simulator.scaled import HIGH, LOW, ScaledStepModel
 from hetkv.simulator.series import Series
-from hetkv.simulator.traffic.workload import Workload
+from hetkv.simulator.traffic.workload import ClosedLoop, Workload
 
 
 @dataclass
@@ -104,7 +104,7 @@ def simulate(
         failures = Failures(cluster, events, outages, hazards, seed)
     except InputError as error:
         raise InputError(f"{origin}: failures: {error}") from None
-    cluster.start(workload.requests(seed))
+    cluster.start(workload.requests(seed), workload.clients if isinstance(workload, ClosedLoop) else 0)
     with without_collection():
         events.run()
     cluster.finish()

@@ -39,7 +39,8 @@ def hetkv(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("loadtest --rate 1 --url a:1", "--url a:1: write http://host:port"),
     ("loadtest --rate 1 --url http://127.0.0.1:9 --requests 1", "http://127.0.0.1:9: Cannot connect"),
     ("loadtest --rate 1 --concurrency 0", "--concurrency must be at least 1, not 0"),
-    ("loadtest", "give either --trace or --rate"),
+    ("loadtest --clients 3", "--clients: a load test has no closed loop"),
+    ("loadtest", "give one of --trace, --rate and --clients"),
     ("bench transfer --device cuda:0,cuda:99", "device cuda:"),
 ])  # fmt: skip
 def test_one_line_before_the_work(

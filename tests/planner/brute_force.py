@@ -93,8 +93,8 @@ class Force:
 
     Left out are only those that cannot do: pools whose instances together compute less than the traffic asks even at
     the best batch; prefill pools that are late with no decoding after them; decode pools that are far too slow after
-    the strongest prefill; and all that have the columns of a plan that is too slow by more than `MARGIN`, and no
-    more of any.
+    the strongest prefill, or whose first tokens are after more of it than any plan has; and all that have the columns
+    of a plan that is too slow by more than `MARGIN`, and no more of any.
     """
 
     problem: Problem
@@ -122,8 +122,8 @@ class Force:
         finally:
             self.simulated = self.checker.simulations - before
 
-    def _used(self, counts: Counts) -> float:
-        return self.calibrator.verdict(self.model, counts, 1.0).used()
+    def _used(self, counts: Counts, role: str = "aggregated") -> float:
+        return self.calibrator.verdict(self.model, counts, 1.0).used(role)
 
     def _aggregated(self, below: float) -> list[Counts]:
         return [p for p in self._pools("aggregated", MOST, below) if one_budget(p)]
@@ -131,6 +131,8 @@ class Force:
     def _disaggregated(self, below: float) -> list[Counts]:
         first = self._near(self._pools("prefill", MOST - 1, below), self._prompts_used, NEAR)
         later = self._near(self._pools("decode", MOST - 1, below), self._tokens_used, 1 + MARGIN)
+        ahead = {k: max(n, MOST) for k, n in strongest(self.trials, self.model).items()}
+        later = [d for d in later if self._used({**ahead, **d}, "prefill") <= NEAR + MARGIN]
         pairs = [{**p, **d} for p in first for d in later if sum(p.values()) + sum(d.values()) <= MOST]
         return [p for p in pairs if self.trials.price(p) < below - 1e-9]
 

@@ -318,7 +318,7 @@ def test_command_sweeps(files, capsys):
     ("options", "fault"),
     [
         (["--rate", "-1"], "rate must be greater than 0"),
-        ([], "give either --trace or --rate"),
+        ([], "give one of --trace, --rate and --clients"),
         (["--trace", "nowhere.csv"], "nowhere.csv"),
         (["--rate", "1", "--prompt-tokens", "many"], "--prompt-tokens: 'many'"),
         (["--rate", "1", "--slo-ttft-ms", "0"], "--slo-ttft-ms must be greater than 0"),

@@ -91,3 +91,40 @@ class Synthetic:
             return random.exponential(1 / self.rate, n)
         shape = 1 / self.cv**2
         return random.gamma(shape, 1 / (self.rate * shape), n)
+
+
+@dataclass
+class ClosedLoop:
+    """`clients` that each send a request, wait for its end, whatever it is, think and send the next: `count` in all.
+
+    They think for exponential times of mean `think_s` seconds (0: not at all), before their first request too. A
+    request's `arrival` is that time until it is sent.
+    """
+
+    clients: int
+    think_s: float
+    prompts: Draw
+    outputs: Draw
+    count: int
+    hash_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise InputError(f"clients must be at least 1, got {self.clients}")
+        if not 0 <= self.think_s < inf:
+            raise InputError(f"think time must be 0 s or more, got {self.think_s}")
+        if self.count < 1:
+            raise InputError(f"requests must be at least 1, got {self.count}")
+
+    @property
+    def about(self) -> str:
+        return f"{self.clients:,} clients that think {self.think_s:g} s"
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        thinks, prompts, outputs = (np.random.default_rng([seed, stream]) for stream in range(3))
+        for first in range(0, self.count, CHUNK):
+            n = min(CHUNK, self.count - first)
+            columns = (thinks.exponential(self.think_s, n), self.prompts(prompts, n), self.outputs(outputs, n))
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            for number, (think, prompt, output) in enumerate(rows, first):
+                yield Request(number, think, prompt, output)
