@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,19 +304,25 @@ def test_what_is_not_the_next_frame_ends_the_link(tcp: None, name: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_nonces_and_keys_over_many_frames(tmp_path: Path) -> None:
-    """A key is replaced after its frames, by one that is derived from it; no pair of key and nonce comes twice."""
+@pytest.mark.parametrize("libcrypto", ["", "none"])
+def test_nonces_and_keys_over_many_frames(tmp_path: Path, libcrypto: str) -> None:
+    """A key is replaced after its frames, by one that is derived from it; no pair of key and nonce comes twice. With
+    OpenSSL, where the system has it, and without."""
     program = tmp_path / "seal"
-    sources = [ROOT / "tests" / "cpp" / "seal.cpp", ROOT / "csrc" / "transport" / "seal.cpp"]
+    folder = ROOT / "csrc" / "transport"
+    sources = [ROOT / "tests" / "cpp" / "seal.cpp", folder / "seal.cpp", folder / "system_gcm.cpp"]
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DHETKV_WITH_SODIUM", f"-I{ROOT / 'csrc'}"]
-    made = subprocess.run(["g++", *flags, *map(str, sources), "-lsodium", "-o", str(program)], capture_output=True)
+    made = subprocess.run(
+        ["g++", *flags, *map(str, sources), "-lsodium", "-ldl", "-o", str(program)], capture_output=True
+    )
     if b"sodium.h" in made.stderr:
         pytest.skip("needs libsodium's headers")
     assert made.returncode == 0, made.stderr.decode()
     for code, (name, make) in enumerate(CIPHERS.items(), start=1):
         if name not in core.ciphers():
             continue
-        done = subprocess.run([str(program), str(code)], capture_output=True, text=True, check=True)
+        command, environment = [str(program), str(code)], {**os.environ, "HETKV_LIBCRYPTO": libcrypto}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         lines = done.stdout.splitlines()
         assert len(lines) == 10
         key, used = bytes(range(32)), set()
@@ -327,3 +334,42 @@ def test_nonces_and_keys_over_many_frames(tmp_path: Path) -> None:
             plain = make(key).decrypt(nonce, bytes.fromhex(line), b"head")
             assert plain == bytes([place]) * (100 + place)
         assert len(used) == 10
+
+
+def test_both_libraries_make_the_same_frames(tcp: None) -> None:
+    """A sender with OpenSSL and a receiver without, and the other way."""
+    if "aes-256-gcm" not in core.ciphers():
+        pytest.skip("this CPU has no instructions for AES")
+    for mine, theirs in (("", "none"), ("none", "")):
+        program = "from tests.transport.test_encryption import serve; serve()"
+        environment = {**os.environ, "HETKV_LIBCRYPTO": theirs, "HETKV_SOCKET_DIR": "none"}
+        here = {**os.environ, "HETKV_LIBCRYPTO": mine, "HETKV_SOCKET_DIR": "none"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, **pipes) as other:
+            assert other.stdout is not None
+            address = other.stdout.readline().strip()
+            call = f"from tests.transport.test_encryption import call; call({address!r})"
+            subprocess.run([sys.executable, "-c", call], cwd=ROOT, env=here, check=True, timeout=60)
+            other.communicate("\n", timeout=30)
+            assert other.returncode == 0
+
+
+def serve() -> None:
+    """A receiver that wants one request, in a process of its own; prints its address."""
+    pool = randomise(KVPool.allocate(SPEC, 16), 2)
+    with Receiver(pool, secret=SECRET, instance="d", config=SMALL) as receiver:
+        print(receiver.listen(), flush=True)
+        until(lambda: bool(receiver.peers), seconds=60)
+        receiver.receive("r", list(range(16)), 256).wait(WAIT_S)
+        assert receiver.peers[0].cipher == "aes-256-gcm"
+        assert same_bytes(pool, randomise(KVPool.allocate(SPEC, 16), 1))
+        input()
+
+
+def call(address: str) -> None:
+    """Its sender."""
+    with Sender(randomise(KVPool.allocate(SPEC, 16), 1), secret=SECRET, instance="p", config=SMALL) as sender:
+        sender.connect(address)
+        handle = sender.send("r", list(range(16)), 256)
+        handle.send_layers()
+        handle.wait(WAIT_S)
