@@ -21,7 +21,16 @@ from hetkv.runtime.commands import Report
 from hetkv.serve.member import Member
 from hetkv.serve.messages import Hello, Leaving, ToInstance, Trace
 from hetkv.serve.scheduler import Scheduler
-from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, WRONG_SECRET, Seal, greeting
+from hetkv.serve.wire import (
+    GREETING_BYTES,
+    LENGTH,
+    NAME_NOT_ALLOWED,
+    NONCE_BYTES,
+    PROOF_BYTES,
+    WRONG_SECRET,
+    Seal,
+    greeting,
+)
 
 SILENCE_S = 10.0
 """An instance beats once a second; one that says nothing for so long is gone."""
@@ -157,6 +166,8 @@ class Gate:
             certificates = sha256(peer.getpeercert(binary_form=True)).digest() + credentials.fingerprint
             rejection = self._tls.check("an instance", names_of(peer.getpeercert()))
             if rejection is not None:
+                await reader.readexactly(GREETING_BYTES)  # closed before that, the answer could be lost
+                writer.write(NAME_NOT_ALLOWED + bytes(NONCE_BYTES))
                 raise rejection
         mine = greeting(secrets.token_bytes(NONCE_BYTES))
         writer.write(mine)

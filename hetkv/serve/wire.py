@@ -16,10 +16,12 @@ from typing import Any, Literal
 import msgspec
 
 from hetkv.control.handshake import hkdf_expand, hkdf_extract
-from hetkv.errors import AuthenticationError, HandshakeError, MessageError, SecretError
+from hetkv.errors import AuthenticationError, CertificateError, HandshakeError, MessageError, SecretError
 from hetkv.serve.messages import ToInstance, ToScheduler
 
 MAGIC = b"hetkv-serve 1\n\0\0"
+NAME_NOT_ALLOWED = b"hetkv-serve no\n\0"
+"""In its place, from a scheduler whose list of peers has no name of the instance's certificate."""
 NONCE_BYTES = 32
 GREETING_BYTES = len(MAGIC) + NONCE_BYTES
 PROOF_BYTES = 32
@@ -43,6 +45,9 @@ class Seal:
     def __init__(self, side: Side, secret: bytes, mine: bytes, theirs: bytes, certificates: bytes = b"") -> None:
         """`mine` and `theirs` are the greetings that were sent and received; `certificates`: with TLS, SHA-256 of the
         instance's and of the scheduler's."""
+        if side == "instance" and certificates and theirs.startswith(NAME_NOT_ALLOWED):
+            text = "scheduler: TLS: this side's certificate is of no name that is on the peer's list of peers"
+            raise CertificateError(text, "identity", own=True)
         if not theirs.startswith(MAGIC):
             raise HandshakeError(f"not a scheduler or an instance of this version: it began with {theirs[:16]!r}")
         if mine == theirs:

@@ -171,15 +171,18 @@ def test_the_gate_inside_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
                 with pytest.raises((AuthenticationError, PeerLostError)):
                     await asyncio.to_thread(attempt, address, side)
                 await until(lambda text=text: text in caplog.text, 10)
+            with pytest.raises(CertificateError, match="is of no name that is on the peer's list") as found:
+                await asyncio.to_thread(attempt, address, wrong["which is not on this side's list of peers"])
+            assert (found.value.reason, found.value.own) == ("identity", True)
             with pytest.raises((HandshakeError, PeerLostError)):
                 await asyncio.to_thread(attempt, address, None)
             (await asyncio.to_thread(attempt, address, good)).close()
             impostor = ca.issue("impostor", "elsewhere.example")
             assert not scheduler.members
         async with opened(secret, tls=Tls(impostor)) as (_, address):
-            with pytest.raises(CertificateError) as found:
+            with pytest.raises(CertificateError) as elsewhere:
                 await asyncio.to_thread(attempt, address, good)
-            assert found.value.reason == "host"
+            assert elsewhere.value.reason == "host"
 
     with caplog.at_level("WARNING", "hetkv.serve.gate"):
         asyncio.run(run())
