@@ -23,6 +23,8 @@ from hetkv.errors import ControlError, ControlTimeoutError, MessageError, PeerLo
 
 MAX_UNREAD_MESSAGES = 256
 LINGER_S = 1.0
+CLOSING_S = 3.0
+"""How long `close` waits at most for a peer that takes what was posted, however slowly."""
 MAX_POSTED_BYTES = 64 << 20
 """Of messages that wait until the peer reads."""
 
@@ -66,6 +68,8 @@ class ControlConnection:
         self._lost: ControlError | None = None
         self._failed_send: ControlError | None = None
         self._closed = self._shutting = False
+        self._stopped = False
+        """Nothing reads any more: who has the channel last closes it."""
         records.limit = MAX_LATER_BYTES
         self._reader = shared().start(self._read(), self._end)
 
@@ -76,11 +80,13 @@ class ControlConnection:
 
     def send(self, message: Message) -> None:
         """Send one message. Raises the reason of the loss where the connection has ended; `ControlTimeoutError`."""
-        with self._sending:
-            with self._state:
-                self._check_open()
-            self._write(message, time.monotonic() + self._timeout)
-        self._go_on()
+        try:
+            with self._sending:
+                with self._state:
+                    self._check_open()
+                self._write(message, time.monotonic() + self._timeout)
+        finally:
+            self._go_on()
 
     def on_message(self, callback: Callable[[Later], None]) -> None:
         """Call `callback` with each message that is no part of the handshake, in the reactor's thread, where it must
@@ -137,12 +143,13 @@ class ControlConnection:
             standing = self._lost is None
             self._callbacks.clear()
             self._state.notify_all()
-        linger = 0.0 if shared().in_thread() else LINGER_S
+        linger, closing = (0.0, 0.0) if shared().in_thread() else (LINGER_S, CLOSING_S)
         if standing and self._sending.acquire(timeout=linger):
+            until = time.monotonic() + closing
             try:
                 while self._posted:
-                    run(self._records.write(self._next_posted(), time.monotonic() + linger))
-                self._write(Bye(reason[:512]), time.monotonic() + linger)
+                    run(self._records.write(self._next_posted(), min(time.monotonic() + linger, until)))
+                self._write(Bye(reason[:512]), min(time.monotonic() + linger, until))
             except ControlError:
                 pass  # the peer is gone: nothing left to tell it
             finally:
@@ -150,7 +157,9 @@ class ControlConnection:
         self._shutting = True
         self._channel.wake()
         shared().stop(self._reader)
-        # The reactor's thread must not wait for its own steps: those close the channel, then, as they are woken.
+        self._stopped = True
+        # The reactor's thread must not wait for its own steps, nor for a `send`: those close the channel, then, as they
+        # are woken.
         if self._sending.acquire(blocking=not shared().in_thread()):
             self._channel.close()
             self._sending.release()
@@ -181,8 +190,10 @@ class ControlConnection:
         self._channel.wake()
 
     def _go_on(self) -> None:
-        """Somebody else had the channel while messages were posted."""
-        if self._posted:
+        """Somebody else had the channel while messages were posted, or while this side closed."""
+        if self._stopped:
+            self._channel.close()
+        elif self._posted:
             shared().start(self._write_posted(), lambda *_: None)
 
     def _next_posted(self) -> bytes:
@@ -202,7 +213,7 @@ class ControlConnection:
                 self._posted.clear()
                 self._fail(error)
             finally:
-                if self._shutting:
+                if self._stopped:
                     self._channel.close()
                 self._sending.release()
 

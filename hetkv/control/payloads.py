@@ -27,18 +27,20 @@ class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
     def __post_init__(self) -> None:
         _check_request(self.request)
-        if len(self.content) not in (0, REQUEST_BYTES):
-            raise InputError(f"content has {len(self.content)} bytes, not {REQUEST_BYTES}")
+        _check_content(self.content)
 
 
-class Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="payload"):
+class Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="payload"):
     """The sender's answer."""
 
     request: bytes
     data: bytes
+    content: bytes = b""
+    """As in the question: the answer to an earlier one, of another request of this id, may still be on its way."""
 
     def __post_init__(self) -> None:
         _check_request(self.request)
+        _check_content(self.content)
         _check_data(self.data)
 
 
@@ -76,6 +78,11 @@ def as_payload(data: bytes | bytearray | memoryview) -> bytes:
 def _check_request(request: bytes) -> None:
     if len(request) != REQUEST_BYTES:
         raise InputError(f"request has {len(request)} bytes, not {REQUEST_BYTES}")
+
+
+def _check_content(content: bytes) -> None:
+    if len(content) not in (0, REQUEST_BYTES):
+        raise InputError(f"content has {len(content)} bytes, not {REQUEST_BYTES}")
 
 
 def _check_data(data: bytes) -> None:

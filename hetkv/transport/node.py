@@ -115,8 +115,7 @@ class Node(Talking, Generic[P]):
         self.group_of = {layer: pool.spec.group_of(layer) for layer in self.layers}
         self._listeners: list[Listener] = []
         self._closed = False
-        on_device = self.device is not None
-        config_of_engine = self._engine_config(on_device)
+        config_of_engine = self._engine_config(on_device := self.device is not None)
         config_of_engine.layer_groups = [self.group_of.get(at, -1) for at in range(max(self.layers, default=-1) + 1)]
         self.engine: Any = self._make_engine(config_of_engine, self.device.core if self.device is not None else None)
         self.requests: Requests[P] = Requests(self.engine)
@@ -274,6 +273,7 @@ class Node(Talking, Generic[P]):
         for peer in self._peers.all():
             peer.connection.close("closed")
             self._peers.pop(peer.link)
+        self._notifications.end()
         for listener in listeners:
             listener.close()
         lifetime.opened.discard(self)

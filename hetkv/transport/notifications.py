@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from hetkv.control.payloads import MAX_NOTIFICATIONS, MESSAGES_SINCE, Ask, Later, Notice, Payload, Taken, as_payload
@@ -31,6 +32,7 @@ class Notifications:
         """That came from a peer and were not taken here."""
         self._out: Counter[Peer] = Counter()
         """That were sent to a peer and not taken there."""
+        self._closed = False
 
     def send(self, peer: Peer, data: bytes | bytearray | memoryview) -> None:
         """See `Node.notify`."""
@@ -48,7 +50,7 @@ class Notifications:
         """See `Node.notifications`."""
         with self._state:
             if not self._unread:
-                self._state.wait_for(lambda: self._unread, timeout)
+                self._state.wait_for(lambda: self._unread or self._closed, timeout)
             found, self._unread = list(self._unread), deque()
             counts, self._waiting = self._waiting, Counter()
         for peer, count in counts.items():
@@ -72,10 +74,21 @@ class Notifications:
             self._out[peer] -= taken.count
 
     def forget(self, peer: Peer) -> None:
-        """It is gone; what it said before that can still be taken."""
+        """It is gone; what it said before that can still be taken, as far as `MAX_NOTIFICATIONS` of all such peers."""
         with self._state:
             self._out.pop(peer, None)
             self._waiting.pop(peer, None)
+            over = sum(at.peer not in self._waiting for at in self._unread) - MAX_NOTIFICATIONS
+            if over > 0:
+                left = (at for at in self._unread if at.peer not in self._waiting)
+                dropped = set(map(id, islice(left, over)))
+                self._unread = deque(at for at in self._unread if id(at) not in dropped)
+
+    def end(self) -> None:
+        """The node is closed: nothing comes any more."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
 
 
 def check_messages(peer: Peer, what: str) -> None:
@@ -101,7 +114,8 @@ class Talking(ABC):
     def notifications(self, timeout: float = 0.0) -> list[Notification]:
         """What peers have sent since the last call, in order of arrival; waits up to `timeout` seconds for the first.
 
-        A peer that is gone since is `lost`. At most 256 of each peer wait to be taken.
+        A peer that is gone since is `lost`. At most 256 of each peer wait to be taken, and the last 256 of all that are
+        gone. Does not wait once the node is closed.
         """
         return self._notifications.take(timeout)
 

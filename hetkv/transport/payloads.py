@@ -23,6 +23,8 @@ MAX_ASKED = 1 << 14
 """Of one peer; older ones are forgotten."""
 MAX_KEPT_BYTES = 256 << 20
 """Of all payloads that a sender keeps; the oldest are forgotten."""
+KEPT_BYTES = 512
+"""Of memory that each of them takes besides its own."""
 
 
 class _Kept(NamedTuple):
@@ -55,14 +57,14 @@ class OfferedPayloads:
         with self._lock:
             self._drop(key)
             self._kept[key] = _Kept(data, content, now + hold_s)
-            self._bytes += len(data)
+            self._bytes += len(data) + KEPT_BYTES
             while self._bytes > MAX_KEPT_BYTES or next(iter(self._kept.values())).until < now:
                 self._drop(next(iter(self._kept)))
             waiting = [peer for peer, asked in self._asked.items() if asked.get(key) == content]
             for peer in waiting:
                 del self._asked[peer][key]
         for peer in waiting:
-            peer.connection.post(Payload(key, data))
+            peer.connection.post(Payload(key, data, content))
 
     def ask(self, peer: Peer, ask: Ask) -> None:
         """A peer wants one. Called in the reactor's thread."""
@@ -74,7 +76,7 @@ class OfferedPayloads:
                 if len(asked) > MAX_ASKED:
                     asked.popitem(last=False)
                 return
-        peer.connection.post(Payload(ask.request, kept.data))
+        peer.connection.post(Payload(ask.request, kept.data, ask.content))
 
     def forget(self, peer: Peer) -> None:
         """It is gone."""
@@ -83,7 +85,7 @@ class OfferedPayloads:
 
     def _drop(self, key: bytes) -> None:
         kept = self._kept.pop(key, None)
-        self._bytes -= 0 if kept is None else len(kept.data)
+        self._bytes -= 0 if kept is None else len(kept.data) + KEPT_BYTES
 
 
 class Awaited:
@@ -101,20 +103,20 @@ class AwaitedPayloads:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._closed = False
-        self._awaited: WeakValueDictionary[tuple[int, bytes], Awaited] = WeakValueDictionary()
+        self._awaited: WeakValueDictionary[tuple[int, bytes, bytes], Awaited] = WeakValueDictionary()
 
     def ask(self, peer: Peer, key: bytes, content: bytes, lease_s: float) -> Awaited:
         """Ask for one; it is kept as long as what this returns is."""
         awaited = Awaited(peer, lease_s)
         with self._changed:
-            self._awaited[peer.link, key] = awaited
+            self._awaited[peer.link, key, content] = awaited
         peer.connection.post(Ask(key, content))
         return awaited
 
     def take(self, peer: Peer, payload: Payload) -> None:
         """It has come. One that nobody waits for is dropped."""
         with self._changed:
-            awaited = self._awaited.pop((peer.link, payload.request), None)
+            awaited = self._awaited.pop((peer.link, payload.request, payload.content), None)
             if awaited is not None:
                 awaited.data = payload.data
                 self._changed.notify_all()

@@ -22,11 +22,12 @@ from hetkv.errors import (
 )
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec, Shard
+from hetkv.transport import payloads
 from hetkv.transport.content import content_digest
 from hetkv.transport.payloads import MAX_ASKED
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
-from tests.transport.peers import WAIT_S, connected, settled, until
+from tests.transport.peers import SECRET, WAIT_S, connected, settled, until
 
 SPEC = KVSpec.uniform(2, 2, 64)
 BLOCKS, TOKENS = [5, 3], 30
@@ -271,3 +272,63 @@ def test_a_peer_that_asks_for_everything(pair: Pair) -> None:
     sender.send("r", BLOCKS, TOKENS, payload=b"asked").send_layers()
     assert rx.payload(WAIT_S) == b"asked"
     rx.wait(WAIT_S)
+
+
+def test_an_answer_that_comes_after_another_question(pair: Pair) -> None:
+    """An id that is used again while the payload of the request before is on its way: it is not the later one's."""
+    sender, receiver = pair
+    mine, other = content_digest([1]), content_digest([2])
+    taken, take = threading.Event(), receiver.payloads.take
+    late: list[Payload] = []
+    receiver.payloads.take = lambda peer, payload: (late.append(payload), taken.set())
+    tx = sender.send("r", BLOCKS, TOKENS, content=mine, payload=b"mine")
+    first = receiver.receive("r", BLOCKS, TOKENS, content=mine, payload=True)
+    assert taken.wait(WAIT_S)
+    first.abort()
+    until(lambda: first.done() and tx.done())
+    receiver.payloads.take = take
+    rx = receiver.receive("r", BLOCKS, TOKENS, content=other, payload=True)
+    take(receiver.peers[0], late[0])
+    with pytest.raises(WaitTimeoutError):
+        rx.payload(0.05)
+    sender.send("r", BLOCKS, TOKENS, content=other, payload=b"other").send_layers()
+    assert rx.payload(WAIT_S) == b"other"
+    rx.wait(WAIT_S)
+
+
+def test_empty_payloads_take_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payloads, "MAX_KEPT_BYTES", 100 * payloads.KEPT_BYTES)
+    offered = payloads.OfferedPayloads()
+    for number in range(1000):
+        offered.give(number.to_bytes(16, "little"), b"", b"", 1e6)
+    assert len(offered._kept) == 100
+    offered.begin((999).to_bytes(16, "little"))
+    assert offered._bytes == 99 * payloads.KEPT_BYTES
+
+
+def test_what_peers_that_are_gone_have_said_is_bounded() -> None:
+    """Each may have left 256; those of all that are gone are as many, the latest ones."""
+    source = KVPool.allocate(SPEC, 12)
+    with Receiver(KVPool.allocate(SPEC, 12), secret=SECRET, instance="d") as receiver:
+        address = receiver.listen()
+        for turn in range(3):
+            with Sender(source, secret=SECRET, instance="p") as sender:
+                peer = sender.connect(address)
+                for number in range(MAX_NOTIFICATIONS - 56):
+                    sender.notify(peer, bytes([turn, number]))
+            until(lambda: not receiver.peers)
+        with Sender(source, secret=SECRET, instance="p") as sender:
+            sender.notify(sender.connect(address), b"here")
+            until(lambda: receiver._notifications._unread[-1].data == b"here")
+            found = [data for _, data in receiver.notifications()]
+            assert len(found) == MAX_NOTIFICATIONS + 1
+            assert found[0] == bytes([1, 144])
+            assert found[-2:] == [bytes([2, 199]), b"here"]
+
+
+def test_a_wait_for_notifications_ends_with_the_node() -> None:
+    with Receiver(KVPool.allocate(SPEC, 12), secret=SECRET, instance="d") as receiver:
+        threading.Timer(0.05, receiver.close).start()
+        start = time.monotonic()
+        assert receiver.notifications(WAIT_S) == []
+        assert time.monotonic() - start < WAIT_S / 2
