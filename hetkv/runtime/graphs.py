@@ -72,6 +72,9 @@ class FixedBatch:
         return *self._views.gather(layer, table, dtype), self._masks[group, window]
 
 
+Compute = Callable[[FixedBatch], torch.Tensor]
+
+
 class Recorded(NamedTuple):
     """A graph, and where it reads and writes."""
 
@@ -81,13 +84,15 @@ class Recorded(NamedTuple):
 
 
 class DecodeGraphs:
-    """Graphs of one model, recorded when a shape comes for the first time, and kept as long as their pool."""
+    """Graphs of one model, recorded when a shape comes for the first time, and kept as long as their pool.
 
-    def __init__(self, compute: Callable[[FixedBatch], torch.Tensor]) -> None:
-        self._compute = compute
+    Does not hold the model, which holds this: its memory is given back with the last reference to it.
+    """
+
+    def __init__(self) -> None:
         self._recorded: WeakKeyDictionary[KVPool, dict[tuple[int, int], Recorded]] = WeakKeyDictionary()
 
-    def step(self, spans: Sequence[Span]) -> torch.Tensor | None:
+    def step(self, spans: Sequence[Span], compute: Compute) -> torch.Tensor | None:
         """Logits `[spans, vocab]`, in memory of the caller's; None, with nothing done, where no graph fits."""
         shape = fixed_shape(spans)
         if shape is None:
@@ -98,26 +103,27 @@ class DecodeGraphs:
         if shape not in graphs:
             # Graphs of one pool share memory: they run one after another, and end together.
             memory = next(iter(graphs.values())).graph.pool() if graphs else None
-            graphs[shape] = self._record(pool, inputs, shape[1], memory)
+            graphs[shape] = _record(compute, pool, inputs, shape[1], memory)
         recorded = graphs[shape]
         recorded.inputs.copy_(inputs)
         recorded.graph.replay()
         return recorded.logits[: len(spans)].clone()
 
-    def _record(self, pool: KVPool, values: torch.Tensor, tokens: int, memory: Any) -> Recorded:
-        device = PoolViews.of(pool).device
-        with torch.cuda.device(device):
-            inputs = values.to(device)
-            aside: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries choose kernels and allocate at first use, which no graph may do
-                self._compute(FixedBatch(pool, inputs, tokens))
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Threads of the transport use the device meanwhile.
-            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-                logits = self._compute(FixedBatch(pool, inputs, tokens))
-        return Recorded(graph, inputs, logits)
+
+def _record(compute: Compute, pool: KVPool, values: torch.Tensor, tokens: int, memory: Any) -> Recorded:
+    device = PoolViews.of(pool).device
+    with torch.cuda.device(device):
+        inputs = values.to(device)
+        aside: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose kernels and allocate at first use, which no graph may do
+            compute(FixedBatch(pool, inputs, tokens))
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the transport use the device meanwhile.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            logits = compute(FixedBatch(pool, inputs, tokens))
+    return Recorded(graph, inputs, logits)
 
 
 def widths(pool: KVPool, tokens: int) -> dict[int, int]:
@@ -143,13 +149,15 @@ def _rounded(count: int) -> int:
 
 
 def fixed_inputs(pool: KVPool, spans: Sequence[Span], rows: int, tokens: int) -> np.ndarray:
-    """Values of `FixedBatch.inputs`. Padded with what is read, and masked, already: a block of the sequence's own."""
+    """Values of `FixedBatch.inputs`. Padded with what is read, and masked, already: a block of the sequence's own. Its
+    blocks of later tokens are not read: what others left there may be no number, and masked it would still be one."""
     found = np.empty((rows, 2 + sum(widths(pool, tokens).values())), np.int64)
     for row, span in zip(found, spans, strict=False):
         row[:2] = span.tokens[0], span.start
         first = 2
+        held = widths(pool, span.stop)
         for group, width in widths(pool, tokens).items():
-            blocks = span.pages.block_ids[group][:width]
+            blocks = span.pages.block_ids[group][: held[group]]
             row[first : first + len(blocks)] = blocks
             row[first + len(blocks) : first + width] = blocks[0]
             first += width

@@ -80,7 +80,7 @@ class Decoder:
             self._rotary if config.sliding_rope is None else Rotary(config.sliding_rope, config.head_dim, self.device)
         )
         self._spec = config.kv_spec()
-        self._graphs = DecodeGraphs(self._alone) if self._records else None
+        self._graphs = DecodeGraphs() if self._records else None
 
     @classmethod
     def load(
@@ -154,7 +154,7 @@ class Decoder:
         for span in spans:
             self._check(span)
         if self._graphs is not None and on_layer is None and around_layer is nullcontext:
-            logits = self._graphs.step(spans)
+            logits = self._graphs.step(spans, self._alone)
             if logits is not None:
                 return logits
         return self._compute(Batch(spans), on_layer, around_layer)

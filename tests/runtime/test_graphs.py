@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -79,6 +81,40 @@ def test_logits_and_pool_equal_those_of_a_ragged_batch(
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
         for mine, theirs in zip(after, before, strict=True):
             torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=8e-3)
+
+
+def test_blocks_of_later_tokens_are_not_read() -> None:
+    """What others left in them may be no number, which a mask does not keep out of a sum."""
+    model = random_decoder(PLAIN, torch.float32)
+    pool = pool_of(model, 16)
+    fill(pool, 1)
+    blocks = BlockAllocator(pool).allocate(600)
+    for layer in pool.layers:
+        for name, _, _ in pool.spec.layers[layer].segments:
+            pool.view(layer, name)[blocks[0][2:]] = float("nan")
+    spans = [Span(Pages(pool, blocks), 31, (3,))]
+    shape = fixed_shape(spans)
+    assert shape is not None
+    with torch.inference_mode():
+        logits = model._compute(FixedBatch(pool, torch.from_numpy(fixed_inputs(pool, spans, *shape)), shape[1]))
+        expected = model._compute(Batch(spans))
+    assert logits is not None
+    assert expected is not None
+    torch.testing.assert_close(logits[:1], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_model_ends_with_the_last_reference_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are GPU memory, for which no garbage collector is called in time."""
+    monkeypatch.setattr(Decoder, "_records", True)
+    gc.disable()
+    try:
+        model = random_decoder(PLAIN, torch.float32)
+        assert model._graphs is not None
+        there = weakref.ref(model)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_what_no_graph_fits() -> None:
