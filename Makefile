@@ -20,6 +20,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 ENGINES_VENV ?= .venv-engines
 ENGINES_PY := $(ENGINES_VENV)/bin/python
 ENGINES_STAMP := $(ENGINES_VENV)/.installed
+LLAMA_VENV ?= .venv-llama
+LLAMA_PY := $(LLAMA_VENV)/bin/python
+LLAMA_STAMP := $(LLAMA_VENV)/.installed
 WITH_VLLM = $(if $(wildcard $(VLLM_PY)),$(COMMA) "vllm": {"python": "$(abspath $(VLLM_PY))"})
 COMMA := ,
 ENGINES = {"mlx": {"python": "$(abspath $(ENGINES_PY))"}, "llama.cpp": {"python": "$(abspath $(ENGINES_PY))"}$(WITH_VLLM)}
@@ -34,7 +37,7 @@ FIRST ?= 1
 # Of all fuzzers together (tests/fuzz).
 SECONDS ?= 60
 
-.PHONY: fuzz simulate-faults find-mutants demo test test-vllm test-all lint format types imports stubs docs build wheels dev clean
+.PHONY: fuzz simulate-faults find-mutants demo test test-vllm test-engines engines engines-ttft test-all lint format types imports stubs docs build wheels dev clean
 demo: $(DEMO_STAMP)
 	$(DEMO_PY) -m hetkv demo
 
@@ -71,6 +74,11 @@ test-engines: $(STAMP) $(ENGINES_STAMP)
 # The tables of docs/engines.md.
 engines: $(STAMP) $(ENGINES_STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) bench/engines.py --engines '$(ENGINES)'
+
+# The table of TTFT in docs/engines.md, of a llama.cpp that is built as its users build it: for this processor, optimised.
+engines-ttft: $(STAMP) $(VLLM_STAMP) $(LLAMA_STAMP)
+	PYTHONDONTWRITEBYTECODE= $(PY) bench/engines_ttft.py --threads $(JOBS) \
+		--engines '{"vllm": {"python": "$(abspath $(VLLM_PY))"}, "llama.cpp": {"python": "$(abspath $(LLAMA_PY))", "options": {"threads": $(JOBS)}}}'
 
 test-all: $(STAMP)
 	$(PY) -m pytest
@@ -134,6 +142,11 @@ $(ENGINES_STAMP): constraints-engines.txt cmake/llama_cpp_python.cmake
 		$(ENGINES_PY) $(PIP) --quiet -r constraints-engines.txt
 	touch $@
 
+$(LLAMA_STAMP): constraints-engines.txt
+	test -x $(LLAMA_PY) || $(PYTHON) -m venv $(LLAMA_VENV)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(LLAMA_PY) $(PIP) --quiet --no-cache-dir --no-binary llama-cpp-python -r constraints-engines.txt
+	touch $@
+
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.
 dev:
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(shell command -v $(PY))
@@ -141,4 +154,4 @@ dev:
 	cmake --install build/dev --prefix .
 
 clean:
-	rm -rf build dist $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(ENGINES_VENV) hetkv/*.so
+	rm -rf build dist $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(ENGINES_VENV) $(LLAMA_VENV) hetkv/*.so

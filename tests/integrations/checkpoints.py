@@ -22,21 +22,19 @@ def llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=64,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-            **config,
-        )
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     return folder
