@@ -97,6 +97,8 @@ class Cluster:
         if self._clients:
             self._thinking -= 1
             self.arriving = self._thinking > 0
+            if not (self.arriving or self.alive):  # it was rejected, and was the last one
+                self.events.stop()
             return
         request = next(self._arrivals, None)
         self.arriving = request is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from hetkv.errors import InputError
-from hetkv.simulator.deployment import LinkPlan, Plan, PoolPlan
+from hetkv.simulator.deployment import FailurePlan, HazardPlan, LinkPlan, Plan, PoolPlan
 from hetkv.simulator.run import Result, simulate
 from hetkv.simulator.traffic.lengths import parse_lengths
 from hetkv.simulator.traffic.sources import Traffic
@@ -72,6 +73,20 @@ def test_a_rejected_request_does_not_stop_its_client() -> None:
     assert result.summary["requests"] == 60
     assert result.summary["rejected"] > 0
     assert result.summary["rejected"] + result.summary["finished"] == 60
+
+
+def test_a_last_request_that_is_rejected_ends_the_simulation() -> None:
+    """Failures go on at random for as long as anybody is there."""
+
+    def last_too_long(random: np.random.Generator, count: int) -> np.ndarray:
+        return np.where(np.arange(count) == count - 1, 200_000, 100)
+
+    plan = msgspec.structs.replace(PLAN, failures=FailurePlan(random=[HazardPlan("all", 5.0, 1000.0)]))
+    loop = ClosedLoop(1, 3.0, last_too_long, parse_lengths("fixed:5", ""), 6)
+    found = simulate(plan, loop, seed=3)
+    assert found.summary["rejected"] == 1
+    assert found.summary["finished"] == 5
+    assert found.summary["simulated_seconds"] == found.columns["arrival"][-1]
 
 
 def test_fewer_requests_than_clients() -> None:
