@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hetkv.costmodel import model_shape, step_model
 from hetkv.planner.attainment import mean_of
@@ -15,7 +18,7 @@ from hetkv.planner.calibrator import Calibrator, Counts, Key
 from hetkv.planner.columns import Column, build_columns
 from hetkv.planner.effort import Effort
 from hetkv.planner.neighbours import one_budget, strongest
-from hetkv.planner.problem import Problem, parse_problem
+from hetkv.planner.problem import Problem, dump_problem, parse_problem
 from hetkv.planner.result import Plan
 from hetkv.planner.slo_checker import SloChecker
 from hetkv.planner.solve import solve
@@ -89,7 +92,8 @@ def random_problem(seed: int) -> Problem:
 
 @dataclass
 class Force:
-    """Tries every plan of at most `MOST` instances. `checker` may have simulated some of them before.
+    """Tries every plan of at most `MOST` instances. `checker` may have simulated some of them before. `cores` processes
+    simulate at once what does not depend on each other.
 
     Left out are only those that cannot do: pools whose instances together compute less than the traffic asks even at
     the best batch; prefill pools that are late with no decoding after them; decode pools that are far too slow after
@@ -99,9 +103,11 @@ class Force:
 
     problem: Problem
     checker: SloChecker
+    cores: int = 1
     simulated: int = 0
 
     def __post_init__(self) -> None:
+        self.elsewhere = 0  # simulations in other processes
         self.model = self.problem.models[0].name
         self.found = build_columns(self.problem, every=True)
         checkers = {self.model: self.checker}
@@ -120,10 +126,10 @@ class Force:
                     return candidate.cost
             return None
         finally:
-            self.simulated = self.checker.simulations - before
+            self.simulated = self.checker.simulations - before + self.elsewhere
 
-    def _used(self, counts: Counts, role: str = "aggregated") -> float:
-        return self.calibrator.verdict(self.model, counts, 1.0).used(role)
+    def _used(self, counts: Counts) -> float:
+        return self.calibrator.verdict(self.model, counts, 1.0).used()
 
     def _aggregated(self, below: float) -> list[Counts]:
         return [p for p in self._pools("aggregated", MOST, below) if one_budget(p)]
@@ -131,13 +137,16 @@ class Force:
     def _disaggregated(self, below: float) -> list[Counts]:
         first = self._near(self._pools("prefill", MOST - 1, below), self._prompts_used, NEAR)
         later = self._near(self._pools("decode", MOST - 1, below), self._tokens_used, 1 + MARGIN)
-        ahead = {k: max(n, MOST) for k, n in strongest(self.trials, self.model).items()}
-        later = [d for d in later if self._used({**ahead, **d}, "prefill") <= NEAR + MARGIN]
+        later = self._near(later, self._first_tokens_used, NEAR + MARGIN)
         pairs = [{**p, **d} for p in first for d in later if sum(p.values()) + sum(d.values()) <= MOST]
         return [p for p in pairs if self.trials.price(p) < below - 1e-9]
 
     def _prompts_used(self, counts: Counts) -> float:
         return self.checker(self.calibrator.instances(counts), 1.0, prompts_only=True).used("prefill")
+
+    def _first_tokens_used(self, counts: Counts) -> float:
+        ahead = {k: max(n, MOST) for k, n in strongest(self.trials, self.model).items()}
+        return self.calibrator.role(self.model, {**ahead, **counts}, "decode", 1.0).used("prefill")
 
     def _tokens_used(self, counts: Counts) -> float:
         return self.calibrator.role(self.model, {**strongest(self.trials, self.model), **counts}, "decode", 1.0).used(
@@ -156,16 +165,43 @@ class Force:
         """
         hopeless: dict[frozenset[Key], list[Counts]] = {}
         near = []
-        for counts in sorted(pools, key=lambda p: -sum(p.values())):
-            slow = hopeless.setdefault(frozenset(counts), [])
-            if any(all(n <= bad[k] for k, n in counts.items()) for bad in slow):
-                continue
-            share = used(counts)
-            if share > limit + MARGIN:
-                slow.append(counts)
-            elif share <= limit:
-                near.append(counts)
+        for _, tier in groupby(sorted(pools, key=_size, reverse=True), key=_size):
+            left = [p for p in tier if not any(_covers(bad, p) for bad in hopeless.get(frozenset(p), ()))]
+            for counts, share in zip(left, self._ask(used, left), strict=True):
+                if share > limit + MARGIN:
+                    hopeless.setdefault(frozenset(counts), []).append(counts)
+                elif share <= limit:
+                    near.append(counts)
         return sorted(near, key=self.trials.price)
+
+    def _ask(self, used: Callable[[Counts], float], pools: list[Counts]) -> list[float]:
+        """`used` of each: pools of one size rule out none of each other."""
+        if self.cores == 1 or len(pools) == 1:
+            return [used(p) for p in pools]
+        from joblib import Parallel, delayed
+
+        self.elsewhere += len(pools)
+        text = dump_problem(self.problem)
+        return list(Parallel(n_jobs=self.cores)(delayed(_answer)(text, used.__name__, p) for p in pools))
+
+
+def _size(counts: Counts) -> int:
+    return sum(counts.values())
+
+
+def _covers(bad: Counts, counts: Counts) -> bool:
+    return all(n <= bad[k] for k, n in counts.items())
+
+
+@lru_cache(maxsize=1)
+def _force_of(text: str) -> Force:
+    problem = parse_problem(yaml.safe_load(text), "brute force")
+    return Force(problem, SloChecker(problem, problem.models[0]))
+
+
+def _answer(text: str, name: str, counts: Counts) -> float:
+    """In another process: `Force.name` of `counts` for the problem whose text is `text`."""
+    return float(getattr(_force_of(text), name)(counts))
 
 
 def enough(counts: dict[Column, int], rate: float) -> bool:
@@ -201,8 +237,9 @@ def on_other_seeds(problem: Problem, checker: SloChecker, plan: Plan) -> dict[st
     }
 
 
-def compare(seed: int) -> dict[str, Any]:
-    """The planner and brute force on one random problem: costs, their ratio, seconds, and the plan on other seeds."""
+def compare(seed: int, cores: int = 1) -> dict[str, Any]:
+    """The planner and brute force, on `cores` processes, on one random problem: costs, their ratio, seconds, and the
+    plan on other seeds."""
     problem = random_problem(seed)
     checker = SloChecker(problem, problem.models[0])
     begin = time.perf_counter()
@@ -214,7 +251,7 @@ def compare(seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"seed": seed, "planner_seconds": round(middle - begin, 2)}
     ours = plan.cost_per_hour if plan is not None and plan.meets else None
     least = max(c.usd_per_gpu_hour or 0.0 for c in problem.gpus) * 2 * MOST if ours is None else ours
-    force = Force(problem, checker)
+    force = Force(problem, checker, cores)
     best = force.best(least)
     if best is None and ours is not None:
         best = ours
