@@ -21,8 +21,9 @@ class Way(NamedTuple):
     """One way of running an engine, and the most that it can start.
 
     `versions` is a specifier as pip reads it. `kv_dtypes` are this project's names; `latent` is MLA; `dp` are attention
-    replicas that share the experts of one model (expert parallelism over `tp * dp` ranks); `state` are layers that keep
-    a state in place of KV (Mamba and the like). `transfer` names what moves the KV; empty: nothing has to.
+    replicas that share the experts of one model (expert parallelism over `tp * dp` ranks), `whole`: on several nodes,
+    each has whole ones; `state` are layers that keep a state in place of KV (Mamba and the like). `transfer` names what
+    moves the KV; empty: nothing has to.
     """
 
     engine: str
@@ -35,12 +36,13 @@ class Way(NamedTuple):
     dp: int = ANY
     latent: bool = True
     state: bool = True
+    whole: bool = False
 
 
 WEIGHTS = ("bf16", "fp16", "fp8", "int8", "int4", "fp4")
 KV = ("bf16", "fp16", "fp8")
 
-VLLM = Way("vllm", ">=0.9", "", WEIGHTS, KV)
+VLLM = Way("vllm", ">=0.9", "", WEIGHTS, KV, whole=True)
 VLLM_WITHOUT_EXPERTS = Way("vllm", ">=0.6,<0.9", "", WEIGHTS, KV, dp=1)
 """Versions that have not all flags of the launch lines of `dp`."""
 VLLM_CONNECTOR = Way("vllm", CONNECTOR_VLLM, "HetKVConnector", WEIGHTS, KV, pp=1, dp=1, state=False)
@@ -67,6 +69,8 @@ class Use(NamedTuple):
     state: bool = False
     moe: bool = False
     disaggregated: bool = False
+    node: int = ANY
+    """GPUs of a node."""
 
 
 def obstacle(use: Use) -> str:
@@ -89,6 +93,9 @@ def _against(way: Way, use: Use) -> str:
             return f"{name} takes {field} {most} at most, not {size}"
     if use.dp > 1 and not use.moe:
         return f"dp {use.dp} shares the experts of one model, and this model has none"
+    replica = use.tp * use.pp
+    if way.whole and use.dp > 1 and replica * use.dp > use.node and (use.node % replica or replica * use.dp % use.node):
+        return f"{name} has whole replicas on every node: {use.dp} of {replica} GPUs do not fill nodes of {use.node}"
     for field in ("weight_dtype", "kv_dtype"):
         dtype, known = getattr(use, field), getattr(way, f"{field}s")
         if dtype not in known:

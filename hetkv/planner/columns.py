@@ -21,7 +21,7 @@ from hetkv.costmodel import (
     model_shape,
 )
 from hetkv.costmodel.step import count_work
-from hetkv.engines import obstacle
+from hetkv.engines import ANY, obstacle
 from hetkv.errors import InputError
 from hetkv.planner.capacity import Capacity, Demand, aggregated, decode, prefill, prompt_times, step_times
 from hetkv.planner.handover import Handover
@@ -208,7 +208,7 @@ class _Builder:
         return not why or self.problem.allow_unstartable
 
     def _obstacle(self, one: _Instance, disaggregated: bool) -> str:
-        return obstacle(use_of(one.engine, one.place, self.shape, disaggregated))
+        return obstacle(use_of(one.engine, one.place, self.shape, disaggregated, one.offer.gpus_per_node or ANY))
 
     def _steps(self, offer: GpuOffer, place: Placement, engine: Engine) -> StepModel | None:
         """The step model of one size; None, with the reason in `rejected`, where the model does not fit."""

@@ -25,7 +25,7 @@ from hetkv.costmodel import (
     step_model,
 )
 from hetkv.costmodel.textfile import load_yaml, read_utf8
-from hetkv.engines import ENGINES, Use
+from hetkv.engines import ANY, ENGINES, Use
 from hetkv.errors import InputError
 from hetkv.simulator.measured import measured_steps, with_measured_link
 from hetkv.simulator.pages import NEVER
@@ -315,8 +315,8 @@ def step_model_of(
     )
 
 
-def use_of(engine: Engine, place: Placement, shape: ModelShape, disaggregated: bool) -> Use:
-    """How the table of engines sees an instance."""
+def use_of(engine: Engine, place: Placement, shape: ModelShape, disaggregated: bool, node: int = ANY) -> Use:
+    """How the table of engines sees an instance, on nodes of `node` GPUs."""
     return Use(
         engine.name,
         engine.version,
@@ -329,6 +329,7 @@ def use_of(engine: Engine, place: Placement, shape: ModelShape, disaggregated: b
         bool(shape.state_layers),
         bool(shape.experts),
         disaggregated,
+        node,
     )
 
 

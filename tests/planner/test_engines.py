@@ -54,6 +54,21 @@ def large(**changes: Any) -> Problem:
         (Use("vllm", "0.12.0", dp=16, moe=True), ""),
         (Use("vllm", "0.8.5", dp=2, moe=True), "vllm takes dp 1 at most, not 2"),
         (Use("vllm", "0.8.5"), ""),
+        (Use("vllm", tp=4, dp=4, moe=True, node=8), ""),
+        (Use("vllm", tp=2, pp=2, dp=4, moe=True, node=8), ""),
+        (
+            Use("vllm", tp=8, pp=2, dp=2, moe=True, node=8),
+            "vllm has whole replicas on every node: 2 of 16 GPUs do not fill nodes of 8",
+        ),
+        (
+            Use("vllm", tp=2, pp=3, dp=4, moe=True, node=8),
+            "vllm has whole replicas on every node: 4 of 6 GPUs do not fill nodes of 8",
+        ),
+        (
+            Use("vllm", tp=4, dp=3, moe=True, node=8),
+            "vllm has whole replicas on every node: 3 of 4 GPUs do not fill nodes of 8",
+        ),
+        (Use("sglang", tp=8, pp=2, dp=2, moe=True, node=8), ""),
         (Use("vllm", dp=2, moe=True, disaggregated=True), "HetKVConnector takes dp 1 at most, not 2"),
         (Use("sglang", dp=16, moe=True, disaggregated=True), ""),
         (Use("trtllm"), "no launch line is known for engine 'trtllm' (known: vllm, sglang)"),

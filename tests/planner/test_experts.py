@@ -141,3 +141,15 @@ def test_launch_lines_on_several_nodes() -> None:
     assert "--data-parallel-start-rank $((LWS_WORKER_INDEX * 8))" in worker["command"][2]
     assert "--headless" in worker["args"]
     assert "--headless" not in leader["args"]
+
+
+def test_replicas_that_do_not_fill_nodes_are_no_plan_of_vllm() -> None:
+    """A line would start none of them on a node, or others than the first node expects."""
+    why = "cannot be started: vllm has whole replicas on every node: 2 of 16 GPUs do not fill nodes of 8"
+    sizes = {"name": "DeepSeek-V3", "tp": [8], "pp": [2], "dp": [2]}
+    for name in ("vllm", "sglang"):
+        found = build_columns(problem(models=[sizes], engine={"weight_dtype": "fp8", "name": name}))
+        assert (why in found.rejected.values()) == (name == "vllm")
+        assert any(c.role == "aggregated" for c in found.columns) == (name == "sglang")
+    assert "CANNOT BE STARTED: vllm has whole replicas" in vllm_lines(pool(tp=8, pp=2, dp=2))
+    assert "CANNOT BE STARTED" not in vllm_lines(pool(tp=8, dp=2))

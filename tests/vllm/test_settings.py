@@ -202,6 +202,7 @@ def test_what_is_not_served_is_rejected_by_name(arguments: list[str], said: str)
         check_command_line(line() + arguments)
     check_command_line(arguments)  # without this connector
     check_command_line([*line(), "-pp", "1", "-dp", "x"])
+    check_command_line([*line(), "-dp", "\u00b2"])  # a digit that is no number
 
 
 def test_a_configuration_that_is_not_served_is_rejected_by_name() -> None:

@@ -45,7 +45,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if name not in options:
             continue
         text = value if "=" in argument else "".join(arguments[at + 1 : at + 2])
-        if text.isdigit():  # anything else is vLLM's to reject
+        if text.isdecimal():  # anything else is vLLM's to reject
             _check_size(options[name], int(text), PARALLEL[options[name]])
 
 

@@ -69,10 +69,10 @@ def servers(plan: Plan, engine: str, gpus_per_node: Mapping[str, int] | None = N
         settings = engine_of(plan, pool)
         arguments, notes = make(plan, pool, settings)
         settings = msgspec.structs.replace(settings, name=engine, version=settings.version if own else None)
-        use = use_of(settings, Placement(pool.tp, pool.pp, pool.dp), model_shape(plan.model), pool.role in KV_ROLES)
-        if why := obstacle(use):
-            notes = [f"CANNOT BE STARTED: {why}", *notes]
         node = (gpus_per_node or {}).get(catalogue.gpu(pool.gpu).name) or _node(catalogue, pool.gpu)
+        place, shape = Placement(pool.tp, pool.pp, pool.dp), model_shape(plan.model)
+        if why := obstacle(use_of(settings, place, shape, pool.role in KV_ROLES, node)):
+            notes = [f"CANNOT BE STARTED: {why}", *notes]
         nodes = -(-pool.gpus // node)
         per_node = -(-pool.gpus // nodes)
         share = max(1, node // pool.gpus)
