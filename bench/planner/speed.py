@@ -68,6 +68,8 @@ def measure(seed: int, model: str = "Llama-3.1-70B") -> dict[str, Any]:
     plan = solve(random_problem(seed, model), alternatives=False)
     return {
         "seed": seed,
+        "model": model,
+        "program_seconds_of": "cpu",
         "columns_seconds": plan.columns_seconds,
         "solve_seconds": plan.solve_seconds,
         "verify_seconds": plan.verify_seconds,
