@@ -181,7 +181,7 @@ class ControlConnection:
         """Under `_sending`. A record that was cut short makes the stream useless, so a failure ends the connection."""
         try:
             run(self._records.write(encode(message), deadline))
-        except (PeerLostError, ControlTimeoutError) as error:
+        except ControlError as error:
             self._fail(error)
             raise
 
@@ -209,7 +209,7 @@ class ControlConnection:
                 while self._posted and not self._shutting:
                     deadline = time.monotonic() + self._timeout
                     yield from with_own_descriptor(self._records.write(self._next_posted(), deadline))
-            except (PeerLostError, ControlTimeoutError) as error:
+            except ControlError as error:
                 self._posted.clear()
                 self._fail(error)
             finally:

@@ -12,8 +12,8 @@ import hetkv.control.connection
 from hetkv.control.description import Ready
 from hetkv.control.payloads import Notice
 from hetkv.control.reactor import Steps, shared
-from hetkv.errors import ControlError
-from tests.control.peers import linked
+from hetkv.errors import AuthenticationError, ControlError, PeerLostError
+from tests.control.peers import linked, loss_of
 
 
 def test_a_peer_that_reads_slowly_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +66,22 @@ def test_closed_in_the_reactors_thread_while_another_one_sends() -> None:
         thread.join(5)
         assert len(errors) == 1
         assert mine._channel._sock.fileno() == -1
+
+
+@pytest.mark.parametrize("how", ["send", "post"])
+def test_any_failure_to_write_ends_the_connection(how: str) -> None:
+    """Also OpenSSL's: what was cut short leaves a stream that nobody can read on."""
+    with linked() as (mine, theirs):
+
+        def fail(*_: object) -> Steps[None]:
+            raise AuthenticationError("TLS failed")
+            yield
+
+        mine._records.write = fail
+        if how == "send":
+            with pytest.raises(AuthenticationError, match="TLS failed"):
+                mine.send(Ready())
+        else:
+            mine.post(Notice(b""))
+        assert str(loss_of(mine)) == "TLS failed"
+        assert isinstance(loss_of(theirs), PeerLostError)
