@@ -229,10 +229,18 @@ def _report(args: argparse.Namespace) -> None:
     names = SIMULATOR if args.simulator else SECTIONS
     for name in names:
         import_module(name)
-    head = SIMULATOR_HEAD if args.simulator else ""
+    head = f"{SIMULATOR_HEAD}\n{_made()}\n" if args.simulator else ""
     present = args.report.read_text(encoding="utf-8") if args.report.is_file() else ""
     args.report.write_text(render(data, names, _say, args.only, present, head), encoding="utf-8")
     terminal.console(args.json).print(f"wrote {args.report}")
+
+
+def _made() -> str:
+    """Where the figures of a page that depend on machine and code are from."""
+    from hetkv.bench.environment import environment
+
+    about = environment()
+    return f"Made at commit {about['commit']}, {about['time'][:10]}, {about['cpus']} CPUs ({about['device']})."
 
 
 def _say(name: str) -> None:
