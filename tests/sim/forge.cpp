@@ -149,14 +149,16 @@ bool forge_answer(Fleet& fleet, const Transfers& transfers, Control& control) {
   return true;
 }
 
-// A sender gives up a request that another one was asked for: nothing may come of it, not even for its own link.
+// A sender gives up a request that another one was asked for, or another attempt of its own: nothing may come of it,
+// not even for its own link.
 bool forge_end(Fleet& fleet, const Transfers& transfers, Control& control) {
-  const Target target = some_request(fleet, transfers, control, false);
+  const bool own = fleet.world.random.chance(0.5);
+  const Target target = some_request(fleet, transfers, control, own);
   if (target.side == nullptr) return false;
   wire::Prelude prelude;
   prelude.type = wire::Type::kAbort;
   prelude.request = target.side->transfer->id;
-  prelude.epoch = control.side[1]->receiver->epoch(target.side->outcome->handle);
+  prelude.epoch = control.side[1]->receiver->epoch(target.side->outcome->handle) - (own ? 1 : 0);
   fleet.world.note("forged: an end over link {}, of transfer {}", control.number, target.side->transfer->number);
   send(fleet, control, 0, prelude, wire::Abort{Code::kAborted, "forged"});
   return true;
