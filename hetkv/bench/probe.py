@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetkv import ucx as library
 from hetkv.bench.pair import Pair, Shape, make_pool
 from hetkv.errors import HetkvError, InputError
 from hetkv.transport.backends import folder
 from hetkv.transport.config import TransferConfig
+
+if TYPE_CHECKING:
+    from hetkv.control.tls import TlsConfig
 
 MIB = 1 << 20
 LAYERS = 4
@@ -150,12 +153,19 @@ def _check_size(instance: str, mib: float) -> None:
         raise InputError(f"--mib is {mib:g} here and {theirs or 'unknown'} at the other end: give both the same")
 
 
-def listen(address: str, secret: bytes, mib: float, timeout: float, report: Callable[[str], None]) -> dict[str, Any]:
+def listen(
+    address: str,
+    secret: bytes,
+    mib: float,
+    timeout: float,
+    report: Callable[[str], None],
+    tls: TlsConfig | None = None,
+) -> dict[str, Any]:
     """The receiving end: waits for one `connect` and takes what it sends. `report` gets the address once it listens."""
     from hetkv.transport.receiver import Receiver
 
     pool, blocks = make_pool(shape(mib), shape(mib).destination, 2)
-    with Receiver(pool, secret=secret, instance=_end("receiver", mib)) as receiver:
+    with Receiver(pool, secret=secret, instance=_end("receiver", mib), tls=tls) as receiver:
         report(receiver.listen(address))
         deadline = time.monotonic() + timeout
         while not receiver.peers:
@@ -174,12 +184,12 @@ def listen(address: str, secret: bytes, mib: float, timeout: float, report: Call
         return {"peer": peer.description.host, "same_host": peer.same_host, "gb_s": rate(mib, seconds[1:])}
 
 
-def connect(address: str, secret: bytes, mib: float, timeout: float) -> dict[str, Any]:
+def connect(address: str, secret: bytes, mib: float, timeout: float, tls: TlsConfig | None = None) -> dict[str, Any]:
     """The sending end: what this host reaches at `address`, where `listen` runs with the same secret and size."""
     from hetkv.transport.sender import Sender
 
     pool, blocks = make_pool(shape(mib), shape(mib).source, 1)
-    with Sender(pool, secret=secret, instance=_end("sender", mib)) as sender:
+    with Sender(pool, secret=secret, instance=_end("sender", mib), tls=tls) as sender:
         peer = sender.connect(address)
         _check_size(peer.description.instance, mib)
         seconds = []

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hetkv.cli import tls_options
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ends.add_argument(
         "--connect", metavar="HOST:PORT", help="try the host that runs --listen, with the secret that it printed"
     )
+    tls_options.add_arguments(parser, "of --listen and --connect")
     parser.add_argument(
         "--timeout", type=float, default=60, metavar="S", help="patience of --listen and --connect (default 60)"
     )
@@ -47,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--mib {args.mib:g}: more than 0, at most 4096")
     if not args.timeout > 0:
         raise InputError(f"--timeout {args.timeout:g}: more than 0")
+    tls = tls_options.tls_config(args)
+    if tls is not None and not (args.listen or args.connect):
+        raise InputError("TLS is for --listen and --connect")
     console = terminal.console(args.json)
     if args.listen:
         given = os.environ.get(SECRET)
@@ -58,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
             if host in ("0.0.0.0", "[::]"):
                 address = f"{socket.gethostname()}:{port}"
             size = "" if args.mib == 64 else f" --mib {args.mib:g}"
-            print(f"waiting; on the other host: {shown} hetkv probe --connect {address}{size}", flush=True)
+            own = "" if tls is None else " --tls-ca ... --tls-certificate ..."
+            print(f"waiting; on the other host: {shown} hetkv probe --connect {address}{size}{own}", flush=True)
 
-        found = probe.listen(args.listen, secret.encode(), args.mib, args.timeout, report)
+        found = probe.listen(args.listen, secret.encode(), args.mib, args.timeout, report, tls)
         show_peer(console, found)
     elif args.connect:
         if SECRET not in os.environ:
             raise InputError(f"--connect needs {SECRET}, which --listen prints")
-        found = probe.connect(args.connect, os.environ[SECRET].encode(), args.mib, args.timeout)
+        found = probe.connect(args.connect, os.environ[SECRET].encode(), args.mib, args.timeout, tls)
         show_peer(console, found)
     else:
         with Console(file=sys.stderr).status("two processes move a small request over each path"):

@@ -11,23 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetkv import terminal
+from hetkv.cli import tls_options
 from hetkv.errors import InputError
 
 if TYPE_CHECKING:
-    from hetkv.control.tls import TlsConfig
     from hetkv.serve.http import HttpOptions
     from hetkv.serve.instance import InstanceConfig
     from hetkv.serve.plans import Deployment
     from hetkv.serve.ray_cluster import RayInstances
     from hetkv.serve.server import Server, ServerOptions
 
-TLS_HELP = {
-    "ca": "TLS between the scheduler and instances, and for KV between instances: their authorities' certificates",
-    "certificate": "of this machine's scheduler and instances",
-    "key": "its private key, mode 600 (default: in --tls-certificate)",
-    "crl": "revoked certificates",
-    "peer": "a name that others may have, such as spiffe://cluster/llm/* (repeat; default: all of the authorities')",
-}
 API_KEYS_ENV = "HETKV_API_KEYS"
 DEMO = Path(__file__).parents[1] / "runtime" / "data" / "demo"
 
@@ -108,9 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where instances register (default: a free port of this machine alone)",
     )
     http.add_argument("--secret-file", metavar="FILE", help="shared with instances on other machines, mode 600")
-    for name in ("ca", "certificate", "key", "crl"):
-        http.add_argument(f"--tls-{name}", metavar="FILE", help=TLS_HELP[name])
-    http.add_argument("--tls-peer", action="append", default=[], metavar="NAME", help=TLS_HELP["peer"])
+    what = "between the scheduler and instances, and for KV between instances"
+    tls_options.add_arguments(http, what, "of this machine's scheduler and instances")
     http.add_argument(
         "--api-key",
         action="append",
@@ -174,7 +166,7 @@ def _serve_vllm(args: argparse.Namespace) -> int:
 
     plan = load_plan(args.plan)
     listening = bound(args.host, args.port)
-    local = VllmLocal(plan, args.model, args.secret_file, shlex.split(args.vllm_args), _tls(args))
+    local = VllmLocal(plan, args.model, args.secret_file, shlex.split(args.vllm_args), tls_options.tls_config(args))
     mode = "concurrent" if plan.link is not None and plan.link.overlap == "layerwise" else "prefill_first"
 
     async def serve() -> None:
@@ -344,7 +336,7 @@ def _base(args: argparse.Namespace) -> InstanceConfig:
         trace=_timeline(args),
         secret_file=args.secret_file,
         steps=args.steps,
-        tls=_tls(args),
+        tls=tls_options.tls_config(args),
     )
 
 
@@ -359,27 +351,10 @@ def _server_options(args: argparse.Namespace, deployment: Deployment) -> ServerO
         prefill=args.prefill_routing or deployment.prefill,
         decode=args.decode_routing or deployment.decode,
         secret_file=args.secret_file,
-        tls=_tls(args),
+        tls=tls_options.tls_config(args),
         timeline=_timeline(args),
         trace=args.trace,
     )
-
-
-def _tls(args: argparse.Namespace) -> TlsConfig | None:
-    """What the options say. Raises `InputError` where they are not whole."""
-    from hetkv.control.tls import TlsConfig
-
-    if args.tls_ca and args.tls_certificate:
-        return TlsConfig(
-            ca=args.tls_ca,
-            certificate=args.tls_certificate,
-            key=args.tls_key,
-            crl=args.tls_crl,
-            peers=tuple(args.tls_peer),
-        )
-    if args.tls_ca or args.tls_certificate or args.tls_key or args.tls_crl or args.tls_peer:
-        raise InputError("TLS needs --tls-ca and --tls-certificate")
-    return None
 
 
 def _timeline(args: argparse.Namespace) -> bool:

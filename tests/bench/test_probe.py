@@ -14,6 +14,7 @@ import pytest
 
 from hetkv.bench import probe
 from hetkv.cli import main
+from tests.control.authority import Authority
 
 SECRET = "a secret for the tests"
 
@@ -44,11 +45,18 @@ def test_usual_settings(tmp_path: Path) -> None:
     assert text.count("warning:") == len(found["warnings"])
 
 
-def test_two_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tls", [False, True])
+def test_two_ends(tmp_path: Path, tls: bool) -> None:
     environment = {**os.environ, "HETKV_SECRET": SECRET}
     command = [sys.executable, "-m", "hetkv", "probe", "--mib", "1", "--timeout", "30", "--json"]
+    ends: dict[str, list[str]] = {"listen": [], "connect": []}
+    if tls:
+        ca = Authority(tmp_path / "ca")
+        for name, options in ends.items():
+            own = ca.issue(name, "127.0.0.1")
+            options += ["--tls-ca", str(own.ca), "--tls-certificate", str(own.certificate), "--tls-key", str(own.key)]
     listening = subprocess.Popen(
-        [*command, str(tmp_path / "listen.json"), "--listen", "127.0.0.1:0"],
+        [*command, str(tmp_path / "listen.json"), "--listen", "127.0.0.1:0", *ends["listen"]],
         env=environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -57,8 +65,13 @@ def test_two_ends(tmp_path: Path) -> None:
         address = re.search(r"--connect (\S+)", line)
         assert address is not None
         assert SECRET not in line
+        if tls:
+            without = [*command, str(tmp_path / "none.json"), "--connect", address[1]]
+            rejected = subprocess.run(without, env=environment, capture_output=True, text=True, timeout=60)
+            assert rejected.returncode == 2
+            assert "TLS" in rejected.stderr
         done = subprocess.run(
-            [*command, str(tmp_path / "connect.json"), "--connect", address[1]],
+            [*command, str(tmp_path / "connect.json"), "--connect", address[1], *ends["connect"]],
             env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -105,6 +118,8 @@ def test_warnings_name_what_is_wrong() -> None:
         (["--timeout", "-1"], "--timeout -1"),
         (["--connect", "127.0.0.1:1"], "HETKV_SECRET"),
         (["--listen", "no port"], "no port"),
+        (["--listen", "127.0.0.1:0", "--tls-ca", "ca.pem"], "TLS needs --tls-ca and --tls-certificate"),
+        (["--tls-ca", "ca.pem", "--tls-certificate", "a.pem"], "TLS is for --listen and --connect"),
     ],
 )
 def test_bad_input_is_one_line_and_2(
