@@ -101,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where instances register (default: a free port of this machine alone)",
     )
     http.add_argument("--secret-file", metavar="FILE", help="shared with instances on other machines, mode 600")
-    what = "between the scheduler and instances, and for KV between instances"
-    tls_options.add_arguments(http, what, "of this machine's scheduler and instances")
+    over = "between the scheduler and instances, and for KV between instances"
+    tls_options.add_arguments(http, over, "of this machine's scheduler and instances")
     http.add_argument(
         "--api-key",
         action="append",
