@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -191,8 +192,10 @@ def held() -> dict[str, int]:
     }
 
 
-def churn(transfers: int, *, senders: int = 2, seed: int = 1, rate: float = 0.01) -> dict[str, Any]:
-    """So many transfers; each fault befalls that share of them, by rounds of up to 8."""
+def churn(
+    transfers: int, *, senders: int = 2, seed: int = 1, rate: float = 0.01, seconds: float = math.inf
+) -> dict[str, Any]:
+    """So many transfers, or those of so many seconds; each fault befalls that share of them, by rounds of up to 8."""
     chosen = random.Random(seed)
     pool = KVPool.allocate(SPEC, NUM_BLOCKS, layout="hnd")
     kept = [pool.view(layer, name)[:KEPT].clone() for layer in range(len(SPEC.layers)) for name in "kv"]
@@ -204,7 +207,7 @@ def churn(transfers: int, *, senders: int = 2, seed: int = 1, rate: float = 0.01
         run.counts["transfers"] = sum(run.round(index, "none") for index in range(senders) for _ in range(4))
         before = held()
         try:
-            while run.counts["transfers"] < transfers:
+            while run.counts["transfers"] < transfers and time.monotonic() - begin < seconds:
                 lot = chosen.random() / (8 * rate)
                 fault = ("kill", "corrupt", "lease")[int(lot)] if lot < 3 else "none"
                 run.counts[f"rounds with {fault}"] += 1
@@ -233,9 +236,9 @@ def churn(transfers: int, *, senders: int = 2, seed: int = 1, rate: float = 0.01
     }
 
 
-def many(transfers: int, processes: int) -> dict[str, Any]:
+def many(transfers: int, processes: int, seconds: float) -> dict[str, Any]:
     """The transfers spread over so many receivers at once, each with a seed and senders of its own."""
-    parts = [churn_part(index, transfers, processes) for index in range(processes)]
+    parts = [churn_part(index, transfers, processes, seconds) for index in range(processes)]
     runs = [json.loads(part.communicate()[0] or "{}") for part in parts]
     counts: Counter[str] = Counter()
     for run in runs:
@@ -248,9 +251,10 @@ def many(transfers: int, processes: int) -> dict[str, Any]:
     }
 
 
-def churn_part(index: int, transfers: int, processes: int) -> subprocess.Popen[str]:
+def churn_part(index: int, transfers: int, processes: int, seconds: float) -> subprocess.Popen[str]:
     share = transfers // processes + (index < transfers % processes)
     command = [sys.executable, "-m", "tests.transport.churn", str(share), "--seed", str(index + 1)]
+    command += ["--seconds", str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -259,12 +263,13 @@ def main() -> int:
     parser.add_argument("transfers", type=int, nargs="?", default=300)
     parser.add_argument("--processes", type=int, default=1, help="receivers at once, each with two senders")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no transfer after so many")
     options = parser.parse_args()
     if options.processes > 1:
-        found = many(options.transfers, options.processes)
+        found = many(options.transfers, options.processes, options.seconds)
         print(json.dumps(found, indent=1))
         return 1 if found["failed"] else 0
-    print(json.dumps(churn(options.transfers, seed=options.seed), indent=1))
+    print(json.dumps(churn(options.transfers, seed=options.seed, seconds=options.seconds), indent=1))
     return 0
 
 
