@@ -17,11 +17,12 @@ from hetkv.control.channel import Channel, Records
 from hetkv.control.description import Bye, Message, Ready, decode, encode
 from hetkv.control.handshake import Keys
 from hetkv.control.payloads import MAX_LATER_BYTES, MESSAGES_SINCE, Later
-from hetkv.control.reactor import Steps, call, run, shared, with_own_descriptor
+from hetkv.control.reactor import Steps, Wait, call, run, shared, with_own_descriptor
 from hetkv.control.streams import Streams
 from hetkv.errors import ControlError, ControlTimeoutError, MessageError, PeerLostError
 
 MAX_UNREAD_MESSAGES = 256
+TURN = 64
 LINGER_S = 1.0
 CLOSING_S = 3.0
 """How long `close` waits at most for a peer that takes what was posted, however slowly."""
@@ -218,10 +219,12 @@ class ControlConnection:
                 self._sending.release()
 
     def _read(self) -> Steps[None]:
-        """What the reactor runs."""
+        """What the reactor runs. After each `TURN` messages others have theirs, whatever else has come already."""
         while True:
-            payload = yield from self._records.read(None)
-            self._take(decode(payload, self.peer_address))
+            for _ in range(TURN):
+                payload = yield from self._records.read(None)
+                self._take(decode(payload, self.peer_address))
+            yield Wait(-1, 0, time.monotonic())
 
     def _end(self, _: object, error: BaseException | None) -> None:
         """Reading has ended, and with it the connection."""

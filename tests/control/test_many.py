@@ -10,11 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from hetkv.control.connection import ControlConnection
-from hetkv.control.reactor import Reactor, Wait, call, run
+from hetkv.control.description import encode
+from hetkv.control.payloads import Ask, Later
+from hetkv.control.reactor import Reactor, Steps, Wait, call, run, shared
 from hetkv.errors import ControlTimeoutError, HetkvError, IncompatibleError, PeerLostError
 from tests.control.peers import HELLO_BYTES, SECRET, Server, describe, join, linked, raw_client, serving
 
@@ -220,3 +223,38 @@ def test_call_logs_what_is_raised(caplog: pytest.LogCaptureFixture) -> None:
 
     call(fail)
     assert "of a test" in caplog.text
+
+
+def test_a_peer_that_never_stops_talking_leaves_the_thread_to_others() -> None:
+    """What it says is read in turns with all else that the one thread does."""
+    count, taken = 20_000, threading.Event()
+    pauses: list[float] = []
+
+    def take(message: Later) -> None:
+        if message == last:
+            taken.set()
+
+    def tick() -> Steps[None]:
+        before = time.monotonic()
+        while not taken.is_set():
+            yield Wait(-1, 0, before + 0.001)
+            pauses.append(time.monotonic() - before)
+            before = time.monotonic()
+
+    with linked() as (mine, theirs):
+        theirs.on_message(take)
+        last = Ask(bytes(15) + b"x")
+        flood = bytearray()
+        channel = SimpleNamespace(write=lambda data, _: iter((flood.extend(data),)))
+        mine._records._channel, real = channel, mine._records._channel
+        for message in [Ask(bytes(16))] * (count - 1) + [last]:
+            list(mine._records.write(encode(message), None))
+        mine._records._channel = real
+        ticking = shared().start(tick(), lambda *_: None)
+        thread = threading.Thread(target=lambda: run(real.write(bytes(flood), None)))
+        thread.start()
+        assert taken.wait(60)
+        assert ticking.ended.wait(10)
+        thread.join()
+    assert len(pauses) > 20
+    assert max(pauses) < 0.3
