@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hetkv.errors import HetkvError
 from hetkv.integrations.pairs import Side, engines
 from hetkv.integrations.process import EngineProcess
 from tests.integrations.checkpoints import llama
@@ -48,16 +49,22 @@ class Running:
     def __init__(self, checkpoints: Mapping[str, Path], sides: Mapping[str, Side]) -> None:
         self._checkpoints, self._sides = checkpoints, sides
         self._name, self._stack = "", ExitStack()
+        self._failed: HetkvError | None = None
         self._processes: dict[str, EngineProcess] = {}
 
     def of(self, name: str) -> dict[str, EngineProcess]:
         """Those of a checkpoint; others end."""
+        if self._failed is not None:  # starting them again for each test would take long
+            raise self._failed
         if name != self._name:
             self.close()
             pairs = [(side, side) for side in self._sides]
-            self._processes = self._stack.enter_context(
-                engines(str(self._checkpoints[name]), self._sides, pairs, ROOM, SECRET)
-            )
+            started = engines(str(self._checkpoints[name]), self._sides, pairs, ROOM, SECRET)
+            try:
+                self._processes = self._stack.enter_context(started)
+            except HetkvError as error:
+                self._failed = error
+                raise
             self._name = name
         return self._processes
 
