@@ -29,6 +29,9 @@ RESERVE, GROWTH, MOST_RESERVE = 0.02, 1.25, 1.0
 """Extra rate that is asked of a pool where a measurement says that it holds and the seeds together say that it does
 not, or where no more can be measured: the first part, how it grows from round to round, and the most."""
 
+GROWTHS = 6
+"""Times that a plan which came closest is given more instances, where none held."""
+
 LOST_LATER = 0.8
 """Of TTFT, the share up to which prompts alone say that a miss is due to what follows them: the KV's link, and decode
 instances without room."""
@@ -113,6 +116,26 @@ class Search:
     def _finish(self) -> None:
         if self.neighbours and self.for_cost and not self.problem.pair_limits:
             self._improve()
+        if self.for_cost and self.best is None and self.near() is None:
+            self._grow()
+
+    def _grow(self) -> None:
+        """Where nothing held: what came closest, with more instances of the pools that miss, until it holds."""
+        plan = min(self.left(), key=lambda c: c.used, default=None)
+        for _ in range(GROWTHS):
+            if plan is None or plan.near:
+                break
+            counts = dict(plan.counts)
+            for model, role in {key[:2] for key in counts}:
+                if plan.verdicts[model].used(role) > 1:
+                    asked = "decode" if role == "prefill" and self._lost_later(model, plan) else role
+                    largest = max((k for k in counts if k[:2] == (model, asked)), key=lambda k: counts[k])
+                    counts[largest] += max(1, counts[largest] // 10)
+            if not self.trials.allowed(counts):
+                break
+            plan = self.trials.simulate(counts, 1.0)
+        if plan is not None and self._better(plan):
+            self.best = plan
 
     def _rounds(self, short: set[tuple[str, str]] | None = None) -> None:
         """Solve, simulate and correct until nothing better comes, or a limit is met.

@@ -69,6 +69,26 @@ def test_a_ttft_that_the_prompts_alone_keep_asks_for_decode(search: Search, monk
         assert search._short(late, {(model, "prefill"): Reach(1.3)}) == {(model, asked)}
 
 
+def test_where_nothing_held_the_closest_plan_grows_until_it_does(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TPOT needs three decode instances here, and prefill stays as it is."""
+    tried = []
+
+    def simulate(counts: dict, scale: float) -> Candidate:
+        decode = next(n for k, n in counts.items() if k[1] == "decode")
+        tried.append(decode)
+        return replace(candidate(search, 300, 108 / decode), counts=counts, scale=scale)
+
+    monkeypatch.setattr(search.trials, "simulate", simulate)
+    monkeypatch.setattr(search, "seen", [candidate(search, 300, 108)])
+    search._grow()
+    assert search.best is not None
+    assert tried == [2, 3]
+    assert sorted(search.best.counts.values()) == [1, 3]
+    search.best = None
+
+
 def test_a_plan_that_held_with_each_of_few_seeds_is_near(search: Search) -> None:
     """Three seeds say little about another one: Student's quantile for two degrees of freedom is 2.9."""
     missed = candidate(search, 1.2 * 600, 20)
