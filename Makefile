@@ -125,15 +125,15 @@ $(STAMP): $(SOURCES)
 $(DEMO_STAMP): $(SOURCES)
 	@echo "Installing the demo into $(DEMO_VENV): PyTorch for CPU and UCX are downloaded, then the extension is built, which takes minutes."
 	test -x $(DEMO_PY) || $(PYTHON) -m venv $(DEMO_VENV)
-	PIP_CONSTRAINT=constraints.txt $(DEMO_PY) $(PIP) -e ".[runtime]" -Ccmake.define.HETKV_HIP=OFF \
-		-Ccmake.define.HETKV_CUDA=OFF -Cbuild.verbose=true -v 2>&1 | $(PYTHON) cmake/progress.py
+	PIP_CONSTRAINT=constraints.txt $(DEMO_PY) $(PIP) -e ".[runtime]" --config-settings=cmake.define.HETKV_HIP=OFF \
+		--config-settings=cmake.define.HETKV_CUDA=OFF --config-settings=build.verbose=true -v 2>&1 | $(PYTHON) cmake/progress.py
 	touch $@
 
 $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
 	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e . \
-		-Ccmake.define.HETKV_CUDA=OFF -Ccmake.define.HETKV_HIP=OFF
+		--config-settings=cmake.define.HETKV_CUDA=OFF --config-settings=cmake.define.HETKV_HIP=OFF
 	touch $@
 
 $(ENGINES_STAMP): constraints-engines.txt cmake/llama_cpp_python.cmake

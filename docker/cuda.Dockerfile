@@ -11,7 +11,7 @@ RUN git clone --depth 1 --branch v1.19.0 https://github.com/openucx/ucx /tmp/ucx
     make -j"$(nproc)" install && rm -rf /tmp/ucx
 COPY . /src
 RUN python3 -m venv /opt/hetkv && \
-    HETKV_UCX_WHEEL=none /opt/hetkv/bin/pip install "/src[bench]" -Ccmake.define.HETKV_CUDA=ON -Ccmake.define.HETKV_HIP=OFF
+    HETKV_UCX_WHEEL=none /opt/hetkv/bin/pip install "/src[bench]" --config-settings=cmake.define.HETKV_CUDA=ON --config-settings=cmake.define.HETKV_HIP=OFF
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 RUN apt-get update && apt-get install -y --no-install-recommends python3 libibverbs1 librdmacm1 ibverbs-providers \

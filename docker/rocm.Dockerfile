@@ -12,8 +12,8 @@ RUN git clone --depth 1 --branch v1.19.0 https://github.com/openucx/ucx /tmp/ucx
     make -j"$(nproc)" install && rm -rf /tmp/ucx
 COPY . /src
 RUN python3 -m venv /opt/hetkv && \
-    HETKV_UCX_WHEEL=none /opt/hetkv/bin/pip install "/src[bench]" -Ccmake.define.HETKV_CUDA=OFF -Ccmake.define.HETKV_HIP=ON \
-      "-Ccmake.define.HETKV_HIP_ARCHITECTURES=gfx90a;gfx942"
+    HETKV_UCX_WHEEL=none /opt/hetkv/bin/pip install "/src[bench]" --config-settings=cmake.define.HETKV_CUDA=OFF --config-settings=cmake.define.HETKV_HIP=ON \
+      "--config-settings=cmake.define.HETKV_HIP_ARCHITECTURES=gfx90a;gfx942"
 
 FROM rocm/dev-ubuntu-24.04:6.4
 RUN apt-get update && apt-get install -y --no-install-recommends python3 libibverbs1 librdmacm1 ibverbs-providers \

@@ -69,3 +69,11 @@ def test_words_that_were_replaced_do_not_come_back() -> None:
                 hits = [word for word in words.findall(line) if word.lower() not in ALLOWED.get(name, [])]
                 found += [f"{name}:{number}: {word}" for word in hits]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_options_of_pip_that_older_ones_do_not_have_are_not_used() -> None:
+    """Debian 12 has pip 23.0, which knows `--config-settings` by its long name alone."""
+    short = re.compile(r"[ \t\"=]-C ?(cmake|build|wheel|install|editable)\.")
+    for path in tracked("Makefile", ".ci/*", "docker/*", "*.md", "*.yml"):
+        found = short.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(ROOT)}: {found and found[0].strip()}"
