@@ -224,8 +224,8 @@ def test_empty_and_binary_files_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({}, "either --trace or --rate"),
-        ({"trace": "x", "rate": 1.0}, "either --trace or --rate"),
+        ({}, "give one of --trace, --rate and --clients"),
+        ({"trace": "x", "rate": 1.0}, "give one of --trace, --rate and --clients"),
         ({"trace": "x", "duration": 1.0}, "--duration"),
         ({"rate": 0.0}, "rate must be"),
         ({"rate": float("nan")}, "rate must be"),
