@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc bindings cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml constraints.txt
 PIP := -m pip install --disable-pip-version-check
+# hetkv itself in the environment of an engine, which has what it needs.
+HETKV := --quiet --no-deps -e . --config-settings=cmake.define.HETKV_CUDA=OFF --config-settings=cmake.define.HETKV_HIP=OFF
 
 # The demo's environment: what `hetkv demo` needs, without the developers' tools.
 DEMO_VENV ?= .venv-demo
@@ -42,7 +44,7 @@ demo: $(DEMO_STAMP)
 	$(DEMO_PY) -m hetkv demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 # Meant to take eight minutes at most, with the installation. What is never imported is not compiled; what is imported is
 # compiled once, and not in each of the many processes, even where PYTHONDONTWRITEBYTECODE is set.
@@ -132,19 +134,20 @@ $(DEMO_STAMP): $(SOURCES)
 $(VLLM_STAMP): $(SOURCES) constraints-vllm.txt
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r constraints-vllm.txt
-	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps -e . \
-		--config-settings=cmake.define.HETKV_CUDA=OFF --config-settings=cmake.define.HETKV_HIP=OFF
+	$(VLLM_PY) $(PIP) $(HETKV)
 	touch $@
 
-$(ENGINES_STAMP): constraints-engines.txt cmake/llama_cpp_python.cmake
+$(ENGINES_STAMP): $(SOURCES) constraints-engines.txt cmake/llama_cpp_python.cmake
 	test -x $(ENGINES_PY) || $(PYTHON) -m venv $(ENGINES_VENV)
 	CMAKE_ARGS="-DCMAKE_PROJECT_INCLUDE=$(abspath cmake/llama_cpp_python.cmake)" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
 		$(ENGINES_PY) $(PIP) --quiet -r constraints-engines.txt
+	$(ENGINES_PY) $(PIP) $(HETKV)
 	touch $@
 
-$(LLAMA_STAMP): constraints-engines.txt
+$(LLAMA_STAMP): $(SOURCES) constraints-engines.txt
 	test -x $(LLAMA_PY) || $(PYTHON) -m venv $(LLAMA_VENV)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(LLAMA_PY) $(PIP) --quiet --no-cache-dir --no-binary llama-cpp-python -r constraints-engines.txt
+	$(LLAMA_PY) $(PIP) $(HETKV)
 	touch $@
 
 # The extension alone, built in place with the tools of the interpreter PY: for work on csrc/.
