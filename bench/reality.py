@@ -204,7 +204,7 @@ def main() -> int:
         print(f"load average {os.getloadavg()[0]:.1f} at the start: not a machine at rest, its figures say little")
     about = {
         **environment(),
-        "model": str(args.model),
+        "model": str(args.model).removeprefix(f"{ROOT}/"),
         "traffic": {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens},
         "engine": {"max_num_seqs": args.max_num_seqs, "max_num_batched_tokens": args.max_num_batched_tokens},
         "in_flight": args.in_flight,

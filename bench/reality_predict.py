@@ -39,7 +39,7 @@ def predict(folder: Path) -> dict[str, Any]:
     """Make the files of `folder` anew; what reality.json holds."""
     measured = json.loads((folder / "measured.json").read_text())
     shape = str(measured["model"])
-    model = shape.removeprefix("shape:").title() if shape.startswith("shape:") else shape
+    model = shape.removeprefix("shape:").title() if shape.startswith("shape:") else str(ROOT / shape)
     entries, links, fronts = [], [], {}
     for name, found in measured["deployments"].items():
         if not found["runs"]:
