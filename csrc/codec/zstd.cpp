@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include "system_library.h"
+
 namespace hetkv::codec {
 namespace {
 
@@ -24,22 +26,18 @@ struct Library {
   bool whole = false;
 };
 
-template <typename F>
-bool find(void* library, const char* name, F* out) {
-  *out = reinterpret_cast<F>(dlsym(library, name));
-  return *out != nullptr;
-}
-
 const Library& library() {
   static const Library found = [] {
     Library made;
     void* handle = dlopen("libzstd.so.1", RTLD_NOW | RTLD_LOCAL);
-    made.whole = handle != nullptr && find(handle, "ZSTD_createCCtx", &made.create_encoder) &&
-                 find(handle, "ZSTD_freeCCtx", &made.free_encoder) &&
-                 find(handle, "ZSTD_CCtx_setParameter", &made.set) && find(handle, "ZSTD_compress2", &made.encode) &&
-                 find(handle, "ZSTD_createDCtx", &made.create_decoder) &&
-                 find(handle, "ZSTD_freeDCtx", &made.free_decoder) &&
-                 find(handle, "ZSTD_decompressDCtx", &made.decode) && find(handle, "ZSTD_isError", &made.is_error);
+    made.whole = handle != nullptr && find_function(handle, "ZSTD_createCCtx", &made.create_encoder) &&
+                 find_function(handle, "ZSTD_freeCCtx", &made.free_encoder) &&
+                 find_function(handle, "ZSTD_CCtx_setParameter", &made.set) &&
+                 find_function(handle, "ZSTD_compress2", &made.encode) &&
+                 find_function(handle, "ZSTD_createDCtx", &made.create_decoder) &&
+                 find_function(handle, "ZSTD_freeDCtx", &made.free_decoder) &&
+                 find_function(handle, "ZSTD_decompressDCtx", &made.decode) &&
+                 find_function(handle, "ZSTD_isError", &made.is_error);
     return made;
   }();
   return found;

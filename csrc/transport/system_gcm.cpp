@@ -7,6 +7,8 @@
 #include <cstring>
 #include <string>
 
+#include "system_library.h"
+
 namespace hetkv::transport {
 namespace {
 
@@ -27,23 +29,20 @@ struct Library {
   bool whole = false;
 };
 
-template <typename F>
-bool find(void* library, const char* name, F* out) {
-  *out = reinterpret_cast<F>(dlsym(library, name));
-  return *out != nullptr;
-}
-
 const Library& library() {
   static const Library found = [] {
     Library made;
     const char* named = std::getenv("HETKV_LIBCRYPTO");
     if (named != nullptr && std::string(named) == "none") return made;
     void* handle = dlopen("libcrypto.so.3", RTLD_NOW | RTLD_LOCAL);
-    made.whole = handle != nullptr && find(handle, "EVP_CIPHER_CTX_new", &made.create) &&
-                 find(handle, "EVP_CIPHER_CTX_free", &made.free) &&
-                 find(handle, "EVP_aes_256_gcm", &made.aes_256_gcm) && find(handle, "EVP_CipherInit_ex", &made.init) &&
-                 find(handle, "EVP_CipherUpdate", &made.update) && find(handle, "EVP_CipherFinal_ex", &made.final) &&
-                 find(handle, "EVP_CIPHER_CTX_ctrl", &made.control) && find(handle, "OPENSSL_cleanse", &made.cleanse);
+    made.whole = handle != nullptr && find_function(handle, "EVP_CIPHER_CTX_new", &made.create) &&
+                 find_function(handle, "EVP_CIPHER_CTX_free", &made.free) &&
+                 find_function(handle, "EVP_aes_256_gcm", &made.aes_256_gcm) &&
+                 find_function(handle, "EVP_CipherInit_ex", &made.init) &&
+                 find_function(handle, "EVP_CipherUpdate", &made.update) &&
+                 find_function(handle, "EVP_CipherFinal_ex", &made.final) &&
+                 find_function(handle, "EVP_CIPHER_CTX_ctrl", &made.control) &&
+                 find_function(handle, "OPENSSL_cleanse", &made.cleanse);
     return made;
   }();
   return found;

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "system_library.h"
+
 namespace hetkv::transport {
 
 #ifdef HETKV_WITH_UCX
@@ -11,12 +13,6 @@ namespace {
 
 Ucx table;
 bool loaded = false;
-
-template <typename F>
-bool find(void* library, const char* name, F* function) {
-  *function = reinterpret_cast<F>(dlsym(library, name));
-  return *function != nullptr;
-}
 
 }  // namespace
 
@@ -26,7 +22,7 @@ Status load_ucx(const char* path) {
   if (library == nullptr) return Status::error(Code::kTransport, std::string("UCX: ") + dlerror());
   const char* missing = nullptr;
 #define HETKV_FIND(name) \
-  if (!find(library, #name, &table.name)) missing = #name;
+  if (!find_function(library, #name, &table.name)) missing = #name;
   HETKV_UCX_FUNCTIONS(HETKV_FIND)
   HETKV_FIND(ucs_status_string)
 #undef HETKV_FIND
