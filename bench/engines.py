@@ -203,10 +203,20 @@ def _same(row: dict[str, Any]) -> str:
     return text if row["first_difference"] is None else f"{text}; first at token {row['first_difference']}"
 
 
-def written(document: str, made: str) -> str:
-    """The document with other tables."""
-    before, rest = document.split(MARKER)
-    return before + MARKER + "\n" + made + "\n" + END + rest.split(END)[1]
+def head() -> dict[str, Any]:
+    """Of a file of results."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {"commit": commit.stdout.strip(), "cpu": platform.processor() or platform.machine()}
+
+
+def write_tables(made: str, marker: str, end: str, check: bool) -> int:
+    """Put tables between two markers of the document; with `check` only say, by 1, that others are there."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = document.split(marker)
+    new = before + marker + "\n" + made + "\n" + end + rest.split(end)[1]
+    if not check:
+        DOCUMENT.write_text(new, encoding="utf-8")
+    return int(check and new != document)
 
 
 def main() -> int:
@@ -222,21 +232,14 @@ def main() -> int:
     if not (args.table or args.check):
         own = {"reference": Side(), "transformers": Side()}
         sides = {**own, **msgspec.json.decode(args.engines, type=dict[str, Side])}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        head = {"commit": commit.stdout.strip(), "cpu": platform.processor() or platform.machine()}
         if args.half is None:
             kept = json.loads(RESULTS.read_text()).get("half", {}) if RESULTS.exists() else {}
-            found = {**head, **run(sides), "half": kept}
+            found = {**head(), **run(sides), "half": kept}
         else:
             found = json.loads(RESULTS.read_text())
-            found["half"] = {**found["half"], args.half: {**head, **run_half(sides, args.half)}}
+            found["half"] = {**found["half"], args.half: {**head(), **run_half(sides, args.half)}}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    document = DOCUMENT.read_text(encoding="utf-8")
-    new = written(document, tables(json.loads(RESULTS.read_text())))
-    if args.check:
-        return int(new != document)
-    DOCUMENT.write_text(new, encoding="utf-8")
-    return 0
+    return write_tables(tables(json.loads(RESULTS.read_text())), MARKER, END, args.check)
 
 
 if __name__ == "__main__":

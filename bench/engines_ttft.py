@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +26,7 @@ import msgspec
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.engines import DOCUMENT  # noqa: E402
+from bench.engines import head, write_tables  # noqa: E402
 from hetkv.integrations.pairs import Pairs, Side, engines  # noqa: E402
 from tests.integrations.checkpoints import llama  # noqa: E402
 
@@ -38,6 +36,7 @@ END = "<!-- end of what bench/engines_ttft.py made -->\n"
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "initializer_range": 0.02}
 """Of SmolLM2-135M, with 9 query heads and 3 KV heads."""
 NEW_TOKENS = 2
+NO_TABLE = "There is no table yet: it wants a machine at rest.\n"
 
 
 def run(args: argparse.Namespace, sides: dict[str, Side]) -> dict[str, Any]:
@@ -90,12 +89,6 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def written(document: str, made: str) -> str:
-    """The document with another table."""
-    before, rest = document.split(MARKER)
-    return before + MARKER + "\n" + made + "\n" + END + rest.split(END)[1]
-
-
 def main() -> int:
     """What the module says."""
     parser = argparse.ArgumentParser()
@@ -112,20 +105,12 @@ def main() -> int:
     if not (args.table or args.check):
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         sides = msgspec.json.decode(args.engines, type=dict[str, Side])
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        head = {"commit": commit.stdout.strip(), "cpu": platform.processor() or platform.machine()}
-        args.json.write_text(json.dumps({**head, **run(args, sides)}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**head(), **run(args, sides)}, indent=1) + "\n")
         if args.json != RESULTS:
             print(table(json.loads(args.json.read_text())))
             return 0
-    document = DOCUMENT.read_text(encoding="utf-8")
-    if not RESULTS.exists():
-        return 0
-    new = written(document, table(json.loads(RESULTS.read_text())))
-    if args.check:
-        return int(new != document)
-    DOCUMENT.write_text(new, encoding="utf-8")
-    return 0
+    made = table(json.loads(RESULTS.read_text())) if RESULTS.exists() else NO_TABLE
+    return write_tables(made, MARKER, END, args.check)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.pool import KVPool
 from hetkv.models import ModelConfig
 from hetkv.runtime.batch import Span
-from hetkv.runtime.model import Decoder, OnLayer
+from hetkv.runtime.model import Decoder
 from hetkv.runtime.paged import Pages
 from hetkv.runtime.parallel_group import ParallelGroup
 from hetkv.runtime.plan import InstancePlan
@@ -322,13 +322,3 @@ class Rank:
                 return []
             rows = [row for row, _ in draws]
             return sample(logits if len(rows) == len(spans) else logits[rows], [draw for _, draw in draws])
-
-    def _batch(self, pieces: list[Piece]) -> OnLayer | None:
-        """What hands a computed layer over to the transport, where KV of some pieces goes elsewhere."""
-        parts = []
-        for piece in pieces:
-            sending = self._sending.get(piece.transfer)
-            if sending is not None:
-                first = 0 if piece.fresh else piece.start  # what a prefix cache held goes with the first chunk
-                parts.append((sending, (first, piece.start + len(piece.tokens))))
-        return self.exchange.sender.batch(parts).send_layer if parts else None

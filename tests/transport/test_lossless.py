@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
-import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from hetkv.control.connection import ControlConnection
-from hetkv.control.description import Ready
-from hetkv.control.establish import connect
 from hetkv.core import core
 from hetkv.errors import HetkvError, InputError, MalformedError, ProtocolError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.reference.coded_part import decode_part
 from hetkv.transport.config import TransferConfig
-from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 from tests.transport.peers import SECRET, WAIT_S, attacked, check_transfer, connected, randomise, same_bytes
+from tests.transport.stream_peer import StreamPeer
 
 SPEC = KVSpec.uniform(2, 2, 64)
 SLOT = 1 << 18
@@ -189,33 +184,10 @@ def test_bits_that_are_flipped_never_give_other_lengths() -> None:
 # --- a peer with the key
 
 
-class Peer:
-    """A sender that agrees on the codec, and makes frames of its own."""
+class Peer(StreamPeer):
+    """One that agrees on the codec."""
 
-    config = LOSSLESS
-
-    def __init__(self, receiver: Receiver) -> None:
-        with Sender(KVPool.allocate(SPEC, 16), secret=SECRET, instance="hostile", config=self.config) as honest:
-            description = honest.description
-        self.connection: ControlConnection = connect(
-            receiver.listen(), role="sender", secret=SECRET, describe=lambda: description
-        )
-        self.connection.send(Ready())
-        self.connection.recv(WAIT_S)
-        [(descriptor, self.key, _, _)] = self.connection.streams.config()
-        self.sock = socket.socket(fileno=os.dup(descriptor))
-        self.sock.settimeout(WAIT_S)
-        self.place = 0
-
-    def frame(self, body: bytes, *, number: int = 0, slot: int = 0, offset: int = 0, length: int = -1) -> bytes:
-        head = struct.pack("<IB3xQIIQ", len(body) if length < 0 else length, 4, number, slot, 0, offset)
-        mac = core.siphash24(self.key, head + struct.pack("<Q", self.place))
-        self.place += 1
-        return head + struct.pack("<Q", mac) + body
-
-    def close(self) -> None:
-        self.sock.close()
-        self.connection.close()
+    spec, config = SPEC, LOSSLESS
 
 
 class PlainPeer(Peer):
@@ -224,6 +196,8 @@ class PlainPeer(Peer):
     config = TransferConfig(slot_bytes=SLOT, window_bytes=4 * SLOT)
 
 
+CODED = 4
+"""The kind of its frames."""
 GOOD = bytes.fromhex(VECTORS["good"]["bfloat16"]["coded"])
 PLAIN_BYTES = len(VECTORS["good"]["bfloat16"]["plain"]) // 2
 ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
@@ -241,21 +215,21 @@ ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
 def test_what_is_wrong_ends_the_link(tcp: None, name: str) -> None:
     arguments, error, text = ATTACKS[name]
     with attacked(Peer, SPEC, LOSSLESS) as (peer, want):
-        peer.sock.sendall(peer.frame(**arguments))
+        peer.frame(CODED, **arguments)
         with pytest.raises(error, match=text):
             want.wait(WAIT_S)
 
 
 def test_twice_the_same_part(tcp: None) -> None:
     with attacked(Peer, SPEC, LOSSLESS) as (peer, want):
-        peer.sock.sendall(peer.frame(GOOD) + peer.frame(GOOD))
+        peer.sock.sendall(peer.framed(CODED, GOOD) + peer.framed(CODED, GOOD))
         with pytest.raises(MalformedError, match="came twice"):
             want.wait(WAIT_S)
 
 
 def test_coded_parts_that_were_not_agreed_on(tcp: None) -> None:
     with attacked(PlainPeer, SPEC, LOSSLESS) as (peer, want):
-        peer.sock.sendall(peer.frame(GOOD))
+        peer.frame(CODED, GOOD)
         with pytest.raises(MalformedError, match="frame of kind 4"):
             want.wait(WAIT_S)
 

@@ -12,10 +12,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hetkv.control.connection import ControlConnection
-from hetkv.control.description import Ready
-from hetkv.control.establish import connect
-from hetkv.core import core
 from hetkv.errors import AuthenticationError, HetkvError, MalformedError, PeerLostError, ProtocolError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
@@ -31,6 +27,7 @@ from tests.transport.peers import (
     randomise,
     until,
 )
+from tests.transport.stream_peer import StreamPeer
 
 SPEC = KVSpec.uniform(2, 2, 64)
 SMALL = TransferConfig(slot_bytes=16384, window_bytes=4 * 16384)
@@ -87,34 +84,8 @@ def test_no_port_but_the_one_of_listen() -> None:
         assert listening() - before == {f"0100007F:{port:04X}"}
 
 
-class Peer:
-    """A sender that speaks the control channel as it should, and whatever a test wants on its stream."""
-
-    def __init__(self, receiver: Receiver) -> None:
-        pool = KVPool.allocate(SPEC, 16)
-        with Sender(pool, secret=SECRET, instance="hostile", config=SMALL) as honest:
-            description = honest.description
-        self.connection: ControlConnection = connect(
-            receiver.listen(), role="sender", secret=SECRET, describe=lambda: description
-        )
-        self.connection.send(Ready())
-        self.connection.recv(WAIT_S)
-        [(descriptor, self.key, _, _)] = self.connection.streams.config()
-        self.sock = socket.socket(fileno=os.dup(descriptor))
-        self.sock.setblocking(True)
-        self.place = 0
-
-    def frame(self, kind: int, body: bytes = b"", *, number: int = 0, slot: int = 0, generation: int = 0,
-              offset: int = 0, length: int | None = None, key: bytes | None = None) -> None:  # fmt: skip
-        length = len(body) if length is None else length
-        head = struct.pack("<IB3xQIIQ", length, kind, number, slot, generation, offset)
-        mac = core.siphash24(key or self.key, head + struct.pack("<Q", self.place))
-        self.place += 1
-        self.sock.sendall(head + struct.pack("<Q", mac) + body)
-
-    def close(self) -> None:
-        self.sock.close()
-        self.connection.close()
+class Peer(StreamPeer):
+    spec, config = SPEC, SMALL
 
 
 OUTSIDE: dict[str, Callable[[Peer], None]] = {

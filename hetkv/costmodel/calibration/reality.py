@@ -16,11 +16,11 @@ LIMITS = {"TTFT p50": 0.15, "TPOT p50": 0.15, "throughput": 0.10}
 TEXT = """## Simulation meets reality
 
 `python bench/reality.py` starts an aggregated and a disaggregated deployment of `hetkv serve` side by side, calibrates
-the simulator (`hetkv calibrate --bench`) on runs at 20, 45 and 75 % of each one's capacity, and then loads one after
-the other at 30, 60 and 90 %, rates that no calibration saw; `common` is the aggregated deployment at the rate of the
-disaggregated one's 90 %. "With own steps" is the ratio where the time of steps is fitted to those of the same run: what
-is left is queueing and scheduling, and the rest of a difference is a machine that was faster or slower than when it
-was calibrated."""
+the simulator (`hetkv calibrate --bench`) on runs at 20, 45 and 75 % of each one's capacity, and judges it on others at
+30, 60 and 90 %, rates that no calibration saw. On the H200s all calibrations came first; since then one comes before
+each run that is judged. `common` is the aggregated deployment at the rate of the disaggregated one's 90 %. "With own
+steps" is the ratio where the time of steps is fitted to those of the same run: what is left is queueing and
+scheduling."""
 
 
 @section("reality", 160)
