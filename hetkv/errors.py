@@ -74,6 +74,9 @@ class IncompatibleError(HandshakeError):
         self.field, self.mine, self.theirs, self.why = field, str(mine), str(theirs), why
         super().__init__(f"{field}: this side has {mine}, the peer has {theirs}" + (f" ({why})" if why else ""))
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.field, self.mine, self.theirs, self.why)
+
 
 class BuildError(HetkvError, ImportError):
     """The extension is not built, or its UCX is not there."""

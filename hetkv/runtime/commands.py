@@ -72,6 +72,8 @@ class Linked(msgspec.Struct, frozen=True, array_like=True):
 
     name: str
     error: str = ""
+    final: bool = False
+    """Another attempt would end in the same way: the two sides do not fit, or one does not let the other in."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from hetkv.errors import HetkvError
+from hetkv.errors import AuthenticationError, HandshakeError, HetkvError
 from hetkv.runtime.batching import Batching, Chunk, Limits
 from hetkv.runtime.block_manager import BlockManager, prefix_hashes
 from hetkv.runtime.commands import Abort, Begin, Command, Compute, Expect, Link, Linked, Load, Output, Report, Reset
@@ -372,7 +372,8 @@ class Engine:
             self._ranks.link(Instance(command.name, command.addresses))
             self._inbox.put(Linked(command.name))
         except HetkvError as error:
-            self._inbox.put(Linked(command.name, f"{type(error).__name__}: {error}"))
+            final = isinstance(error, (AuthenticationError, HandshakeError))
+            self._inbox.put(Linked(command.name, f"{type(error).__name__}: {error}", final))
 
     def _report(self) -> None:
         news, self._news = self._news, _News()

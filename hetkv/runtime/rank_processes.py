@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from hetkv.errors import HetkvError, InputError, PeerLostError
+from hetkv.errors import AuthenticationError, HandshakeError, HetkvError, InputError, PeerLostError
 from hetkv.runtime.forkserver import end_with_parent, forkserver_context, interrupt_later
 from hetkv.runtime.processes import ERROR_S, JOIN_S
 from hetkv.runtime.rank import Event, Facts, Moved, Order, Rank, RankConfig
@@ -162,7 +162,9 @@ def serve(config: RankConfig, pipe: Connection) -> None:
 
 
 def _plain(error: Exception) -> HetkvError:
-    """What can be sent: some errors hold more than their text."""
+    """What can be sent: some errors hold more than their text. Those of a handshake say whether to try again."""
+    if isinstance(error, (AuthenticationError, HandshakeError)):
+        return error
     kind = next((kind for kind in (InputError, PeerLostError) if isinstance(error, kind)), HetkvError)
     return kind(str(error).partition("\n")[0])
 

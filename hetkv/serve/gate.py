@@ -6,21 +6,21 @@ import asyncio
 import logging
 import secrets
 import socket
-import ssl
 import time
 from collections.abc import Callable, Coroutine
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeAlias
 
 from hetkv.control.address import Address
 from hetkv.control.listener import bind
 from hetkv.control.secret import Secrets, as_secrets
-from hetkv.control.tls import Credentials, Tls, names_of, tls_error
+from hetkv.control.tls import Credentials, Tls
 from hetkv.errors import HetkvError, InputError, SecretError
 from hetkv.runtime.commands import Report
 from hetkv.serve.member import Member
 from hetkv.serve.messages import Hello, Leaving, ToInstance, Trace
 from hetkv.serve.scheduler import Scheduler
+from hetkv.serve.tls_stream import TlsStream
 from hetkv.serve.wire import (
     GREETING_BYTES,
     LENGTH,
@@ -37,6 +37,8 @@ SILENCE_S = 10.0
 HANDSHAKE_S = 5.0
 BACK_OFF_S = 0.2
 log = logging.getLogger("hetkv.serve.gate")
+_Reader: TypeAlias = "asyncio.StreamReader | TlsStream"
+_Writer: TypeAlias = "asyncio.StreamWriter | TlsStream"
 
 
 class Gate:
@@ -53,7 +55,7 @@ class Gate:
         self.address = ""
         self._socket: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: set[_Writer] = set()
 
     async def open(self, address: str) -> None:
         """Listen at `host:port`; port 0 is any free one, see `address` then. Raises `InputError`."""
@@ -98,23 +100,21 @@ class Gate:
         reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
         loop = asyncio.get_running_loop()
-        options: Any = {"ssl": credentials.server, "ssl_handshake_timeout": HANDSHAKE_S} if credentials else {}
         try:
             peer = "{}:{}".format(*sock.getpeername()[:2])
-            transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, **options)
-        except ssl.SSLError as error:
-            log.warning("%s", tls_error(peer, error))
-            return
+            transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock)
         except OSError as error:
             sock.close()
             log.warning("%s: %s", peer, error)
             return
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        await self._serve(reader, writer, credentials, peer)
+        if credentials is None:
+            await self._serve(reader, writer, None, peer)
+        else:
+            stream = TlsStream(reader, writer, credentials.server, peer)
+            await self._serve(stream, stream, credentials, peer)
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None, peer: str
-    ) -> None:
+    async def _serve(self, reader: _Reader, writer: _Writer, credentials: Credentials | None, peer: str) -> None:
         self._writers.add(writer)
         member: Member | None = None
         reason = "it closed the connection"
@@ -156,15 +156,14 @@ class Gate:
             if member is not None:
                 self.scheduler.lost(member, reason)
 
-    async def _greet(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, credentials: Credentials | None
-    ) -> Seal:
-        """Both sides prove that they have a secret, the instance first."""
+    async def _greet(self, reader: _Reader, writer: _Writer, credentials: Credentials | None) -> Seal:
+        """TLS where it is on; then both sides prove that they have a secret, the instance first."""
         certificates = b""
-        if self._tls is not None and credentials is not None:
-            peer = writer.get_extra_info("ssl_object")
-            certificates = sha256(peer.getpeercert(binary_form=True)).digest() + credentials.fingerprint
-            rejection = self._tls.check("an instance", names_of(peer.getpeercert()))
+        if self._tls is not None and credentials is not None and isinstance(reader, TlsStream):
+            await reader.handshake()
+            certificate, names = reader.certificate()
+            certificates = sha256(certificate).digest() + credentials.fingerprint
+            rejection = self._tls.check("an instance", names)
             if rejection is not None:
                 await reader.readexactly(GREETING_BYTES)  # closed before that, the answer could be lost
                 writer.write(NAME_NOT_ALLOWED + bytes(NONCE_BYTES))
@@ -182,5 +181,5 @@ class Gate:
         raise SecretError(WRONG_SECRET)
 
     @staticmethod
-    async def _read(reader: asyncio.StreamReader, seal: Seal) -> Any:
+    async def _read(reader: _Reader, seal: Seal) -> Any:
         return seal.open(await reader.readexactly(seal.rest(await reader.readexactly(LENGTH.size))))

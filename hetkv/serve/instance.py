@@ -23,7 +23,7 @@ import msgspec
 from hetkv.control.address import Address
 from hetkv.control.secret import SecretFile
 from hetkv.control.tls import Tls, TlsConfig, names_of, tls_error
-from hetkv.errors import AuthenticationError, HandshakeError, HetkvError, PeerLostError, SecretError
+from hetkv.errors import AuthenticationError, CertificateError, HandshakeError, HetkvError, PeerLostError, SecretError
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.models import ModelConfig
 from hetkv.runtime.batching import Limits
@@ -37,7 +37,7 @@ from hetkv.runtime.rank_processes import ranks_of
 from hetkv.runtime.step_log import StepLog
 from hetkv.runtime.synthetic import shape
 from hetkv.serve.messages import Beat, Goodbye, Hello, Leaving, Rejected, ToScheduler, Trace, Welcome
-from hetkv.serve.wire import GREETING_BYTES, LENGTH, NONCE_BYTES, PROOF_BYTES, Seal, greeting
+from hetkv.serve.wire import GREETING_BYTES, LENGTH, NEEDS_TLS, NONCE_BYTES, PROOF_BYTES, Seal, greeting
 
 BEAT_S = 1.0
 CONNECT_S = 5.0
@@ -82,11 +82,22 @@ class Connection:
         host, port = Address.parse(address)
         try:
             self._socket = socket.create_connection((host, port), CONNECT_S)
+        except OSError as error:
+            raise PeerLostError(f"scheduler {address}: {error.strerror or error}") from None
+        self._lock = threading.Lock()
+        try:
+            self._begin(address, host, secret, tls)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _begin(self, address: str, host: str, secret: bytes, tls: Tls | None) -> None:
+        try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             certificates = self._enter(tls, f"scheduler {address}", host) if tls is not None else b""
             mine = greeting(secrets.token_bytes(NONCE_BYTES))
             self._socket.sendall(mine)
-            self._seal = Seal("instance", secret, mine, self._read(GREETING_BYTES), certificates)
+            self._seal = Seal("instance", secret, mine, self._greeting(address, tls), certificates)
             self._socket.sendall(self._seal.proof)
             self._seal.check(self._read(PROOF_BYTES))
             self._socket.settimeout(None)
@@ -96,7 +107,6 @@ class Connection:
             raise tls_error(f"scheduler {address}", error) from None
         except OSError as error:
             raise PeerLostError(f"scheduler {address}: {error.strerror or error}") from None
-        self._lock = threading.Lock()
 
     def _enter(self, tls: Tls, peer: str, host: str) -> bytes:
         """TLS: the two certificates, for the seal."""
@@ -107,6 +117,14 @@ class Connection:
         if rejection is not None:
             raise rejection
         return own.fingerprint + sha256(wrapped.getpeercert(binary_form=True) or b"").digest()
+
+    def _greeting(self, address: str, tls: Tls | None) -> bytes:
+        """The scheduler's, or the alert of one that needs TLS."""
+        start = self._read(len(NEEDS_TLS))
+        if tls is None and start == NEEDS_TLS:
+            text = f"scheduler {address}: TLS: the peer asks for it, and this side has none"
+            raise CertificateError(text, "missing", own=True)
+        return start + self._read(GREETING_BYTES - len(start))
 
     def send(self, message: ToScheduler) -> None:
         """Raises `PeerLostError`."""

@@ -324,7 +324,7 @@ class Scheduler:
         self._link_attempts[pair] = self._link_attempts.get(pair, 0) + 1
         if not linked.error:
             sink.links[linked.name] = True
-        elif self._link_attempts[pair] < LINK_ATTEMPTS and not linked.error.startswith("IncompatibleError"):
+        elif self._link_attempts[pair] < LINK_ATTEMPTS and not linked.final:
             sink.send(Link(source.name, source.hello.addresses))
             return
         del self._link_attempts[pair]

@@ -22,6 +22,8 @@ from hetkv.serve.messages import ToInstance, ToScheduler
 MAGIC = b"hetkv-serve 1\n\0\0"
 NAME_NOT_ALLOWED = b"hetkv-serve no\n\0"
 """In its place, from a scheduler whose list of peers has no name of the instance's certificate."""
+NEEDS_TLS = b"\x15\x03\x01\x00\x02\x02\x46"
+"""What a peer that speaks in clear is answered inside TLS: the alert `protocol_version`."""
 NONCE_BYTES = 32
 GREETING_BYTES = len(MAGIC) + NONCE_BYTES
 PROOF_BYTES = 32

@@ -35,6 +35,7 @@ def rejections(server_side: TlsConfig, client_side: TlsConfig | None) -> tuple[E
             join(server, tls=Tls(client_side) if client_side is not None else None)
         theirs = server.error()
         assert server.connections.empty()
+        assert server.rejected.empty()  # there was one attempt
         return theirs, found.value
 
 

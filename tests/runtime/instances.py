@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hetkv.control.tls import TlsConfig
 from hetkv.runtime.alone import Alone
 from hetkv.runtime.batching import Limits
 from hetkv.runtime.block_manager import BlockManager
-from hetkv.runtime.commands import Link, Report
+from hetkv.runtime.commands import Link, Linked, Report
 from hetkv.runtime.engine import Engine
 from hetkv.runtime.plan import InstancePlan, SideOptions
 from hetkv.runtime.rank import RankConfig
@@ -56,28 +57,33 @@ class Instance:
     """An engine whose reports are kept: `tokens` and `finished` by sequence."""
 
     def __init__(self, name: str, model: Path, *, block: int = 16, layout: str = "nhd", kv_tokens: int = 4096,
-                 limits: Limits = DEFAULTS, unit: int = UNIT, tp: int = 1, pp: int = 1) -> None:  # fmt: skip
+                 limits: Limits = DEFAULTS, unit: int = UNIT, tp: int = 1, pp: int = 1,
+                 tls: TlsConfig | None = None) -> None:  # fmt: skip
         plan = InstancePlan(
             name=name, role="", pool=SideOptions(block_size=block, layout=layout, dtype="float32"), tp=tp, pp=pp
         )  # fmt: skip
         self.name = name
-        self.ranks: Any = ranks_of(RankConfig(plan=plan, model=str(model), kv_tokens=kv_tokens, secret=SECRET))
+        self.ranks: Any = ranks_of(RankConfig(plan=plan, model=str(model), kv_tokens=kv_tokens, secret=SECRET, tls=tls))
         self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self.blocks = BlockManager(self.ranks.facts[0].blocks, block, unit)
         self.engine = Engine(self.ranks, self.blocks, limits, self.reports.put)
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.linked: dict[str, str] = {}
+        self.linked: dict[str, Linked] = {}
         self.last: Report | None = None
         self.on_first: Callable[[str, int], None] = lambda id, token: None
         """Called with the first token of each sequence."""
         self.engine.start()
 
     def link(self, source: Instance) -> None:
+        assert self.linked_to(source) == Linked(source.name)
+
+    def linked_to(self, source: Instance) -> Linked:
+        """What becomes of the attempt."""
         self.engine.submit(Link(source.name, tuple(facts.address for facts in source.ranks.facts)))
         wait_until([self], lambda: source.name in self.linked)
-        assert self.linked[source.name] == ""
+        return self.linked.pop(source.name)
 
     def read(self) -> None:
         """Take what was reported."""
@@ -91,7 +97,7 @@ class Instance:
                 if output.finish:
                     self.finished[output.id] = output.finish
             self.failed.update(report.failed)
-            self.linked.update({linked.name: linked.error for linked in report.linked})
+            self.linked.update({linked.name: linked for linked in report.linked})
 
     def is_empty(self) -> bool:
         """Nothing is left here of any sequence."""

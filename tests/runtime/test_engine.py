@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from hetkv.runtime.batching import Limits
 from hetkv.runtime.commands import Abort, Begin, Compute, Expect
 from hetkv.runtime.sampling import Sampling
+from tests.control.authority import Authority
 from tests.runtime.instances import Instance, instances, reference, save_tiny, wait_until
 
 COUNT, NEW = 32, 12
@@ -178,3 +179,24 @@ def test_instances_of_several_ranks(
         wait_until([wide, deep], lambda: {str(number) for number in kept} <= set(deep.finished))
         assert [wide.tokens[str(n)] + deep.tokens[str(n)] for n in kept] == [expected[n] for n in kept]
         wait_until([wide, deep], lambda: wide.is_empty() and deep.is_empty())
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_certificate_that_is_rejected_is_final(tiny: tuple[Path, LlamaForCausalLM], tmp_path: Path, tp: int) -> None:
+    """The scheduler hears why, and that there is no use in another attempt; also of ranks in other processes."""
+    ca = Authority(tmp_path / "ca")
+    revoked = ca.issue("revoked", "127.0.0.1")
+    ca.revoke(revoked)
+    listening = ca.issue("prefill", "127.0.0.1", crl=ca.crl())
+    wrong = {
+        "does not trust the": Authority(tmp_path / "stranger").issue("stranger", "127.0.0.1", ca=ca.file),
+        "has expired": ca.issue("expired", "127.0.0.1", begins=-3, ends=-2),
+        "was revoked": revoked,
+    }
+    with instances(Instance("prefill-0", tiny[0], tls=listening)) as (prefill,):
+        for text, side in list(wrong.items())[: 3 if tp == 1 else 1]:  # processes take seconds to start
+            with instances(Instance("decode-0", tiny[0], tp=tp, tls=side)) as (decode,):
+                linked = decode.linked_to(prefill)
+                assert linked.error.startswith("CertificateError: ")
+                assert text in linked.error
+                assert linked.final

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hetkv.control.secret import HeldSecret
@@ -147,45 +148,90 @@ def test_the_gate_takes_the_secret_before() -> None:
     asyncio.run(run())
 
 
+def wrong_certificates(ca: Authority, folder: Path) -> dict[str, TlsConfig]:
+    """By the reason for which a gate that knows of the revoked one rejects them."""
+    revoked = ca.issue("revoked", "127.0.0.1")
+    ca.revoke(revoked)
+    return {
+        "unknown-ca": Authority(folder / "stranger").issue("stranger", "127.0.0.1", ca=ca.file),
+        "expired": ca.issue("expired", "127.0.0.1", begins=-3, ends=-2),
+        "revoked": revoked,
+        "identity": ca.issue("other", "spiffe://elsewhere/a"),
+    }
+
+
 def test_the_gate_inside_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Only certificates that are as they should be are let in; the gate's log and the instance say why not."""
     ca, secret = Authority(tmp_path / "ca"), b"a secret of sixteen"
-    revoked = ca.issue("revoked", "127.0.0.1")
-    ca.revoke(revoked)
-    stranger = Authority(tmp_path / "stranger").issue("stranger", "127.0.0.1", ca=ca.file)
+    wrong = wrong_certificates(ca, tmp_path)
     mine = ca.issue("gate", "127.0.0.1", crl=ca.crl(), peers=("127.0.0.1", "spiffe://cluster/*"))
     good = ca.issue("good", "spiffe://cluster/decode/0")
-    wrong = {
-        "not of an authority that this side trusts": stranger,
-        "has expired": ca.issue("expired", "spiffe://cluster/a", begins=-3, ends=-2),
-        "was revoked": revoked,
-        "which is not on this side's list of peers": ca.issue("other", "spiffe://elsewhere/a"),
-    }
+    said = {
+        "unknown-ca": "not of an authority that this side trusts", "expired": "has expired", "revoked": "was revoked",
+        "identity": "which is not on this side's list of peers",
+    }  # fmt: skip
 
     def attempt(address: str, side: TlsConfig | None) -> Connection:
         return Connection(address, secret, Tls(side) if side is not None else None)
 
+    async def rejected(address: str, side: TlsConfig | None) -> tuple[str, bool]:
+        with pytest.raises(CertificateError) as found:
+            await asyncio.to_thread(attempt, address, side)
+        return found.value.reason, found.value.own
+
     async def run() -> None:
         async with opened(secret, tls=Tls(mine)) as (scheduler, address):
-            for text, side in wrong.items():
-                with pytest.raises((AuthenticationError, PeerLostError)):
-                    await asyncio.to_thread(attempt, address, side)
-                await until(lambda text=text: text in caplog.text, 10)
-            with pytest.raises(CertificateError, match="is of no name that is on the peer's list") as found:
-                await asyncio.to_thread(attempt, address, wrong["which is not on this side's list of peers"])
-            assert (found.value.reason, found.value.own) == ("identity", True)
-            with pytest.raises((HandshakeError, PeerLostError)):
-                await asyncio.to_thread(attempt, address, None)
+            for reason, side in wrong.items():
+                assert await rejected(address, side) == (reason, True)
+                await until(lambda reason=reason: said[reason] in caplog.text, 10)
+            assert await rejected(address, None) == ("missing", True)
             (await asyncio.to_thread(attempt, address, good)).close()
-            impostor = ca.issue("impostor", "elsewhere.example")
             assert not scheduler.members
-        async with opened(secret, tls=Tls(impostor)) as (_, address):
-            with pytest.raises(CertificateError) as elsewhere:
+        for reason, side in wrong.items():
+            if reason != "identity":
+                knowing = ca.issue("knowing", "127.0.0.1", crl=ca.crl())
+                async with opened(secret, tls=Tls(side)) as (_, address):
+                    assert await rejected(address, knowing) == (reason, False)
+        async with opened(secret, tls=Tls(ca.issue("impostor", "elsewhere.example"))) as (_, address):
+            assert await rejected(address, good) == ("host", False)
+        async with opened(secret) as (_, address):
+            with pytest.raises(AuthenticationError, match="does not speak it"):
                 await asyncio.to_thread(attempt, address, good)
-            assert elsewhere.value.reason == "host"
 
     with caplog.at_level("WARNING", "hetkv.serve.gate"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("reason", ["unknown-ca", "expired", "revoked", "identity", "missing"])
+def test_an_instance_whose_certificate_is_rejected_ends(
+    checkpoint: tuple[Path, Any],
+    secret: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+) -> None:
+    """At the first attempt: no later one would end otherwise."""
+    ca, attempts = Authority(tmp_path / "ca"), []
+    side = wrong_certificates(ca, tmp_path).get(reason)
+    mine = ca.issue("gate", "127.0.0.1", crl=ca.crl(), peers=("127.0.0.1",))
+    serve = Instance._serve
+
+    def counted(instance: Instance) -> None:
+        attempts.append(instance)
+        serve(instance)
+
+    monkeypatch.setattr(Instance, "_serve", counted)
+
+    async def run() -> None:
+        async with opened(secret.read_bytes(), tls=Tls(mine)) as (scheduler, address):
+            instance = Instance(msgspec.structs.replace(config("decode", checkpoint[0], address, secret), tls=side))
+            assert await asyncio.to_thread(instance.run) == 1
+            assert not scheduler.members
+
+    asyncio.run(run())
+    assert len(attempts) == 1
+    assert "TLS: " in caplog.text
 
 
 def test_a_gate_that_ends_a_tls_handshake_is_tried_again(tmp_path: Path) -> None:

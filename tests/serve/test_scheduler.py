@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_rejected_by_name() -> None:
     [rejected] = fleet.take("other", Rejected)
     assert rejected.reason == "its w 2 are not those of prefill-0, 1"
     fleet.join(hello("odd", "decode"), link=False)
-    fleet.report("odd", linked=[Linked("prefill-0", "IncompatibleError: head_dim: mine 64, theirs 128")])
+    fleet.report("odd", linked=[Linked("prefill-0", "IncompatibleError: head_dim: mine 64, theirs 128", final=True)])
     assert "head_dim" in fleet.take("odd", Rejected)[0].reason
     assert set(fleet.scheduler.members) == {"prefill-0", "decode-1"}
     assert set(fleet.scheduler.rejected) == {"other", "odd"}

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from hetkv import Exchange, KVPool, KVSpec, Receiver, SecretFile, Sender, TlsConfig
+from hetkv.control import establish
 from hetkv.errors import CertificateError, InputError, SecretError
 from tests.control.authority import Authority
 from tests.transport.peers import SECRET, check_transfer, connected, randomise
@@ -37,9 +38,12 @@ def test_kv_moves_where_both_have_certificates(
         assert sender.peers[0].kind == ("tcp" if sockets else "unix")
 
 
-def test_each_certificate_is_rejected_by_name(ca: Authority, tmp_path: Path) -> None:
+def test_each_certificate_is_rejected_by_name(ca: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger's, an expired one, a revoked one, and one of a name that is not allowed: the receiver that connects
-    says why, and no link is left on either side."""
+    says why at its first attempt, and no link is left on either side."""
+    reached = []
+    reach = establish._reach
+    monkeypatch.setattr(establish, "_reach", lambda *target: reached.append(target) or reach(*target))
     stranger, revoked = Authority(tmp_path / "stranger"), ca.issue("revoked", DECODE)
     ca.revoke(revoked)
     prefill = ca.issue("prefill", PREFILL, crl=ca.crl(), peers=("spiffe://cluster/decode/*",))
@@ -55,9 +59,11 @@ def test_each_certificate_is_rejected_by_name(ca: Authority, tmp_path: Path) -> 
         address = sender.listen()
         for reason, side in wrong.items():
             with Receiver(destination, secret=SECRET, instance="d", tls=side) as receiver:
+                reached.clear()
                 with pytest.raises(CertificateError) as found:
                     receiver.connect(address)
                 assert (found.value.reason, found.value.own) == (reason, True)
+                assert len(reached) == 1  # no attempt follows
                 assert not receiver.peers
         assert not sender.peers
         right = ca.issue("right", DECODE, peers=peers)

@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from hetkv.control.tls import TlsConfig
+from tests.control.authority import Authority
 from tests.vllm.engines import Engine, Pair, checkpoint, until
 
 TOKENS = 8
@@ -102,6 +105,54 @@ def check_policy(policy: str, output: Any, prompt: list[int], expected: list[int
         assert output.finish_reason == "error"
     else:
         assert (output.tokens, output.computed) == (expected, len(prompt) + TOKENS - 1)
+
+
+def test_a_certificate_that_is_rejected(model: str, tmp_path: Path) -> None:
+    """A stranger's, an expired and a revoked one: the request is computed long before its lease ends, and the log says
+    why. Files are read again, so that the right certificate in their place is enough."""
+    ca = Authority(tmp_path / "ca")
+    stranger = Authority(tmp_path / "stranger")
+    revoked = ca.issue("decode", "127.0.0.1")
+    ca.revoke(revoked)
+    listening = ca.issue("prefill", "127.0.0.1", crl=ca.crl())
+    lease = {"transfer": {"lease_s": 60, "hold_s": 60}}
+
+    def extra(tls: TlsConfig) -> dict[str, Any]:
+        return {**lease, "tls": {name: value for name, value in msgspec.to_builtins(tls).items() if value}}
+
+    pair = Pair(
+        Engine(model, "kv_producer", 32, **{**OPTIONS, "extra": extra(listening)}),
+        Engine(model, "kv_consumer", 128, policy="recompute", **{**OPTIONS, "extra": extra(revoked)}),
+    )
+    known, seen = pair.describe(), 0
+
+    def use(reason: str) -> None:
+        made = {
+            "revoked": lambda: revoked,
+            "unknown-ca": lambda: stranger.issue("decode", "127.0.0.1"),
+            "expired": lambda: ca.issue("decode", "127.0.0.1", begins=-3, ends=-2),
+        }[reason]()
+        for name in ("certificate", "key"):
+            Path(getattr(revoked, name)).write_bytes(Path(getattr(made, name)).read_bytes())
+
+    for number, (reason, text) in enumerate(
+        [("revoked", "was revoked"), ("unknown-ca", "does not trust"), ("expired", "has expired")]
+    ):
+        use(reason)
+        prompt = prompt_of(200, 50 + number)
+        start = time.monotonic()
+        output = pair.consumer.run(prompt, TOKENS, {**known, "transfer_id": reason})
+        assert time.monotonic() - start < 30
+        assert output.computed == len(prompt) + TOKENS - 1
+        warned = pair.consumer.call("warned")[seen:]
+        seen += len(warned)
+        assert any("CertificateError" in line and text in line for line in warned)
+    renewed = ca.issue("decode", "127.0.0.1")
+    assert renewed.certificate == revoked.certificate
+    prompt = prompt_of(200, 60)
+    assert pair.prefill_first(prompt, TOKENS).computed == TOKENS
+    pair.settled()
+    pair.close()
 
 
 def test_inside_a_multi_connector(model: str) -> None:
