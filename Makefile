@@ -35,6 +35,8 @@ JOBS ?= 2
 # Seeds of the engines' simulator (tests/sim).
 SEEDS ?= 1000
 FIRST ?= 1
+# A JSON file that keeps what the run (`run`) and the hunt (`planted_faults`) found: bench/results/fault_simulation.json.
+OUT ?=
 
 # Of all fuzzers together (tests/fuzz).
 SECONDS ?= 60
@@ -55,13 +57,13 @@ test-vllm: $(VLLM_STAMP)
 simulate-faults:
 	cmake -S tests/sim -B build/sim >/dev/null
 	cmake --build build/sim -j $(JOBS)
-	$(PYTHON) tests/sim/spread.py build/sim/hetkv_sim --first $(FIRST) --seeds $(SEEDS) --jobs $(JOBS)
+	$(PYTHON) tests/sim/spread.py build/sim/hetkv_sim --first $(FIRST) --seeds $(SEEDS) --jobs $(JOBS) $(if $(OUT),--out $(OUT))
 
 # Whether it finds each of the faults that tests/sim/mutants.py plants, in SEEDS seeds.
 find-mutants:
 	cmake -S tests/sim -B build/sim >/dev/null
 	cmake --build build/sim -j $(JOBS) --target hetkv_sim_mutants
-	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS) --jobs $(JOBS)
+	$(PYTHON) tests/sim/hunt.py build/sim/hetkv_sim_mutants --seeds $(SEEDS) --jobs $(JOBS) $(if $(OUT),--out $(OUT))
 
 # libFuzzer targets of what reads a peer's bytes, for SECONDS all together.
 fuzz:

@@ -134,6 +134,7 @@ bool Receiver::grant() {
     if (slot == nullptr) break;
     Demand& demand = demands_[link_id];
     demand.served = ++grants_;
+    demand.recalled = false;  // its answer says nothing of this slot, which it may keep for work that does not come
     rank(link_id);
     wire::SlotGrant given{id, slot->generation, 0, slot->memory->bytes(), {}};
     const auto [known, fresh] = demand.keys.emplace(id, slot->generation);

@@ -74,7 +74,8 @@ void Sender::on_ticket(Link& link, const wire::Prelude& prelude, wire::Ticket ti
                                 now_ns() + ticket.lease_ms * kMs, ticket.content});
 }
 
-// A ticket without a request waits for it.
+// A ticket without a request waits for it, in place of an earlier one of the same peer: that attempt is over for it. So
+// one whose receiver had everything already, and has ended, does not serve a request that a later one asks for.
 void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
   Request* request = find(id);
   if (request != nullptr && request->failure.ok()) return add_lane(*request, std::move(ticket));
@@ -88,6 +89,10 @@ void Sender::take_ticket(const wire::RequestId& id, PendingTicket ticket) {
       ended.informed.push_back(peer);
       return reject(*ticket.link, id, ticket.epoch, ended.why);
     }
+  }
+  const auto waiting = pending_.equal_range(id);
+  for (auto at = waiting.first; at != waiting.second;) {
+    at = at->second.link->config.name == ticket.link->config.name ? drop_ticket(at) : std::next(at);
   }
   if (pending_.size() >= kMaxPendingTickets || windows_[ticket.link->id].tickets >= kMaxPendingPerLink) {
     return reject(*ticket.link, id, ticket.epoch,

@@ -123,6 +123,7 @@ class Fleet {
   void bury(Process& process);
   void expect_lost(Process& process);
   void check_write(std::uint64_t writer, std::uint64_t address);
+  void spoil(const Process& receiver, std::uint64_t writer, std::uint32_t user);
 
   void connect(Process& sender, Process& receiver);
   void connect_all(Process& process);

@@ -106,7 +106,21 @@ void Fleet::check_write(std::uint64_t writer, std::uint64_t address) {
     if (!forged) {
       world.violate("process " + std::to_string(writer) + " writes into a slot that it does not hold, of process " +
                     std::to_string(process->site.id));
+    } else {
+      spoil(*process, writer, engine::Inspect::user(*process->receiver, address));
     }
+  }
+}
+
+// A sender whose peer was made to believe that it spent a slot goes on writing into it: what another link has there by
+// then fails by its checksum, unless peers are isolated.
+void Fleet::spoil(const Process& receiver, std::uint64_t writer, std::uint32_t user) {
+  for (const auto& control : controls_) {
+    const bool uses = control->side[1] == &receiver && control->added[1] && control->id[1] == user;
+    if (!uses || control->side[0]->site.id == writer) continue;
+    world.note("process {} writes into a slot of link {}", writer, control->number);
+    if (profile_.isolate) world.violate("a peer reaches a slot of another link, though peers are isolated");
+    disturb(*control);
   }
 }
 

@@ -7,7 +7,6 @@ is broken, the process dies, or a seed does not end. Exit status 1 where one is 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mutants import MUTANTS
+from results import record
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=500, help="of each fault, at most")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of faults")
     parser.add_argument("--jobs", type=int, default=1, help="faults at once, each in a process")
-    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--out", type=Path, help="where the result goes, as `planted_faults` of that JSON file")
     options = parser.parse_args()
     numbers = options.only or range(1, len(MUTANTS) + 1)
     start = time.monotonic()
@@ -65,8 +65,8 @@ def main() -> int:
     missed = [fault.name for fault in found if fault.seeds is None]
     print(f"{len(found) - len(missed)} of {len(found)} found in {time.monotonic() - start:.0f} s; missed: {missed}")
     if options.out:
-        result = {"seeds_most": options.seeds, "faults": [asdict(fault) for fault in found]}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        counts = {"found": len(found) - len(missed), "of": len(found), "seeds_most": options.seeds}
+        record(options.out, "planted_faults", {**counts, "faults": [asdict(fault) for fault in found]})
     return 1 if missed else 0
 
 

@@ -185,13 +185,24 @@ std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::granted(const Receive
 }
 
 std::optional<std::uint32_t> Inspect::writer(const Receiver& receiver, std::uint64_t address) {
+  const Slot* slot = at(receiver, address);
+  if (slot == nullptr) return std::nullopt;
+  const bool open = slot->state == SlotState::kGranted || slot->state == SlotState::kQuarantined;
+  return open ? slot->link : 0;
+}
+
+std::uint32_t Inspect::user(const Receiver& receiver, std::uint64_t address) {
+  const Slot* slot = at(receiver, address);
+  const bool used = slot != nullptr && (slot->state == SlotState::kGranted || slot->state == SlotState::kFilled);
+  return used ? slot->link : 0;
+}
+
+const Slot* Inspect::at(const Receiver& receiver, std::uint64_t address) {
   for (const Slot& slot : receiver.slots_.slots_) {
     if (slot.memory == nullptr || address < slot.memory->local()) continue;
-    if (address - slot.memory->local() >= slot.memory->bytes()) continue;
-    const bool open = slot.state == SlotState::kGranted || slot.state == SlotState::kQuarantined;
-    return open ? slot.link : 0;
+    if (address - slot.memory->local() < slot.memory->bytes()) return &slot;
   }
-  return std::nullopt;
+  return nullptr;
 }
 
 void Inspect::flip(Receiver& receiver, std::uint64_t random) {

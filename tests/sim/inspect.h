@@ -23,10 +23,15 @@ struct Inspect {
   static std::set<std::pair<std::uint32_t, std::uint32_t>> granted(const Receiver& receiver, std::uint32_t link);
   // Where the address is in a slot: the link that may write there; 0 where none may. Nothing where it is in no slot.
   static std::optional<std::uint32_t> writer(const Receiver& receiver, std::uint64_t address);
+  // Where the address is in a slot that is granted or being unpacked: its link; 0 where it is not.
+  static std::uint32_t user(const Receiver& receiver, std::uint64_t address);
   // Flips a bit of some slot that is in use.
   static void flip(Receiver& receiver, std::uint64_t random);
   static bool up(const Engine& engine, std::uint32_t link);
   static bool settled(const Engine& engine);  // nothing is posted or has come that no turn has seen
+
+ private:
+  static const Slot* at(const Receiver& receiver, std::uint64_t address);
 };
 
 }  // namespace hetkv::engine

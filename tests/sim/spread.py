@@ -15,6 +15,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from results import record
+
 PART = 50
 """Seeds of one process."""
 
@@ -38,7 +40,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="where the sum goes, as JSON")
+    parser.add_argument("--out", type=Path, help="where the sum goes, as `run` of that JSON file")
     options = parser.parse_args()
     start = time.monotonic()
     stop = options.first + options.seeds
@@ -55,7 +57,7 @@ def main() -> int:
     result = {"first": options.first, **total, **seconds, "jobs": options.jobs, "broken": len(broken)}
     print(json.dumps(result))
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        record(options.out, "run", result)
     return 1 if broken else 0
 
 

@@ -99,6 +99,7 @@ class Transfers {
   void release(Side& side);
   void end(Side& side);
   bool excused(const Transfer& transfer) const;
+  bool asked_before(const Side& sender, const Side& receiver) const;
 
   Fleet& fleet_;
   World& world_;

@@ -21,6 +21,7 @@ from tests.transport.peers import (
     duplicate,
     pick_blocks,
     settled,
+    until,
 )
 from tests.transport.test_transfer import SMALL, pools
 
@@ -88,6 +89,22 @@ def test_bad_arguments_change_nothing() -> None:
             assert torch.equal(
                 destination.view(layer, name)[kept].view(torch.int16), before.view(layer, name)[kept].view(torch.int16)
             )
+
+
+def test_a_later_ticket_takes_the_place_of_an_earlier_one() -> None:
+    """The first one's receiver had everything and has ended: what the second one asks for is sent all the same."""
+    source, destination = pools()
+    with connected([source], [destination]) as ([sender], [receiver]):
+        receiver.receive("twice", [1], 16, num_cached_tokens=16).wait(WAIT_S)
+        rx = receiver.receive("twice", [1], 16)
+        last = receiver.receive("last", [2], 16)  # its ticket comes after theirs
+        until(lambda: sender.stats()["pending_tickets"] == 2)
+        tx, other = sender.send("twice", [1], 16), sender.send("last", [2], 16)
+        for handle in (tx, other):
+            handle.send_layers()
+        for handle in (rx, last, tx, other):
+            handle.wait(WAIT_S)
+        settled(sender, receiver)
 
 
 def test_cancelling_a_wait_leaves_the_request() -> None:
