@@ -62,6 +62,7 @@
 #define gpuStream_t cudaStream_t
 #define gpuStreamCreateWithPriority cudaStreamCreateWithPriority
 #define gpuStreamDestroy cudaStreamDestroy
+#define gpuStreamQuery cudaStreamQuery
 #define gpuStreamSynchronize cudaStreamSynchronize
 #define gpuStreamNonBlocking cudaStreamNonBlocking
 #define gpuStreamIsCapturing cudaStreamIsCapturing

@@ -1,4 +1,9 @@
 // Functions of the backend's table about streams, events and work in a stream's order.
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
 #include "backend/gpu/functions.h"
 #include "backend/gpu/status.h"
 
@@ -9,19 +14,64 @@ gpuEvent_t as_event(void* event) {
   return static_cast<gpuEvent_t>(event);
 }
 
-}  // namespace
+// Streams that were made ahead. The driver makes a new one only after a stream that waits for the host where it has to
+// grow what its streams share: nodes that start while callers' streams wait for transfers take theirs from here.
+struct StreamStock {
+  using Kind = std::pair<std::int32_t, bool>;  // device, high priority
 
-std::int32_t stream_create(std::int32_t device, std::int32_t high_priority, void** stream) {
+  std::mutex mutex;
+  std::map<Kind, std::vector<gpuStream_t>> idle;
+  std::map<gpuStream_t, Kind> taken;
+};
+constexpr int kMadeAtOnce = 16;  // a node has five
+
+// Never destroyed: its streams belong to the driver when the process ends.
+StreamStock& stream_stock() {
+  static auto* const stock = new StreamStock;
+  return *stock;
+}
+
+std::int32_t make_streams(std::int32_t device, bool high_priority, std::vector<gpuStream_t>* made) {
   HETKV_ON(device);
   int least = 0, greatest = 0;
   HETKV_TRY(gpuDeviceGetStreamPriorityRange(&least, &greatest));
-  gpuStream_t made;
-  HETKV_TRY(gpuStreamCreateWithPriority(&made, gpuStreamNonBlocking, high_priority != 0 ? greatest : least));
-  *stream = made;
+  for (int count = 0; count < kMadeAtOnce; ++count) {
+    gpuStream_t stream;
+    HETKV_TRY(gpuStreamCreateWithPriority(&stream, gpuStreamNonBlocking, high_priority ? greatest : least));
+    made->push_back(stream);
+  }
+  return kHetkvOk;
+}
+
+}  // namespace
+
+std::int32_t stream_create(std::int32_t device, std::int32_t high_priority, void** stream) {
+  StreamStock& stock = stream_stock();
+  const std::lock_guard<std::mutex> lock(stock.mutex);
+  const StreamStock::Kind kind{device, high_priority != 0};
+  auto& idle = stock.idle[kind];
+  if (idle.empty()) {
+    const std::int32_t status = make_streams(device, kind.second, &idle);
+    if (idle.empty()) return status;
+  }
+  *stream = idle.back();
+  stock.taken.emplace(idle.back(), kind);
+  idle.pop_back();
   return kHetkvOk;
 }
 
 std::int32_t stream_destroy(void* stream) {
+  StreamStock& stock = stream_stock();
+  const std::lock_guard<std::mutex> lock(stock.mutex);
+  const auto taken = stock.taken.find(as_stream(stream));
+  if (taken == stock.taken.end()) return fail(kHetkvInvalid, "a stream that this backend did not make");
+  const auto kind = taken->second;
+  stock.taken.erase(taken);
+  if (gpuStreamQuery(as_stream(stream)) == gpuSuccess) {
+    stock.idle[kind].push_back(as_stream(stream));
+    return kHetkvOk;
+  }
+  forget();
   HETKV_TRY(gpuStreamDestroy(as_stream(stream)));
   return kHetkvOk;
 }

@@ -61,6 +61,7 @@
 #define gpuStream_t hipStream_t
 #define gpuStreamCreateWithPriority hipStreamCreateWithPriority
 #define gpuStreamDestroy hipStreamDestroy
+#define gpuStreamQuery hipStreamQuery
 #define gpuStreamSynchronize hipStreamSynchronize
 #define gpuStreamNonBlocking hipStreamNonBlocking
 #define gpuStreamIsCapturing hipStreamIsCapturing

@@ -200,6 +200,9 @@ inline gpuError_t gpuStreamCreateWithPriority(gpuStream_t* stream, unsigned, int
 inline gpuError_t gpuStreamDestroy(gpuStream_t stream) {
   return delete stream, gpuSuccess;
 }
+inline gpuError_t gpuStreamQuery(gpuStream_t) {
+  return gpuSuccess;
+}
 inline gpuError_t gpuStreamSynchronize(gpuStream_t) {
   return gpuSuccess;
 }
