@@ -41,6 +41,7 @@ from hetkv.simulator.traffic.sources import Traffic  # noqa: E402
 from hetkv.simulator.traffic.workload import Workload  # noqa: E402
 
 DEMO = ROOT / "hetkv" / "runtime" / "data" / "demo"
+DEPLOYMENTS = ("aggregated", "disaggregated")
 START_S = 150.0
 PROBES = 6
 SHARES = (0.3, 0.6, 0.9)
@@ -210,7 +211,7 @@ def main() -> int:
         "in_flight": args.in_flight,
         "load_average_before": os.getloadavg(),
     }
-    systems = [System(name, args, begin) for name in ("aggregated", "disaggregated")]
+    systems = [System(name, args, begin) for name in args.deployments]
 
     def keep() -> None:
         found = {system.name: system.found for system in systems}
@@ -230,14 +231,14 @@ def main() -> int:
         for system in systems:
             system.capacity(0.08 * stage)
             keep()
-        # A common rate shows both deployments under the same traffic.
-        low, high = sorted(systems, key=lambda one: float(one.found["capacity_rps"]))
         plan = [
             (one, f"rate_{share:g}", share * one.found["capacity_rps"], share, before)
             for share, before in zip(SHARES, CALIBRATED, strict=True)
             for one in systems
         ]
-        plan.append((high, "common", 0.9 * low.found["capacity_rps"], 0.9, 0.0))
+        if len(systems) == 2:  # a common rate shows both deployments under the same traffic
+            low, high = sorted(systems, key=lambda one: float(one.found["capacity_rps"]))
+            plan.append((high, "common", 0.9 * low.found["capacity_rps"], 0.9, 0.0))
         for number, (system, label, rate, share, before) in enumerate(plan):
             if before:
                 system.calibrate(before, 0.03 * stage)
@@ -271,6 +272,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget", type=float, default=450.0, metavar="S", help="seconds of all measurements (450)")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint, or shape:NAME with random weights")
+    parser.add_argument("--deployments", nargs="+", choices=DEPLOYMENTS, default=DEPLOYMENTS, metavar="NAME",
+                        help="one alone where its instances would share a GPU with the other's (both)")  # fmt: skip
     parser.add_argument("--aggregated", default="2xTP1")
     parser.add_argument("--prefill", default="TP1")
     parser.add_argument("--decode", default="TP1")
