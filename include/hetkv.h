@@ -150,6 +150,7 @@ typedef struct hetkv_node_config {
   const char* const* fingerprint; /* name, value, name, value, ... of what made the KV; values of a name that both */
   uint32_t num_fingerprint;       /* sides have must be equal. Number of names */
   uint32_t verify_pool;           /* receiver: 1: read what was unpacked again from the pool (HETKV_POOL_CHECKSUM) */
+  uint32_t isolate_peers;         /* receiver: 1: no two peers ever have the same memory as a slot; in host memory */
   const char* backends;           /* folder of the GPU backends; NULL: next to this library */
 } hetkv_node_config;
 

@@ -29,7 +29,7 @@ using hetkv::control::Role;
 constexpr std::size_t kAddressBytes = 64;  // the least room for an address
 // What is added to a structure goes where its padding was, which HETKV_INIT clears, or the size says that it is not
 // there.
-static_assert(sizeof(void*) != 8 || sizeof(hetkv_node_config) == 96);
+static_assert(sizeof(void*) != 8 || sizeof(hetkv_node_config) == 104);
 static_assert(sizeof(void*) != 8 || sizeof(hetkv_request_config) == 56);
 
 thread_local std::string last_error;

@@ -215,7 +215,7 @@ Result Node::add(control::Linked link) {
   config.instance_links = static_cast<std::uint32_t>(at.agreement.ranks.size());
   config.plans = link_plans(*pool_, at.agreement, sends());
   const bool near = at.unix_streams && at.theirs.device == side_.description.device && device_ != nullptr;
-  config.device_windows = near && !sends();
+  config.device_windows = near && !sends() && !settings_.engine.isolate_peers;
   const std::uint64_t slot =
       std::max<std::uint64_t>(settings_.engine.slot_bytes, static_cast<std::uint64_t>(at.theirs.slot_bytes));
   config.frame_ms = static_cast<std::uint32_t>(slot / kSlowestBytesPerMs);

@@ -97,6 +97,8 @@ Result read_settings(const hetkv_node_config& config, const Pool& pool, NodeSett
   engine.staging_slots = on_device ? 6 : 4;
   if (config.verify_pool > 1) return invalid("verify_pool is 0 or 1");
   if (config.verify_pool == 1) engine.verify_bytes = engine.slot_bytes * most_growth(pool);
+  if (config.isolate_peers > 1) return invalid("isolate_peers is 0 or 1");
+  engine.isolate_peers = config.isolate_peers == 1;
   if (config.threads > 0) engine.threads = static_cast<int>(config.threads);
   if (config.heartbeat_ms > 0) engine.heartbeat_ms = config.heartbeat_ms;
   if (config.peer_timeout_ms > 0) engine.peer_timeout_ms = config.peer_timeout_ms;

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ PoolConfig = structure(
 NodeConfig = structure(
     struct_bytes=size, instance=text, secret=text, secret_bytes=size, slot_bytes=u64, window_bytes=u64, threads=u32,
     heartbeat_ms=u32, peer_timeout_ms=u32, lease_ms=u32, hold_ms=u32, handshake_timeout_ms=u32, fingerprint=pointer,
-    num_fingerprint=u32, verify_pool=u32, backends=text,
+    num_fingerprint=u32, verify_pool=u32, isolate_peers=u32, backends=text,
 )  # fmt: skip
 Blocks = structure(ids=pointer, num_ids=size, num_tokens=u64, num_cached_tokens=u64)
 RequestConfig = structure(
@@ -84,10 +85,11 @@ class Node:
         make = getattr(library(), f"hetkv_{kind}_create")
         self.status = make(self.pool, ctypes.byref(given), ctypes.byref(self.node))
 
-    def begin(self, how: str, name: str, first: int, count: int, priority: int = 0) -> Any:
+    def begin(self, how: str, name: str, first: int, count: int, priority: int = 0, source: bytes | None = None) -> Any:
         ids = (ctypes.c_int32 * count)(*range(first, first + count))
         group = (Blocks * 1)(Blocks(address_of(ids), count, count * BLOCK, 0))
         config = RequestConfig(ctypes.sizeof(RequestConfig), name.encode(), address_of(group), 1, priority=priority)
+        config.source = source
         request = pointer()
         check(getattr(library(), f"hetkv_{how}")(self.node, ctypes.byref(config), ctypes.byref(request)))
         return request
@@ -170,7 +172,32 @@ def test_another_writer_to_the_pool_is_seen_where_it_is_read_again() -> None:
                     library().hetkv_request_free(one)
 
 
-def test_another_value_is_rejected() -> None:
-    made = Node("receiver", verify_pool=2)
+def slots_memory() -> set[str]:
+    """What is mapped of windows by this process, by either side: their inodes."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:hetkv-window" in line}
+
+
+@pytest.mark.parametrize("isolated", [0, 1])
+def test_the_only_slot_goes_from_one_peer_to_another(isolated: int) -> None:
+    slot, before, seen = 1 << 16, slots_memory(), set[str]()
+    with node("receiver", isolate_peers=isolated, slot_bytes=slot, window_bytes=slot) as receiver, ExitStack() as stack:
+        senders = [stack.enter_context(Sender(python_pool(), instance=name, secret=SECRET)) for name in "pq"]
+        for sender in senders:
+            check(library().hetkv_connect(receiver.node, sender.listen().encode()))
+        for turn in range(4):
+            sent = senders[turn % 2].send(f"{turn}", [turn], BLOCK)
+            asked = receiver.begin("receive", f"{turn}", turn, 1, source=b"pq"[turn % 2 : turn % 2 + 1])
+            sent.send_layers()
+            assert wait(asked) == 0
+            sent.wait(WAIT_S)
+            library().hetkv_request_free(asked)
+            seen |= slots_memory() - before
+    assert len(seen) == (4 if isolated else 1)
+
+
+@pytest.mark.parametrize("option", ["verify_pool", "isolate_peers"])
+def test_another_value_is_rejected(option: str) -> None:
+    made = Node("receiver", **{option: 2})
     assert made.status == INPUT
     library().hetkv_pool_free(made.pool)
