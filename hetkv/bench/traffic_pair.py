@@ -182,8 +182,9 @@ class _ReceiverSide(_Side):
         return ended
 
     def clear(self) -> None:
-        for _, view, _, _ in self.parts():
-            view.zero_()
+        for layer, kind in enumerate(self.pool.spec.layers):
+            for segment in kind.segments:
+                self.pool.view(layer, segment.name).zero_()
         synchronize(self.device)
 
     def wrong_bytes(self) -> int:

@@ -386,3 +386,20 @@ def test_import_is_light() -> None:
     took, *loaded = out.split()
     assert not loaded
     assert float(took) < 0.05
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no advice on huge pages")
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_large_arrays_of_a_pool_begin_at_a_huge_page_and_small_ones_do_not_have_to(framework: str) -> None:
+    huge, block = 2 << 20, 16 * HEADS * DIM * 4
+    for blocks in (4, 3 * huge // 2 // block + 1):
+        spec = KVSpec.uniform(1, HEADS, DIM)
+        pool = KVPool.allocate(spec, blocks, layout="nhd", block_size=16, dtype="fp32", framework=framework)
+        for segment in ("k", "v"):
+            view = pool.view(0, segment)
+            flat = np.asarray(view)
+            assert flat.nbytes == blocks * block
+            assert not flat.any()
+            assert flat.nbytes < huge or flat.ctypes.data % huge == 0
+            view[:] = 1
+            assert flat.all()
