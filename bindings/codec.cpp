@@ -46,8 +46,8 @@ void bind_codec(py::module_& m) {
   m.def(
       "encode_part",
       [](const py::buffer& data, int values) -> std::optional<py::bytes> {
-        require(codec::has_zstd(), "there is no libzstd here");
-        require(values == 1 || values == 2, "values are 1 (bfloat16) or 2 (float16)");
+        require(values >= 1 && values <= 3, "values are 1 (bfloat16), 2 (float16) or 3 (int4)");
+        require(values == 3 || codec::has_zstd(), "there is no libzstd here");
         const auto count = static_cast<std::size_t>(data.request().size) / 2;
         const auto* bytes = reinterpret_cast<const std::uint8_t*>(values_of(data, count, false));
         codec::PartEncoder encoder;
@@ -59,11 +59,12 @@ void bind_codec(py::module_& m) {
   m.def(
       "decode_part",
       [](const py::bytes& coded, std::size_t most) {
-        require(codec::has_zstd(), "there is no libzstd here");
         const std::string_view view = coded;
         const auto* data = reinterpret_cast<const std::uint8_t*>(view.data());
         codec::PartHeader header;
-        check(codec::read_header(data, view.size(), most, &header));
+        constexpr codec::ValuesMask kAll = codec::kZstdValues | codec::mask_of(codec::Values::kInt4);
+        check(codec::read_header(data, view.size(), most, kAll, &header));
+        require(header.values == codec::Values::kInt4 || codec::has_zstd(), "there is no libzstd here");
         std::vector<std::uint16_t> out(header.plain_bytes / 2);
         auto* to = reinterpret_cast<std::uint8_t*>(out.data());
         codec::PartDecoder decoder;

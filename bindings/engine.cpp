@@ -243,7 +243,8 @@ void bind_engine(py::module_& m) {
   py::class_<SegmentPlan>(m, "SegmentPlan")
       .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t channels, int wire_dtype,
                        std::vector<float> multipliers, const std::optional<SegmentMap>& pool_scales,
-                       std::int32_t channels_per_scale, std::int32_t wire_scales, bool joint, bool carried) {
+                       std::int32_t channels_per_scale, std::int32_t wire_scales, bool joint, float largest,
+                       bool carried) {
              return SegmentPlan{pool,
                                 first_head,
                                 channels,
@@ -252,11 +253,13 @@ void bind_engine(py::module_& m) {
                                 {pool_scales.value_or(SegmentMap{}), channels_per_scale},
                                 wire_scales,
                                 joint,
+                                largest,
                                 carried};
            }),
            py::arg("pool"), py::arg("first_head"), py::arg("channels"), py::arg("wire_dtype"), py::arg("multipliers"),
            py::kw_only(), py::arg("pool_scales") = py::none(), py::arg("channels_per_scale") = 0,
-           py::arg("wire_scales") = -1, py::arg("joint") = false, py::arg("carried") = false);
+           py::arg("wire_scales") = -1, py::arg("joint") = false, py::arg("largest") = 0.0f,
+           py::arg("carried") = false);
 
   py::class_<ScaleFill>(m, "ScaleFill")
       .def(py::init([](const SegmentMap& pool, std::int32_t first_head, std::int32_t groups,
@@ -277,35 +280,35 @@ void bind_engine(py::module_& m) {
       .def(py::init([](const py::bytes& address, std::uint64_t number, std::uint8_t minor, const py::bytes& send_key,
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
-                       bool rdma_windows, const Streams& streams, int coded_values, bool always_code, bool decode,
+                       bool rdma_windows, const Streams& streams, int coded_values, bool always_code, int accept,
                        std::uint32_t frame_ms) {
-             return LinkConfig{to_vector(address),
-                               number,
-                               minor,
-                               to_array<16>(send_key, "send_key"),
-                               to_array<16>(receive_key, "receive_key"),
-                               std::move(name),
-                               std::move(instance),
-                               instance_links,
-                               device_windows,
-                               rdma_windows,
-                               std::move(plans),
-                               to_streams(streams),
-                               {static_cast<codec::Values>(coded_values), always_code, decode},
-                               frame_ms};
+             return LinkConfig{
+                 to_vector(address),
+                 number,
+                 minor,
+                 to_array<16>(send_key, "send_key"),
+                 to_array<16>(receive_key, "receive_key"),
+                 std::move(name),
+                 std::move(instance),
+                 instance_links,
+                 device_windows,
+                 rdma_windows,
+                 std::move(plans),
+                 to_streams(streams),
+                 {static_cast<codec::Values>(coded_values), always_code, static_cast<codec::ValuesMask>(accept)},
+                 frame_ms};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("streams"),
-           py::arg("coded_values") = 0, py::arg("always_code") = false, py::arg("decode") = false,
-           py::arg("frame_ms") = 0,
+           py::arg("coded_values") = 0, py::arg("always_code") = false, py::arg("accept") = 0, py::arg("frame_ms") = 0,
            "`streams`: (descriptor, send key, receive key, cipher) of each; the descriptors are duplicated. Keys have "
            "16\n"
            "bytes, and 32 where the cipher is not empty: see `ciphers`. `coded_values`: what payloads are mostly, 1 "
            "bfloat16,\n"
-           "2 float16, where a sender may code them (0: it may not), by measured rates or `always`; `decode`: coded "
-           "ones may\n"
-           "come.");
+           "2 float16, 3 codes of four bits, where a sender may code them (0: it may not), by measured rates or "
+           "`always`;\n"
+           "`accept`: bit v: coded ones of values v may come.");
 
   py::class_<SendBatch, std::shared_ptr<SendBatch>>(m, "SendBatch")
       .def(py::init([](std::vector<std::uint64_t> handles,

@@ -34,6 +34,7 @@ struct OwnedJob {
   std::uint64_t wire_offset = 0;
   bool joint = false;
   std::uint64_t wire_scale_offset = 0;
+  float largest = 0;
 
   bool scaled() const { return src.scales.map.base != 0 || dst.scales.map.base != 0; }
 
@@ -51,6 +52,7 @@ struct OwnedJob {
     job.dst_scales = dst.scales;
     job.joint = joint;
     job.wire_scale_offset = wire_scale_offset;
+    job.largest = largest;
     return job;
   }
 };

@@ -81,7 +81,7 @@ void check_scales(const Job& job) {
 
 Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::int32_t channels,
              std::vector<float> multipliers, const std::string& wire, std::uint64_t wire_offset, bool joint,
-             std::uint64_t wire_scale_offset) {
+             std::uint64_t wire_scale_offset, float largest) {
   Job job{std::move(src),
           std::move(dst),
           tokens,
@@ -91,7 +91,8 @@ Job make_job(Side src, Side dst, std::int64_t tokens, std::int32_t heads, std::i
           hetkv::remap::WireSide::kNone,
           wire_offset,
           joint,
-          wire_scale_offset};
+          wire_scale_offset,
+          largest};
   require(tokens >= 0 && heads >= 0 && channels >= 0, "tokens, heads and channels must not be negative");
   require(wire.empty() || wire == "source" || wire == "destination", "wire is 'source', 'destination' or ''");
   if (!wire.empty())
@@ -202,7 +203,8 @@ void bind_remap(py::module_& m) {
   py::class_<Job>(m, "RemapJob", "tokens x heads x channels elements from one side to the other: csrc/remap/remap.h.")
       .def(py::init(&make_job), py::arg("src"), py::arg("dst"), py::kw_only(), py::arg("tokens"), py::arg("heads"),
            py::arg("channels"), py::arg("multipliers") = std::vector<float>(), py::arg("wire") = "",
-           py::arg("wire_offset") = 0, py::arg("joint") = false, py::arg("wire_scale_offset") = 0);
+           py::arg("wire_offset") = 0, py::arg("joint") = false, py::arg("wire_scale_offset") = 0,
+           py::arg("largest") = 0.0f);
   m.def("remap", &remap, py::arg("jobs"), py::arg("seed") = 0, py::arg("threads") = 1,
         "Runs the jobs; returns (checksum of the wire sides, elements saturated). Releases the interpreter lock.");
   m.def("checksum", &checksum, py::arg("data"), py::arg("offset") = 0, py::arg("seed") = 0,

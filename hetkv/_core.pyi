@@ -62,6 +62,7 @@ class RemapJob:
         wire_offset: int = 0,
         joint: bool = False,
         wire_scale_offset: int = 0,
+        largest: float = 0.0,
     ) -> None: ...
 
 def remap(jobs: Sequence[RemapJob], seed: int = 0, threads: int = 1) -> tuple[int, int]:
@@ -158,6 +159,7 @@ class SegmentPlan:
         channels_per_scale: int = 0,
         wire_scales: int = -1,
         joint: bool = False,
+        largest: float = 0.0,
         carried: bool = False,
     ) -> None: ...
 
@@ -239,7 +241,7 @@ class LinkConfig:
         streams: Sequence[tuple[int, bytes, bytes, str]],
         coded_values: int = 0,
         always_code: bool = False,
-        decode: bool = False,
+        accept: int = 0,
         frame_ms: int = 0,
     ) -> None: ...
 

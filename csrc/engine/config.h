@@ -49,6 +49,7 @@ struct SegmentPlan {
   remap::Scales pool_scales;
   std::int32_t wire_scales = -1;  // index of the segment that is this one's scales on the wire; -1: none
   bool joint = false;
+  float largest = 0;     // sender: what the largest code of a group is where its scale is found; 0: the dtype's
   bool carried = false;  // is the scales of another segment, whose job reads or writes this part of the payload too
 };
 

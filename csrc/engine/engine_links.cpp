@@ -40,8 +40,8 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
                                                " has a frame of " + std::to_string(need) + " bytes");
     }
   }
-  const bool coded = config.coding.accept || config.coding.values != codec::Values::kNone;
-  if (coded && !codec::has_zstd()) {
+  const codec::ValuesMask coded = config.coding.accept | codec::mask_of(config.coding.values);
+  if ((coded & codec::kZstdValues) != 0 && !codec::has_zstd()) {
     return Status::error(Code::kUnsupported, "there is no libzstd here, which the link's codec needs");
   }
   std::stable_sort(config.plans.begin(), config.plans.end(),

@@ -97,6 +97,7 @@ void add_frame(const LayerPlan& plan, BlockTable blocks, const wire::Record& rec
     job.wire_offset = offsets[i];
     (pack ? job.src_scales : job.dst_scales) = segment.pool_scales;
     job.joint = segment.joint;
+    job.largest = segment.largest;
     if (segment.wire_scales >= 0) {
       const auto at = static_cast<std::size_t>(segment.wire_scales);
       const std::int32_t groups = plan.segments[at].channels;

@@ -50,7 +50,9 @@ struct Job {
   WireSide wire = WireSide::kNone;
   std::uint64_t wire_offset = 0;  // of that part from the start of the payload, in bytes; a multiple of 8
   Scales src_scales, dst_scales;
-  bool joint = false;                   // the destination's scales are one for all heads of the job, not one a head
+  bool joint = false;  // the destination's scales are one for all heads of the job, not one a head
+  float largest =
+      0;  // code that the largest magnitude of a group becomes where its scale is found; 0: the dtype's largest
   std::uint64_t wire_scale_offset = 0;  // as wire_offset, of the scales of the wire side, which are canonical too
 
   bool scaled() const { return src_scales.map.base != 0 || dst_scales.map.base != 0; }

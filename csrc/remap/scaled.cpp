@@ -118,7 +118,7 @@ void ScaledRunner::apply(const Step& step, Result& result) const {
 
 // Finds the destination's scales of `heads` heads, one for all of them together, then the codes.
 void ScaledRunner::scale(const Step& step, std::int64_t heads, Result& result) const {
-  const float largest = largest_scaled(job_.dst.map.dtype);
+  const float largest = job_.largest > 0 ? job_.largest : largest_scaled(job_.dst.map.dtype);
   float scales[kScaledTokens], found[kScaledTokens], factors[kScaledTokens];
   for (std::int64_t group = 0; group < job_.channels; group += group_) {
     std::fill(scales, scales + step.tokens, 0.0f);

@@ -12,7 +12,7 @@ namespace hetkv::transport {
 
 class LinkCoder {
  public:
-  // has_zstd(), and `coding` has values.
+  // `coding` has values, and has_zstd() where they need it.
   LinkCoder(const Coding& coding, const Clock& clock) : coding_(coding), clock_(clock) {}
 
   // The next part is coded, where it becomes smaller.

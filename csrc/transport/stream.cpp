@@ -27,15 +27,16 @@ void set(int descriptor, int level, int option, int value) {
 
 }  // namespace
 
-Stream::Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, bool decodes)
+Stream::Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, codec::ValuesMask accept)
     : owner_(owner),
       descriptor_(descriptor),
       send_key_(config.send_key),
       receive_key_(config.receive_key),
       first_(first),
+      accept_(accept),
       head_bytes_(config.cipher == Cipher::kNone ? sizeof(FrameHeader) : kClearBytes + sizeof(SealTag)),
-      in_(config.cipher == Cipher::kNone && !decodes ? kInputBytes : kWholeInput) {
-  if (decodes) decoder_.emplace();
+      in_(config.cipher == Cipher::kNone && accept == 0 ? kInputBytes : kWholeInput) {
+  if (accept != 0) decoder_.emplace();
   if (config.cipher != Cipher::kNone) {
     close_seal_.emplace(config.cipher, config.send_seal);
     open_seal_.emplace(config.cipher, config.receive_seal);

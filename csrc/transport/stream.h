@@ -46,8 +46,8 @@ class StreamOwner {
 class Stream {
  public:
   // Takes the descriptor over; that of the configuration is not used. `first`: the stream that carries messages, too.
-  // `decodes`: coded parts may come.
-  Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, bool decodes = false);
+  // `accept`: coded parts that may come.
+  Stream(StreamOwner& owner, int descriptor, const StreamConfig& config, bool first, codec::ValuesMask accept = 0);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -106,6 +106,7 @@ class Stream {
   const bool first_;
   std::optional<Seal> close_seal_;  // of an encrypted stream
   std::optional<Seal> open_seal_;
+  const codec::ValuesMask accept_;
   std::optional<codec::PartDecoder> decoder_;
   const std::size_t head_bytes_;  // of a frame's header, with its MAC or tag
   std::vector<std::uint8_t> spare_;

@@ -191,7 +191,7 @@ bool Stream::take_whole(std::uint8_t* body) {
 // A coded part that is whole. What it decodes to is a part as if it had come so.
 bool Stream::take_coded(const std::uint8_t* body) {
   codec::PartHeader part;
-  Status status = codec::read_header(body, header_.length, kMostSealed, &part);
+  Status status = codec::read_header(body, header_.length, kMostSealed, accept_, &part);
   if (status.ok() && header_.offset % 2 != 0) {
     status = Status::error(Code::kMalformed, "a coded payload begins at an odd offset");
   }

@@ -105,7 +105,7 @@ struct StreamConfig {
 struct Coding {
   codec::Values values = codec::Values::kNone;  // of most payload bytes of a sender's link; none: it codes nothing
   bool always = false;                          // whatever the rates
-  bool accept = false;                          // receiver: coded parts may come
+  codec::ValuesMask accept = 0;                 // receiver: parts of these may come
 };
 
 // What connect() needs to know of a peer.
@@ -113,7 +113,7 @@ struct PeerAddress {
   std::uint64_t link = 0;             // number of the link, equal on both sides
   std::vector<std::uint8_t> address;  // the peer's Transport::address()
   std::vector<StreamConfig> streams;  // in the same order on both sides
-  Coding coding;                      // has_zstd() where there is any
+  Coding coding;                      // has_zstd() where it has values of codec::kZstdValues
 };
 
 class Transport {

@@ -1,7 +1,7 @@
 """`hetkv bench codec`: what codecs of payloads save, what they cost, and from which link rate on they stop helping.
 
-On the wire (`TransferConfig.codec`) are fp8 and, as `lossless` and `auto`, split + zstd -50; `--mbit` moves KV with
-each and without between two network namespaces. See docs/codecs.md.
+On the wire (`TransferConfig.codec`) are fp8, int4 and, as `lossless` and `auto`, split + zstd -50; `--mbit` moves KV
+with each and without between two network namespaces. See docs/codecs.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ CODERS: dict[str, Callable[[Literal["bf16", "fp16"]], Any]] = {
     "split + zstd 3": lambda dtype: Split(Zstd(3), dtype),
     "split + zstd -50": lambda dtype: Split(Zstd(-50), dtype),
 }
+LOSSY: tuple[Literal["fp8", "int4"], ...] = ("fp8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     console, load, rows = terminal.console(args.json), os.getloadavg()[0], []
     for sample in samples(args.model):
         rows += [measure(sample, name, make, args.rounds) for name, make in CODERS.items()]
-        rows.append(measure_fp8(sample, args.rounds))
+        rows += [measure_lossy(sample, name, args.rounds) for name in LOSSY]
     show(console, rows)
     links = [measure_link(rate, args.rounds) for rate in args.mbit or []]
     show_links(console, links)
@@ -105,11 +106,11 @@ def measure(sample: Sample, name: str, make: Callable[..., Any], rounds: int) ->
     return _row(sample, name, len(sample.data) / size, encode_s, decode_s)
 
 
-def measure_fp8(sample: Sample, rounds: int) -> dict[str, Any]:
+def measure_lossy(sample: Sample, name: Literal["fp8", "int4"], rounds: int) -> dict[str, Any]:
     """The wire's own: pack to codes and scales, unpack to the pool's dtype. The pack is what would run anyway."""
-    from hetkv.bench.fp8_stage import Fp8Stage
+    from hetkv.bench.lossy_stage import LossyStage
 
-    stage = Fp8Stage(sample)
+    stage = LossyStage(sample, name)
     encode_s, decode_s = [], []
     for _ in range(rounds):
         began = time.thread_time()
@@ -118,7 +119,7 @@ def measure_fp8(sample: Sample, rounds: int) -> dict[str, Any]:
         stage.unpack()
         encode_s.append(middle - began)
         decode_s.append(time.thread_time() - middle)
-    row = _row(sample, "fp8", stage.pool_bytes / stage.payload_bytes, encode_s, decode_s, stage.pool_bytes)
+    row = _row(sample, name, stage.pool_bytes / stage.wire_bytes, encode_s, decode_s, stage.pool_bytes)
     return {**row, "lossless": False, "relative_error_rms": round(stage.relative_error(), 5)}
 
 

@@ -30,11 +30,11 @@ def draw(report: dict[str, Any], file: Path) -> None:
         links = [link for link, _ in next(iter(found.values()))[1]]
         axes.plot(links, [link / 8 for link in links], "k--", label="uncoded: the link")
         for codec, (ratio, points) in found.items():
-            style = "o-" if codec in ("fp8", "split + zstd -50") else "s:"
+            style = "o-" if codec in ("fp8", "int4", "split + zstd -50") else "s:"
             axes.plot([link for link, _ in points], [rate for _, rate in points], style, label=f"{codec}: {ratio:.2f}")
         for row in report.get("links", []) if dtype == "bf16" else []:
-            for codec in ("lossless", "fp8"):
-                axes.plot([row["mbit"] / 1000], [row[f"{codec}_gb_s"]], "kx" if codec == "fp8" else "k+")
+            for codec, mark in (("lossless", "k+"), ("fp8", "kx"), ("int4", "k*")):
+                axes.plot([row["mbit"] / 1000], [row[f"{codec}_gb_s"]], mark)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(links, [f"{link:g}" for link in links])

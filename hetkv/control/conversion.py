@@ -60,6 +60,8 @@ class Conversion(NamedTuple):
     """`fill`: the receiver's scales, one per head of the route."""
     joint: bool = False
     """`quantise` finds one scale for all heads of the route."""
+    largest: float = 0.0
+    """The code that the largest magnitude of a group becomes where the sender finds scales; 0: the wire dtype's."""
 
 
 def wire_dtype(src: DType, dst: DType, exact: Sequence[DType] = _EXACT) -> DType | None:

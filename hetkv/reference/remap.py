@@ -143,12 +143,14 @@ def rescale(
     multipliers: Sequence[float] | None = None,
     groups: int = 0,
     joint: bool = False,
+    largest: float = 0.0,
 ) -> Rescaled:
     """Convert codes `[heads, tokens, channels]` that have scales, or get `groups` new ones a token and head.
 
     `scales` are the codes' own, `[heads, tokens, any groups]`; `multipliers` one per head. Without `groups` the result
     is the codes' values in `dst`. With `joint` all heads of a token get one scale. A new scale takes the largest
-    magnitude of its group (NaN left out) to the largest code of `dst`, and is at least float32's smallest normal.
+    magnitude of its group (NaN left out) to the code `largest`, by default that of `dst`, and is at least float32's
+    smallest normal.
     """
     import torch
 
@@ -162,7 +164,7 @@ def rescale(
     found = None
     if groups:
         biggest, tiny = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
-        largest = 127.0 if dst is DType.INT8 else torch.finfo(dst.torch).max
+        largest = largest or (127.0 if dst is DType.INT8 else torch.finfo(dst.torch).max)
         sizes = (values.nan_to_num(0.0, posinf=float("inf"), neginf=float("-inf")).abs() * factor.abs()).nan_to_num(0.0)
         amax = sizes.reshape(heads, tokens, groups, -1).amax(dim=3)
         if joint:

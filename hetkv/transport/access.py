@@ -23,7 +23,7 @@ def available_codecs(wanted: str) -> tuple[str, ...]:
     """What a node of `TransferConfig.codec` names. Raises `InputError` where it asks for what is not there."""
     from hetkv.core import core
 
-    if wanted in ("none", "fp8"):
+    if wanted in ("none", "fp8", "int4"):
         return () if wanted == "none" else (wanted,)
     if wanted == "lossless" and not core.has_zstd():
         raise InputError("codec='lossless': libzstd.so.1 is not installed here; 'auto' goes on without")

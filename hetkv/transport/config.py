@@ -73,7 +73,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Encrypt what goes to peers over TCP, messages and payloads. Either side may ask for it; both need libsodium. Such
     a link does no RDMA. Unix sockets and memory of one host are not encrypted. Without `tls` whoever has the secret and
     recorded the handshake can decrypt."""
-    codec: Literal["none", "auto", "lossless", "fp8"] = "none"
+    codec: Literal["none", "auto", "lossless", "fp8", "int4"] = "none"
     """Of payloads that are sent over TCP, to peers that name one, too; never where slots are shared memory, or put by
     RDMA. See docs/codecs.md.
 
@@ -81,7 +81,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
       receiver decodes; nothing is coded where libzstd is missing.
     - `lossless`: the same, whatever the rates.
     - `fp8`, which is lossy: values of two or four bytes travel as fp8 e4m3 with a float32 scale for each 128 channels
-      of a token and head; not where either pool is on a device."""
+      of a token and head; not where either pool is on a device.
+    - `int4`, which loses more: the same as codes of four bits with a scale for each 32 channels."""
     rma: Literal["off", "auto"] = "off"
     """Put payloads through UCX where both sides have RDMA (path `rma`). Off, as UCX lets whoever is on the RDMA network
     and knows the worker's address write to this process without the secret: see SECURITY.md."""
@@ -106,8 +107,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise InputError(f"streams must be at most {MOST_STREAMS}, not {self.streams}")
         if self.rma not in ("off", "auto"):
             raise InputError(f"rma {self.rma!r}: off or auto")
-        if self.codec not in ("none", "auto", "lossless", "fp8"):
-            raise InputError(f"codec {self.codec!r}: none, auto, lossless or fp8")
+        if self.codec not in ("none", "auto", "lossless", "fp8", "int4"):
+            raise InputError(f"codec {self.codec!r}: none, auto, lossless, fp8 or int4")
         if self.verify not in ("payload", "pool"):
             raise InputError(f"verify {self.verify!r}: payload or pool")
         if self.window not in ("auto", "host", "device"):

@@ -54,6 +54,7 @@ def layer_plan(
                 channels_per_scale=part.channels // max(part.scale_groups, 1),
                 wire_scales=len(found) + len(scales) if found_here and how.scale_groups else -1,
                 joint=how.joint,
+                largest=how.largest if sends else 0.0,
             )
         )
         if step == "fill":

@@ -1,4 +1,4 @@
-"""`hetkv bench codec`: coders give back every bit, fp8's stage what the oracle says, and a link is faster with it."""
+"""`hetkv bench codec`: coders give back every bit, lossy stages what they should, and a link is faster with it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hetkv.bench import namespaces
-from hetkv.bench.codec import CODERS, measure, measure_fp8
+from hetkv.bench.codec import CODERS, measure, measure_lossy
 from hetkv.bench.codec_link import measure_link
 from hetkv.bench.codec_plot import draw, lines
-from hetkv.bench.fp8_stage import Fp8Stage
 from hetkv.bench.kv_samples import Sample
+from hetkv.bench.lossy_stage import LossyStage
 from hetkv.cli import main
 from hetkv.core import core
 from hetkv.errors import InputError
@@ -60,19 +60,21 @@ def test_what_a_coder_saves_and_costs() -> None:
     row = measure(Sample("random", "bf16", values), "split + zstd 1", CODERS["split + zstd 1"], 2)
     assert 1.3 < row["ratio"] < 1.6
     assert row["lossless"]
-    lossy = measure_fp8(Sample("random", "bf16", values), 2)
-    assert lossy["ratio"] == pytest.approx(2 / (1 + 4 / 64), abs=1e-3)
-    assert 0.005 < lossy["relative_error_rms"] < 0.04
-    assert lossy["effective_gb_s"]["1"] == pytest.approx(min(lossy["ratio"] / 8, lossy["encode_gb_s"]), abs=1e-3)
+    ratios = {"fp8": 2 / (1 + 4 / 64), "int4": 2 / (1 / 2 + 4 / 32)}
+    for name, largest in (("fp8", 0.04), ("int4", 0.12)):
+        lossy = measure_lossy(Sample("random", "bf16", values), name, 2)  # type: ignore[arg-type]
+        assert lossy["ratio"] == pytest.approx(ratios[name], rel=0.01)
+        assert largest / 8 < lossy["relative_error_rms"] < largest
+        assert lossy["effective_gb_s"]["1"] == pytest.approx(min(lossy["ratio"] / 8, lossy["encode_gb_s"]), abs=1e-3)
 
 
 def test_the_stage_without_the_codec_moves_every_bit() -> None:
     values = torch.randn(2, 2, 33, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stage = Fp8Stage(Sample("random", "bf16", values), codec=False)
+    stage = LossyStage(Sample("random", "bf16", values), "none")
     stage.pack()
     stage.unpack()
     assert stage.relative_error() == 0
-    assert stage.payload_bytes == stage.pool_bytes
+    assert stage.wire_bytes == stage.pool_bytes
 
 
 @pytest.mark.slow
@@ -80,16 +82,17 @@ def test_the_stage_without_the_codec_moves_every_bit() -> None:
 def test_codecs_through_a_slow_link() -> None:
     row = measure_link(1000, 2)
     assert row["gain"]["fp8"] > 1.5
+    assert row["gain"]["int4"] > 1.2 * row["gain"]["fp8"]
     assert row["gain"]["lossless"] > 1.1
-    assert row["verified_bytes"] == 4 * row["mib"] << 20
+    assert row["verified_bytes"] == 5 * row["mib"] << 20
 
 
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     values = torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     sample = Sample("random", "bf16", values)
-    rows = [measure(sample, "split + zstd 1", CODERS["split + zstd 1"], 1), measure_fp8(sample, 1)]
-    links = [{"mbit": 1000, "lossless_gb_s": 0.17, "fp8_gb_s": 0.23}]
+    rows = [measure(sample, "split + zstd 1", CODERS["split + zstd 1"], 1), measure_lossy(sample, "fp8", 1)]
+    links = [{"mbit": 1000, "lossless_gb_s": 0.17, "fp8_gb_s": 0.23, "int4_gb_s": 0.37}]
     drawn = lines({"results": rows}, "random", "bf16")
     assert {codec: len(points) for codec, (_, points) in drawn.items()} == {"split + zstd 1": 5, "fp8": 5}
     assert drawn["fp8"][0] == rows[1]["ratio"]
@@ -101,7 +104,7 @@ def test_the_picture(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "codec", "--rounds", "1", "--json", str(tmp_path / "codec.json")]) == 0
     report = json.loads((tmp_path / "codec.json").read_text())
-    assert {row["codec"] for row in report["results"]} == {*CODERS, "fp8"}
+    assert {row["codec"] for row in report["results"]} == {*CODERS, "fp8", "int4"}
     assert {row["data"] for row in report["results"]} >= {"random"}
     assert "split + zstd 1" in capsys.readouterr().out
     assert main(["bench", "codec", "--rounds", "0"]) == 2

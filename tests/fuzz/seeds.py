@@ -37,11 +37,14 @@ def streams() -> dict[str, bytes]:
     parts = [frame(PAYLOAD, bytes(range(64)) * 4, number, number * 256) for number in range(3)]
     parts_of = json.loads((VECTORS / "coded_parts.json").read_text(encoding="utf-8"))
     good, bad = ({name: bytes.fromhex(part["coded"]) for name, part in parts_of[kind].items()} for kind in parts_of)
+    codes = json.loads((VECTORS / "int4_parts.json").read_text(encoding="utf-8"))
+    good |= {f"int4 {name}": bytes.fromhex(part["coded"]) for name, part in codes["good"].items()}
     coded = [frame(CODED, part, number, number * 8192) for number, part in enumerate(good.values())]
     return {
         "coded": b"\3" + b"".join(coded) + frame(MESSAGE, commit, len(coded)),
         "coded-cut": b"\0" + frame(CODED, bad["cut-stream"]),
         "coded-less": b"\0" + frame(CODED, bad["less"]),
+        "coded-int4": b"\0" + frame(CODED, bytes.fromhex(codes["bad"]["bit-too-many"]["coded"])),
         "message": b"\0" + frame(MESSAGE, ticket),
         "payloads": b"\1" + b"".join(parts) + frame(MESSAGE, commit, 3),
         "window": b"\0" + window + frame(MESSAGE, ticket),

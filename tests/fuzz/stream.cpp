@@ -23,6 +23,8 @@ using Bytes = std::vector<std::uint8_t>;
 constexpr std::size_t kUnsigned = offsetof(FrameHeader, mac);
 constexpr std::size_t kMostPart = 1 << 16;
 const wire::SipKey kKey{1, 2, 3};
+const auto kAccept =
+    static_cast<codec::ValuesMask>(codec::mask_of(codec::Values::kInt4) | (codec::has_zstd() ? codec::kZstdValues : 0));
 
 transport::StreamConfig stream_config() {
   transport::StreamConfig config;
@@ -73,7 +75,7 @@ class Owner final : public transport::StreamOwner {
       Bytes decoded(header.length);
       codec::PartHeader part;
       codec::PartDecoder decoder;
-      require(codec::read_header(expected.body.data(), expected.body.size(), kMostPart, &part).ok() &&
+      require(codec::read_header(expected.body.data(), expected.body.size(), kMostPart, kAccept, &part).ok() &&
               part.plain_bytes == header.length);
       require(decoder.decode(part, expected.body.data(), expected.body.size(), decoded.data()).ok());
       require(header.number == expected.header.number && header.offset == expected.header.offset);
@@ -135,7 +137,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::size_t cut = data[0] * std::size_t{8};
   {
     Owner owner;
-    transport::Stream stream(owner, ends[0], stream_config(), true, codec::has_zstd());
+    transport::Stream stream(owner, ends[0], stream_config(), true, kAccept);
 #ifdef HETKV_FUZZ_SEALED
     require(transport::has_cipher(transport::Cipher::kChaCha20Poly1305));
     transport::Seal seal(transport::Cipher::kChaCha20Poly1305, {});

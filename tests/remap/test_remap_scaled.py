@@ -122,6 +122,7 @@ class Case(NamedTuple):
     multipliers: list[float] | None
     joint: bool
     wired: str
+    largest: float = 0.0
 
 
 @st.composite
@@ -144,7 +145,8 @@ def cases(draw: st.DrawFn) -> Case:
     multipliers = None
     if draw(st.booleans()):
         multipliers = draw(st.lists(st.floats(2.0**-10, 2.0**10, width=32), min_size=heads, max_size=heads))
-    return Case(source, destination, tokens, heads, channels, multipliers, joint, wired)
+    largest = draw(st.sampled_from([0.0, 0.0, 7.0, 100.0])) if dst_groups else 0.0
+    return Case(source, destination, tokens, heads, channels, multipliers, joint, wired, largest)
 
 
 def read(side: Side, case: Case, channels: int) -> torch.Tensor:
@@ -170,6 +172,7 @@ def run(case: Case, isa: str, threads: int, seed: int) -> tuple[Place, tuple[int
         wire_offset=16 if case.wired else 0,
         joint=case.joint,
         wire_scale_offset=offset,
+        largest=case.largest,
     )
     return got, _core.remap([job], seed, threads), offset
 
@@ -187,6 +190,7 @@ def check(case: Case, threads: int = 1, seed: int = 0) -> reference.Rescaled:
         multipliers=case.multipliers,
         groups=want.groups if want.scales is not None else 0,
         joint=case.joint,
+        largest=case.largest,
     )
     want.codes.oracle().write(truth.codes)
     if want.scales is not None and truth.scales is not None:

@@ -1,8 +1,9 @@
-"""What fp8 and int8 on the wire do to the model: KL of the next token against bf16, on the demo checkpoint."""
+"""What fp8, int8 and int4 on the wire do to the model: KL of the next token against bf16, on the demo checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from hetkv.runtime import Decoder, TextTokenizer
 from hetkv.runtime.demo import MODEL, PROMPT
 from hetkv.runtime.generation import prefill
 from hetkv.runtime.paged import Pages
+from hetkv.transport.config import TransferConfig
 from tests.transport.peers import WAIT_S, connected
 
 BLOCK, FOLLOWED = 16, 12
@@ -119,3 +121,29 @@ def test_next_token_kl(
     record_property("kl", kl.mean().item())
     print(f"{dtype.value} {kind}: KL {kl.mean():.6f} on average, {kl.max():.6f} at most")
     assert 0 <= kl.mean() < LIMIT
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int4"])
+def test_next_token_kl_of_codecs(
+    model: Decoder,
+    prompt: list[int],
+    prefilled: tuple[KVPool, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    codec: Literal["fp8", "int4"],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """bf16 to bf16 over TCP, rounded on the way alone."""
+    monkeypatch.setenv("HETKV_SOCKET_DIR", "none")
+    full, want = prefilled
+    start, blocks = len(prompt) - FOLLOWED, list(range(-(-len(prompt) // BLOCK)))
+    back = KVPool.allocate(model.kv_spec, len(blocks), block_size=BLOCK)
+    with connected([full], [back], TransferConfig(codec=codec)) as ([sender], [receiver]):
+        assert sender.peers[0].codec == codec
+        receiving = receiver.receive("r", blocks, start)
+        sender.send("r", blocks, start).send_layers()
+        receiving.wait(WAIT_S)
+    got = follow(model, Pages(back, [blocks]), prompt, start)
+    kl = (want.exp() * (want - got)).sum(dim=1)
+    record_property("kl", kl.mean().item())
+    print(f"codec {codec}: KL {kl.mean():.6f} on average, {kl.max():.6f} at most")
+    assert 0 < kl.mean() < LIMIT

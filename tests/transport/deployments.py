@@ -328,8 +328,9 @@ def travel(
     """Codes and scales `[heads, tokens, ...]` of a source as the destination must hold them."""
     if how.pack_scales == "quantise":
         packed = reference.rescale(
-            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.scale_groups, joint=how.joint
-        )
+            codes, here.dtype, how.wire, multipliers=how.pack, groups=how.scale_groups, joint=how.joint,
+            largest=how.largest,
+        )  # fmt: skip
         codes, scales = packed.codes, packed.scales
     else:
         codes = step(codes, here.dtype, how.wire, how.pack)

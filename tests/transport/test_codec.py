@@ -1,4 +1,4 @@
-"""The codec fp8 on the wire: used where both sides name it and payloads go over TCP, and equal to the oracle then."""
+"""Lossy codecs on the wire: used where both sides name one and payloads go over TCP, and equal to the oracle then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from hetkv.control.codec import GROUP_CHANNELS
 from hetkv.control.conversion import Conversion
 from hetkv.control.description import Description, decode, encode, for_minor
 from hetkv.errors import InputError
@@ -32,7 +31,12 @@ SPEC = KVSpec(
         LayerSpec.kv(4, 16, group=3),
     )
 )
-"""The last one's heads are too short for the codec."""
+"""The last one's heads are too short for the codecs."""
+HOW = {
+    "fp8": lambda channels: Conversion(DType.FLOAT8_E4M3FN, None, None, max(channels // 128, 1), "quantise", "apply"),
+    "int4": lambda channels: Conversion(DType.INT8, None, None, channels // 32, "quantise", "apply", largest=7.0),
+}
+"""How a segment of so many channels travels."""
 
 
 def make(dtype: str, layout: str, size: int, shard: Shard) -> KVPool:
@@ -89,30 +93,35 @@ def transfer(
     return [peer.codec for peer in receiver.peers]
 
 
-def oracle(pools: list[KVPool], target: KVPool, layer: int, name: str) -> torch.Tensor:
+def oracle(pools: list[KVPool], target: KVPool, layer: int, name: str, codec: str) -> torch.Tensor:
     """What the target must hold by the oracle's conversions, `[heads, tokens, channels]` as integers."""
     made = []
     for pool in pools if SPEC.layers[layer].kind != "latent" else pools[:1]:
         here, there = (side.layers[layer].layout.segments[name] for side in (pool, target))
         codes = sequence(pool, 16, layer, name)
-        groups = max(here.channels // GROUP_CHANNELS, 1)
-        how = Conversion(DType.FLOAT8_E4M3FN, None, None, groups, "quantise", "apply")
-        made.append(travel(codes, None, here, there, how)[0])
+        made.append(travel(codes, None, here, there, HOW[codec](here.channels))[0])
     return torch.cat(made)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize(("src", "dst"), [("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "bf16")])
-def test_fp8_is_what_the_oracle_says(src: str, dst: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("codec", "tp", "src", "dst"),
+    [
+        ("fp8", 1, "bf16", "bf16"), ("fp8", 2, "fp16", "fp32"), ("fp8", 2, "fp32", "bf16"),
+        ("int4", 2, "bf16", "bf16"), ("int4", 1, "fp16", "fp32"), ("int4", 1, "fp32", "bf16"),
+    ],
+)  # fmt: skip
+def test_values_are_what_the_oracle_says(
+    codec: str, src: str, dst: str, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HETKV_SOCKET_DIR", "none")
     source = [make(src, "nhd", 16, shard) for shard in Shard.ranks(SPEC, tp=tp)]
     target = make(dst, "hnd", 64, Shard.whole(SPEC))
     for pool in source:
         fill(pool)
     with ExitStack() as stack:
-        assert transfer(stack, source, target, (16, 64), ("fp8", "fp8")) == ["fp8"] * tp
+        assert transfer(stack, source, target, (16, 64), (codec, codec)) == [codec] * tp
     for layer, name in [(0, "k"), (0, "v"), (1, "k"), (1, "v"), (2, "latent"), (2, "rope")]:
-        assert torch.equal(sequence(target, 64, layer, name), oracle(source, target, layer, name)), (layer, name)
+        assert torch.equal(sequence(target, 64, layer, name), oracle(source, target, layer, name, codec)), (layer, name)
     state = torch.cat([sequence(pool, 16, 3, "state") for pool in source])
     assert torch.equal(sequence(target, 64, 3, "state"), state)
     if src == dst:  # heads too short for the codec move bit for bit
@@ -120,12 +129,16 @@ def test_fp8_is_what_the_oracle_says(src: str, dst: str, tp: int, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("codecs", "sockets"), [(("fp8", "none"), "none"), (("none", "fp8"), "none"), (("fp8", "fp8"), "")]
-)
+    ("codecs", "sockets"),
+    [
+        (("fp8", "none"), "none"), (("none", "fp8"), "none"), (("fp8", "fp8"), ""), (("int4", "none"), "none"),
+        (("none", "int4"), "none"), (("int4", "fp8"), "none"), (("int4", "auto"), "none"), (("int4", "int4"), ""),
+    ],
+)  # fmt: skip
 def test_without_the_codec_every_bit_arrives(
     codecs: tuple[str, str], sockets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One side alone names it; or slots are shared memory."""
+    """One side alone names it, also where the other names another one; or slots are shared memory."""
     monkeypatch.setenv("HETKV_SOCKET_DIR", sockets)
     source, target = make("bf16", "nhd", 16, Shard.whole(SPEC)), make("bf16", "hnd", 64, Shard.whole(SPEC))
     fill(source)

@@ -40,7 +40,7 @@ def bad(coded: bytes) -> dict[str, tuple[str, bytes, str]]:
     return {
         "short": ("7 bytes", coded[:7], "has 7 bytes"),
         "values-none": ("values 0", head(plain, 0), "values of unknown kind 0"),
-        "values-unknown": ("values 3", head(plain, 3), "values of unknown kind 3"),
+        "values-unknown": ("values 4", head(plain, 4), "values of unknown kind 4"),
         "reserved": ("a reserved byte", head(plain, 1, b"\0\0\1"), "a reserved byte"),
         "empty": ("no plain bytes", head(0), "claims 0 bytes"),
         "odd": ("an odd number of them", head(plain + 1), f"claims {plain + 1} bytes"),
