@@ -184,6 +184,21 @@ std::set<std::pair<std::uint32_t, std::uint32_t>> Inspect::granted(const Receive
   return out;
 }
 
+bool Inspect::idle(const Sender& sender, std::uint32_t link) {
+  const auto windows = sender.windows_.find(link);
+  if (windows == sender.windows_.end()) return false;
+  return !windows->second.free.empty() && windows->second.ready.empty() && windows->second.ahead.empty();
+}
+
+bool Inspect::over_share(const Receiver& receiver, std::uint32_t link) {
+  const SlotPool& slots = receiver.slots_;
+  const auto& wanting = receiver.wanting_;
+  if (wanting.empty() || std::get<0>(*wanting.begin()) > 0 || slots.free_slots() > 0) return false;
+  std::size_t contenders = wanting.size();
+  for (const auto& [holder, held] : slots.holders()) contenders += receiver.demands_.at(holder).ranked ? 0 : 1;
+  return slots.held_by(link) * contenders > slots.size() - slots.quarantined();
+}
+
 std::optional<std::uint32_t> Inspect::writer(const Receiver& receiver, std::uint64_t address) {
   const Slot* slot = at(receiver, address);
   if (slot == nullptr) return std::nullopt;

@@ -25,6 +25,10 @@ struct Inspect {
   static std::optional<std::uint32_t> writer(const Receiver& receiver, std::uint64_t address);
   // Where the address is in a slot that is granted or being unpacked: its link; 0 where it is not.
   static std::uint32_t user(const Receiver& receiver, std::uint64_t address);
+  // The sender has slots of the link and nothing to fill them with.
+  static bool idle(const Sender& sender, std::uint32_t link);
+  // Some link has work and no slot, none is free, and this link holds more than its share.
+  static bool over_share(const Receiver& receiver, std::uint32_t link);
   // Flips a bit of some slot that is in use.
   static void flip(Receiver& receiver, std::uint64_t random);
   static bool up(const Engine& engine, std::uint32_t link);

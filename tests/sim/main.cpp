@@ -96,24 +96,32 @@ void flip(Fleet& fleet, const Profile& profile) {
   engine::Inspect::flip(*process.receiver, world.random.next());
 }
 
-// Slots of a link are the same on both sides when nothing is on its way.
+// Both sides are up, keep the rules, and nothing is on its way between them.
+bool quiet(const Control& control) {
+  const Process& sender = *control.side[0];
+  const Process& receiver = *control.side[1];
+  if (!sender.site.alive || !receiver.site.alive || !control.usable(0) || !control.usable(1)) return false;
+  if (control.forged) return false;
+  const SimEndpoint* ends[2] = {sender.transport->endpoint(control.number),
+                                receiver.transport->endpoint(control.number)};
+  return ends[0] != nullptr && ends[1] != nullptr && ends[0]->quiet() && ends[1]->quiet() &&
+         sender.transport->quiet() && receiver.transport->quiet() && engine::Inspect::settled(*sender.sender) &&
+         engine::Inspect::settled(*receiver.receiver) && engine::Inspect::up(*sender.sender, control.id[0]) &&
+         engine::Inspect::up(*receiver.receiver, control.id[1]);
+}
+
+// Slots of a link are the same on both sides when nothing is on its way, and none that another link lacks is idle.
 void compare_credits(Fleet& fleet) {
   for (const auto& control : fleet.controls()) {
-    const Process& sender = *control->side[0];
-    const Process& receiver = *control->side[1];
-    if (!sender.site.alive || !receiver.site.alive || !control->usable(0) || !control->usable(1)) continue;
-    if (control->forged) continue;
-    const SimEndpoint* ends[2] = {sender.transport->endpoint(control->number),
-                                  receiver.transport->endpoint(control->number)};
-    const bool quiet = ends[0] != nullptr && ends[1] != nullptr && ends[0]->quiet() && ends[1]->quiet() &&
-                       sender.transport->quiet() && receiver.transport->quiet() &&
-                       engine::Inspect::settled(*sender.sender) && engine::Inspect::settled(*receiver.receiver) &&
-                       engine::Inspect::up(*sender.sender, control->id[0]) &&
-                       engine::Inspect::up(*receiver.receiver, control->id[1]);
-    if (!quiet) continue;
-    if (engine::Inspect::held(*sender.sender, control->id[0]) !=
-        engine::Inspect::granted(*receiver.receiver, control->id[1])) {
-      fleet.world.violate("link " + std::to_string(control->number) + ": the two sides disagree on who has which slot");
+    if (!quiet(*control)) continue;
+    const engine::Sender& sender = *control->side[0]->sender;
+    const engine::Receiver& receiver = *control->side[1]->receiver;
+    const std::string link = "link " + std::to_string(control->number);
+    if (engine::Inspect::held(sender, control->id[0]) != engine::Inspect::granted(receiver, control->id[1])) {
+      fleet.world.violate(link + ": the two sides disagree on who has which slot");
+    }
+    if (engine::Inspect::idle(sender, control->id[0]) && engine::Inspect::over_share(receiver, control->id[1])) {
+      fleet.world.violate(link + ": it keeps an idle slot, and another link has none");
     }
   }
 }

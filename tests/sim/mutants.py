@@ -77,6 +77,8 @@ MUTANTS = [
     Mutant("new memory of the same generation", "slots.cpp", "++slot.generation;", ""),
     Mutant("a wish for slots is not heard", MESSAGES, "demands_[link.id].hungry = true;", ""),
     Mutant("no recall", MESSAGES, "} else if (starved) {", "} else if (starved && !MUTANT) {"),
+    Mutant("a slot granted after a recall is not recalled", MESSAGES,
+           "demand.recalled = false;  // its answer", "if (!MUTANT) demand.recalled = false;  // its answer"),
     Mutant("a failed part still wants slots", MESSAGES, "if (part.remaining > 0) close_part(part);", ""),
     Mutant("released slots are not taken back", MESSAGES, "give_back(name.slot);", ""),
     # The sender.

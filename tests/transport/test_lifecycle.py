@@ -91,6 +91,16 @@ def test_bad_arguments_change_nothing() -> None:
             )
 
 
+def test_a_receiver_that_has_everything_counts_before_the_send() -> None:
+    source, destination = pools()
+    with connected([source], [destination]) as ([sender], [receiver]):
+        receiver.receive("cached", [1], 16, num_cached_tokens=16).wait(WAIT_S)
+        until(lambda: sender.stats()["pending_tickets"] == 1)
+        sender.send("cached", [1], 16).wait(WAIT_S)
+        assert sender.stats()["frames"] == 0
+        settled(sender, receiver)
+
+
 def test_a_later_ticket_takes_the_place_of_an_earlier_one() -> None:
     """The first one's receiver had everything and has ended: what the second one asks for is sent all the same."""
     source, destination = pools()
