@@ -1,7 +1,7 @@
 """The integer program: how many instances of each column, with capacities that grow with the pool.
 
 For column j and pool-size range k, `x[j,k]` instances (whole) and `y[j,k]` (binary: the pool is in this range) with
-`first[k] y <= x <= last[k] y`; each of them carries `rate[j,k]`. HiGHS solves it, through `scipy.optimize.milp`.
+`first[k] y <= x <= last[k] y`; each of them carries `rate[j,k]`. HiGHS solves it, through `scipy.optimize` (exact.py).
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import ceil, floor, inf
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 
 from hetkv.errors import UndecidedError
 from hetkv.planner.columns import PORT_LOAD, Column
+from hetkv.planner.exact import NONE, Answer, Piece, Program, minimise, solved
 from hetkv.planner.power import limits_of
 from hetkv.planner.problem import Problem
 from hetkv.planner.queueing import COUNTS
@@ -62,17 +63,20 @@ class _Rows:
     entries: list[tuple[int, int, float]] = field(default_factory=list)
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
 
-    def add(self, terms: Mapping[int, float], low: float, high: float) -> None:
+    def add(self, terms: Mapping[int, float], low: float, high: float, shared: bool = False) -> None:
+        """`shared`: a limit that joins pools which have nothing else to do with each other."""
         row = len(self.low)
         self.entries += [(row, column, value) for column, value in terms.items() if value]
         self.low.append(low)
         self.high.append(high)
+        if shared:
+            self.shared.append(row)
 
-    def constraint(self, width: int) -> LinearConstraint:
+    def matrix(self, width: int) -> csr_array:
         rows, columns, values = zip(*self.entries, strict=True)
-        matrix = coo_array((values, (rows, columns)), shape=(len(self.low), width)).tocsr()
-        return LinearConstraint(matrix, self.low, self.high)
+        return coo_array((values, (rows, columns)), shape=(len(self.low), width)).tocsr()
 
 
 @dataclass
@@ -119,8 +123,8 @@ def optimise(
     return _Milp(problem, columns, rates, kv_bytes, relaxed, cuts).solve()
 
 
-INFEASIBLE = 2
-"""The status of `scipy.optimize.milp` where there is no solution. 1: time ran out; 4: nodes did, or it has no name."""
+WAYS = 4
+"""Programs, at most, into which one is cut by whether each model is disaggregated: a mixture makes weak relaxations."""
 
 
 class _Milp:
@@ -139,6 +143,7 @@ class _Milp:
         self.x: dict[tuple[Any, ...], dict[int, float]] = {}  # column -> its x variables, each with its rate
         self.y: dict[tuple[Any, ...], list[int]] = {}
         self.split: dict[str, int] = {}  # model -> 1 where it is disaggregated
+        self.pieces: list[Piece] = []
         self.scale = self.variables.add(1.0 if self.for_cost else inf, whole=False, cost=0.0 if self.for_cost else -1.0)
         if self.for_cost:
             self.rows.add({self.scale: 1.0}, 1.0, 1.0)
@@ -173,9 +178,11 @@ class _Milp:
                 continue
             x = self.variables.add(last, cost=price)
             xs[x] = rate
+            self.pieces.append(Piece(x, None, 1))
             if len(pieces) > 1 or alone:
                 y = self.variables.add(1)
                 ys.append(y)
+                self.pieces[-1] = Piece(x, y, first)
                 self.rows.add({x: 1.0, y: -last}, -inf, 0.0)
                 self.rows.add({x: 1.0, y: -first}, 0.0, inf)
         if len(ys) > 1:
@@ -268,7 +275,7 @@ class _Milp:
             if not used:
                 continue
             if offer.cap is not None:
-                self.rows.add(used, -inf, offer.cap)
+                self.rows.add(used, -inf, offer.cap, shared=True)
             price = self.problem.usd_per_gpu_hour(offer)
             if offer.rent == "node":
                 size = offer.gpus_per_node or 1
@@ -280,10 +287,10 @@ class _Milp:
             spent.update({x: price * n for x, n in paid[offer.gpu].items()})
         for limit in limits_of(self.problem):
             terms = {x: limit.each[gpu] * n for gpu, own in paid.items() for x, n in own.items()}
-            self.rows.add(terms, -inf, limit.most)
+            self.rows.add(terms, -inf, limit.most, shared=True)
         budget = self.problem.objective.budget_usd_per_hour
         if budget is not None:
-            self.rows.add(spent, -inf, budget)
+            self.rows.add(spent, -inf, budget, shared=True)
 
     def _cut(self, cut: Cut) -> None:
         """At least one column of the role has more instances than when it failed, or the role is not used."""
@@ -303,35 +310,69 @@ class _Milp:
         width = len(self.variables.cost)
         if not any(self.x.values()):
             return None
-        result = milp(
+        program = Program(
             np.array(self.variables.cost),
-            integrality=np.array(self.variables.whole),
-            bounds=Bounds(np.zeros(width), np.array(self.variables.high)),
-            constraints=self.rows.constraint(width),
-            options={"mip_rel_gap": 0.0, "node_limit": NODES, "time_limit": SAFETY_SECONDS},
+            np.array(self.variables.whole),
+            np.zeros(width),
+            np.array(self.variables.high),
+            self.rows.matrix(width),
+            np.array(self.rows.low),
+            np.array(self.rows.high),
+            self.pieces,
+            self.rows.shared,
         )
-        if result.x is None:
-            if result.status == INFEASIBLE:
+        found = self._best(program)
+        if found.v is None:
+            if found.bound == inf:
                 return None
             raise UndecidedError(
                 f"the integer program: HiGHS found no counts within {NODES:,} nodes and {SAFETY_SECONDS:g} s, "
                 "nor that there are none"
             )
+        v = found.v
         # Instances of the way that was not chosen are free in a node that is paid for: leave them out.
         counts = {
-            key: round(sum(result.x[x] for x in xs))
+            key: round(sum(v[x] for x in xs))
             for key, xs in self.x.items()
-            if (key[1] == "aggregated") == (result.x[self.split[key[0]]] < 0.5)
+            if (key[1] == "aggregated") == (v[self.split[key[0]]] < 0.5)
         }
         sign = 1.0 if self.for_cost else -1.0
-        bound = result.mip_dual_bound if result.mip_dual_bound is not None else result.fun
         return Solution(
             counts={key: n for key, n in counts.items() if n},
-            value=sign * float(result.fun),
-            bound=sign * float(bound),
-            gap=float(result.mip_gap or 0.0),
-            scale=float(result.x[self.scale]),
+            value=sign * found.value,
+            bound=sign * found.bound,
+            gap=max(found.value - found.bound, 0.0) / max(abs(found.value), 1e-9),
+            scale=float(v[self.scale]),
         )
+
+    def _best(self, program: Program) -> Answer:
+        """The least solution of all ways to serve the models, each by itself; `NONE` where there is none."""
+        options = {"mip_rel_gap": 0.0, "node_limit": NODES, "time_limit": SAFETY_SECONDS}
+        if not self.for_cost:
+            return solved(program, options)
+        program = program.fixed({self.scale: 1.0})
+        ways = [program]
+        both = [m for m in self.rates if len({c.role == "aggregated" for c in self.columns if c.model == m}) == 2]
+        if both and 2 ** len(both) <= WAYS:
+            ways = [
+                program.fixed(self._way(dict(zip(both, way, strict=True))))
+                for way in product((1.0, 0.0), repeat=len(both))
+            ]
+        best, bound = NONE, inf
+        for way in ways:
+            found = minimise(way, options, best.value)
+            bound = min(bound, found.bound)
+            if found.value < best.value:
+                best = found
+        return Answer(best.v, best.value, min(bound, best.value))
+
+    def _way(self, split: Mapping[str, float]) -> dict[int, float]:
+        """What is fixed where each of these models is disaggregated (1) or not (0)."""
+        fixed = {self.split[model]: value for model, value in split.items()}
+        for (model, role, *_), xs, ys in ((key, xs, self.y[key]) for key, xs in self.x.items()):
+            if model in split and (role == "aggregated") == (split[model] > 0):
+                fixed.update(dict.fromkeys((*xs, *ys), 0.0))
+        return fixed
 
 
 def losses(column: Column, relaxed: bool) -> list[float]:
