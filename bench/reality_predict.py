@@ -4,7 +4,8 @@ python bench/reality_predict.py DIR
 python bench/reality_predict.py bench/results/reality.json     # the tables alone, of a result file
 
 Reads DIR/measured.json, the rows of requests and the steps; writes calibration_input.json, calibration.json (by
-`hetkv calibrate --bench`), reality.json and table.md there. Steps and requests of judged runs are never calibrated on.
+`hetkv calibrate --bench`), reality.json and table.md there. Each judged run has steps of its own, calibrated on all other
+loads; those that only warm the system up are in none.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hetkv.simulator.traffic.sources import Traffic  # noqa: E402
 
 BLOCKS = {"aggregated": 64, "prefill": 16, "decode": 64}
 """Tokens of a KV block: the defaults of `hetkv serve`."""
+WARMING = ("warm", "warm_full")
 FIGURES = (("TTFT p50", "ttft_ms", "p50"), ("TPOT p50", "tpot_ms", "p50"), ("throughput", "output_tokens_per_s", ""))
 
 
@@ -44,13 +46,14 @@ def predict(folder: Path) -> dict[str, Any]:
     for name, found in measured["deployments"].items():
         if not found["runs"]:
             continue
-        judged = [(found["loads"][run["label"]]["start"], found["loads"][run["label"]]["end"]) for run in found["runs"]]
         width = 4 if found["instances"][0]["device"].startswith("cpu") else 2
         kv_bytes = model_shape(model).kv_elements_per_token(1) * width
         steps = _steps(folder / name / "steps")
-        for pool, rows in steps.items():
-            kept = [row for row in rows if not any(start <= row["end"] <= end for start, end in judged)]
-            entries.append({"name": pool, "kv_bytes_per_token": kv_bytes, "rows": kept})
+        for run in found["runs"]:
+            others = [load for label, load in found["loads"].items() if label != run["label"] and label not in WARMING]
+            for pool, rows in steps.items():
+                kept = [row for row in rows if any(load["start"] <= row["end"] <= load["end"] for load in others)]
+                entries.append({"name": _entry(pool, run), "kv_bytes_per_token": kv_bytes, "rows": kept})
         front, exposed = _probes(folder / name, found, steps)
         fronts[name] = front
         if name == "aggregated":
@@ -71,9 +74,11 @@ def predict(folder: Path) -> dict[str, Any]:
     document["deployments"] = {}
     for name, found in measured["deployments"].items():
         if name in fronts:
-            plan = _plan(name, found, measured, model, fronts[name], calibration)
             rows = _steps(folder / name / "steps")
-            runs = [_run(plan, run, found["loads"][run["label"]], measured["traffic"], rows) for run in found["runs"]]
+            runs = []
+            for run in found["runs"]:
+                plan = _plan(name, run, found, measured, model, fronts[name], calibration)
+                runs.append(_run(plan, run, found["loads"][run["label"]], measured["traffic"], rows))
             document["deployments"][name] = {
                 "instances": found["instances"],
                 "capacity_rps": found["capacity_rps"],
@@ -138,17 +143,27 @@ def _requests(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["status"] == "finished"]
 
 
+def _entry(pool: str, run: dict[str, Any]) -> str:
+    return f"{pool} for {run['label']}"
+
+
 def _plan(
-    name: str, found: dict[str, Any], measured: dict[str, Any], model: str, front: float, calibration: Path
+    name: str,
+    run: dict[str, Any],
+    found: dict[str, Any],
+    measured: dict[str, Any],
+    model: str,
+    front: float,
+    calibration: Path,
 ) -> Plan:
-    """The deployment as a plan of the simulator."""
+    """The deployment as a plan of the simulator, with the steps for a judged run."""
     pools = []
     for role in dict.fromkeys(each["role"] for each in found["instances"]):
         mine = [each for each in found["instances"] if each["role"] == role]
         pools.append(
             PoolPlan(
                 role=role, gpu=mine[0]["device"], name=role, count=len(mine), kv_tokens=mine[0]["kv_tokens"],
-                engine={"block_size": BLOCKS[role]}, steps=role,
+                engine={"block_size": BLOCKS[role]}, steps=_entry(role, run),
             )
         )  # fmt: skip
     link = None

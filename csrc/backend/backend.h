@@ -144,8 +144,8 @@ struct HetkvBackend {
   std::int32_t (*ipc_close)(std::int32_t device, const HetkvIpcHandle* handle, void* pointer);
 
   // --- streams and events ---
-  // Without an order towards the null stream. Made ahead, and kept for the next one once destroyed: a driver may make
-  // new ones only after a stream that waits for the host.
+  // Streams have no order towards the null stream. They and events are made ahead, and kept for the next taker once
+  // destroyed: a driver may make new ones only after a stream that waits for the host.
   std::int32_t (*stream_create)(std::int32_t device, std::int32_t high_priority, void** stream);
   std::int32_t (*stream_destroy)(void* stream);
   std::int32_t (*stream_synchronize)(void* stream);  // waits; for orderly ends only

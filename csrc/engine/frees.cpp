@@ -46,12 +46,13 @@ Status make_stream_wait(const Device& device, void* stream, const std::function<
     return std::get<0>(wait.first) == std::get<0>(key) && std::get<1>(wait.first) == std::get<1>(key);
   });
   const std::int32_t queues = device.info().stream_queues;
-  if (queues > 0 && others + 1 >= queues && all.waits.count(key) == 0) {
-    return Status::error(Code::kUnsupported,
-                         std::to_string(others) + " streams of the device wait for transfers, and it has " +
-                             std::to_string(queues) +
-                             " hardware queues: one more could hold up the transfers. Let fewer streams wait, or raise "
-                             "CUDA_DEVICE_MAX_CONNECTIONS (32 at most) or GPU_MAX_HW_QUEUES before the driver starts");
+  if (queues > 0 && others + 2 >= queues && all.waits.count(key) == 0) {
+    return Status::error(
+        Code::kUnsupported,
+        std::to_string(others) + " streams of the device wait for transfers, and it has " + std::to_string(queues) +
+            " hardware queues, two of which stay free: one more could hold up the transfers. Let fewer "
+            "streams wait, or raise "
+            "CUDA_DEVICE_MAX_CONNECTIONS (32 at most) or GPU_MAX_HW_QUEUES before the driver starts");
   }
   auto status = enqueue();
   if (status.ok()) ++all.waits[key];

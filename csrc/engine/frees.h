@@ -24,7 +24,7 @@ struct WaitingStream {
 void free_when_no_stream_waits(std::function<void()> call);
 
 // `enqueue` makes the stream wait; no call above runs meanwhile. kUnsupported, and nothing was enqueued: with this one
-// the waiting streams would hold every hardware queue of the device, and no remap could run.
+// fewer than two hardware queues of the device would be left, for remaps and for the null stream.
 Status make_stream_wait(const Device& device, void* stream, const std::function<Status()>& enqueue);
 // These waits, one an element, are over.
 void streams_go_on(const std::vector<WaitingStream>& waits);

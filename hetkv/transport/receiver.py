@@ -69,7 +69,7 @@ class RecvHandle(Handle):
         Raises the request's `HetkvError`, and `WaitTimeoutError` after `timeout` seconds, which a stream does not
         count. With `stream`: `InputError` where the pool is in host memory, the stream is on another device or
         captures a graph, `UnsupportedError` where the device cannot do that (`hetkv probe` says so), or as many of
-        its streams wait as it has hardware queues, less one (7 on CUDA unless CUDA_DEVICE_MAX_CONNECTIONS says more).
+        its streams wait as it has hardware queues, less two (6 on CUDA unless CUDA_DEVICE_MAX_CONNECTIONS says more).
         """
         if stream is None:
             super().wait(timeout)

@@ -1,11 +1,7 @@
 // Functions of the backend's table about streams, events and work in a stream's order.
-#include <map>
-#include <mutex>
-#include <utility>
-#include <vector>
-
 #include "backend/gpu/functions.h"
 #include "backend/gpu/status.h"
+#include "backend/gpu/stock.h"
 
 namespace hetkv::gpu {
 namespace {
@@ -14,64 +10,33 @@ gpuEvent_t as_event(void* event) {
   return static_cast<gpuEvent_t>(event);
 }
 
-// Streams that were made ahead. The driver makes a new one only after a stream that waits for the host where it has to
-// grow what its streams share: nodes that start while callers' streams wait for transfers take theirs from here.
-struct StreamStock {
-  using Kind = std::pair<std::int32_t, bool>;  // device, high priority
-
-  std::mutex mutex;
-  std::map<Kind, std::vector<gpuStream_t>> idle;
-  std::map<gpuStream_t, Kind> taken;
-};
-constexpr int kMadeAtOnce = 16;  // a node has five
-
-// Never destroyed: its streams belong to the driver when the process ends.
-StreamStock& stream_stock() {
-  static auto* const stock = new StreamStock;
-  return *stock;
-}
-
-std::int32_t make_streams(std::int32_t device, bool high_priority, std::vector<gpuStream_t>* made) {
-  HETKV_ON(device);
+std::int32_t make_stream(bool high_priority, gpuStream_t* made) {
   int least = 0, greatest = 0;
   HETKV_TRY(gpuDeviceGetStreamPriorityRange(&least, &greatest));
-  for (int count = 0; count < kMadeAtOnce; ++count) {
-    gpuStream_t stream;
-    HETKV_TRY(gpuStreamCreateWithPriority(&stream, gpuStreamNonBlocking, high_priority ? greatest : least));
-    made->push_back(stream);
-  }
+  HETKV_TRY(gpuStreamCreateWithPriority(made, gpuStreamNonBlocking, high_priority ? greatest : least));
   return kHetkvOk;
 }
+
+std::int32_t make_event(bool timed, gpuEvent_t* made) {
+  HETKV_TRY(gpuEventCreateWithFlags(made, timed ? gpuEventDefault : gpuEventDisableTiming));
+  return kHetkvOk;
+}
+
+// A node has five streams, and an event for each bundle under way.
+auto& streams = *new Stock<gpuStream_t>(make_stream, 16);
+auto& events = *new Stock<gpuEvent_t>(make_event, 64);
 
 }  // namespace
 
 std::int32_t stream_create(std::int32_t device, std::int32_t high_priority, void** stream) {
-  StreamStock& stock = stream_stock();
-  const std::lock_guard<std::mutex> lock(stock.mutex);
-  const StreamStock::Kind kind{device, high_priority != 0};
-  auto& idle = stock.idle[kind];
-  if (idle.empty()) {
-    const std::int32_t status = make_streams(device, kind.second, &idle);
-    if (idle.empty()) return status;
-  }
-  *stream = idle.back();
-  stock.taken.emplace(idle.back(), kind);
-  idle.pop_back();
-  return kHetkvOk;
+  return streams.take(device, high_priority != 0, stream);
 }
 
 std::int32_t stream_destroy(void* stream) {
-  StreamStock& stock = stream_stock();
-  const std::lock_guard<std::mutex> lock(stock.mutex);
-  const auto taken = stock.taken.find(as_stream(stream));
-  if (taken == stock.taken.end()) return fail(kHetkvInvalid, "a stream that this backend did not make");
-  const auto kind = taken->second;
-  stock.taken.erase(taken);
-  if (gpuStreamQuery(as_stream(stream)) == gpuSuccess) {
-    stock.idle[kind].push_back(as_stream(stream));
-    return kHetkvOk;
-  }
-  forget();
+  const bool idle = gpuStreamQuery(as_stream(stream)) == gpuSuccess;
+  if (!idle) forget();
+  const std::int32_t status = streams.give_back(as_stream(stream), idle);
+  if (idle || status != kHetkvOk) return status;
   HETKV_TRY(gpuStreamDestroy(as_stream(stream)));
   return kHetkvOk;
 }
@@ -102,16 +67,11 @@ std::int32_t stream_wait_event(void* stream, void* event) {
 }
 
 std::int32_t event_create(std::int32_t device, std::int32_t timed, void** event) {
-  HETKV_ON(device);
-  gpuEvent_t made;
-  HETKV_TRY(gpuEventCreateWithFlags(&made, timed != 0 ? gpuEventDefault : gpuEventDisableTiming));
-  *event = made;
-  return kHetkvOk;
+  return events.take(device, timed != 0, event);
 }
 
 std::int32_t event_destroy(void* event) {
-  HETKV_TRY(gpuEventDestroy(as_event(event)));
-  return kHetkvOk;
+  return events.give_back(as_event(event), true);
 }
 
 std::int32_t event_record(std::int32_t device, void* event, void* stream) {
