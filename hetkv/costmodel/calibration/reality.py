@@ -15,12 +15,13 @@ LIMITS = {"TTFT p50": 0.15, "TPOT p50": 0.15, "throughput": 0.10}
 
 TEXT = """## Simulation meets reality
 
-`python bench/reality.py` starts an aggregated and a disaggregated deployment of `hetkv serve` side by side, calibrates
-the simulator (`hetkv calibrate --bench`) on runs at 20, 45 and 75 % of each one's capacity, and judges it on others at
-30, 60 and 90 %, rates that no calibration saw. On the H200s all calibrations came first; since then one comes before
-each run that is judged. `common` is the aggregated deployment at the rate of the disaggregated one's 90 %. "With own
-steps" is the ratio where the time of steps is fitted to those of the same run: what is left is queueing and
-scheduling."""
+`python bench/reality.py` starts an aggregated and a disaggregated deployment of `hetkv serve` side by side, or one of
+them, and loads one at a time: at 30, 60 and 90 % of its capacity to judge the simulator, and at others between. Each
+judged run is simulated with the time of steps that `hetkv calibrate --bench` fits to those of all other loads, never of
+its own rate. (On two H200 it is fitted to those of 20, 45 and 75 % alone, which came before all judged ones.) `common`
+is the aggregated deployment at the rate of the disaggregated one's 90 %. "With own steps" is the ratio where the time
+of steps is fitted to those of the same run: what is left is queueing and scheduling. The runs on 10 cores and on one
+H200 were made at the same time, each with cores of its own."""
 
 
 @section("reality", 160)
@@ -35,8 +36,9 @@ def reality(data: Path) -> str:
 
 def head(document: dict[str, Any], name: str) -> str:
     """What ran, where."""
+    on_cpu = all(each["device"] == "cpu" for of in document["deployments"].values() for each in of["instances"])
     devices = [gpu.split(",")[0] for gpu in document.get("gpus", [])]
-    device = " and ".join(devices) if devices else f"{document['cpus']} cores of {document['device']}"
+    device = " and ".join(devices) if devices and not on_cpu else f"{document['cpus']} cores of {document['device']}"
     traffic = document["traffic"]
     return (
         f"### {document['model'].removeprefix('shape:')} on {device}\n\n"
