@@ -83,7 +83,13 @@ class DecodeBatch:
 
     def to_next_change(self) -> int:
         """Steps until the next sequence is complete, or its window full. The batch must not be empty."""
-        return min(_next(self._finish), _next(self._full) if self._full else NEVER) - self.steps
+        heap = self._finish
+        while heap[0][2] != heap[0][3].run:
+            heappop(heap)
+        finish = heap[0][0]
+        if self._full:
+            finish = min(finish, _next(self._full))
+        return finish - self.steps
 
     def growth(self, steps: int) -> int:
         """Pages that the next `steps` steps take, no more of them than `to_next_change`."""
@@ -96,10 +102,11 @@ class DecodeBatch:
         """Blocks that the next `steps` steps begin."""
         size = self.pages.block_size
         full, rest = divmod(steps, size)
-        blocks = full * members
-        for step in range(self.steps, self.steps + rest):
-            blocks += phases[-step % size]
-        return blocks
+        last = -self.steps % size + 1  # step `s` begins the blocks of phase `-s`, so these are `rest` phases before it
+        first = last - rest
+        if first >= 0:
+            return full * members + sum(phases[first:last])
+        return full * members + sum(phases[:last]) + sum(phases[first:])
 
     def steps_within(self, pages: int, limit: int) -> int:
         """The most steps, up to `limit`, that take no more than `pages`."""

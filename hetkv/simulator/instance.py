@@ -27,6 +27,12 @@ End = tuple[Request, int]
 class Instance:
     """Runs requests. Times are simulated seconds, lengths tokens."""
 
+    __slots__ = (
+        "_busy", "_changed", "_coming", "_crowd", "_decodes", "_ends", "_epoch", "_flights", "_growth", "_landed",
+        "_life", "_settling", "_start", "_steps", "_whole", "coming_tokens", "events", "holding", "kv", "memory",
+        "name", "owner", "pool", "prompt_tokens", "requests", "reserved", "scheduler", "up",
+    )  # fmt: skip
+
     def __init__(self, name: str, pool: Pool, events: Events, owner: Owner, hash_tokens: int = 0) -> None:
         self.name = name
         self.pool = pool
@@ -173,7 +179,7 @@ class Instance:
         now, batch = self.events.now, self.scheduler.batch
         done = 0
         if self._busy and self._decodes and self._steps > 1:
-            done = self.pool.line(len(batch)).steps_until(batch.context, now - self._start, self._steps) - 1
+            done = self.pool.line(len(batch.members)).steps_until(batch.context, now - self._start, self._steps) - 1
         self.pool.decode_tokens += batch.advance(done)
         for request in batch.members:
             if request.first_token > now:
@@ -207,7 +213,10 @@ class Instance:
         """Choose what runs next and start it."""
         pool, scheduler, batch, now = self.pool, self.scheduler, self.scheduler.batch, self.events.now
         slow = 1 + pool.model.crowding * (len(self._crowd) - self._busy) if self._crowd else 1.0
-        scheduler.plan_decodes()
+        if scheduler.fresh or scheduler.ready or self.kv.free < pool.pages.block * len(batch.members):
+            scheduler.plan_decodes()
+        else:  # nothing joins, and nothing has to leave
+            scheduler.preempted = False
         size = len(batch.members)
         chunks: list[Chunk] = []
         if self._flights < pool.stages:
@@ -219,8 +228,10 @@ class Instance:
                 return
         self._decodes = size > 0 and (not chunks or pool.chunked_prefill)
         if chunks:
-            tokens = sum(n for _, n in chunks)
-            pairs = sum(n * r.computed + n * (n + 1) / 2 for r, n in chunks)
+            tokens, pairs = 0, 0.0
+            for request, n in chunks:
+                tokens += n
+                pairs += n * request.computed + n * (n + 1) / 2
             decoding = size if self._decodes else 0
             seconds = slow * pool.model.step_seconds(decoding, batch.context if decoding else 0.0, tokens, pairs)
             first, self._steps, self._growth = seconds, 1, 0
@@ -277,9 +288,10 @@ class Instance:
                 self._finish(request)
             if finished:
                 self.owner.on_room(self)
-        ends, self._ends = self._ends, []
         self._decodes = False
-        self._computed(ends)
+        if self._ends:
+            ends, self._ends = self._ends, []
+            self._computed(ends)
         self._plan()
 
     def _adopt(self) -> None:
@@ -296,9 +308,10 @@ class Instance:
         ends = []
         for request, tokens in chunks:
             request.computed += tokens
-            self._count(0, -tokens)
+            self.prompt_tokens -= tokens
             if request.computed == request.target:
                 ends.append((request, request.run))
+        self._count(0, 0)
         return ends
 
     def _computed(self, ends: list[End]) -> None:
@@ -336,7 +349,7 @@ class Instance:
         """End the run of decode steps in progress at its next step boundary."""
         self._whole = True
         batch, now = self.scheduler.batch, self.events.now
-        line = self.pool.line(len(batch))
+        line = self.pool.line(len(batch.members))
         steps = line.steps_until(batch.context, now - self._start, self._steps)
         if steps < self._steps:
             self._steps = steps
@@ -392,7 +405,9 @@ class Instance:
             if self._whole or not self._busy:
                 return False
             batch = self.scheduler.batch
-            begun = self.pool.line(len(batch)).steps_until(batch.context, self.events.now - self._start, self._steps)
+            begun = self.pool.line(len(batch.members)).steps_until(
+                batch.context, self.events.now - self._start, self._steps
+            )
             if self.kv.available - batch.growth(begun) < blocks:
                 return False
             self._cut()

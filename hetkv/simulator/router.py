@@ -92,7 +92,11 @@ class Candidate(Protocol):
 
 
 T = TypeVar("T", bound=Candidate)
-Load = tuple[float, ...]
+
+ENTRY = 32
+"""Bits of an instance's number in an entry of a heap: `load << ENTRY | number`. Whole numbers compare fastest."""
+
+NUMBER = (1 << ENTRY) - 1
 
 
 class Router(Generic[T]):
@@ -112,13 +116,14 @@ class Router(Generic[T]):
         }
         self._cost = costs.get(discipline)
         by_prompts = not for_decode and discipline in (BALANCED, LEAST_LOADED, PREFIX_AWARE)
-        self._load: Callable[[T], Load] = _prompts_in_line if by_prompts else _requests
+        self._load: Callable[[T], int] = _prompts_in_line if by_prompts else _requests
         self._by_prefix = discipline in (BALANCED, PREFIX_AWARE)
         self._by_many = discipline == BALANCED and for_decode
         self._order: dict[T, int] = {}
+        self._numbered: dict[int, T] = {}
         self._changed: dict[T, None] = {}
-        self._least: dict[T, Load] = {}  # the least load that an instance is entered with
-        self._heaps: dict[str, list[tuple[Load, int, T]]] = {}
+        self._least: dict[T, int] = {}  # the least entry of an instance
+        self._heaps: dict[str, list[int]] = {}
         for instance in instances:
             self.add(instance)
 
@@ -127,6 +132,7 @@ class Router(Generic[T]):
         self.instances.append(instance)
         self._number += 1
         self._order[instance] = self._number
+        self._numbered[self._number] = instance
         self._heaps.setdefault(instance.pool.name, [])
         self._changed[instance] = None
         instance.report_to(self._changed)
@@ -135,10 +141,12 @@ class Router(Generic[T]):
         """One less, for good."""
         self.instances.remove(instance)
         instance.report_to({})
-        for table in (self._order, self._changed, self._least):
-            table.pop(instance, None)
+        number = self._order.pop(instance)
+        del self._numbered[number]
+        self._changed.pop(instance, None)
+        self._least.pop(instance, None)
         heap = self._heaps[instance.pool.name]
-        heap[:] = [entry for entry in heap if entry[2] is not instance]
+        heap[:] = [entry for entry in heap if entry & NUMBER != number]
         heapify(heap)
 
     def choose(self, request: Routed) -> T | None:
@@ -165,43 +173,48 @@ class Router(Generic[T]):
 
     def _heads(self) -> list[T]:
         """The least loaded instance of each pool."""
+        load, order, lowest = self._load, self._order, self._least
         for instance in self._changed:
             if instance.up:
-                load, least = self._load(instance), self._least.get(instance)
-                if least is None or load < least:
-                    self._least[instance] = load
-                    heappush(self._heaps[instance.pool.name], (load, self._order[instance], instance))
+                entry = load(instance) << ENTRY | order[instance]
+                least = lowest.get(instance)
+                if least is None or entry < least:
+                    lowest[instance] = entry
+                    heappush(self._heaps[instance.pool.name], entry)
             else:
-                self._least.pop(instance, None)
+                lowest.pop(instance, None)
         self._changed.clear()
         found = []
         for name, heap in self._heaps.items():
             while heap:
-                load, order, instance = heap[0]
-                now = self._load(instance)
-                if instance.up and load == now:
-                    break
-                if instance.up and load == self._least.get(instance):
-                    self._least[instance] = now
-                    heapreplace(heap, (now, order, instance))
-                else:
-                    heappop(heap)
+                entry = heap[0]
+                instance = self._numbered[entry & NUMBER]
+                if instance.up:
+                    now = load(instance) << ENTRY | entry & NUMBER
+                    if entry == now:
+                        break
+                    if entry == lowest.get(instance):
+                        lowest[instance] = now
+                        heapreplace(heap, now)
+                        continue
+                heappop(heap)
             if len(heap) > 64 + 8 * len(self.instances):  # mostly entries that say too much
-                mine = [i for i in self.instances if i.up and i.pool.name == name]
-                self._least.update({i: self._load(i) for i in mine})
-                heap = self._heaps[name] = [(self._least[i], self._order[i], i) for i in mine]
+                mine = {i: load(i) << ENTRY | order[i] for i in self.instances if i.up and i.pool.name == name}
+                self._least.update(mine)
+                heap = self._heaps[name] = list(mine.values())
                 heapify(heap)
             if heap:
-                found.append(heap[0][2])
+                found.append(self._numbered[heap[0] & NUMBER])
         return found
 
 
-def _requests(instance: Candidate) -> Load:
-    return (instance.requests,)
+def _requests(instance: Candidate) -> int:
+    return instance.requests
 
 
-def _prompts_in_line(instance: Candidate) -> Load:
-    return instance.prompt_tokens, instance.requests
+def _prompts_in_line(instance: Candidate) -> int:
+    """Prompt tokens, then requests (below 2 ** 32)."""
+    return instance.prompt_tokens << 32 | instance.requests
 
 
 def _prompt_seconds(instance: Candidate, request: Routed) -> float:

@@ -27,6 +27,11 @@ class Scheduler:
     `uncomputed(tokens)` is called with each change of the prompt tokens that are still to be computed.
     """
 
+    __slots__ = (
+        "batch", "events", "fresh", "joined", "kv", "memory", "pool", "preempted", "prefilling", "queue",
+        "queue_length", "ready", "resumed", "taken", "uncomputed",
+    )  # fmt: skip
+
     def __init__(self, pool: Pool, events: Events, memory: RequestKV, uncomputed: Callable[[int], None]) -> None:
         self.pool = pool
         self.events = events
@@ -90,7 +95,7 @@ class Scheduler:
         most = self.pool.pages.block  # of one sequence in one step
         while self.kv.free < most * len(self.batch.members) and self.batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
-            if not self.batch:
+            if not self.batch.members:
                 self._join_ready()
 
     def plan_prompts(self) -> list[Chunk]:
@@ -108,8 +113,8 @@ class Scheduler:
     def _chunks(self) -> list[Chunk]:
         pool = self.pool
         budget = pool.max_num_batched_tokens
-        if pool.chunked_prefill and self.batch:
-            budget = budget * pool.stages - len(self.batch)  # a round: one micro-batch for each stage
+        if pool.chunked_prefill and self.batch.members:
+            budget = budget * pool.stages - len(self.batch.members)  # a round: one micro-batch for each stage
         chunks: list[Chunk] = []
         for request in list(self.prefilling):
             if budget <= 0 or request not in self.prefilling:
@@ -168,11 +173,13 @@ class Scheduler:
 
     def _join_ready(self) -> None:
         """Requests whose KV was delivered take the free places of the batch."""
-        now = self.events.now
-        while self.ready and self.places > 0:
+        now, count = self.events.now, min(len(self.ready), self.places)
+        if count <= 0:
+            return
+        self.pool.waiting.add(now, -count)
+        self.pool.running.add(now, count)
+        for _ in range(count):
             request = self.ready.popleft()
-            self.pool.waiting.add(now, -1)
-            self.pool.running.add(now, 1)
             self.batch.join(request)
             self.joined.append(request)
 

@@ -165,10 +165,11 @@ def test_ends_that_cannot_come_are_not_waited_for(flows, fabric):
 
             events.at(start, begin)
         events.run()
-        found.append((ends, links.sent, links.throughput.peak, links.flows.peak))
-    assert found[0][0] == found[1][0]
+        found.append((ends, links.sent))
+    # Not the peaks: which of two changes at one time comes first is left to rounding.
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     assert len(found[0][0]) == len(flows)
-    assert found[0][1:] == pytest.approx(found[1][1:])
+    assert found[0][1] == pytest.approx(found[1][1])
 
 
 def test_cancelled_flow_frees_its_share_and_never_ends():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,6 +31,40 @@ def test_events_run_in_order_of_time_then_of_pushing():
         events.at(float("nan"), seen.append)
     events.run()
     assert seen[-1] == (2.0, "c")
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0, 3600.0])
+def test_events_are_handled_in_the_order_of_a_sorted_list(gap: float) -> None:
+    # Some at one time, some in the past of the interval in progress, thousands within one and none within many.
+    random = np.random.default_rng(7)
+    events, pushed, seen = Events(), [], []
+
+    def push(at: float) -> None:
+        pushed.append((at, len(pushed)))
+        events.at(at, handle, pushed[-1])
+
+    def handle(event: tuple[float, int]) -> None:
+        assert events.now == event[0]
+        seen.append(event)
+        if len(pushed) < 20_000:
+            for delay in random.exponential(gap, random.integers(0, 4)):
+                push(events.now + random.choice([0.0, 1e-3, 1.0, 50.0]) * float(delay))
+        if len(seen) == 5000:
+            events.stop()
+
+    for at in random.exponential(gap, 2000):
+        push(float(at))
+    push(math.inf)
+    events.run(until=gap / 7)
+    assert events.now == gap / 7
+    assert seen == sorted(p for p in pushed if p[0] <= gap / 7)
+    events.run()
+    assert len(seen) == 5000
+    assert len(events) == len(pushed) - 5000
+    events._stopped = False
+    events.run()
+    assert seen == sorted(pushed)
+    assert len(events) == 0
 
 
 @settings(max_examples=100, deadline=None)
