@@ -281,7 +281,7 @@ void bind_engine(py::module_& m) {
                        const py::bytes& receive_key, std::string name, std::string instance,
                        std::uint32_t instance_links, std::vector<LayerPlan> plans, bool device_windows,
                        bool rdma_windows, const Streams& streams, int coded_values, bool always_code, int accept,
-                       std::uint32_t frame_ms) {
+                       int threads, std::uint32_t frame_ms) {
              return LinkConfig{
                  to_vector(address),
                  number,
@@ -296,12 +296,14 @@ void bind_engine(py::module_& m) {
                  std::move(plans),
                  to_streams(streams),
                  {static_cast<codec::Values>(coded_values), always_code, static_cast<codec::ValuesMask>(accept)},
+                 threads,
                  frame_ms};
            }),
            py::kw_only(), py::arg("address"), py::arg("number"), py::arg("minor"), py::arg("send_key"),
            py::arg("receive_key"), py::arg("name"), py::arg("instance"), py::arg("instance_links"), py::arg("plans"),
            py::arg("device_windows") = false, py::arg("rdma_windows") = false, py::arg("streams"),
-           py::arg("coded_values") = 0, py::arg("always_code") = false, py::arg("accept") = 0, py::arg("frame_ms") = 0,
+           py::arg("coded_values") = 0, py::arg("always_code") = false, py::arg("accept") = 0, py::arg("threads") = 0,
+           py::arg("frame_ms") = 0,
            "`streams`: (descriptor, send key, receive key, cipher) of each; the descriptors are duplicated. Keys have "
            "16\n"
            "bytes, and 32 where the cipher is not empty: see `ciphers`. `coded_values`: what payloads are mostly, 1 "

@@ -242,6 +242,7 @@ class LinkConfig:
         coded_values: int = 0,
         always_code: bool = False,
         accept: int = 0,
+        threads: int = 0,
         frame_ms: int = 0,
     ) -> None: ...
 

@@ -109,6 +109,7 @@ struct LinkConfig {
   std::vector<LayerPlan> plans;
   std::vector<transport::StreamConfig> streams;  // sockets to the peer
   transport::Coding coding;                      // of their payloads
+  int threads = 0;                               // of a pack or unpack of its payloads on CPUs; 0: the engine's
   std::uint32_t frame_ms = 0;  // what moving a frame of the largest slot may take, in which no heartbeat is sent
 };
 

@@ -157,7 +157,8 @@ void CpuMover::submit(RemapTask* task) {
     const remap::Scales& scales = job.dst_scales;
     if (scales.map.base != 0) clear_padding(scales.map, rows * (job.channels / scales.channels_per_scale));
   }
-  remap::remap_frames_cpu(task->jobs.data(), task->frames.data(), task->frames.size(), threads_);
+  const int threads = task->threads > 0 ? task->threads : threads_;
+  remap::remap_frames_cpu(task->jobs.data(), task->frames.data(), task->frames.size(), threads);
   task->stop_ns = clock_->now_ns();
   task->done = true;
 }

@@ -27,7 +27,8 @@ struct RemapTask {
   std::uint64_t copy_to = 0;
   std::uint64_t copy_from = 0;
   std::uint64_t copy_bytes = 0;
-  Status status;  // of the device; the results count only where it is ok
+  int threads = 0;  // on CPUs; 0: the mover's
+  Status status;    // of the device; the results count only where it is ok
   bool done = false;
   std::uint64_t start_ns = 0;
   std::uint64_t stop_ns = 0;

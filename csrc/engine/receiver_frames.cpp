@@ -27,6 +27,7 @@ void Receiver::on_bundle(Link& link, const wire::Bundle& bundle) {
   unpack->slot = bundle.slot;
   unpack->pieces.reserve(bundle.records.size());
   unpack->task.reserve(bundle.records.size(), 2 * bundle.records.size());
+  unpack->task.threads = link.config.threads;
   const wire::Record* before = nullptr;
   Request* request = nullptr;
   Part* part = nullptr;

@@ -243,6 +243,7 @@ void Sender::launch(LinkWindows& windows, std::unique_ptr<Bundle> owned) {
   const bool staged = bundle.staging != nullptr;
   RemapTask& task = bundle.task;
   task.owner = &bundle;
+  task.threads = bundle.link->config.threads;
   task.reserve(bundle.pieces.size(), 2 * bundle.pieces.size());
   for (const Piece& piece : bundle.pieces) {
     const wire::Record& record = piece.record;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -45,8 +46,9 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Sender: most frames (layers of requests) that share a slot, a launch and a message; at most 64."""
     max_slots_per_link: int = 8
     """Receiver: most slots that one sender holds at a time."""
-    threads: int = 1
-    """CPU threads of one pack or unpack."""
+    threads: int | None = None
+    """CPU threads of one pack or unpack. Default: 1; of links over TCP, where a second one finds time while sockets
+    copy, 2 where this process may use as many CPUs."""
     max_blocks: int = 0
     """Thread blocks of one pack or unpack on a device, so that multiprocessors are left to others; 0: all that fit."""
     copy_engine: bool = True
@@ -124,6 +126,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             return self.slot_bytes
         return min(DEVICE_SLOT, self.window_bytes or DEVICE_SLOT) if on_device else MIB
 
+    def threads_over(self, kind: Literal["unix", "tcp"]) -> int:
+        """`threads`, or its default for a link whose streams are of that kind."""
+        return self.threads or (min(2, len(os.sched_getaffinity(0))) if kind == "tcp" else 1)
+
     def engine(self, on_device: bool = False, role: str = "receiver") -> _core.EngineConfig:
         """The same for the extension, for a pool in host memory or on a device."""
         from hetkv.core import core
@@ -134,7 +140,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.staging_slots = self.staging_slots or (6 if on_device else 4)
         engine.bundle_frames = self.bundle_frames
         engine.max_slots_per_link = self.max_slots_per_link
-        engine.threads = self.threads
+        engine.threads = self.threads or 1
         engine.max_blocks = self.max_blocks
         engine.copy_engine = self.copy_engine
         engine.high_priority = role == "receiver" if self.high_priority is None else self.high_priority

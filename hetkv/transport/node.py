@@ -321,6 +321,7 @@ class Node(Talking, Generic[P]):
                     rdma_windows=self._device_windows(connection) and connection.streams.kind == "tcp",
                     streams=connection.streams.config(),
                     **coding(agreement, codec, self.config.codec),
+                    threads=self.config.threads_over(connection.streams.kind),
                     frame_ms=max(self.config.slot(self.device is not None), theirs.slot_bytes) // SLOWEST_BYTES_PER_MS,
                 )
             )
@@ -358,9 +359,8 @@ class Node(Talking, Generic[P]):
         """Whether this side grants that peer slots in device memory: where its device can store into them."""
         if self.device is None or self.role == "sender" or self.config.window == "host" or self.config.isolate_peers:
             return False
-        theirs = connection.peer
-        here = connection.streams.kind == "unix" or theirs.host == self.description.host
-        return (here and theirs.device == self.device.backend) or self.config.window == "device"
+        here = connection.streams.kind == "unix" or connection.peer.host == self.description.host
+        return (here and connection.peer.device == self.device.backend) or self.config.window == "device"
 
     def _on_connection_lost(self, peer: Peer, error: HetkvError) -> None:
         """The peer's process ended or closed, so it no longer touches this side's memory."""

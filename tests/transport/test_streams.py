@@ -51,6 +51,19 @@ def test_over_tcp(tcp: None, streams: int, slot: int) -> None:
         assert receiver.peers[0].kind == sender.peers[0].kind == "tcp"
 
 
+def test_threads_of_packs_and_unpacks(tcp: None) -> None:
+    """A second one over TCP, where there is a CPU for it, unless the caller says how many."""
+    assert TransferConfig().threads_over("tcp") == min(2, len(os.sched_getaffinity(0)))
+    assert TransferConfig().threads_over("unix") == 1
+    assert [TransferConfig(threads=3).threads_over(kind) for kind in ("tcp", "unix")] == [3, 3]
+    layouts = {"nhd": 16, "rocm": 64}
+    pools = [KVPool.allocate(SPEC, 4096 // size, layout=name, block_size=size) for name, size in layouts.items()]
+    for threads in (1, 3):
+        source, destination = (randomise(pool, number) for number, pool in enumerate(pools))
+        with connected([source], [destination], TransferConfig(threads=threads)) as ([sender], [receiver]):
+            check_transfer(source, destination, sender, receiver, 3001)
+
+
 def test_the_folder_of_the_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link over a path where the namespace's names are not reached; and no file stays, whoever is killed."""
     monkeypatch.setenv("HETKV_SOCKET_DIR", str(tmp_path))
