@@ -46,7 +46,7 @@ demo: $(DEMO_STAMP)
 	$(DEMO_PY) -m hetkv demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist worksteal --durations 30 --durations-min 5
 
 # Meant to take eight minutes at most, with the installation. What is never imported is not compiled; what is imported is
 # compiled once, and not in each of the many processes, even where PYTHONDONTWRITEBYTECODE is set.
