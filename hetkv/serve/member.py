@@ -85,6 +85,11 @@ class Member:
         """See `Candidate` of the router."""
         self._changed = changed
 
+    @property
+    def available(self) -> int:
+        """KV blocks that can be taken there, by its last report."""
+        return self.kv.available
+
     def count(self, requests: int = 0, prompt_tokens: int = 0, coming_tokens: int = 0) -> None:
         """Of what is there or bound for it."""
         self.requests += requests

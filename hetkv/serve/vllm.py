@@ -67,7 +67,7 @@ class _Pool:
 class _Blocks:
     """Implements the router's `Blocks`: a server tells nothing of its memory."""
 
-    total = available = block_size = 1
+    total = block_size = 1
     hash_tokens = 0
 
     def match(self, hashes: tuple[int, ...], tokens: int) -> int:
@@ -78,7 +78,7 @@ class _Blocks:
 class VllmServer:
     """One vLLM server, a candidate of the router."""
 
-    coming_tokens = 0
+    coming_tokens, available = 0, 1
 
     def __init__(self, url: str) -> None:
         self.url, self.pool, self.kv = url, _Pool(url), _Blocks()

@@ -49,10 +49,8 @@ class Instance:
         self.coming_tokens = 0  # of KV that is bound for this instance
         self._coming: dict[Request, int] = {}
         self._changed: dict[Instance, None] = {}
-        self._epoch = 0  # an end of run scheduled in an older epoch is void
-        self._busy = False
-        self._whole = False  # the run in progress may no longer be cut
-        self._start = 0.0
+        self._epoch, self._busy = 0, False  # an end of run scheduled in an older epoch is void
+        self._whole, self._start = False, 0.0  # whether the run in progress may no longer be cut, and its beginning
         self._steps = 0  # of the run in progress
         self._growth = 0  # blocks its decode batch takes, accounted for at its end
         self._decodes = False  # the decode batch is part of it
@@ -177,9 +175,7 @@ class Instance:
         Those of `drop_queue` and `drop_reserved`, whose KV is not here, are for the owner to route again.
         """
         now, batch = self.events.now, self.scheduler.batch
-        done = 0
-        if self._busy and self._decodes and self._steps > 1:
-            done = self.pool.line(len(batch.members)).steps_until(batch.context, now - self._start, self._steps) - 1
+        done = self._begun() - 1 if self._busy and self._decodes and self._steps > 1 else 0
         self.pool.decode_tokens += batch.advance(done)
         for request in batch.members:
             if request.first_token > now:
@@ -203,7 +199,7 @@ class Instance:
     def recover(self) -> None:
         """Restarted, with an empty cache."""
         self.up = True
-        self._count(0, 0)
+        self._changed[self] = None
         self.pool.down.add(self.events.now, -1)
         self._room()
 
@@ -348,10 +344,9 @@ class Instance:
     def _cut(self) -> None:
         """End the run of decode steps in progress at its next step boundary."""
         self._whole = True
-        batch, now = self.scheduler.batch, self.events.now
-        line = self.pool.line(len(batch.members))
-        steps = line.steps_until(batch.context, now - self._start, self._steps)
+        batch, now, steps = self.scheduler.batch, self.events.now, self._begun()
         if steps < self._steps:
+            line = self.pool.line(len(batch.members))
             self._steps = steps
             self._growth = batch.growth(steps)
             self._epoch += 1
@@ -398,17 +393,22 @@ class Instance:
         self.pool.running.add(now, -1)
         self.owner.on_finished(request)
 
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken, less those of the ended steps of a run: it accounts for them at its end."""
+        midway = self._growth and self._steps > 1
+        return self.kv.available - (self.scheduler.batch.growth(self._begun() - 1) if midway else 0)
+
+    def _begun(self) -> int:
+        """Steps of the run of decode steps in progress, the present one included."""
+        batch = self.scheduler.batch
+        return self.pool.line(len(batch.members)).steps_until(batch.context, self.events.now - self._start, self._steps)
+
     def _take_during_run(self, blocks: int) -> bool:
         """Take blocks while a run of decode steps is in progress that accounts for its own only at its end."""
-        spare = self.kv.available - self._growth
-        if spare < blocks:
-            if self._whole or not self._busy:
-                return False
+        if self.kv.available - self._growth < blocks:
             batch = self.scheduler.batch
-            begun = self.pool.line(len(batch.members)).steps_until(
-                batch.context, self.events.now - self._start, self._steps
-            )
-            if self.kv.available - batch.growth(begun) < blocks:
+            if self._whole or not self._busy or self.kv.available - batch.growth(self._begun()) < blocks:
                 return False
             self._cut()
         return self.kv.take(blocks)

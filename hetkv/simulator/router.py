@@ -57,8 +57,6 @@ class Blocks(Protocol):
     @property
     def total(self) -> int: ...
     @property
-    def available(self) -> int: ...
-    @property
     def block_size(self) -> int: ...
     @property
     def hash_tokens(self) -> int: ...
@@ -86,6 +84,10 @@ class Candidate(Protocol):
     @property
     def coming_tokens(self) -> int:
         """Of KV that is bound for it and not there."""
+
+    @property
+    def available(self) -> int:
+        """KV blocks that can be taken there now."""
 
     def report_to(self, changed: dict[Any, None]) -> None:
         """From now on, enter it in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
@@ -238,7 +240,7 @@ def _bytes_to_move(instance: Candidate, request: Routed) -> float:
 def _shares_taken(instance: Candidate, request: Routed) -> float:
     """Of its places and of its KV memory with this request, and of that memory's worth of KV on the way to it."""
     room = instance.kv.total * instance.kv.block_size
-    used = room - instance.kv.available * instance.kv.block_size
+    used = room - instance.available * instance.kv.block_size
     to_come = request.target - _held(instance, request)
     places = (instance.requests + 1) / instance.pool.max_num_seqs
     return places + (used + to_come) / room + (instance.coming_tokens + to_come) / room

@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
+from hetkv.costmodel import RequestBytes
 from hetkv.simulator.request import FAILED, FINISHED, REJECTED
-from tests.simulator.cases import cases
+from tests.simulator.cases import Case, cases
 
 
 def check_laws(case, cluster, columns):
@@ -91,8 +92,28 @@ def test_laws_under_failures(case):
         assert not (columns["status"] == FAILED).any(), "all instances come back, so all requests are served"
 
 
+# Two instances decode, and the router asks for their blocks in the middle of their runs.
+BALANCED = Case(
+    [(1.3, 19, 1, None), (0.0, 3, 4, None), (0.003, 14, 5, None), (0.0, 88, 1, None), *[(0.0, 1, 1, None)] * 4],
+    disaggregated=True,
+    counts=(1, 2),
+    kv_blocks=110,
+    block_size=1,
+    max_num_seqs=3,
+    max_num_batched_tokens=17,
+    chunked_prefill=False,
+    first_token_at="decode",
+    prefill_routing="balanced",
+    decode_routing="balanced",
+    overlap=False,
+    restart=False,
+    kv=RequestBytes(layer=250.0, full=1, sliding=3, sliding_tokens=9, state=0.0),
+)
+
+
 @settings(max_examples=100, deadline=None)
 @given(cases(failures=True))
+@example(BALANCED)
 def test_skipping_ahead_equals_every_step(case):
     _, fast, _ = case.run()
     _, slow, _ = case.run(skip_ahead=False)
