@@ -16,7 +16,7 @@ from hetkv.errors import WaitTimeoutError
 from hetkv.integrations.vllm import scheduler, sending
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.loading import Loading
-from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated, Send
+from hetkv.integrations.vllm.metadata import Load, Metadata, Reported, Send
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.scheduler import SchedulerSide
 from hetkv.integrations.vllm.sending import Outgoing, Sending
@@ -213,7 +213,7 @@ def test_repeated_loads_are_let_go_by_ranks_that_are_done() -> None:
     side = SchedulerSide("d", cast(Any, SimpleNamespace(transfer_groups=[])), producer=False, consumer=True)
     load = Load("r", "t", CONTENT, "p", ("127.0.0.1:1",), 16, 64, ([1, 2], [3]))
     side._loading["r"] = load
-    repeated = Repeated({"r"}).aggregate(Repeated({"ended"}))
+    repeated = Reported({"r"}, {}).aggregate(Reported({"ended"}, {}))
     side.on_output(
         cast(Any, SimpleNamespace(finished_sending=None, finished_recving={"r"}, kv_connector_worker_meta=repeated))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import socket
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hetkv.control.payloads import MAX_PAYLOAD_BYTES
 from tests.vllm.engines import DTYPE, Engine, Pair, checkpoint, until
 
 TOKENS = 8
@@ -291,3 +293,33 @@ def test_wrong_params_are_computed_locally(chunked: Pair, params: dict[str, Any]
     output = chunked.consumer.run(prompt, TOKENS, params)
     assert output.finish_reason == "length"
     chunked.settled()
+
+
+@pytest.mark.parametrize("mode", ["prefill_first", "concurrent"])
+@pytest.mark.parametrize("size", [0, MAX_PAYLOAD_BYTES])
+def test_a_payload_is_in_the_consumers_answer(chunked: Pair, mode: str, size: int) -> None:
+    payload = base64.b64encode(random.randbytes(size)).decode()
+    assert answer(chunked, mode, payload, True) == {"payload": payload}
+    chunked.settled()
+
+
+def test_requests_go_on_without_a_payload(chunked: Pair) -> None:
+    """Where the consumer does not ask for one, or the producer has none."""
+    assert answer(chunked, "concurrent", "AAAA", False) is None
+    assert answer(chunked, "prefill_first", None, True) is None
+    chunked.settled()
+
+
+def answer(pair: Pair, mode: str, payload: str | None, wants: bool) -> dict[str, Any] | None:
+    """`kv_transfer_params` of the consumer's answer to a request whose prompt it has loaded."""
+    prompt, name = prompt_of(200, random.getrandbits(32)), uuid.uuid4().hex
+    order = {**PRODUCE, "transfer_id": name, "rendezvous": mode} | ({"payload": payload} if payload is not None else {})
+    take = {**pair.describe(), "transfer_id": name, "wants_payload": wants}
+    producer = pair.producer.add(prompt, 1, order)
+    if mode == "prefill_first":
+        pair.producer.wait(producer)
+    output = pair.consumer.run(prompt, TOKENS, take)
+    if mode == "concurrent":
+        pair.producer.wait(producer)
+    assert output.computed == TOKENS
+    return output.params

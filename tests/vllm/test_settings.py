@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from hetkv.control.payloads import MAX_PAYLOAD_BYTES
 from hetkv.errors import BuildError, InputError
 from hetkv.integrations.vllm import HetKVConnector
 from hetkv.integrations.vllm.limits import PARALLEL, check_config
@@ -108,6 +110,12 @@ def test_params_of_other_routers() -> None:
     assert (order.transfer_id, order.rendezvous, order.describe) == (None, "prefill_first", False)
     assert produce({"do_remote_decode": False}) is None
     assert consume(None) is None
+
+
+@pytest.mark.parametrize("payload", ["no base64!", "AAA", 3, base64.b64encode(bytes(MAX_PAYLOAD_BYTES + 1)).decode()])
+def test_what_is_no_payload_is_rejected(payload: Any) -> None:
+    with pytest.raises(InputError, match="payload"):
+        produce({"do_remote_decode": True, "payload": payload})
 
 
 @pytest.mark.parametrize("addresses", [[], ["host"], ["host:0x1"], ["h:1"] * 2000, "h:1", [7]])

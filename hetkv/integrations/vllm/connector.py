@@ -185,7 +185,7 @@ class HetKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self._at_worker.failed_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self._at_worker.repeated()
+        return self._at_worker.reported()
 
     def get_kv_connector_stats(self) -> HetKVStats | None:
         return self._worker.stats() if self._worker is not None else None

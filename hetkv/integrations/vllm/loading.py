@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError
+from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
 from hetkv.integrations.vllm.metrics import HetKVStats
@@ -21,6 +21,8 @@ from hetkv.transport.receiver import Receiver, RecvHandle
 
 _log = logging.getLogger(__name__)
 CONNECTS_AT_ONCE = 4
+PAYLOAD_WAIT_S = 1.0
+"""How long a load whose KV is there waits for the payload that was asked for: a producer may have none."""
 SOON_S = 0.02
 """What a transfer takes whose prefill is done. One that takes longer waits for a prefill, or is long."""
 
@@ -34,6 +36,8 @@ class Incoming:
     link: Future[None] | None = None
     """While the producer is being connected."""
     rx: RecvHandle | None = None
+    ended: float | None = None
+    """When its KV was there."""
     aborted: bool = False
     let_go: Load | None = None
     """What to ask for once this has ended: other ranks began again, and the producer would wait for this one too."""
@@ -57,6 +61,8 @@ class Loading:
         self._links: dict[str, Future[None]] = {}
         self.repeated: set[str] = set()
         """Requests that were asked for once more. Ranks that have theirs already must release the producer for them."""
+        self.payloads: dict[str, bytes] = {}
+        """Of requests that asked for one."""
         self._pool = ThreadPoolExecutor(CONNECTS_AT_ONCE, "hetkv-connect")
 
     def begin(self, meta: Metadata) -> None:
@@ -132,6 +138,8 @@ class Loading:
         if not rx.done():
             return False
         error = rx.future.exception()
+        if error is None and self._awaits_payload(incoming, rx):
+            return False
         if error is None:
             if incoming.load.awaited and not incoming.aborted:
                 self._stats.add("loads")
@@ -147,6 +155,19 @@ class Loading:
         self._ask(incoming)
         return False
 
+    def _awaits_payload(self, incoming: Incoming, rx: RecvHandle) -> bool:
+        """Whether a load whose KV is there waits for its payload; takes that."""
+        if rx.awaited is None or incoming.aborted:
+            return False
+        incoming.ended = incoming.ended or time.monotonic()
+        try:
+            self.payloads[incoming.load.request_id] = rx.payload(0)
+        except WaitTimeoutError:
+            return time.monotonic() < incoming.ended + PAYLOAD_WAIT_S
+        except HetkvError as error:  # the KV is there
+            _log.warning("request %s: its payload did not come: %s", incoming.load.request_id, error)
+        return False
+
     def _ask(self, incoming: Incoming) -> None:
         """Give the ticket. One whose request was aborted meanwhile asks for nothing, so that the producer is let go."""
         load = incoming.load
@@ -160,6 +181,7 @@ class Loading:
             src_instance=load.source,
             lease_s=max(0.001, incoming.deadline - time.monotonic()),
             content=load.content,
+            payload=load.wants_payload and load.awaited and self._caches.rank == 0,
         )
         incoming.rx.future.add_done_callback(lambda _: self._changed())
 

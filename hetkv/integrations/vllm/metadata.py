@@ -28,6 +28,8 @@ class Send:
     blocks: Blocks
     priority: int = 0
     """Of 32 bits: lower ones leave first."""
+    payload: bytes | None = None
+    """What crosses with it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Load:
     cached: int
     stop: int
     blocks: Blocks
+    wants_payload: bool = False
 
     @property
     def awaited(self) -> bool:
@@ -54,7 +57,7 @@ class Load:
     @property
     def let_go(self) -> Load:
         """The same, asking for nothing."""
-        return replace(self, cached=self.stop, blocks=tuple([] for _ in self.blocks))
+        return replace(self, cached=self.stop, blocks=tuple([] for _ in self.blocks), wants_payload=False)
 
 
 @dataclass
@@ -91,11 +94,14 @@ class WorkerAddress(KVConnectorHandshakeMetadata):
 
 
 @dataclass
-class Repeated(KVConnectorWorkerMetadata):
-    """What a step's workers report to the scheduler side: loads for which a rank asked the producer once more."""
+class Reported(KVConnectorWorkerMetadata):
+    """What a step's workers report to the scheduler side."""
 
-    request_ids: set[str]
+    repeated: set[str]
+    """Loads for which a rank asked the producer once more."""
+    payloads: dict[str, bytes]
+    """What came with requests."""
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Repeated:
-        assert isinstance(other, Repeated)
-        return Repeated(self.request_ids | other.request_ids)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Reported:
+        assert isinstance(other, Reported)
+        return Reported(self.repeated | other.repeated, self.payloads | other.payloads)

@@ -8,15 +8,20 @@
 | `do_remote_prefill` | consumer | load the prompt's KV |
 | `transfer_id` | both | the router's name of the request, with all its prompts; without one the producer makes it |
 | `remote_engine_id`, `remote_addresses` | consumer | who has the KV, and where its ranks listen |
+| `payload` | producer | up to 64 KiB in base64 that cross with the KV, for whoever reads the consumer's response |
+| `wants_payload` | consumer | `kv_transfer_params` of its response has the producer's `payload` |
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Any, Literal
 
 import msgspec
 
 from hetkv.control.address import Address
+from hetkv.control.payloads import as_payload
 from hetkv.errors import InputError
 
 MAX_TEXT = 256
@@ -29,10 +34,21 @@ class Produce(msgspec.Struct, frozen=True):
     transfer_id: str | None = None
     rendezvous: Literal["prefill_first", "concurrent"] = "prefill_first"
     describe: bool = False
+    payload: str | None = None
 
     def __post_init__(self) -> None:
         if self.transfer_id is not None:
             check_text("transfer_id", self.transfer_id)
+        self.data()
+
+    def data(self) -> bytes | None:
+        """The payload. Raises `InputError`."""
+        if self.payload is None:
+            return None
+        try:
+            return as_payload(base64.b64decode(self.payload, validate=True))
+        except (binascii.Error, ValueError) as error:  # `InputError` is one
+            raise InputError(f"payload: {error}") from None
 
 
 class Consume(msgspec.Struct, frozen=True):
@@ -41,6 +57,7 @@ class Consume(msgspec.Struct, frozen=True):
     transfer_id: str
     remote_engine_id: str
     remote_addresses: tuple[str, ...]
+    wants_payload: bool = False
 
     def __post_init__(self) -> None:
         for name in ("transfer_id", "remote_engine_id"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from hetkv.errors import InputError
 from hetkv.integrations.vllm.content import content_of
-from hetkv.integrations.vllm.metadata import Blocks, Load, Metadata, Repeated, Send, WorkerAddress
+from hetkv.integrations.vllm.metadata import Blocks, Load, Metadata, Reported, Send, WorkerAddress
 from hetkv.integrations.vllm.naming import Claims, Sequence, TransferIds
 from hetkv.integrations.vllm.params import Consume, consume, produce
 
@@ -44,6 +45,8 @@ class Producing:
     concurrent: bool
     kept: bool
     """Its KV is sent. Not where another choice of the same prompt serves for all."""
+    payload: bytes | None = None
+    """What crosses with it."""
     sent: int = 0
     """Mode `concurrent`: tokens whose layers the workers were asked to send."""
 
@@ -51,7 +54,9 @@ class Producing:
         """Its tokens `[0, stop)`. vLLM's priority is any integer of a client's."""
         priority = max(-(2**31), min(self.request.priority, 2**31 - 1))
         prompt = self.request.num_prompt_tokens
-        return Send(self.request.request_id, self.name, self.content, prompt, stop, _copy(blocks), priority)
+        return Send(
+            self.request.request_id, self.name, self.content, prompt, stop, _copy(blocks), priority, self.payload
+        )
 
 
 class SchedulerSide:
@@ -78,6 +83,8 @@ class SchedulerSide:
         self._producing: dict[str, Producing] = {}
         self._held: set[str] = set()
         self._loading: dict[str, Load] = {}
+        self._payloads: dict[str, bytes] = {}
+        """Of consumer's requests that are not finished."""
         self._prefix_caching = prefix_caching
         self._cached: dict[str, int] = {}
         """Consumer's requests: tokens that its own prefix cache had, between two calls of the scheduler."""
@@ -115,7 +122,9 @@ class SchedulerSide:
         name = sequence.name(transfer_id)
         kept = not self._sends.taken(name, sequence)
         content, concurrent = content_of(request), wanted.rendezvous == "concurrent"
-        self._producing[request.request_id] = Producing(request, transfer_id, name, content, concurrent, kept)
+        self._producing[request.request_id] = Producing(
+            request, transfer_id, name, content, concurrent, kept, wanted.data()
+        )
         if kept:
             self._sends.take(name, sequence)
             if self._sliding_windows:
@@ -190,11 +199,12 @@ class SchedulerSide:
     def finished(self, request: Request, block_ids: Blocks) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks must stay, and what the router gets."""
         self._forget_load(request)
+        payload = self._payloads.pop(request.request_id, None)
         if self._asks_who(request):
             return False, self._answer(None)
         producing = self._producing.pop(request.request_id, None)
         if producing is None:
-            return False, None
+            return False, None if payload is None else {"payload": base64.b64encode(payload).decode()}
         computed = min(request.num_computed_tokens, request.num_prompt_tokens)
         done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         if done and computed == request.num_prompt_tokens:
@@ -217,9 +227,10 @@ class SchedulerSide:
         if output.finished_sending or output.finished_recving:
             self._idle_since = None
         self._held -= output.finished_sending or set()
-        if isinstance(again := output.kv_connector_worker_meta, Repeated):
+        if isinstance(reported := output.kv_connector_worker_meta, Reported):
             # Each rank lets the producer go once it is done: for one that had its part already nothing is new.
-            self._next.loads += [self._loading[name].let_go for name in again.request_ids if name in self._loading]
+            self._next.loads += [self._loading[name].let_go for name in reported.repeated if name in self._loading]
+            self._payloads.update((name, data) for name, data in reported.payloads.items() if self._wants_payload(name))
         for request_id in output.finished_recving or ():
             self._loading.pop(request_id, None)
 
@@ -255,6 +266,10 @@ class SchedulerSide:
             self._settled.add(request.request_id)
         return remote
 
+    def _wants_payload(self, request_id: str) -> bool:
+        load = self._loading.get(request_id)
+        return load is not None and load.wants_payload
+
     def _is_loading(self, name: str) -> bool:
         return any(load.name == name for load in self._loading.values())
 
@@ -273,6 +288,7 @@ class SchedulerSide:
         """The request ended before it was scheduled, or while its KV is loaded."""
         if request.request_id in self._loading:
             self._next.aborted_loads.add(request.request_id)
+            self._loading[request.request_id] = self._loading[request.request_id].let_go  # nobody takes a payload
         remote = self._remote(request)
         if remote is not None:
             self._let_go(request, remote)
@@ -329,6 +345,7 @@ def _load(request: Request, remote: Consume, cached: int, stop: int, blocks: Blo
         cached,
         stop,
         _copy(blocks),
+        remote.wants_payload,
     )
 
 

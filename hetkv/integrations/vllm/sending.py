@@ -154,6 +154,7 @@ class Sending:
                 hold_s=NO_LIMIT_S,
                 content=send.content,
                 priority=send.priority,
+                payload=send.payload,
             )
         except HetkvError as error:
             _log.error("request %s: %s", send.request_id, error)

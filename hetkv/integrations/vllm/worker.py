@@ -14,7 +14,7 @@ from hetkv.integrations.vllm.fingerprint import fingerprint_of
 from hetkv.integrations.vllm.idle import block_while_quiet, set_quiet
 from hetkv.integrations.vllm.layouts import Caches, caches
 from hetkv.integrations.vllm.loading import Loading
-from hetkv.integrations.vllm.metadata import Load, Metadata, Repeated
+from hetkv.integrations.vllm.metadata import Load, Metadata, Reported
 from hetkv.integrations.vllm.metrics import HetKVStats
 from hetkv.integrations.vllm.sending import Sending
 from hetkv.integrations.vllm.settings import Settings
@@ -129,12 +129,13 @@ class WorkerSide:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    def repeated(self) -> Repeated | None:
-        """Which loads began again since the last call."""
-        if self._loading is None or not self._loading.repeated:
+    def reported(self) -> Reported | None:
+        """Which loads began again since the last call, and what came with requests."""
+        if self._loading is None or not (self._loading.repeated or self._loading.payloads):
             return None
-        names, self._loading.repeated = self._loading.repeated, set()
-        return Repeated(names)
+        reported = Reported(self._loading.repeated, self._loading.payloads)
+        self._loading.repeated, self._loading.payloads = set(), {}
+        return reported
 
     def stats(self) -> HetKVStats | None:
         """What was counted since the last call."""
