@@ -148,7 +148,7 @@ bool Engine::turn() {
   const std::uint64_t begin = now_ns();
   for (int i = 0; i < kProgressBurst && transport_->progress(); ++i) {
     moved = true;
-    if (now_ns() > begin + kBurstNs) break;  // where it codes payloads that is soon
+    if (!transport_->more() || now_ns() > begin + kBurstNs) break;  // where it codes payloads that is soon
   }
   moved |= drain_messages();
   const std::uint64_t now = now_ns();

@@ -338,6 +338,8 @@ void Sender::commit(Bundle& bundle) {
   const Link& link = *bundle.link;
   Window& window = windows_[link.id].slots[bundle.slot];
   wire::Bundle body{bundle.slot, window.generation, {}};
+  body.records.reserve(bundle.pieces.size());
+  const std::uint64_t now = now_ns();
   for (const Piece& piece : bundle.pieces) {
     Lane& lane = *piece.lane;
     if (lane.cancelled) continue;
@@ -349,8 +351,7 @@ void Sender::commit(Bundle& bundle) {
     stats_.payload_bytes += frame.payload_length;
     if (bundle.direct) ++stats_.direct_frames;
     if (bundle.direct && window.memory->path() == Path::kDevice) ++stats_.device_frames;
-    trace_.add(
-        {SpanKind::kWire, lane.request->handle, frame.layer, bundle.task.stop_ns, now_ns(), frame.payload_length});
+    trace_.add({SpanKind::kWire, lane.request->handle, frame.layer, bundle.task.stop_ns, now, frame.payload_length});
   }
   if (body.records.empty()) {
     windows_[link.id].free.push_back(bundle.slot);

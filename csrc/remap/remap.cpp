@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cfenv>
 #include <optional>
+#include <utility>
 
 #include "remap/isa.h"
 #include "remap/job.h"
@@ -42,6 +43,14 @@ bool shares_blocks(const Side& a, const Side& b) {
   return a.map.block_stride == b.map.block_stride && distance < static_cast<std::uint64_t>(a.map.block_stride);
 }
 
+// Runners of jobs that follow one another on one thread: the one that was made to fetch what the next job moves first
+// runs that job, too.
+struct Chain {
+  std::optional<JobRunner> runners[2];
+  int now = 0;
+  const Job* ready = nullptr;  // the job that runners[now] has been started on
+};
+
 // The work of all jobs on one scale of bytes, so that each thread takes one contiguous part of it.
 class Work {
  public:
@@ -52,7 +61,7 @@ class Work {
   }
 
   // All of it on this thread, which holds a DefaultRounding. `next`: the job that this thread runs then; null: none.
-  Result run_here(const Job* next, std::uint64_t next_seed) noexcept {
+  Result run_here(const Job* next, std::uint64_t next_seed, Chain& chain) noexcept {
     Result result;
     for (std::size_t i = 0; i < num_jobs_;) {
       const std::size_t count = group(i);
@@ -62,7 +71,7 @@ class Work {
         if (size > 0) run_group(i, count, size, 0, size, result);
       } else {
         const bool last = i + 1 == num_jobs_;
-        run_alone(jobs_[i], last ? next : &jobs_[i + 1], last ? next_seed : seed_, result);
+        run_alone(jobs_[i], last ? next : &jobs_[i + 1], last ? next_seed : seed_, chain, result);
       }
       i += count;
     }
@@ -101,16 +110,22 @@ class Work {
     saturated_.fetch_add(result.saturated, std::memory_order_relaxed);
   }
 
-  void run_alone(const Job& job, const Job* next, std::uint64_t next_seed, Result& result) const {
-    JobRunner runner(job, kernels_, seed_);
-    runner.start(0, job.tokens, 0, job.heads);
+  void run_alone(const Job& job, const Job* next, std::uint64_t next_seed, Chain& chain, Result& result) const {
+    if (std::exchange(chain.ready, nullptr) != &job) start(chain.runners[chain.now], job, seed_);
+    JobRunner& runner = *chain.runners[chain.now];
     if (next == nullptr || next->scaled()) {
       while (runner.pending()) runner.step(result);
       return;
     }
-    JobRunner following(*next, kernels_, next_seed);
-    following.start(0, next->tokens, 0, next->heads);
+    chain.now = 1 - chain.now;
+    chain.ready = next;
+    const JobRunner& following = start(chain.runners[chain.now], *next, next_seed);
     while (runner.pending()) runner.step(result, &following);
+  }
+
+  JobRunner& start(std::optional<JobRunner>& at, const Job& job, std::uint64_t seed) const {
+    at.emplace(job, kernels_, seed).start(0, job.tokens, 0, job.heads);
+    return *at;
   }
 
   // Jobs from `first` on that take turns, so that a pool's block is read or written once.
@@ -208,12 +223,14 @@ struct Frames {
     const DefaultRounding rounding;
     const Job* first = jobs;
     std::size_t at = 0;
+    Chain chain;
     for (std::size_t mine = next++; mine < num_frames; mine = next++) {
       for (; at < mine; ++at) first += frames[at].num_jobs;
       Frame& frame = frames[mine];
       const bool more = mine + 1 < num_frames && frames[mine + 1].num_jobs > 0;
       const Job* following = more ? first + frame.num_jobs : nullptr;
-      frame.result = Work(first, frame.num_jobs, frame.seed, 1).run_here(following, more ? frames[mine + 1].seed : 0);
+      frame.result =
+          Work(first, frame.num_jobs, frame.seed, 1).run_here(following, more ? frames[mine + 1].seed : 0, chain);
     }
   }
 };

@@ -68,6 +68,8 @@ class Stream {
   bool write();
   // Takes what has come; true: some.
   bool read();
+  // The last read() took all that there was.
+  bool emptied() const { return emptied_; }
 
   // Sends nothing more, and reads only to let the peer end: true once it has.
   void shut();
@@ -126,7 +128,8 @@ class Stream {
   FrameHeader header_;        // of the frame that is being read,
   bool have_header_ = false;  // if there is one
   std::size_t part_done_ = 0;
-  std::size_t decoded_ = 0;      // bytes, in this turn
+  std::size_t decoded_ = 0;  // bytes, in this turn
+  bool emptied_ = false;
   std::deque<int> descriptors_;  // that came, for frames that follow
 };
 

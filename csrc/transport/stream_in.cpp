@@ -26,6 +26,7 @@ bool Stream::read() {
     if (bytes <= 0) break;
     moved += static_cast<std::size_t>(bytes);
     if (!(open_seal_ ? parse_sealed() : parse())) break;
+    if (emptied_) break;  // epoll reports what comes from now on
   }
   return moved > 0;
 }
@@ -71,7 +72,8 @@ long Stream::receive() {
   do {
     bytes = recvmsg(descriptor_, &call, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   } while (bytes < 0 && errno == EINTR);
-  if (bytes < 0 && errno == EAGAIN) return -1;
+  emptied_ = bytes < 0 && errno == EAGAIN;
+  if (emptied_) return -1;
   if (bytes <= 0) {
     ended_ = true;
     owner_.fail(broken(bytes < 0 ? errno : 0));
@@ -90,6 +92,7 @@ long Stream::receive() {
     return -1;
   }
   const auto got = static_cast<std::size_t>(bytes);
+  emptied_ = got < direct + pieces[count - 1].iov_len;
   part_done_ += std::min(got, direct);
   in_end_ += got - std::min(got, direct);
   return static_cast<long>(bytes);

@@ -22,12 +22,11 @@
 namespace hetkv::transport {
 namespace {
 
-constexpr std::uint64_t kMs = 1'000'000;
 constexpr std::size_t kPartBytes = kMostSealed;             // of a put, between which messages and other streams come
 constexpr std::size_t kCodedPartBytes = 64 * 1024;          // where parts are coded: some 0.1 ms of work
 constexpr std::size_t kMostQueued = std::size_t{64} << 20;  // of messages that a peer does not read
 constexpr std::uint64_t kMostAhead = 1 << 20;               // parts that came before an earlier one
-constexpr std::uint64_t kShutNs = 100 * kMs;                // how long the peer has to end its side
+constexpr std::uint64_t kShutNs = 100'000'000;              // how long the peer has to end its side
 
 // Memory that is shared by descriptor, and registered for RDMA where a peer asks for that.
 class HostMemory final : public Memory {
@@ -389,15 +388,16 @@ void StreamTransport::forget(Stream& stream) {
 bool StreamTransport::progress() {
   epoll_event events[16];
   const int ready = epoll_wait(poll_fd_, events, 16, 0);
-  bool moved = false;
+  bool moved = rma_ != nullptr && rma_->progress();
+  more_ = ready == 16;
   for (int i = 0; i < ready; ++i) {
     const auto found = streams_.find(events[i].data.u64);
     if (found == streams_.end()) continue;  // forgotten in this loop, or UCX's
     const auto [endpoint, stream] = found->second;
     const std::uint32_t what = events[i].events;
     moved |= endpoint->on_ready(*stream, (what & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0, (what & EPOLLOUT) != 0);
+    more_ |= what != EPOLLIN || !stream->emptied();
   }
-  if (rma_ != nullptr) moved |= rma_->progress();
   return moved;
 }
 

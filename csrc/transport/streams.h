@@ -30,6 +30,7 @@ class StreamTransport final : public Transport {
   const std::vector<std::uint8_t>& address() const override { return address_; }
   Status connect(const PeerAddress& peer, std::unique_ptr<Endpoint>* out) override;
   bool progress() override;
+  bool more() const override { return more_ || rma_ != nullptr; }
   bool arm() override { return rma_ == nullptr || rma_->arm(); }
   int event_fd() const override { return poll_fd_; }
   Status allocate(std::size_t bytes, std::unique_ptr<Memory>* out) override;
@@ -48,6 +49,7 @@ class StreamTransport final : public Transport {
   Sink* sink_ = nullptr;
   int poll_fd_ = -1;
   std::uint64_t next_tag_ = 1;
+  bool more_ = false;
   std::unordered_map<std::uint64_t, std::pair<StreamEndpoint*, Stream*>> streams_;  // by tag
 };
 

@@ -131,6 +131,8 @@ class Transport {
 
   // Moves what can be moved; false: nothing was.
   virtual bool progress() = 0;
+  // After a progress() that moved something: another one at once may move more.
+  virtual bool more() const { return true; }
   // True: nothing is pending, and `event_fd` becomes readable when something is; false: progress again before sleeping.
   virtual bool arm() = 0;
   virtual int event_fd() const = 0;

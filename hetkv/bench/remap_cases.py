@@ -109,7 +109,9 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
 
     dtype, heads = DType.parse(place.dtype), TOKEN_CHANNELS // head_dim
     generator = torch.Generator().manual_seed(seed)
-    one = tokens * TOKEN_CHANNELS * dtype.itemsize
+    num_blocks = -(-tokens // place.block_size)
+    rows = tokens if place.layout == "canonical" else num_blocks * place.block_size
+    one = rows * TOKEN_CHANNELS * dtype.itemsize
     values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8).to(device)
     data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone()
     sides = []
@@ -119,7 +121,7 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
             sides.append((_core.RemapSide(map_), i * one))
         return Memory(data, sides)
     layout = KVLayout.preset(place.layout, LayerSpec.kv(heads, head_dim), heads, place.block_size, dtype)
-    blocks = torch.randperm(tokens // place.block_size, generator=generator).to(torch.int32)
+    blocks = torch.randperm(num_blocks, generator=generator).to(torch.int32)
     for name in segments:
         map_ = _core.SegmentMap.of(layout.segments[name], place.block_size, data.data_ptr())
         sides.append((_core.RemapSide(map_, blocks), 0))

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import threading
+import time
 from array import array
 from collections.abc import Callable
 
@@ -61,6 +62,10 @@ def test_a_peer_cannot_give_up_the_request_of_another() -> None:
     with connected([source, source], [KVPool.allocate(SLIDING, 16)], quiet) as ([honest, hostile], [receiver]):
         rx = receiver.receive("theirs", [1, 2], 32, src_instance="p0")
         [peer] = hostile.peers
+        for _ in range(1000):  # a link begins with a heartbeat, which must not come in between
+            if hostile.engine.next_sequence(peer.link) > 0:
+                break
+            time.sleep(0.001)
         for kind, body in ((Type.ABORT, Abort(9, "hostile")), (Type.HEARTBEAT, Heartbeat(1))):
             named = (request_key("theirs"), receiver.engine.epoch(rx.handle)) if kind is Type.ABORT else (bytes(16), 0)
             prelude = Prelude(kind, hostile.engine.next_sequence(peer.link), *named)
