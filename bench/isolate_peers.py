@@ -101,6 +101,7 @@ def measure(case: Case, reps: int) -> dict[str, Any]:
     here, there = context.Pipe()
     child = context.Process(target=send, args=(case, there))
     child.start()
+    there.close()  # so that the end of the child is the end of the pipe
     times: dict[bool, list[float]] = {False: [], True: []}
     receivers: dict[bool, Receiver] = {}
     try:
@@ -140,11 +141,11 @@ def measure(case: Case, reps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--reps", type=int, default=30)
+    parser.add_argument("--reps", type=int, default=30, help="turns of large requests; small ones: 20 times that")
     options = parser.parse_args()
     report: dict[str, Any] = {**environment(), "results": []}
     for case in CASES:
-        report["results"].append(found := measure(case, options.reps))
+        report["results"].append(found := measure(case, options.reps * (20 if case.layers == 1 else 1)))
         print(f"{case.peers} peers {'at once' if case.at_once else 'in turn'}, {case.slots} slots, {case.layers} "
               f"layers x {case.tokens} tokens: {found['plain_us']} us, isolated {found['isolated_us']} us, "
               f"{found['ratio']} x (least {found['least_ratio']} x)", flush=True)  # fmt: skip
