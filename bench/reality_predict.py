@@ -4,8 +4,8 @@ python bench/reality_predict.py DIR
 python bench/reality_predict.py bench/results/reality.json     # the tables alone, of a result file
 
 Reads DIR/measured.json, the rows of requests and the steps; writes calibration_input.json, calibration.json (by
-`hetkv calibrate --bench`), reality.json and table.md there. Each judged run has steps of its own, calibrated on all other
-loads; those that only warm the system up are in none.
+`hetkv calibrate --bench`), reality.json and table.md there. Each judged run has steps of its own, calibrated on all
+other loads; those that only warm the system up are in none.
 """
 
 from __future__ import annotations
