@@ -91,7 +91,12 @@ class Relay:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self._sockets: list[socket.socket] = []
-        threading.Thread(target=self._run, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._run)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):
@@ -100,8 +105,8 @@ class Relay:
                 self._sockets += near, far
                 self.up.append(bytearray())
                 number = len(self.up) - 1
-                threading.Thread(target=self._pump, args=(near, far, number), daemon=True).start()
-                threading.Thread(target=self._pump, args=(far, near, None), daemon=True).start()
+                self._start(self._pump, near, far, number)
+                self._start(self._pump, far, near, None)
 
     def _pump(self, source: socket.socket, target: socket.socket, number: int | None) -> None:
         with contextlib.suppress(OSError):
@@ -117,6 +122,9 @@ class Relay:
         for sock in (self._server, *self._sockets):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:  # none reads a descriptor that is closed, and may be another's by then
+            thread.join(WAIT_S)
+        for sock in (self._server, *self._sockets):
             sock.close()
 
 
