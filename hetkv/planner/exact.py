@@ -119,6 +119,8 @@ def minimise(program: Program, options: dict[str, Any], best: float = inf) -> An
 
 def solved(program: Program, options: dict[str, Any]) -> Answer:
     """All of it by HiGHS."""
+    if not program.cost.size:  # which HiGHS has no word for: a part whose variables are all at their lower bounds
+        return Answer(program.low, 0.0, 0.0)
     result = milp(
         program.cost,
         integrality=program.whole,

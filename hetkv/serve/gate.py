@@ -145,6 +145,8 @@ class Gate:
             pass
         except (TimeoutError, asyncio.TimeoutError):
             reason = f"it was silent for {SILENCE_S:g} s"
+        except OSError as error:  # of the network
+            reason = str(error)
         except HetkvError as error:
             reason = str(error)
             log.warning("%s: %s", peer, error)

@@ -60,11 +60,16 @@ class TlsStream:
         return bytes(data)
 
     def write(self, data: bytes) -> None:
-        """As a `StreamWriter`'s: never waits."""
+        """As a `StreamWriter`'s: never waits, and raises nothing where the connection has failed: who reads it learns
+        that. A message for it may come from the task of another connection."""
         view = memoryview(data)
-        while view:
-            view = view[self._tls.write(view) :]
-        self._writer.write(self._out.read())
+        try:
+            while view:
+                view = view[self._tls.write(view) :]
+        except ssl.SSLError:  # TLS has ended with an alert
+            self._writer.close()
+        else:
+            self._writer.write(self._out.read())
 
     def is_closing(self) -> bool:
         """As a `StreamWriter`'s."""

@@ -48,3 +48,13 @@ def test_the_newest_that_works_is_used(
     assert int(found[0]) == devices
     assert why in found[1]
     assert bool(found[1]) == (devices == 0)
+
+
+def test_a_driver_that_takes_its_time_holds_up_no_other_thread(tmp_path: Path) -> None:
+    """It may wait for the very thread that gives an event back."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is needed")
+    sources = ["csrc/backend/gpu/status.cu", "tests/cpp/stock.cpp"]
+    subprocess.run(["g++", "-std=c++17", "-pthread", "-DHETKV_EMULATED", "-Icsrc", "-Itests/cpp/emulated", "-x", "c++",
+                    *sources, "-o", str(tmp_path / "stock")], cwd=ROOT, check=True)  # fmt: skip
+    subprocess.run([tmp_path / "stock"], check=True, timeout=60)

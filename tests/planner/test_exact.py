@@ -83,6 +83,20 @@ def test_parts_have_the_value_of_the_whole(cap: float, monkeypatch: pytest.Monke
     assert len(widened) > 12  # windows that were too narrow at first, or parts
 
 
+@pytest.mark.parametrize("price", [0.0, 10.0])
+@pytest.mark.parametrize("nodes", [-8.0, 0.0])
+def test_a_part_that_needs_nothing(price: float, nodes: float) -> None:
+    """Nodes of a GPU type whose instances are fixed at none, and what is in a shared limit alone."""
+    matrix = csr_array(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, nodes], [1.0, 1.0, 1.0]]))
+    least, most = np.array([2.0, -inf, -inf]), np.array([inf, 0.0, 100.0])
+    cost, high = np.array([3.0, 0.0, price]), np.array([9.0, 0.0, 9.0])
+    program = Program(cost, np.ones(3, dtype=np.int64), np.zeros(3), high, matrix, least, most, (), (2,))
+    found = minimise(program, OPTIONS)
+    assert found.v is not None
+    assert found.v[0] == 2
+    assert (found.value, found.bound) == (6, 6)
+
+
 def test_a_limit_that_ends_the_search_is_no_proof() -> None:
     program = random_program(3, 1.0)
     left = minimise(program, {**OPTIONS, "time_limit": 0.0})

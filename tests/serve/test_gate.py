@@ -34,6 +34,7 @@ from hetkv.serve.generation import Generation
 from hetkv.serve.instance import Connection, Instance, InstanceConfig
 from hetkv.serve.messages import Beat, Goodbye, Welcome
 from hetkv.serve.scheduler import Scheduler
+from hetkv.serve.tls_stream import TlsStream
 from hetkv.serve.wire import LENGTH, MAC_BYTES, Seal, greeting
 from tests.control.authority import Authority
 from tests.runtime.instances import reference
@@ -274,6 +275,45 @@ def test_a_connection_that_is_closed_does_not_leave_tls(tmp_path: Path, monkeypa
 
     asyncio.run(run())
     assert versions == ["TLSv1.3"]
+
+
+def test_a_write_after_tls_has_failed_raises_nothing(tmp_path: Path) -> None:
+    """It is of another connection's task, which would end with it."""
+    ca, found = Authority(tmp_path / "ca"), []
+
+    def break_off(address: tuple[str, int], context: ssl.SSLContext) -> None:
+        with context.wrap_socket(socket.create_connection(address), server_hostname="127.0.0.1") as sock:
+            socket.socket.sendall(sock, b"\x17\x03\x03\x00\x40" + bytes(64))  # a record that no key has sealed
+            sock.recv(1)
+
+    async def run() -> None:
+        server = Tls(ca.issue("gate", "127.0.0.1")).credentials().server
+        client = Tls(ca.issue("instance", "127.0.0.1")).credentials().client
+        over = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = TlsStream(reader, writer, server, "an instance")
+            await stream.handshake()
+            try:
+                await stream.readexactly(1)
+            except AuthenticationError as error:
+                found.append(error)
+            try:
+                stream.write(b"a message for it")
+                found.append(stream.is_closing())
+            finally:
+                over.set()
+
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = listening.sockets[0].getsockname()
+        with pytest.raises(OSError):
+            await asyncio.to_thread(break_off, address, client)
+        await over.wait()
+        listening.close()
+
+    asyncio.run(run())
+    assert isinstance(found[0], AuthenticationError)
+    assert found[1:] == [True]
 
 
 def test_a_stranger_is_not_let_in() -> None:

@@ -24,16 +24,11 @@ class Stock {
   Stock(Make make, int at_once) : make_(make), at_once_(at_once) {}
 
   std::int32_t take(std::int32_t device, bool sort, void** handle) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    auto& idle = idle_[{device, sort}];
-    if (idle.empty()) {
-      const std::int32_t status = fill(device, sort, &idle);
-      if (idle.empty()) return status;
-    }
-    taken_.emplace(idle.back(), Kind{device, sort});
-    *handle = idle.back();
-    idle.pop_back();
-    return kHetkvOk;
+    const Kind kind{device, sort};
+    if (hand_out(kind, handle, {})) return kHetkvOk;
+    std::vector<Handle> made;
+    const std::int32_t status = make_some(device, sort, &made);
+    return hand_out(kind, handle, made) ? kHetkvOk : status;
   }
 
   // One that is not to be `kept` is the caller's to destroy then.
@@ -47,13 +42,25 @@ class Stock {
   }
 
  private:
-  std::int32_t fill(std::int32_t device, bool sort, std::vector<Handle>* idle) {
+  bool hand_out(const Kind& kind, void** handle, const std::vector<Handle>& made) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto& idle = idle_[kind];
+    idle.insert(idle.end(), made.begin(), made.end());
+    if (idle.empty()) return false;
+    taken_.emplace(idle.back(), kind);
+    *handle = idle.back();
+    idle.pop_back();
+    return true;
+  }
+
+  // Without the lock: while the driver waits, other threads, which may be what it waits for, take and give back.
+  std::int32_t make_some(std::int32_t device, bool sort, std::vector<Handle>* made) {
     HETKV_ON(device);
     for (int count = 0; count < at_once_; ++count) {
-      Handle made;
-      const std::int32_t status = make_(sort, &made);
+      Handle one;
+      const std::int32_t status = make_(sort, &one);
       if (status != kHetkvOk) return status;
-      idle->push_back(made);
+      made->push_back(one);
     }
     return kHetkvOk;
   }
