@@ -9,7 +9,7 @@
 | `transfer_id` | both | the router's name of the request, with all its prompts; without one the producer makes it |
 | `remote_engine_id`, `remote_addresses` | consumer | who has the KV, and where its ranks listen |
 | `payload` | producer | up to 64 KiB in base64 that cross with the KV, for whoever reads the consumer's response |
-| `wants_payload` | consumer | `kv_transfer_params` of its response has the producer's `payload` |
+| `wants_payload` | consumer | `kv_transfer_params` of its response has the producer's `payload`, where it loads KV |
 """
 
 from __future__ import annotations
