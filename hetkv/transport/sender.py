@@ -54,7 +54,7 @@ class SendHandle(Handle):
     """A request that this side sends. Complete when every receiver of the request has verified its part."""
 
     _packed: Future[None] | None = None
-    _carries: Callable[[bytes], None] | None
+    _carries: Callable[[bytes, int | None], None] | None
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class SendHandle(Handle):
         outcome: _core.Outcome,
         tokens: list[Interval],
         blocks: list[array[int]],
-        carries: Callable[[bytes], None],
+        carries: Callable[[bytes, int | None], None],
     ) -> None:
         super().__init__(request_id, sender, outcome)
         self._carries = carries
@@ -150,20 +150,21 @@ class SendHandle(Handle):
             raise InputError(f"tokens [{start}, {stop}): the request has {len(self._blocks[group])} blocks")
         return start, stop
 
-    def carry(self, payload: bytes | bytearray | memoryview) -> None:
+    def carry(self, payload: bytes | bytearray | memoryview, *, keep_s: float | None = None) -> None:
         """Give the receivers up to 64 KiB besides the KV, once, when it is known: the first token, say, after the last
         layer was sent, also where the request is complete by then. Returns at once.
 
-        Receivers that asked for it get it (`RecvHandle.payload`); it is kept for them for `hold_s` seconds. A receiver
-        of several ranks' KV asks the lowest of them, so every rank should give the same. Raises `InputError` for more
-        than 64 KiB and for a second one.
+        Receivers that asked for it get it (`RecvHandle.payload`); it is kept for them for `keep_s` seconds, by default
+        the request's `hold_s`. A receiver of several ranks' KV asks the lowest of them, so every rank should give the
+        same. Raises `InputError` for more than 64 KiB and for a second one.
         """
         data = as_payload(payload)
+        keep_ms = None if keep_s is None else milliseconds("keep_s", keep_s)
         with making:
             carries, self._carries = self._carries, None
         if carries is None:
             raise InputError(f"request {self.request_id!r} carries a payload already")
-        carries(data)
+        carries(data, keep_ms)
 
     def extend(self, block_ids: Any, group: int = 0) -> None:
         """More blocks of a cache group, as a chunked prefill allocates them. Raises `InputError`."""
@@ -259,8 +260,8 @@ class Sender(Node[SendHandle]):
             self._payloads.begin(key)
             return SendHandle(request_id, self, outcome, spans, blocks, carries)
 
-        def carries(data: bytes) -> None:
-            self._payloads.give(key, digest or b"", data, hold_ms / 1000)
+        def carries(data: bytes, keep_ms: int | None) -> None:
+            self._payloads.give(key, digest or b"", data, (keep_ms or hold_ms) / 1000)
 
         handle = self._submit(request_id, make)
         if first is not None:

@@ -78,6 +78,20 @@ def test_many_at_once(pair: Pair) -> None:
         rx.wait(WAIT_S)
 
 
+def test_one_that_is_kept_for_a_while(pair: Pair) -> None:
+    sender, receiver = pair
+    tx = sender.send("r", BLOCKS, TOKENS)
+    with pytest.raises(InputError, match="keep_s"):
+        tx.carry(b"x", keep_s=0)
+    tx.carry(b"x", keep_s=0.001)
+    time.sleep(0.01)
+    rx = receiver.receive("r", BLOCKS, TOKENS, payload=True)
+    with pytest.raises(WaitTimeoutError):
+        rx.payload(0.05)
+    tx.send_layers()
+    rx.wait(WAIT_S)
+
+
 def test_wakes_who_waits(pair: Pair) -> None:
     sender, receiver = pair
     rx = receiver.receive("r", BLOCKS, TOKENS, payload=True)

@@ -154,7 +154,6 @@ class Sending:
                 hold_s=NO_LIMIT_S,
                 content=send.content,
                 priority=send.priority,
-                payload=send.payload,
             )
         except HetkvError as error:
             _log.error("request %s: %s", send.request_id, error)
@@ -162,6 +161,8 @@ class Sending:
             tx = None
         out = self._out[send.request_id] = Outgoing(tx, [len(ids) for ids in blocks])
         if tx is not None:
+            if send.payload is not None:  # the request's own limit is none: a prefill, then `hold_s`
+                tx.carry(send.payload, keep_s=min(2 * self._sender.config.hold_s, NO_LIMIT_S))
             tx.future.add_done_callback(out.end)
             tx.future.add_done_callback(lambda _: self._changed())
         return out
