@@ -10,20 +10,29 @@ import logging
 import secrets
 import signal
 import socket
-import ssl
 import threading
 import time
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hetkv.control.address import Address
+from hetkv.control.channel import Channel
+from hetkv.control.reactor import Steps
+from hetkv.control.reactor import run as run_steps
 from hetkv.control.secret import SecretFile
-from hetkv.control.tls import Tls, TlsConfig, names_of, tls_error
-from hetkv.errors import AuthenticationError, CertificateError, HandshakeError, HetkvError, PeerLostError, SecretError
+from hetkv.control.tls import Tls, TlsConfig
+from hetkv.errors import (
+    AuthenticationError,
+    CertificateError,
+    ControlTimeoutError,
+    HandshakeError,
+    HetkvError,
+    PeerLostError,
+    SecretError,
+)
 from hetkv.integrations.fingerprint import checkpoint_fingerprint
 from hetkv.models import ModelConfig
 from hetkv.runtime.batching import Limits
@@ -75,87 +84,68 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connection:
-    """A socket to the scheduler that both have proved themselves on. Any thread may send; one receives."""
+    """A channel to the scheduler that both have proved themselves on. Any thread may send and wake; one receives."""
 
     def __init__(self, address: str, secret: bytes, tls: Tls | None = None) -> None:
         """Raises `PeerLostError`, and `AuthenticationError` with its subclasses."""
         host, port = Address.parse(address)
+        self._peer = f"scheduler {address}"
         try:
-            self._socket = socket.create_connection((host, port), CONNECT_S)
+            self._channel = Channel(socket.create_connection((host, port), CONNECT_S), self._peer)
         except OSError as error:
-            raise PeerLostError(f"scheduler {address}: {error.strerror or error}") from None
+            raise PeerLostError(f"{self._peer}: {error.strerror or error}") from None
         self._lock = threading.Lock()
         try:
-            self._begin(address, host, secret, tls)
+            self._seal = run_steps(self._begin(host, secret, tls, time.monotonic() + CONNECT_S))
+        except ControlTimeoutError as error:
+            self._channel.close()
+            raise PeerLostError(str(error)) from None
         except BaseException:
-            self._socket.close()
+            self._channel.close()
             raise
 
-    def _begin(self, address: str, host: str, secret: bytes, tls: Tls | None) -> None:
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            certificates = self._enter(tls, f"scheduler {address}", host) if tls is not None else b""
-            mine = greeting(secrets.token_bytes(NONCE_BYTES))
-            self._socket.sendall(mine)
-            self._seal = Seal("instance", secret, mine, self._greeting(address, tls), certificates)
-            self._socket.sendall(self._seal.proof)
-            self._seal.check(self._read(PROOF_BYTES))
-            self._socket.settimeout(None)
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            raise PeerLostError(f"scheduler {address}: it closed the connection") from None
-        except ssl.SSLError as error:
-            raise tls_error(f"scheduler {address}", error) from None
-        except OSError as error:
-            raise PeerLostError(f"scheduler {address}: {error.strerror or error}") from None
-
-    def _enter(self, tls: Tls, peer: str, host: str) -> bytes:
-        """TLS: the two certificates, for the seal."""
-        own = tls.credentials()
-        name = host if own.client.check_hostname else None
-        self._socket = wrapped = own.client.wrap_socket(self._socket, server_hostname=name)
-        rejection = tls.check(peer, names_of(wrapped.getpeercert()))
-        if rejection is not None:
-            raise rejection
-        return own.fingerprint + sha256(wrapped.getpeercert(binary_form=True) or b"").digest()
-
-    def _greeting(self, address: str, tls: Tls | None) -> bytes:
-        """The scheduler's, or the alert of one that needs TLS."""
-        start = self._read(len(NEEDS_TLS))
-        if tls is None and start == NEEDS_TLS:
-            text = f"scheduler {address}: TLS: the peer asks for it, and this side has none"
+    def _begin(self, host: str, secret: bytes, tls: Tls | None, deadline: float) -> Steps[Seal]:
+        certificates = b""
+        if tls is not None:
+            own = tls.credentials()
+            yield from self._channel.start_tls(own.client, host, deadline)
+            fingerprint, names = self._channel.certificate()
+            rejection = tls.check(self._peer, names)
+            if rejection is not None:
+                raise rejection
+            certificates = own.fingerprint + fingerprint
+        mine = greeting(secrets.token_bytes(NONCE_BYTES))
+        yield from self._channel.write(mine, deadline)
+        # The scheduler's greeting, or the alert of one that needs TLS.
+        theirs = yield from self._channel.read(len(NEEDS_TLS), deadline, "greeting")
+        if tls is None and theirs == NEEDS_TLS:
+            text = f"{self._peer}: TLS: the peer asks for it, and this side has none"
             raise CertificateError(text, "missing", own=True)
-        return start + self._read(GREETING_BYTES - len(start))
+        theirs += yield from self._channel.read(GREETING_BYTES - len(theirs), deadline, "greeting")
+        seal = Seal("instance", secret, mine, theirs, certificates)
+        yield from self._channel.write(seal.proof, deadline)
+        seal.check((yield from self._channel.read(PROOF_BYTES, deadline, "proof")))
+        return seal
 
     def send(self, message: ToScheduler) -> None:
         """Raises `PeerLostError`."""
-        try:
-            with self._lock:
-                self._socket.sendall(self._seal.close(message))
-        except OSError as error:
-            raise PeerLostError(f"scheduler: {error.strerror or error}") from None
+        with self._lock:
+            run_steps(self._channel.write(self._seal.close(message), None))
 
     def receive(self) -> Any:
         """The next message. Raises `PeerLostError` at the end."""
-        try:
-            return self._seal.open(self._read(self._seal.rest(self._read(LENGTH.size))))
-        except OSError as error:
-            raise PeerLostError(f"scheduler: {error.strerror or error}") from None
+        head = run_steps(self._channel.read(LENGTH.size, None, "message"))
+        return self._seal.open(run_steps(self._channel.read(self._seal.rest(head), None, "message")))
+
+    def wake(self) -> None:
+        """End it, for threads that send or receive."""
+        self._channel.wake()
 
     def close(self) -> None:
-        """End it, also for a thread that receives."""
-        with suppress(OSError):
-            # That of TLS's socket would first end TLS: another thread's message could leave in clear.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-        self._socket.close()
-
-    def _read(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = self._socket.recv(count - len(data))
-            if not part:
-                raise PeerLostError("the scheduler closed the connection")
-            data += part
-        return bytes(data)
+        """End it, and give its descriptor back. No other thread may be receiving."""
+        self.wake()
+        with self._lock:
+            self._channel.close()
 
 
 class Instance:
@@ -287,8 +277,9 @@ class Instance:
     def _end(self, failure: str) -> None:
         self._failed = self._failed or failure
         self._ending.set()
-        if self._connection is not None:
-            self._connection.close()
+        connection = self._connection
+        if connection is not None:
+            connection.wake()
 
 
 def is_shape(model: str) -> bool:
