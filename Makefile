@@ -51,7 +51,7 @@ test: $(STAMP)
 # Meant to take eight minutes at most, with the installation. What is never imported is not compiled; what is imported is
 # compiled once, and not in each of the many processes, even where PYTHONDONTWRITEBYTECODE is set.
 test-vllm: $(VLLM_STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/vllm -m "not slow" --durations 15 --durations-min 5
 
 # The engines under a simulated network, mover and clock: SEEDS deployments with faults, from seed FIRST on, in JOBS processes.
 simulate-faults:

@@ -107,6 +107,7 @@ def check_policy(policy: str, output: Any, prompt: list[int], expected: list[int
         assert (output.tokens, output.computed) == (expected, len(prompt) + TOKENS - 1)
 
 
+@pytest.mark.slow  # what ends at once is tested without an engine: tests/transport/test_access.py
 def test_a_certificate_that_is_rejected(model: str, tmp_path: Path) -> None:
     """A stranger's, an expired and a revoked one: the request is computed long before its lease ends, and the log says
     why. Files are read again, so that the right certificate in their place is enough."""
