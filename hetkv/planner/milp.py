@@ -155,16 +155,20 @@ class _Milp:
         for cut in cuts:
             self._cut(cut)
 
-    def _most(self, column: Column, rate: float) -> int:
-        """More instances than this never help."""
+    def _allowed(self, column: Column) -> int:
+        """More instances than this nobody may have."""
         offer = self.problem.offer(column.gpu)
         most = LARGEST if offer.cap is None else offer.cap // column.gpus
         budget = self.problem.objective.budget_usd_per_hour
         if budget is not None:
             most = min(most, floor(budget / column.price))
-        if self.for_cost:
-            most = min(most, ceil(self.rates[column.model] / rate) + 1 + self.problem.spare_instances)
         return most
+
+    def _useful(self, column: Column, rate: float) -> int:
+        """More instances than this, at this rate each, never help."""
+        if not self.for_cost:
+            return LARGEST
+        return ceil(self.rates[column.model] / rate) + 1 + self.problem.spare_instances
 
     def _column(self, column: Column) -> None:
         pieces = ranges(column, self.relaxed)
@@ -172,14 +176,18 @@ class _Milp:
         xs: dict[int, float] = {}
         ys = []
         price = column.price if self.for_cost and self.problem.offer(column.gpu).rent == "gpu" else 0.0
+        allowed, enough = self._allowed(column), False
         for first, last, rate in pieces:
-            last = min(last, self._most(column, rate))
-            if last < first:
-                continue
+            useful = self._useful(column, rate)
+            if first > allowed or (enough and first > useful):
+                break
+            enough = enough or last >= useful
+            # The least pool that carries so much each may be larger than what would do if smaller ones did, too.
+            last = min(last, allowed, max(useful, first))
             x = self.variables.add(last, cost=price)
             xs[x] = rate
             self.pieces.append(Piece(x, None, 1))
-            if len(pieces) > 1 or alone:
+            if len(pieces) > 1 or first > 1 or alone:
                 y = self.variables.add(1)
                 ys.append(y)
                 self.pieces[-1] = Piece(x, y, first)
@@ -245,7 +253,7 @@ class _Milp:
         for column in self.columns:
             if column.model == model:
                 top = max((r for _, _, r in ranges(column, self.relaxed)), default=0.0)
-                best[column.role] += top * self._most(column, top) if top else 0.0
+                best[column.role] += top * self._allowed(column)
         return max(best.values(), default=0.0) + 1.0
 
     def _pairs(self, model: str, kv_bytes: float, most: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -260,6 +261,17 @@ def test_the_milp_finds_what_counting_finds() -> None:
         assert solution is not None
         assert solution.value == pytest.approx(least, rel=0.003)  # ranges are merged within 0.3 %
         assert solution.gap == 0
+
+
+def test_fewer_instances_than_the_least_pool_carry_nothing() -> None:
+    """A column whose pools below eight instances miss the target: one instance is no eighth of a pool."""
+    asked = problem(roles="disaggregated")
+    decode = next(c for c in few(asked) if c.role == "decode")
+    late = replace(decode, rates=np.where(np.array(COUNTS) < 8, 0.0, decode.rates.max()))
+    columns = [next(c for c in few(asked) if c.role == "prefill"), late]
+    solution = optimise(asked, columns, {"Llama-3.1-8B": 0.5 * float(late.rates[-1])}, {"Llama-3.1-8B": 1e8})
+    assert solution is not None
+    assert solution.counts[late.key] == 8
 
 
 def test_cuts_and_pair_limits_hold_in_the_milp() -> None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import Any
+
+import pytest
 
 from hetkv.control.connection import ControlConnection
 from hetkv.control.description import Ready
 from hetkv.control.establish import connect
 from hetkv.core import core
+from hetkv.errors import HetkvError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
-from tests.transport.peers import SECRET, WAIT_S
+from tests.transport.peers import SECRET, WAIT_S, attacked
+
+Attack = tuple[dict[str, Any], type[HetkvError], str]
+"""Fields of a frame, and the error and its text that end the link."""
 
 
 class StreamPeer:
@@ -54,3 +61,12 @@ class StreamPeer:
     def close(self) -> None:
         self.sock.close()
         self.connection.close()
+
+
+def check_attack(peer_class: type[StreamPeer], kind: int, attack: Attack) -> None:
+    """One frame of the kind ends the link, and the request that waits, with the error."""
+    arguments, error, text = attack
+    with attacked(peer_class, peer_class.spec, peer_class.config) as (peer, want):
+        peer.frame(kind, **arguments)
+        with pytest.raises(error, match=text):
+            want.wait(WAIT_S)

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetkv.core import core
-from hetkv.errors import HetkvError, MalformedError, ProtocolError
+from hetkv.errors import MalformedError, ProtocolError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.reference.coded_part import decode_part
 from hetkv.transport.config import TransferConfig
 from tests.transport.peers import WAIT_S, attacked, connected
-from tests.transport.stream_peer import StreamPeer
+from tests.transport.stream_peer import Attack, StreamPeer, check_attack
 from tests.transport.test_encryption import relayed
 
 SPEC = KVSpec.uniform(2, 2, 64)
@@ -167,7 +167,7 @@ class Peer(StreamPeer):
 
 GOOD = bytes.fromhex(VECTORS["good"]["codes"]["coded"])
 FLOATS = (256).to_bytes(4, "little") + b"\x01\0\0\0" + bytes(150)
-ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
+ATTACKS: dict[str, Attack] = {
     "outside of the slot": ({"body": GOOD, "offset": SLOT - 254}, ProtocolError, "payload came for slot 0"),
     "odd offset": ({"body": GOOD, "offset": 1}, MalformedError, "odd offset"),
     "bfloat16": ({"body": FLOATS}, MalformedError, "values of kind 1, which were not agreed on"),
@@ -177,11 +177,7 @@ ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_wrong_ends_the_link(tcp: None, name: str) -> None:
-    arguments, error, text = ATTACKS[name]
-    with attacked(Peer, SPEC, INT4) as (peer, want):
-        peer.frame(CODED, **arguments)
-        with pytest.raises(error, match=text):
-            want.wait(WAIT_S)
+    check_attack(Peer, CODED, ATTACKS[name])
 
 
 @pytest.mark.skipif(not core.has_zstd(), reason="libzstd is not installed here")

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from hetkv.core import core
-from hetkv.errors import HetkvError, InputError, MalformedError, ProtocolError
+from hetkv.errors import InputError, MalformedError, ProtocolError
 from hetkv.kv.pool import KVPool
 from hetkv.kv.spec import KVSpec
 from hetkv.reference.coded_part import decode_part
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.sender import Sender
 from tests.transport.peers import SECRET, WAIT_S, attacked, check_transfer, connected, randomise, same_bytes
-from tests.transport.stream_peer import StreamPeer
+from tests.transport.stream_peer import Attack, StreamPeer, check_attack
 
 SPEC = KVSpec.uniform(2, 2, 64)
 SLOT = 1 << 18
@@ -200,7 +200,7 @@ CODED = 4
 """The kind of its frames."""
 GOOD = bytes.fromhex(VECTORS["good"]["bfloat16"]["coded"])
 PLAIN_BYTES = len(VECTORS["good"]["bfloat16"]["plain"]) // 2
-ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
+ATTACKS: dict[str, Attack] = {
     "outside of the slot": ({"body": GOOD, "offset": SLOT - PLAIN_BYTES + 2}, ProtocolError, "payload came for slot 0"),
     "another slot": ({"body": GOOD, "slot": 9}, ProtocolError, "payload came for slot 9"),
     "odd offset": ({"body": GOOD, "offset": 1}, MalformedError, "odd offset"),
@@ -213,11 +213,7 @@ ATTACKS: dict[str, tuple[dict[str, Any], type[HetkvError], str]] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_wrong_ends_the_link(tcp: None, name: str) -> None:
-    arguments, error, text = ATTACKS[name]
-    with attacked(Peer, SPEC, LOSSLESS) as (peer, want):
-        peer.frame(CODED, **arguments)
-        with pytest.raises(error, match=text):
-            want.wait(WAIT_S)
+    check_attack(Peer, CODED, ATTACKS[name])
 
 
 def test_twice_the_same_part(tcp: None) -> None:
