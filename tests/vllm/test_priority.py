@@ -1,4 +1,4 @@
-"""What a producer sends first, by vLLM's priority, and how long it keeps payloads: real pools, no engine."""
+"""What a producer sends first, by vLLM's priority: real pools, no engine."""
 
 from __future__ import annotations
 
@@ -51,19 +51,3 @@ def test_lower_priorities_leave_first() -> None:
                 handle.wait(WAIT_S)
             order = [handles[span[1]] for span in sender.engine.take_trace() if span[0] == "pack"]
     assert [name for at, name in enumerate(order) if name not in order[:at]] == ["b", "c", "a"]
-
-
-def test_a_payload_is_forgotten() -> None:
-    """The request itself has no limit, as the scheduler ends it; what it carried goes a while after."""
-    (ours,), (theirs,) = caches_of(1), caches_of(1)
-    with Sender(ours.pool, secret=SECRET, instance="p") as sender:
-        with Receiver(theirs.pool, secret=SECRET, instance="d") as receiver:
-            receiver.connect(sender.listen())
-            producer = Sending(sender, ours, HetKVStats(), lambda: None, lambda held: held)
-            send = Send("r", "t", CONTENT, TOKENS, TOKENS, ([0, 1],), payload=b"first token")
-            producer.begin_step(Metadata(held=[send]))
-            asked = receiver.receive("t", [0, 1], TOKENS, content=CONTENT, payload=True)
-            assert asked.payload(WAIT_S) == b"first token"
-            asked.wait(WAIT_S)
-            [kept] = sender._payloads._kept.values()
-            assert kept.until <= time.monotonic() + 2 * sender.config.hold_s

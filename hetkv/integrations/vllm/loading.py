@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from hetkv.control.payloads import MESSAGES_SINCE
 from hetkv.errors import AbortedError, HetkvError, LeaseExpiredError, PeerLostError, WaitTimeoutError
 from hetkv.integrations.vllm.layouts import Caches
 from hetkv.integrations.vllm.metadata import Load, Metadata
@@ -59,6 +60,8 @@ class Loading:
         self._stats, self._changed = stats, changed
         self._in: dict[str, Incoming] = {}
         self._links: dict[str, Future[None]] = {}
+        self._without_payloads: set[str] = set()
+        """Producers that cannot send payloads, of which the log has a line already."""
         self.repeated: set[str] = set()
         """Requests that were asked for once more. Ranks that have theirs already must release the producer for them."""
         self.payloads: dict[str, bytes] = {}
@@ -181,9 +184,17 @@ class Loading:
             src_instance=load.source,
             lease_s=max(0.001, incoming.deadline - time.monotonic()),
             content=load.content,
-            payload=load.wants_payload and load.awaited and self._caches.rank == 0,
+            payload=load.wants_payload and load.awaited and self._caches.rank == 0 and self._has_payloads(load.source),
         )
         incoming.rx.future.add_done_callback(lambda _: self._changed())
+
+    def _has_payloads(self, source: str) -> bool:
+        """Whether the producer's version has payloads: KV comes from one without them, too."""
+        old = [peer for peer in self._receiver.peers if peer.instance == source and peer.minor < MESSAGES_SINCE]
+        if old and source not in self._without_payloads:
+            self._without_payloads.add(source)
+            _log.warning("%s speaks version 2.%d, which has no payloads: requests go on without", source, old[0].minor)
+        return not old
 
     def _fail(self, incoming: Incoming, error: HetkvError, results: Results) -> None:
         if not incoming.load.awaited:

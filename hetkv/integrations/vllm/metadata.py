@@ -29,7 +29,7 @@ class Send:
     priority: int = 0
     """Of 32 bits: lower ones leave first."""
     payload: bytes | None = None
-    """What crosses with it."""
+    """What crosses with it: in the request's first order, and in the first one after its preemption."""
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,8 @@ class Producing:
         """Its tokens `[0, stop)`. vLLM's priority is any integer of a client's."""
         priority = max(-(2**31), min(self.request.priority, 2**31 - 1))
         prompt = self.request.num_prompt_tokens
-        return Send(
-            self.request.request_id, self.name, self.content, prompt, stop, _copy(blocks), priority, self.payload
-        )
+        payload = None if self.sent else self.payload  # workers keep it with the transfer, which begins here
+        return Send(self.request.request_id, self.name, self.content, prompt, stop, _copy(blocks), priority, payload)
 
 
 class SchedulerSide:
@@ -226,7 +225,7 @@ class SchedulerSide:
         """Take what the workers have finished."""
         if output.finished_sending or output.finished_recving:
             self._idle_since = None
-        self._held -= output.finished_sending or set()
+        self._held.difference_update(output.finished_sending or ())
         if isinstance(reported := output.kv_connector_worker_meta, Reported):
             # Each rank lets the producer go once it is done: for one that had its part already nothing is new.
             self._next.loads += [self._loading[name].let_go for name in reported.repeated if name in self._loading]
