@@ -241,11 +241,11 @@ def main() -> int:
             plan.append((high, "common", 0.9 * low.found["capacity_rps"], 0.9, 0.0))
         for number, (system, label, rate, share, before) in enumerate(plan):
             if before:
-                system.calibrate(before, 0.03 * stage)
+                system.calibrate(before, args.seconds or 0.03 * stage)
                 keep()
             after = sum(0.04 * stage for _, _, _, _, more in plan[number + 1 :] if more)
             seconds = (left() - 15 - after) / (len(plan) - number)
-            seconds = max(8.0, seconds - min(12.0, seconds / 4))  # until the last ones have ended
+            seconds = args.seconds or max(8.0, seconds - min(12.0, seconds / 4))  # until the last ones have ended
             if left() < 20:
                 raise RuntimeError(f"no time left for {system.name} {label}")
             system.judge(label, rate, seconds, share)
@@ -259,6 +259,8 @@ def main() -> int:
         keep()
     from reality_predict import predict
 
+    if not any(system.found["runs"] for system in systems):
+        return 1
     try:
         predict(args.out)
     except ImportError as error:  # SciPy, which fits the steps
@@ -271,6 +273,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget", type=float, default=450.0, metavar="S", help="seconds of all measurements (450)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="of each load at a rate (what the budget leaves)")
     parser.add_argument("--model", default=str(DEMO), help="checkpoint, or shape:NAME with random weights")
     parser.add_argument("--deployments", nargs="+", choices=DEPLOYMENTS, default=DEPLOYMENTS, metavar="NAME",
                         help="one alone where its instances would share a GPU with the other's (both)")  # fmt: skip
@@ -278,6 +281,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", default="TP1")
     parser.add_argument("--decode", default="TP1")
     parser.add_argument("--in-flight", type=int, default=64, metavar="N", help="requests that make a full load (64)")
+    parser.add_argument("--probe-tokens", type=int, nargs="+", metavar="N", help="prompts that are sent one by one")
     parser.add_argument("--prompt-tokens", default=None, metavar="DIST")
     parser.add_argument("--output-tokens", default=None, metavar="DIST")
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -291,7 +295,7 @@ def _arguments() -> argparse.Namespace:
     if not args.kv_tokens:
         args.kv_tokens = 30_000 if not shape else 64_000 if len(gpus()) > 1 else 20_000
     args.vocabulary = 30000 if shape else 1000
-    args.probe_tokens = [256, 1024, 2000] if shape else [50, 200, 450]
+    args.probe_tokens = args.probe_tokens or ([256, 1024, 2000] if shape else [50, 200, 450])
     return args
 
 
