@@ -18,6 +18,9 @@ PLAN_EVENTS = 1_500_000
 ALTERNATIVE_EVENTS = 600_000
 """For each alternative to it, and for each plan of a sweep."""
 
+UNMET = 3
+"""Times as many again for the neighbours of a plan that misses a target, where no plan meets them all."""
+
 SAFETY_SECONDS = 3600.0
 """An outer limit by the clock. A plan that it cut short says so, and may be another one on a faster machine."""
 
@@ -41,6 +44,11 @@ class Effort:
 
     def _simulated(self) -> int:
         return sum(checker.events for checker in self.checkers.values())
+
+    def extend(self, events: int) -> None:
+        """Allow so many more events."""
+        self._end += events
+        self.short = "" if self.short == "events" else self.short
 
     @property
     def spent(self) -> bool:

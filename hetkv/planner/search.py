@@ -14,7 +14,7 @@ import numpy as np
 from hetkv.errors import UndecidedError
 from hetkv.planner.calibrator import Calibrator, Reach
 from hetkv.planner.columns import Column, Columns, kv_bytes
-from hetkv.planner.effort import PLAN_EVENTS, Effort
+from hetkv.planner.effort import PLAN_EVENTS, UNMET, Effort
 from hetkv.planner.milp import Cut, Solution, optimise
 from hetkv.planner.neighbours import BURSTS, LARGEST, cheaper
 from hetkv.planner.problem import Problem
@@ -308,6 +308,8 @@ class Search:
         plan = self.best or self.near() or min(self.left(), key=lambda c: c.used, default=None)
         if plan is None:
             return
+        if self.best is None:
+            self.effort.extend(UNMET * self.events)
         most = plan.cost if plan.near else DEARER * max(c.cost for c in self.seen)
         for model in self.checkers:
             plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else most)

@@ -37,10 +37,10 @@ def solve(
 
     `alternatives`: also plan for each vendor alone, disaggregated only and aggregated only, take one of these plans
     where it is better, and plan at the ends of the cost model's interval. After `events` of the simulator the search
-    for the plan begins no further measurement, neighbour or round, except rounds that ask for more rate while no plan
-    meets the targets; the alternatives and the slack have limits of their own. So one problem and seed give one plan
-    (effort.py); `seconds` is an outer limit. `Plan.cut` has each limit that was met. `checkers` (by model) remember
-    what they simulated.
+    for the plan begins no further measurement, neighbour or round. While no plan meets the targets, rounds that ask for
+    more rate go on, and neighbours may take `UNMET` times as many events again. The alternatives and the slack have
+    limits of their own. So one problem and seed give one plan (effort.py); `seconds` is an outer limit. `Plan.cut` has
+    each limit that was met. `checkers` (by model) remember what they simulated.
 
     `InfeasibleError` where there is no plan, `UndecidedError` where the integer program's limit left that open;
     `meets` is false where none was found whose targets hold in the simulator.
