@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from hetkv.errors import ApiError, GenerationError, InputError
 from hetkv.runtime.chat import ChatTemplate
-from hetkv.runtime.tokenizer import TextTokenizer, TokenIds
+from hetkv.runtime.tokenizer import LONG_TEXT, TextTokenizer, TokenIds
 from hetkv.serve.answer import Answer, Piece
 from hetkv.serve.app import unless_gone
 from hetkv.serve.errors import error_body
@@ -40,7 +41,10 @@ class Fleet:
             raise ApiError(
                 404, f"The model `{call.model}` does not exist", code="model_not_found", param="model"
             )  # fmt: skip
-        prompts = self._prompts(call)
+        if len(body) < LONG_TEXT:
+            prompts = self._prompts(call)
+        else:  # in a thread, so that instances and other clients do not wait
+            prompts = await asyncio.to_thread(self._prompts, call)
         longest = max(map(len, prompts))
         limit = min(self._context, self.scheduler.longest or self._context)
         most = limit - longest + (limit < self._context)  # the last token needs no KV
@@ -69,11 +73,15 @@ class Fleet:
             if self._template is None:
                 raise ApiError(400, f"The model `{self.model}` has no chat template", code="no_chat_template")
             try:
-                return [self._tokenizer.encode(self._template.render(call.messages), special_tokens=False)]
+                text = self._template.render(call.messages)
             except InputError as error:
                 raise ApiError(400, str(error), param="messages") from None
+            self._check_length(text, "messages")
+            return [self._tokenizer.encode(text, special_tokens=False)]
         found = []
         for prompt in call.prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise ApiError(400, "prompt has no tokens", param="prompt")
@@ -81,6 +89,18 @@ class Fleet:
                 raise ApiError(400, "prompt has a token id outside the vocabulary", param="prompt")
             found.append(ids)
         return found
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Before seconds are spent on a text that cannot fit."""
+        most = self._tokenizer.most_characters
+        if most is not None and len(text) > most * self._context:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self._context} tokens, and your {len(text)} characters are "
+                "more.",
+                code="context_length_exceeded",
+                param=param,
+            )
 
     async def models(self) -> dict[str, Any]:
         return {

@@ -15,32 +15,64 @@ from hetkv.errors import ApiError
 from hetkv.runtime.sampling import Sampling
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
     "length_penalty": (1,),
     "logit_bias": ({},),
+    "logits_processors": ([],),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "prediction": (),
     "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "store": (False,),
+    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "verbosity": (),
+    "vllm_xargs": ({},),
+    "web_search_options": (),
 }
 """Fields that are known, and the values (and null) that change nothing."""
+NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+}
+NEUTRAL_COMPLETION: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,)}
+"""The same of one kind of request."""
 IGNORED = ("metadata", "prompt_cache_key", "request_id", "safety_identifier", "user")
 """Fields that say something about the client and change nothing."""
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 32, 16, 20
+MOST_SEQUENCES = 2048
+"""Choices of all prompts of a request."""
+SEEDS = -(1 << 63), (1 << 63) - 1
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` of a completion."""
 
@@ -64,7 +96,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
 
 
 class _Completion(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -106,6 +138,8 @@ def json_object(body: bytes) -> dict[str, Any]:
         document = msgspec.json.decode(body)
     except msgspec.DecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body has too many lists and objects inside of each other") from None
     if not isinstance(document, dict):
         raise ApiError(400, "the body is not a JSON object")
     return document
@@ -114,7 +148,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 def parse(body: bytes, chat: bool) -> Call:
     """The call that a body asks for. Raises `ApiError`."""
     document = json_object(body)
-    _check_neutral(document)
+    _check_neutral(document, {**NEUTRAL, **(NEUTRAL_CHAT if chat else NEUTRAL_COMPLETION)})
     kind = _Chat if chat else _Completion
     try:
         fields: Any = msgspec.convert(document, kind)
@@ -125,10 +159,10 @@ def parse(body: bytes, chat: bool) -> Call:
     return call
 
 
-def _check_neutral(document: dict[str, Any]) -> None:
+def _check_neutral(document: dict[str, Any], neutral: dict[str, tuple[Any, ...]]) -> None:
     for name in IGNORED:
         document.pop(name, None)
-    for name, values in NEUTRAL.items():
+    for name, values in neutral.items():
         if name in document:
             value = document.pop(name)
             if value is not None and value not in values:
@@ -138,18 +172,20 @@ def _check_neutral(document: dict[str, Any]) -> None:
 def _invalid(error: msgspec.ValidationError) -> ApiError:
     """msgspec's text and the field that it names."""
     text, _, place = str(error).partition(" - at `$")
+    within = place.strip("`.")
     if "unknown field" in text:
-        name = text.split("`")[1]
+        name = f"{within}." * bool(within) + text.split("`")[1]
         return ApiError(400, f"Unrecognized request argument supplied: {name}", param=name, code="unknown_parameter")
     if "missing required field" in text:
         name = text.split("`")[1]
         return ApiError(400, f"{name} is missing", param=name, code="missing_required_parameter")
-    field = place.strip("`.").split(".")[0].split("[")[0]
+    field = within.split(".")[0].split("[")[0]
     return ApiError(400, f"{field}: {text[0].lower()}{text[1:]}" if field else text, param=field or None)
 
 
 def _check_ranges(fields: Any) -> None:
     ranges = [("temperature", 0, 2), ("top_p", 0, 1), ("n", 1, MOST_CHOICES), ("max_tokens", 1, 1 << 31)]
+    ranges += [("seed", *SEEDS)]
     if isinstance(fields, _Chat):
         ranges += [("max_completion_tokens", 1, 1 << 31), ("top_logprobs", 0, MOST_LOGPROBS)]
     else:
@@ -205,7 +241,9 @@ def _message(message: dict[str, Any], number: int) -> dict[str, Any]:
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise ApiError(400, f"messages[{number}]: only text is understood", param="messages")
-        content = "".join(str(part.get("text", "")) for part in content)
+        if any(not isinstance(part.get("text"), str) for part in content):
+            raise ApiError(400, f"messages[{number}]: a part of type text must have a text", param="messages")
+        content = "".join(part["text"] for part in content)
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise ApiError(400, f"messages[{number}] must have a role and a content", param="messages")
     return {**message, "content": content}
@@ -222,6 +260,12 @@ def _call(
     stop = fields.stop if isinstance(fields.stop, list) else [] if fields.stop is None else [fields.stop]
     if len(stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in stop):
         raise ApiError(400, f"stop must be a text or a list of up to {MOST_STOPS} texts", param="stop")
+    if len(prompts) * (fields.n or 1) > MOST_SEQUENCES:
+        raise ApiError(
+            400,
+            f"a request may have {MOST_SEQUENCES} choices, not {len(prompts)} prompts with {fields.n or 1} each",
+            param="prompt",
+        )
     options = fields.stream_options or StreamOptions()
     sampling = Sampling(
         max_tokens=max_tokens or 1,
@@ -230,7 +274,7 @@ def _call(
         top_p=1.0 if fields.top_p is None else fields.top_p,
         seed=secrets.randbits(48) if fields.seed is None else fields.seed,
         logprobs=logprobs,
-        ignore_eos=fields.ignore_eos,
+        ignore_eos=bool(fields.ignore_eos),
     )
     return Call(
         chat=chat, model=fields.model, prompts=prompts, messages=messages, max_tokens=max_tokens, n=fields.n or 1,

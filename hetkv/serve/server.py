@@ -6,8 +6,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -28,6 +28,7 @@ from hetkv.serve.member import Member
 from hetkv.serve.messages import Trace
 from hetkv.serve.metrics import Metrics
 from hetkv.serve.page import Moves, add_page
+from hetkv.serve.protocol import json_object
 from hetkv.serve.scheduler import Scheduler
 from hetkv.simulator.router import BALANCED
 
@@ -107,12 +108,11 @@ class Server(HttpServer):
         @app.post("/instances/{name}/role")
         async def role(name: str, request: Request) -> JSONResponse:
             """Let an instance prefill, decode, or both: `{"role": ...}`."""
-            with suppress(msgspec.DecodeError):
-                body: Any = msgspec.json.decode(await request.body())
-                if isinstance(body, dict) and set(body) == {"role"}:
-                    member = self.scheduler.set_role(name, str(body["role"]))
-                    return JSONResponse({"name": name, "role": member.role, "wanted": member.wanted})
-            raise ApiError(400, 'the body must be {"role": "prefill" | "decode" | "aggregated"}')
+            body = json_object(await request.body())
+            if set(body) != {"role"} or not isinstance(body["role"], str):
+                raise ApiError(400, 'the body must be {"role": "prefill" | "decode" | "aggregated"}')
+            member = self.scheduler.set_role(name, body["role"])
+            return JSONResponse({"name": name, "role": member.role, "wanted": member.wanted})
 
 
 def _tracer(path: str | None) -> RequestTracer | None:
