@@ -170,11 +170,10 @@ def test_a_search_that_ended_by_itself_met_no_limit() -> None:
 def test_neighbours_of_a_plan_that_misses_have_events_of_their_own() -> None:
     """Rounds that found nothing may have used the limit up: the plan is among the neighbours then."""
     checkers = {m.name: SloChecker(small(), m) for m in small().models}
-    search = Search(small(), build_columns(small(), every=True), checkers, 50_000)
+    search = Search(small(), build_columns(small(), every=True), checkers, 20_000)
     found = search.run().best
     assert found is not None
     assert search.effort.spent
-    assert search.effort.short == "events"
     search.best = None
     search._improve()
     assert search.best is not None
