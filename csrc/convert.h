@@ -21,11 +21,13 @@
 #define HETKV_ISA portable
 #endif
 
-// The library's function is the host's alone for HIP.
+// The library's functions are the host's alone for HIP.
 #if defined(__HIP__)
 #define HETKV_COPY_BITS __builtin_memcpy
+#define HETKV_RINT __builtin_rintf
 #else
 #define HETKV_COPY_BITS std::memcpy
+#define HETKV_RINT rintf
 #endif
 
 namespace hetkv {
@@ -142,7 +144,7 @@ HETKV_HD inline std::uint32_t encode_scaled(DType dtype, float value, bool* satu
   *saturated = nan || value >= 127.5f || value <= -127.5f;
   if (nan) return 0;
   const float bounded = value > kLargestInt8 ? kLargestInt8 : value < -kLargestInt8 ? -kLargestInt8 : value;
-  return static_cast<std::uint32_t>(static_cast<std::int32_t>(rintf(bounded))) & 0xFFu;
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(HETKV_RINT(bounded))) & 0xFFu;
 }
 
 // Largest finite magnitude of a dtype that takes scales.

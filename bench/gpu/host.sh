@@ -28,7 +28,7 @@ build() {
 for part in $parts; do
   case $part in
     build) lines=3 step build 200 bash -c "$(declare -f build); build" ;;
-    test) lines=5 step test 130 python3 -m pytest tests/remap/test_remap_gpu.py -m gpu -p no:cacheprovider --durations=5 ;;
+    test) lines=5 step test 130 python3 -m pytest tests/remap/test_remap_gpu.py tests/remap/test_scaled_gpu.py -m gpu -p no:cacheprovider --durations=5 ;;
     sanitize)
       for tool in memcheck racecheck; do
         lines=2 step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -11,8 +11,10 @@ from hetkv.kv.dtypes import DType
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.spec import LayerSpec
 from hetkv.transport.backends import backends
-from tests.remap.cases import pool, wire
+from tests.remap.cases import Side, pool, wire
 from tests.remap.gpu_cases import check_on
+from tests.remap.scaled_cases import Case, Place, sensible
+from tests.remap.test_scaled_gpu import check_on as check_scaled
 
 
 def main() -> int:
@@ -42,8 +44,30 @@ def main() -> int:
                     check_on("cuda", paged, payload, tokens, 3, channels)
                     check_on("cuda", payload, paged, tokens, 3, channels)
                     count += 2
+    count += scaled()
     print(f"{count} moves equal the oracle")
     return 0
+
+
+def scaled() -> int:
+    """Codes with scales on the wire, in groups for clusters of lanes and in others, both ways."""
+    count = 0
+    for preset, channels, groups, tokens in (
+        ("nhd", 128, 1, 77), ("hnd", 96, 3, 33), ("rocm", 64, 2, 50), ("nhd", 576, 1, 20), ("hnd", 20, 4, 31),
+    ):  # fmt: skip
+        for dtype, code in ((DType.BFLOAT16, DType.FLOAT8_E4M3FN), (DType.FLOAT32, DType.INT8)):
+            layout = KVLayout.preset(preset, LayerSpec.kv(3, 16, channels), 3, 16, dtype).segments["v"]
+            paged = Place(pool(layout, 16, 6, [5, 0, 3, 1, 4], 1, 3), None)
+            scales = wire(DType.FLOAT32, tokens, 3, groups, 2)
+            sensible(scales, groups, 3)
+            codes = wire(code, tokens, 3, channels, 4)
+            payload = Place(codes, Side(scales.memory, DType.FLOAT32, num_blocks=groups))
+            shape = (tokens, 3, channels, None)
+            check_scaled("cuda", [Case(paged, payload, *shape, False, "destination")])
+            check_scaled("cuda", [Case(payload, paged, *shape, False, "source")])
+            check_scaled("cuda", [Case(paged, payload, *shape, True, "destination")])
+            count += 3
+    return count
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@
 
 #include "remap/remap.h"
 
-#define HETKV_BACKEND_ABI 5
+#define HETKV_BACKEND_ABI 6
 #define HETKV_BACKEND_SYMBOL "hetkv_backend"
 
 extern "C" {
@@ -181,8 +181,8 @@ struct HetkvBackend {
   // launch is done: both maps' memory, `blocks` and `multipliers`. Block tables in device memory are read at full
   // speed; in pinned host memory each thread block waits for the bus. The padding of a wire destination up to a
   // multiple of 8 bytes is set to zero. `max_blocks` bounds the thread blocks that run at once, so that a caller can
-  // leave multiprocessors to others; 0: as many as fit. Jobs with scales (hetkv::remap::Job::scaled) are
-  // kHetkvUnsupported; fills, whose source has strides of 0, are jobs like others.
+  // leave multiprocessors to others; 0: as many as fit. A payload of codes with scales is read once, unless new scales
+  // are found from it. Groups of scales are not split into packs; a job with scales has fewer than 2^31 elements.
   std::int32_t (*remap)(void* stream, const hetkv::remap::Job* jobs, const HetkvRemapFrame* frames,
                         std::size_t num_frames, const HetkvRemapSlot* slot, std::int32_t max_blocks);
 

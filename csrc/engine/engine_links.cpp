@@ -25,14 +25,13 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
       return Status::error(
           Code::kInvalid, "layer " + std::to_string(plan.layer) + " has no heads, or segments that do not fit a frame");
     }
-    const bool scaled = !plan.fills.empty() || plan.scale_encoding != 0 ||
-                        std::any_of(plan.segments.begin(), plan.segments.end(), [](const SegmentPlan& segment) {
-                          return segment.pool_scales.map.base != 0 || segment.wire_scales >= 0;
-                        });
-    if (scaled && device_ != nullptr) {
+    const bool finds = !plan.fills.empty() ||
+                       std::any_of(plan.segments.begin(), plan.segments.end(),
+                                   [](const SegmentPlan& segment) { return segment.pool_scales.map.base != 0; });
+    if (finds && device_ != nullptr) {
       return Status::error(Code::kUnsupported, "layer " + std::to_string(plan.layer) +
-                                                   " has scales per token or head in its blocks; a pool on a device "
-                                                   "has static scales, or none");
+                                                   " has scales in its blocks that would be found anew, or filled in, "
+                                                   "from what arrives; on a device they are copied only");
     }
     if (const std::uint64_t need = plan.payload_bytes(1); need > config_.slot_bytes) {
       return Status::error(Code::kInvalid, "slot_bytes is " + std::to_string(config_.slot_bytes) +

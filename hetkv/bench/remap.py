@@ -19,9 +19,9 @@ from hetkv.errors import InputError
 NARROW_BYTES = 16 << 20  # of the narrower side
 BUFFERS = 4
 
-TARGETS = {"move": 0.85, "convert": 0.6, "transpose": 0.5, "short": None, "transpose+convert": None}
+TARGETS = {"move": 0.85, "convert": 0.6, "transpose": 0.5, "short": None, "codec": None, "transpose+convert": None}
 """Least ratio by kind: equal dtypes with runs of 256 bytes or more, conversions, layouts that turn axes around. None:
-runs below 256 bytes, and both at once, which are reported without a target."""
+runs below 256 bytes, codes with scales, and both of the first two at once, which are reported without a target."""
 
 
 def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:

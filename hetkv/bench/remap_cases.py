@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from hetkv.control.codec import INT4_LARGEST
 from hetkv.kv.dtypes import DType
 from hetkv.kv.layout import KVLayout
 from hetkv.kv.spec import LayerSpec
@@ -25,10 +26,14 @@ class Place(NamedTuple):
     segments: str = "k"
     block_size: int = 16
     dtype: str = "bf16"
+    group: int = 0
+    """Channels that share a scale, on the wire; 0: none do."""
 
     def __str__(self) -> str:
         text = f"{self.layout} {self.segments}" if self.layout == "rocm" else self.layout
-        return text if self.layout == "canonical" else f"{text} {self.block_size}"
+        if self.layout != "canonical":
+            return f"{text} {self.block_size}"
+        return f"{text} with a scale for {self.group}" if self.group else text
 
 
 class Case(NamedTuple):
@@ -60,6 +65,8 @@ class Case(NamedTuple):
 
 
 WIRE = Place("canonical")
+CODED = {"fp8": Place("canonical", dtype="fp8", group=128), "int4": Place("canonical", dtype="int8", group=32)}
+"""What the codecs have on the wire; of `int4` a stream packs two codes in a byte later."""
 SHARED = [Place(layout, "kv") for layout in ("nhd_interleaved", "packed_nhd", "packed_hnd")]
 
 
@@ -90,15 +97,19 @@ def cases() -> Iterator[Case]:
                 yield Case("convert", Place("nhd", dtype=start), Place("canonical", dtype=to), checksum=checksum)
             else:
                 yield Case("convert", Place("canonical", dtype=start), Place("nhd", dtype=to), checksum=checksum)
+    for wire in CODED.values():
+        for pool in (Place("nhd"), Place("hnd", dtype="fp16"), Place("rocm", "v", 64)):
+            yield Case("codec", pool, wire)
+            yield Case("codec", wire, pool)
     yield Case("transpose+convert", Place("canonical", dtype="fp8"), Place("rocm", "k", 64, "bf16"))
     yield Case("transpose+convert", Place("canonical", dtype="fp8"), Place("rocm", "v", 64, "bf16"))
 
 
 class Memory(NamedTuple):
-    """Memory of one side, and for each segment the way to name it and its offset in the payload."""
+    """Memory of one side, and for each segment the way to name it, its offset in the payload and that of its scales."""
 
     data: torch.Tensor
-    sides: list[tuple[_core.RemapSide, int]]
+    sides: list[tuple[_core.RemapSide, int, int]]
 
 
 def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: int, device: str = "cpu") -> Memory:
@@ -114,18 +125,33 @@ def make_memory(place: Place, segments: str, tokens: int, head_dim: int, seed: i
     one = rows * TOKEN_CHANNELS * dtype.itemsize
     values = torch.randn(1 << 20, generator=generator).to(dtype.torch).view(torch.uint8).to(device)
     data = values.repeat(-(-one * len(segments) // values.numel()))[: one * len(segments)].clone()
-    sides = []
+    sides: list[tuple[_core.RemapSide, int, int]] = []
     if place.layout == "canonical":
+        scales = torch.ones(scale_bytes(place, rows * len(segments)) // 4, device=device).view(torch.uint8)
+        data, base = torch.cat([data, scales]), len(data)
         for i in range(len(segments)):
             map_ = _core.SegmentMap.canonical(data.data_ptr() + i * one, tokens, head_dim, dtype.code)
-            sides.append((_core.RemapSide(map_), i * one))
+            if not place.group:
+                sides.append((_core.RemapSide(map_), i * one, 0))
+                continue
+            at = base + i * scale_bytes(place, rows)
+            groups = _core.SegmentMap.canonical(
+                data.data_ptr() + at, tokens, head_dim // place.group, DType.FLOAT32.code
+            )
+            side = _core.RemapSide(map_, scales=groups, channels_per_scale=place.group)
+            sides.append((side, i * one, at))
         return Memory(data, sides)
     layout = KVLayout.preset(place.layout, LayerSpec.kv(heads, head_dim), heads, place.block_size, dtype)
     blocks = torch.randperm(num_blocks, generator=generator).to(torch.int32)
     for name in segments:
         map_ = _core.SegmentMap.of(layout.segments[name], place.block_size, data.data_ptr())
-        sides.append((_core.RemapSide(map_, blocks), 0))
+        sides.append((_core.RemapSide(map_, blocks), 0, 0))
     return Memory(data, sides)
+
+
+def scale_bytes(place: Place, rows: int) -> int:
+    """Of the scales of so many tokens."""
+    return rows * TOKEN_CHANNELS // place.group * 4 if place.group else 0
 
 
 class Extent(NamedTuple):
@@ -147,7 +173,8 @@ def extent(case: Case, narrow_bytes: int) -> Extent:
     segments = next(place.segments for place in places[::-1] if place.layout != WIRE.layout)
     tokens = narrow_bytes // (TOKEN_CHANNELS * min(sizes) * len(segments))
     elements = tokens * TOKEN_CHANNELS * len(segments)
-    return Extent(segments, tokens, elements, elements * sizes[0], elements * sum(sizes))
+    scales = [scale_bytes(place, tokens * len(segments)) for place in places]
+    return Extent(segments, tokens, elements, elements * sizes[0] + scales[0], elements * sum(sizes) + sum(scales))
 
 
 def make_jobs(case: Case, source: Memory, destination: Memory, tokens: int) -> list[_core.RemapJob]:
@@ -164,8 +191,12 @@ def make_jobs(case: Case, source: Memory, destination: Memory, tokens: int) -> l
             channels=case.head_dim,
             wire=wire,
             wire_offset=max(start_offset, to_offset) if wire else 0,
+            wire_scale_offset=max(start_scales, to_scales),
+            largest=INT4_LARGEST if case.destination.dtype == "int8" else 0.0,
         )
-        for (start, start_offset), (to, to_offset) in zip(source.sides, destination.sides, strict=True)
+        for (start, start_offset, start_scales), (to, to_offset, to_scales) in zip(
+            source.sides, destination.sides, strict=True
+        )
     ]
 
 

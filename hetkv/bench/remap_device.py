@@ -19,7 +19,7 @@ from hetkv.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-TARGETS = {"move": 0.85, "convert": 0.8, "transpose": 0.7, "short": None, "transpose+convert": None}
+TARGETS = {"move": 0.85, "convert": 0.8, "transpose": 0.7, "short": None, "codec": None, "transpose+convert": None}
 """Least ratio by kind; None: reported without a target."""
 
 L2_MULTIPLE = 3  # bytes of the rotated buffers, in second-level caches

@@ -2,9 +2,8 @@
 
 `fp8` and `int4` are lossy and so never chosen by themselves: both sides name one. Each is a conversion like any other:
 a segment that has two or four bytes an element in both pools travels as e4m3fn or int8 codes and float32 scales, which
-the sender finds and the receiver applies. It is left out where slots are shared memory, on links with RDMA, and where a
-pool is on a device, whose remaps have no scales. The codes of `int4` are from -7 to 7, two of which a stream packs in a
-byte.
+the sender finds and the receiver applies. It is left out where slots are shared memory and on links with RDMA. The
+codes of `int4` are from -7 to 7, two of which a stream packs in a byte.
 
 `lossless` gives back every bit: parts of payloads are coded where they enter a stream and decoded where they leave it.
 A side names it where it can decode; the sender then decides, by measured rates or always.
@@ -27,6 +26,8 @@ Codec = Literal["none", "fp8", "int4", "lossless"]
 Make = Callable[[SegmentLayout, SegmentLayout, Interval, Interval, Interval], Conversion]
 CODECS_SINCE = 5
 """Minor version from which descriptions name codecs."""
+DEVICE_CODECS_SINCE = 7
+"""Minor version from which devices find and apply scales, which `fp8` and `int4` need."""
 CODED_VALUES = {DType.BFLOAT16: 1, DType.FLOAT16: 2}
 """What `lossless` codes, by its number on the wire."""
 INT4_VALUES = 3
@@ -47,7 +48,7 @@ def agreed_codec(agreement: Agreement, kind: Literal["unix", "tcp"]) -> Codec:
     if kind != "tcp" or rdma or agreement.minor < CODECS_SINCE:
         return "none"
     both = set(mine.codecs) & set(theirs.codecs)
-    if mine.device == theirs.device == "cpu":
+    if mine.device == theirs.device == "cpu" or agreement.minor >= DEVICE_CODECS_SINCE:
         if "fp8" in both:
             return "fp8"
         if "int4" in both:

@@ -31,7 +31,7 @@ from hetkv.errors import (
 Role = Literal["sender", "receiver"]
 
 MAJOR = 2
-MINOR = 6
+MINOR = 7
 TLS_SINCE = 5
 """Minor version from which the keys of a connection inside TLS depend on both certificates."""
 MIN_SECRET_BYTES = 16

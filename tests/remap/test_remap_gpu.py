@@ -216,19 +216,6 @@ def test_fills_repeat_one_value(backend: str) -> None:
 
 
 @every_backend
-def test_scales_per_token_are_rejected(backend: str) -> None:
-    codes, scales = wire(DType.INT8, 4, 1, 16, 1), torch.ones(4)
-    side = _core.RemapSide(
-        _core.SegmentMap.canonical(codes.body.data_ptr(), 4, 16, DType.INT8.code),
-        scales=_core.SegmentMap.canonical(scales.data_ptr(), 4, 1, DType.FLOAT32.code),
-        channels_per_scale=16,
-    )
-    job = _core.RemapJob(side, wire(DType.BFLOAT16, 4, 1, 16, 2).kernel(4, 16), tokens=4, heads=1, channels=16)
-    with pytest.raises(UnsupportedError, match="scales per token or head"):
-        _core.DeviceRemap(backend, 0, [job]).launch()
-
-
-@every_backend
 def test_bad_input_is_rejected_by_name(backend: str) -> None:
     with pytest.raises(InputError, match="invalid device ordinal"):
         _core.DeviceRemap(backend, 99, [])

@@ -12,9 +12,12 @@ HETKV_INLINE std::uint64_t times(std::uint32_t n, std::int64_t stride) {
   return static_cast<std::uint64_t>(n) * static_cast<std::uint32_t>(stride);
 }
 
+HETKV_INLINE std::uint64_t channel_offset(const Side& side, std::uint32_t channel) {
+  return times(channel, side.inner_stride) + times(side.pack.divide(channel), side.pack_step);
+}
+
 HETKV_INLINE std::uint64_t head_channel(const Side& side, std::uint32_t head, std::uint32_t channel) {
-  return side.base + times(head, side.head_stride) + times(channel, side.inner_stride) +
-         times(side.pack.divide(channel), side.pack_step);
+  return side.base + times(head, side.head_stride) + channel_offset(side, channel);
 }
 
 // `token` counts from the job's first.

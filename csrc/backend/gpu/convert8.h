@@ -324,4 +324,11 @@ HETKV_CALL std::uint64_t convert_one(DType from, DType to, std::uint32_t code, f
   return result | static_cast<std::uint64_t>(clamped) << 32;
 }
 
+// The same for codes that have scales, which int8 is one of.
+HETKV_CALL std::uint64_t convert_scaled(DType from, DType to, std::uint32_t code, float multiplier) {
+  bool clamped;
+  const std::uint32_t result = encode_scaled(to, decode_scaled(from, code) * multiplier, &clamped);
+  return result | static_cast<std::uint64_t>(clamped) << 32;
+}
+
 }  // namespace hetkv::gpu

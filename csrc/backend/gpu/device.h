@@ -52,6 +52,10 @@ __device__ inline std::uint32_t from_lane_above(std::uint32_t value, std::uint32
   const std::uint32_t lane = __builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u)) + distance;
   return static_cast<std::uint32_t>(__builtin_amdgcn_ds_bpermute(static_cast<int>(lane * 4), static_cast<int>(value)));
 }
+__device__ inline std::uint32_t from_lane_across(std::uint32_t value, std::uint32_t mask) {
+  const std::uint32_t lane = __builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u)) ^ mask;
+  return static_cast<std::uint32_t>(__builtin_amdgcn_ds_bpermute(static_cast<int>(lane * 4), static_cast<int>(value)));
+}
 // Launches of a stream follow each other whole.
 __device__ inline void wait_for_launch_before() {}
 __device__ inline void let_next_launch_start() {}
@@ -88,6 +92,9 @@ __device__ inline void let_next_launch_start() {
 }
 __device__ inline std::uint32_t from_lane_above(std::uint32_t value, std::uint32_t distance) {
   return __shfl_down_sync(0xFFFFFFFFu, value, distance);
+}
+__device__ inline std::uint32_t from_lane_across(std::uint32_t value, std::uint32_t mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, static_cast<int>(mask));
 }
 
 #endif

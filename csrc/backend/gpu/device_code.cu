@@ -15,6 +15,10 @@ template __global__ void remap_kernel<Paths::kRows, false>(HETKV_GRID_CONSTANT c
                                                            HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kRows, true>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
                                                           HetkvRemapResult*);
+template __global__ void remap_kernel<Paths::kGroups, false>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
+                                                             HetkvRemapResult*);
+template __global__ void remap_kernel<Paths::kGroups, true>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
+                                                            HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kAll, false>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,
                                                           HetkvRemapResult*);
 template __global__ void remap_kernel<Paths::kAll, true>(HETKV_GRID_CONSTANT const Launch, std::uint32_t, Scratch*,

@@ -60,9 +60,33 @@ __device__ inline void report(std::uint32_t num_frames, std::uint32_t num_blocks
   if (thread_index() == 0) scratch->blocks = 0;
 }
 
+// Quantise and apply, by all threads of a block.
+__device__ inline void run_clusters(const Job& job, std::uint32_t chunk, Partial& partial) {
+  with_cluster(job, [&](auto type) {
+    typename decltype(type)::type thread(job, chunk * kThreads + thread_index());
+    for (std::uint32_t mask = 1; mask < 1u << job.log_cluster; mask *= 2) {
+      HETKV_UNROLL
+      for (std::uint32_t k = 0; k < kDepth; ++k) {
+        const std::uint32_t other = from_lane_across(thread.shared[k], mask);
+        if (other > thread.shared[k]) thread.shared[k] = other;
+      }
+    }
+    thread.store(job, partial);
+  });
+}
+
+template <Paths kPaths>
+__device__ inline void run_block(const Job& job, std::uint32_t chunk, Partial& partial) {
+  if constexpr (kHasGroups<kPaths>) {
+    if (is_clustered(job.path)) return run_clusters(job, chunk, partial);
+  }
+  run_chunk<kPaths>(job, chunk, thread_index(), partial);
+}
+
 // Thread blocks that a multiprocessor has to hold: more wait for memory at once, and have fewer registers each. A fifth
 // made moves no faster and conversions spill.
 constexpr int blocks_wanted(Paths paths) {
+  if (paths == Paths::kGroups) return 3;  // a fourth would spill
   return paths == Paths::kMoves || paths == Paths::kRows ? 4 : 2;
 }
 
@@ -101,7 +125,7 @@ __global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
       }
       const Job& job = *reinterpret_cast<const Job*>(copied);
       begin(job.frame);
-      run_chunk<kPaths>(job, chunk, thread_index(), partial);
+      run_block<kPaths>(job, chunk, partial);
     }
   } else {
     for (std::uint32_t next = block_index(); next < launch.num_chunks; next += num_blocks) {
@@ -111,7 +135,7 @@ __global__ void HETKV_LAUNCH_BOUNDS(kThreads, blocks_wanted(kPaths))
       chunk -= launch.first_chunk[index];
       const Job& job = launch.jobs[index];
       begin(job.frame);
-      run_chunk<kPaths>(job, chunk, thread_index(), partial);
+      run_block<kPaths>(job, chunk, partial);
     }
   }
   let_next_launch_start();

@@ -20,10 +20,12 @@ gpuError_t load();
 extern template gpuError_t start<Paths::kMoves>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kTurns>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kRows>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
+extern template gpuError_t start<Paths::kGroups>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t start<Paths::kAll>(const Launch&, int, int, Scratch*, HetkvRemapResult*, gpuStream_t);
 extern template gpuError_t load<Paths::kMoves>();
 extern template gpuError_t load<Paths::kTurns>();
 extern template gpuError_t load<Paths::kRows>();
+extern template gpuError_t load<Paths::kGroups>();
 extern template gpuError_t load<Paths::kAll>();
 
 }  // namespace hetkv::gpu

@@ -81,13 +81,27 @@ void place_side(const remap::Side& from, Side* side) {
   }
 }
 
+void place_scales(const remap::Side& side, const remap::Scales& from, ScaleSide* scales) {
+  if (from.map.base == 0) return;
+  Side placed;
+  remap::Side at = side;
+  at.map = from.map;
+  place_side(at, &placed);
+  scales->base = placed.base;
+}
+
 void place_job(const remap::Job& from, Job* job) {
   place_side(from.src, &job->src);
   place_side(from.dst, &job->dst);
+  place_scales(from.src, from.src_scales, &job->src_scales);
+  place_scales(from.dst, from.dst_scales, &job->dst_scales);
   job->multipliers = from.multipliers;
   job->wire_origin = 1 + from.wire_offset / 8;
-  if (job->path == Path::kWords) return;  // the others count the wire's words from address 0
-  job->wire_origin -= (from.wire == remap::WireSide::kSource ? job->src.base : job->dst.base) / 8;
+  job->scale_origin = 1 + from.wire_scale_offset / 8;
+  if (job->path == Path::kWords || job->path == Path::kScaled) return;  // the others count the words from address 0
+  const bool source = from.wire == remap::WireSide::kSource;
+  job->wire_origin -= (source ? job->src.base : job->dst.base) / 8;
+  job->scale_origin -= (source ? job->src_scales.base : job->dst_scales.base) / 8;
 }
 
 Side plan_side(const remap::Side& from) {
@@ -162,6 +176,62 @@ void plan_words(const remap::Job& from, Job* job) {
   job->whole_words = from.wire == remap::WireSide::kDestination && canonical.map.base % 8 == 0;
 }
 
+// Codes, or scales, that are as on the wire, in whole words.
+bool is_flat(const remap::Job& job, const SegmentMap& map, std::int32_t channels) {
+  const SegmentMap flat = canonical_map(map.base, job.tokens, channels, map.dtype);
+  return map.block_size == 0 && map.base % 8 == 0 && map.token_stride == flat.token_stride &&
+         map.head_stride == flat.head_stride && map.inner_stride == flat.inner_stride && map.pack >= channels;
+}
+
+ScaleSide plan_scales(const remap::Scales& from) {
+  ScaleSide side;
+  side.block_stride = from.map.block_stride;
+  side.token_stride = from.map.token_stride;
+  side.head_stride = from.map.head_stride;
+  side.group_stride = from.map.inner_stride;
+  side.channels = static_cast<std::uint32_t>(from.channels_per_scale);
+  return side;
+}
+
+// Groups of whole vectors that a cluster takes, whose scales are on the wire's side, of values on the other one.
+bool plan_groups(const remap::Job& from, Job* job) {
+  const bool quantises = from.dst_scales.map.base != 0;
+  if (quantises == (from.src_scales.map.base != 0) || (from.joint && from.heads > 1)) return false;
+  const remap::Side& coded = quantises ? from.dst : from.src;
+  const remap::Side& plain = quantises ? from.src : from.dst;
+  const remap::Scales& scales = quantises ? from.dst_scales : from.src_scales;
+  const std::int32_t channels = scales.channels_per_scale;
+  const DType code = coded.map.dtype, value = plain.map.dtype;
+  if ((code != DType::kInt8 && code != DType::kFloat8E4M3FN) || item_size(value) == 1) return false;
+  if (channels % std::int32_t{kGroup} != 0 || channels > std::int32_t{kGroup * kMaxCluster}) return false;
+  if (!is_flat(from, coded.map, from.channels) || !is_flat(from, scales.map, from.channels / channels)) return false;
+  if (quantises && (from.wire != remap::WireSide::kDestination || from.largest > largest_scaled(code))) return false;
+  job->runs = has_runs(plain, from.channels, kGroup);
+  if (!strides_fit(plain, from.channels)) return false;
+  if (!quantises && from.wire == remap::WireSide::kDestination && !job->runs) return false;
+  const std::uint32_t log_cluster = ceil_log2(static_cast<std::uint64_t>(channels) / kGroup);
+  const std::int64_t items = (std::int64_t{job->groups} + kDepth - 1) / kDepth << log_cluster;
+  if (items >= kIndexLimit - kThreads) return false;
+  job->path = quantises ? Path::kQuantise : Path::kApply;
+  job->items = static_cast<std::uint32_t>(items);
+  job->log_cluster = static_cast<std::uint8_t>(log_cluster);
+  return true;
+}
+
+// A job with scales on either side.
+void plan_scaled(const remap::Job& from, Job* job) {
+  job->src_scales = plan_scales(from.src_scales);
+  job->dst_scales = plan_scales(from.dst_scales);
+  job->largest = from.largest > 0 ? from.largest : largest_scaled(from.dst.map.dtype);
+  job->joint = from.joint;
+  job->group_channels = std::max(job->src_scales.channels, job->dst_scales.channels);
+  job->row_groups = FastDiv(static_cast<std::uint32_t>(from.channels) / job->group_channels);
+  job->groups = static_cast<std::uint32_t>(from.tokens * from.heads * std::int64_t{job->row_groups.divisor});
+  if (plan_groups(from, job)) return;
+  job->path = Path::kScaled;
+  job->items = (job->groups + kScaledUnits - 1) / kScaledUnits;
+}
+
 // All but what place_job() sets.
 void plan_job(const remap::Job& from, Job* job) {
   job->src = plan_side(from.src);
@@ -174,6 +244,7 @@ void plan_job(const remap::Job& from, Job* job) {
   job->channels = FastDiv(static_cast<std::uint32_t>(std::max(1, from.channels)));
   job->path = Path::kMove16;  // with nothing to move: of the smallest kernel
   if (from.tokens == 0 || from.heads == 0 || from.channels == 0) return;
+  if (from.scaled()) return plan_scaled(from, job);
 
   const std::int64_t size = item_size(from.src.map.dtype);
   const SegmentMap& wire = from.wire == remap::WireSide::kSource ? from.src.map : from.dst.map;
@@ -217,16 +288,29 @@ bool alike(const remap::Side& a, const remap::Side& b) {
          a.first_head == b.first_head;
 }
 
+bool alike(const remap::Scales& a, const remap::Scales& b) {
+  const SegmentMap& x = a.map;
+  const SegmentMap& y = b.map;
+  return (x.base == 0) == (y.base == 0) && a.channels_per_scale == b.channels_per_scale &&
+         x.block_stride == y.block_stride && x.token_stride == y.token_stride && x.head_stride == y.head_stride &&
+         x.inner_stride == y.inner_stride && x.block_size == y.block_size && x.pack == y.pack &&
+         (x.base ^ y.base) % 8 == 0;
+}
+
 bool alike(const remap::Job& a, const remap::Job& b) {
-  return a.tokens == b.tokens && a.heads == b.heads && a.channels == b.channels && a.wire == b.wire &&
-         (a.multipliers == nullptr) == (b.multipliers == nullptr) && alike(a.src, b.src) && alike(a.dst, b.dst);
+  return alike(a.src_scales, b.src_scales) && alike(a.dst_scales, b.dst_scales) && a.joint == b.joint &&
+         a.largest == b.largest && a.tokens == b.tokens && a.heads == b.heads && a.channels == b.channels &&
+         a.wire == b.wire && (a.multipliers == nullptr) == (b.multipliers == nullptr) && alike(a.src, b.src) &&
+         alike(a.dst, b.dst);
 }
 
 }  // namespace
 
 bool can_plan(const remap::Job& job) {
   constexpr std::int64_t limit = kIndexLimit / 2;
-  return job.tokens < limit && job.src.first_token < limit && job.dst.first_token < limit;
+  if (job.tokens >= limit || job.src.first_token >= limit || job.dst.first_token >= limit) return false;
+  // Groups of jobs with scales are counted in 32 bits.
+  return !job.scaled() || job.tokens * job.heads * job.channels < kIndexLimit;
 }
 
 std::uint32_t plan_jobs(const remap::Job* jobs, const HetkvRemapFrame* frames, std::size_t num_frames, Job* out,

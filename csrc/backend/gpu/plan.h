@@ -6,6 +6,10 @@
 // - cells: one side holds the tokens of a block next to each other (transposed V). An item is a cell of 8 tokens x 8
 //   channels that turns round in registers (cells.h).
 // - words: any map at all, one 8-byte word of the canonical order at a time (words.h).
+// With scales for groups of channels:
+// - quantise, apply: the wire's side has codes of 8 bits with scales, the other one values of 16 or 32 bits. An item is
+//   8 channels of kDepth groups; the lanes that share a group are a cluster (groups.h).
+// - scaled: any maps, dtypes and groups; a thread takes whole groups (scaled.h).
 #pragma once
 
 #include <cstddef>
@@ -21,7 +25,10 @@ constexpr std::uint32_t kThreads = 256;
 constexpr std::uint32_t kDepth = 4;  // tokens of one item, words of one thread
 constexpr std::uint32_t kGroup = 8;  // elements that are converted or turned together
 
-enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kCells, kWords };
+constexpr std::uint32_t kMaxCluster = 32;  // lanes, within a warp of any vendor
+constexpr std::uint32_t kScaledUnits = 8;  // of an item of the scaled path: whole words, however small the groups are
+
+enum class Path : std::uint8_t { kMove16, kMove8, kConvert, kCells, kWords, kQuantise, kApply, kScaled };
 
 // One side of a job. An element's address is
 //   base + head * head_stride + token_offset(token) + channel * inner_stride + (channel / pack) * pack_step.
@@ -38,6 +45,17 @@ struct Side {
   FastDiv pack;  // in channels
   DType dtype = DType::kUInt8;
   bool tiled = true;  // rows, cells: the tokens of one item are in one block
+};
+
+// Scales of one side; base 0: it has none. That of group g of a token is at
+//   base + head * head_stride + block * block_stride + token in its block * token_stride + g * group_stride.
+struct ScaleSide {
+  std::uint64_t base = 0;  // as of Side
+  std::int64_t block_stride = 0;
+  std::int64_t token_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t group_stride = 0;
+  std::uint32_t channels = 0;  // that share one
 };
 
 // What every item needs is together, and what only words need at the end: a launch begins with fetching this from
@@ -65,8 +83,19 @@ struct Job {
   std::uint64_t token_key = 0;    // cells: what one token adds to it, words of a token * remap::kChecksumStep
   const float* multipliers = nullptr;
   std::uint64_t elements = 0;  // words: all of the job's
-  FastDiv token_count;         // words
+  FastDiv token_count;         // words, and all below
   FastDiv channels;            // words
+  // quantise, apply, scaled
+  FastDiv row_groups;        // groups of a token and head
+  std::uint32_t groups = 0;  // of the job. scaled: units, each of which is whole groups of both sides
+  std::uint32_t group_channels = 0;
+  std::uint8_t log_cluster = 0;    // quantise, apply: lanes of a cluster
+  bool runs = false;               // quantise, apply: the values' channels are contiguous and aligned in eights
+  bool joint = false;              // scaled
+  float largest = 0;               // code of the largest magnitude of a group whose scale is found
+  std::uint64_t scale_origin = 0;  // as wire_origin, of the wire's scales; scaled: of the first one
+  ScaleSide src_scales;
+  ScaleSide dst_scales;
 };
 
 // Jobs of a launch that go with it by value; more are in a table.
@@ -99,7 +128,8 @@ struct Scratch {
   std::uint64_t blocks;                     // thread blocks that have added all they saw
 };
 
-// Whether a kernel can index the job: its tokens and those before them are fewer than 2^30.
+// Whether a kernel can index the job: its tokens and those before them are fewer than 2^30, and the elements of a job
+// with scales fewer than 2^31.
 bool can_plan(const remap::Job& job);
 
 // Plans the jobs of a launch's frames, each of which can be planned, and where the chunks of each job begin. Returns

@@ -57,6 +57,7 @@ std::int32_t load_kernels() {
   HETKV_TRY(load<Paths::kMoves>());
   HETKV_TRY(load<Paths::kTurns>());
   HETKV_TRY(load<Paths::kRows>());
+  HETKV_TRY(load<Paths::kGroups>());
   HETKV_TRY(load<Paths::kAll>());
   return kHetkvOk;
 }
@@ -106,10 +107,7 @@ std::int32_t remap(void* stream, const remap::Job* jobs, const HetkvRemapFrame* 
   std::size_t num_jobs = 0;
   for (std::size_t i = 0; i < num_frames; ++i) num_jobs += frames[i].num_jobs;
   if (num_frames > kHetkvMaxFrames || num_jobs > kHetkvMaxJobs) return fail(kHetkvInvalid, "too many jobs at once");
-  if (std::any_of(jobs, jobs + num_jobs, [](const remap::Job& job) { return job.scaled(); })) {
-    return fail(kHetkvUnsupported, "scales per token or head cannot be converted on a device yet");
-  }
-  if (!std::all_of(jobs, jobs + num_jobs, can_plan)) return fail(kHetkvInvalid, "a remap of 2^30 tokens or more");
+  if (!std::all_of(jobs, jobs + num_jobs, can_plan)) return fail(kHetkvInvalid, "a remap that is too large");
   const SlotMemory& memory = *static_cast<const SlotMemory*>(slot->scratch);
   Launch launch;
   launch.num_frames = static_cast<std::uint32_t>(num_frames);
@@ -139,6 +137,9 @@ std::int32_t remap(void* stream, const remap::Job* jobs, const HetkvRemapFrame* 
       break;
     case Paths::kRows:
       HETKV_TRY(begin(start<Paths::kRows>));
+      break;
+    case Paths::kGroups:
+      HETKV_TRY(begin(start<Paths::kGroups>));
       break;
     case Paths::kAll:
       HETKV_TRY(begin(start<Paths::kAll>));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -33,10 +34,66 @@ inline std::uint32_t load(std::uint64_t from, int size) {
   return code;
 }
 
+inline float load_scale(std::uint64_t from) {
+  return float_from_bits(load(from, 4));
+}
+
+// Address of the scale of a channel.
+inline std::uint64_t scale_at(const hetkv::remap::Side& side, const hetkv::remap::Scales& scales, std::int64_t token,
+                              std::int32_t head, std::int32_t channel) {
+  return address(scales.map, side.blocks, side.first_token + token, side.first_head + head,
+                 channel / scales.channels_per_scale);
+}
+
+// What the source's code of one element is multiplied by to be a value.
+inline float multiplier_of(const hetkv::remap::Job& job, std::int64_t token, std::int32_t head, std::int32_t channel) {
+  const float constant = job.multipliers != nullptr ? job.multipliers[head] : 1.0f;
+  if (job.src_scales.map.base == 0) return constant;
+  return load_scale(scale_at(job.src, job.src_scales, token, head, channel)) * constant;
+}
+
+// Finds the destination's scales.
+inline void find_scales(const hetkv::remap::Job& job) {
+  const std::int32_t group = job.dst_scales.channels_per_scale;
+  const float largest = job.largest > 0 ? job.largest : largest_scaled(job.dst.map.dtype);
+  for (std::int32_t head = 0; head < job.heads; ++head) {
+    for (std::int64_t token = 0; token < job.tokens; ++token) {
+      for (std::int32_t first = 0; first < job.channels; first += group) {
+        float amax = 0;
+        for (std::int32_t h = job.joint ? 0 : head; h < (job.joint ? job.heads : head + 1); ++h) {
+          for (std::int32_t channel = first; channel < first + group; ++channel) {
+            const std::uint64_t at =
+                address(job.src.map, job.src.blocks, job.src.first_token + token, job.src.first_head + h, channel);
+            const float value = decode_scaled(job.src.map.dtype, load(at, item_size(job.src.map.dtype)));
+            amax = std::max(amax, std::fabs(value) * std::fabs(multiplier_of(job, token, h, channel)));
+          }
+        }
+        const float scale = scale_of(amax, largest);
+        std::memcpy(reinterpret_cast<void*>(scale_at(job.dst, job.dst_scales, token, head, first)), &scale, 4);
+      }
+    }
+  }
+}
+
+// Checksum of `bytes` bytes of the wire, whose last word is filled up with zeros where it is the destination.
+inline std::uint64_t sum_wire(std::uint64_t base, std::int64_t bytes, std::uint64_t offset, std::uint64_t seed,
+                              bool writes) {
+  std::uint64_t total = 0;
+  for (std::int64_t at = 0; at < bytes; at += 8) {
+    std::uint64_t word = 0;
+    auto* data = reinterpret_cast<std::uint8_t*>(base + static_cast<std::uint64_t>(at));
+    std::memcpy(&word, data, static_cast<std::size_t>(std::min<std::int64_t>(8, bytes - at)));
+    if (writes) std::memcpy(data, &word, 8);
+    total += hetkv::remap::checksum_mix(word, (offset + static_cast<std::uint64_t>(at)) / 8, seed);
+  }
+  return total;
+}
+
 inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::remap::Result* result) {
+  if (job.dst_scales.map.base != 0) find_scales(job);
   const DType from = job.src.map.dtype;
   const DType to = job.dst.map.dtype;
-  const bool moves = from == to && job.multipliers == nullptr;
+  const bool moves = from == to && job.multipliers == nullptr && !job.scaled();
   for (std::int32_t head = 0; head < job.heads; ++head) {
     for (std::int64_t token = 0; token < job.tokens; ++token) {
       for (std::int32_t channel = 0; channel < job.channels; ++channel) {
@@ -45,9 +102,12 @@ inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::rem
         };
         std::uint32_t code = load(at(job.src), item_size(from));
         if (!moves) {
-          const float scale = job.multipliers != nullptr ? job.multipliers[head] : 1.0f;
+          float factor = multiplier_of(job, token, head, channel);
+          if (job.dst_scales.map.base != 0) {
+            factor = factor_of(factor, load_scale(scale_at(job.dst, job.dst_scales, token, head, channel)));
+          }
           bool saturated = false;
-          code = encode(format_of(to), decode(format_of(from), code) * scale, &saturated);
+          code = encode_scaled(to, decode_scaled(from, code) * factor, &saturated);
           result->saturated += saturated ? 1 : 0;
         }
         std::memcpy(reinterpret_cast<void*>(at(job.dst)), &code, static_cast<std::size_t>(item_size(to)));
@@ -55,15 +115,14 @@ inline void run_job(const hetkv::remap::Job& job, std::uint64_t seed, hetkv::rem
     }
   }
   if (job.wire == hetkv::remap::WireSide::kNone) return;
-  const SegmentMap& wire = job.wire == hetkv::remap::WireSide::kDestination ? job.dst.map : job.src.map;
-  const std::int64_t bytes = job.tokens * job.heads * job.channels * item_size(wire.dtype);
-  for (std::int64_t at = 0; at < bytes; at += 8) {
-    std::uint64_t word = 0;
-    auto* data = reinterpret_cast<std::uint8_t*>(wire.base + static_cast<std::uint64_t>(at));
-    std::memcpy(&word, data, static_cast<std::size_t>(std::min<std::int64_t>(8, bytes - at)));
-    if (job.wire == hetkv::remap::WireSide::kDestination) std::memcpy(data, &word, 8);
-    result->checksum += hetkv::remap::checksum_mix(word, (job.wire_offset + static_cast<std::uint64_t>(at)) / 8, seed);
-  }
+  const bool writes = job.wire == hetkv::remap::WireSide::kDestination;
+  const SegmentMap& wire = writes ? job.dst.map : job.src.map;
+  const hetkv::remap::Scales& scales = writes ? job.dst_scales : job.src_scales;
+  const std::int64_t rows = job.tokens * job.heads;
+  result->checksum += sum_wire(wire.base, rows * job.channels * item_size(wire.dtype), job.wire_offset, seed, writes);
+  if (scales.map.base == 0) return;
+  result->checksum += sum_wire(scales.map.base, rows * (job.channels / scales.channels_per_scale) * 4,
+                               job.wire_scale_offset, seed, writes);
 }
 
 inline std::int32_t remap(void* stream, const hetkv::remap::Job* jobs, const HetkvRemapFrame* frames,
