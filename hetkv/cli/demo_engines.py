@@ -30,16 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{role}-python",
             metavar="FILE",
-            default=sys.executable,
             help="interpreter that has it (default: this one)",
         )
 
 
 def wanted(args: argparse.Namespace) -> bool:
-    """Whether the options ask for engines. Raises `InputError` for one engine alone."""
+    """Whether the options ask for engines. Raises `InputError` for one engine alone, and for an interpreter of none."""
     names = [args.prefill_engine, args.decode_engine]
     if any(names) and not all(names):
         raise InputError("--prefill-engine and --decode-engine go together")
+    for role in ("prefill", "decode"):
+        if not any(names) and getattr(args, f"{role}_python") is not None:
+            raise InputError(f"--{role}-python goes with --{role}-engine")
     return all(names)
 
 
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace, prompts: list[str]) -> int:
     count = args.tokens or TOKENS
     room = {"capacity": -(-(max(map(len, ids)) + count) // 256) * 256, "slots": SLOTS}
     sides = {
-        "prefill": Side(engine=args.prefill_engine, python=args.prefill_python),
-        "decode": Side(engine=args.decode_engine, python=args.decode_python),
+        "prefill": Side(engine=args.prefill_engine, python=args.prefill_python or sys.executable),
+        "decode": Side(engine=args.decode_engine, python=args.decode_python or sys.executable),
     }
     console = terminal.console(args.json)
     with terminal.progress(f"starting {args.prefill_engine} and {args.decode_engine}"):

@@ -66,5 +66,5 @@ def bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+    except (OSError, OverflowError, UnicodeError) as error:  # no such port; a host that is no name
+        raise InputError(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None

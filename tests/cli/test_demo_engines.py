@@ -30,6 +30,8 @@ def test_a_pair(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         (["demo", "--prefill-engine", "mlx"], "go together"),
+        (["demo", "--prefill-python", "python3"], "--prefill-python goes with --prefill-engine"),
+        (["demo", "--decode-python", "python3"], "--decode-python goes with --decode-engine"),
         ([*PAIR, "--shape", "llama-2-7b"], "--shape does not go with"),
         ([*PAIR[:-1], "tensorrt"], "engine 'tensorrt' is not known"),
         ([*PAIR, "--chat", "--prompt", "x"], "prompts that are texts"),

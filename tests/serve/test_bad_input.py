@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from hetkv.errors import ApiError
+from hetkv.errors import ApiError, InputError
+from hetkv.serve.http import bound
 from hetkv.serve.protocol import MOST_SEQUENCES, json_object, parse
 from tests.serve.serving import Serving
 
@@ -139,3 +140,11 @@ def test_the_server_answers_while_long_texts_are_encoded(server: Serving) -> Non
     assert done[0].json()["error"]["code"] == "context_length_exceeded"
     assert len(waits) > 1 or time.monotonic() - begin < 0.5
     server.wait_empty()
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 99999), ("127.0.0.1", -1), ("no.such.host.", 0), ("a" * 70, 0)]
+)
+def test_a_place_that_is_none(host: str, port: int) -> None:
+    with pytest.raises(InputError, match=f"cannot listen at {host}:{port}"):
+        bound(host, port)
