@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -23,12 +22,15 @@ Engine::Engine(const EngineConfig& config, Parts parts)
       device_(std::move(parts.device)),
       transport_(std::move(parts.transport)),
       mover_(std::move(parts.mover)),
-      outcomes_(config.layer_groups.size(), std::uint64_t{config.spin_us} * 1000),
+      outcomes_(config.layer_groups.size(), std::uint64_t{config.spin_us} * 1000, turns_),
       trace_(config.trace),
       process_(getpid()) {}
 
 Engine::~Engine() {
-  if (wake_fd_ >= 0) close(wake_fd_);
+  {
+    const std::lock_guard<std::mutex> turn(turns_->mutex());
+    turns_->end();
+  }
   if (poll_fd_ >= 0) close(poll_fd_);
 }
 
@@ -37,10 +39,11 @@ Status Engine::start(bool threaded) {
   address_ = transport_->address();
   threaded_ = threaded;
   if (threaded) {
-    wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    // A device's work belongs to the thread that its mover has entered.
+    if (auto status = turns_->start(this, device_ == nullptr); !status.ok()) return status;
     poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
-    if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
-    for (int fd : {wake_fd_, transport_->event_fd()}) {
+    if (poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
+    for (int fd : {turns_->wake_fd(), transport_->event_fd()}) {
       epoll_event event{};
       event.events = EPOLLIN;
       event.data.fd = fd;
@@ -75,11 +78,8 @@ bool Engine::post(std::function<void()> command) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!accepting_) return false;
     commands_.push_back(std::move(command));
-    posted_.store(true);
   }
-  // Pairs with sleep(): it sets `sleeping_` and then looks at the commands once more.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (sleeping_.load()) wake();
+  turns_->post();
   return true;
 }
 
@@ -94,17 +94,13 @@ void Engine::call(std::function<void()> command) {
   future.wait();
 }
 
-void Engine::wake() {
-  const std::uint64_t one = 1;
-  static_cast<void>(!write(wake_fd_, &one, sizeof one));
-}
-
 void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
     static_cast<void>(prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0));  // naps of microseconds, not of 50 more
     mover_->enter();
     loop();
+    if (!broken_.ok()) status = broken_;
   } catch (
       const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
     status = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
@@ -113,6 +109,7 @@ void Engine::run() noexcept {
 }
 
 void Engine::end(const Status& status) noexcept {
+  const std::lock_guard<std::mutex> turn(turns_->mutex());
   {
     std::lock_guard<std::mutex> lock(mutex_);
     accepting_ = false;
@@ -126,21 +123,44 @@ void Engine::end(const Status& status) noexcept {
   outcomes_.end_all(status);  // what the failure left over; no caller waits forever
   mover_.reset();
   transport_.reset();
+  turns_->end();
 }
 
 void Engine::loop() {
   std::uint64_t busy_ns = now_ns();
-  while (!stopping_) {
+  for (;;) {
+    if (turns_->taken()) {
+      turns_->stand_back();
+      busy_ns = now_ns();
+    }
+    std::unique_lock<std::mutex> mine(turns_->mutex());
+    if (stopping_) return;
     const bool moved = turn();
     const std::uint64_t now = now_ns();
     if (moved) {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
-      if (!check_links(now, true)) sleep(now);
+      if (!check_links(now, true)) sleep(now, mine);
     } else {
+      mine.unlock();
       std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
   }
+}
+
+// A turn of a caller's that waits, which holds the lock. `left_over`: a thread has to go on when it leaves.
+bool Engine::caller_turn(bool* left_over) noexcept {
+  bool moved = false;
+  try {
+    moved = turn();
+  } catch (const std::exception& error) {  // as in run(), which ends the engine
+    broken_ = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
+    stopping_ = true;
+  }
+  if (moved) stats_.caller_turns.fetch_add(1, std::memory_order_relaxed);
+  // An armed UCX worker says once that something has come, also where a caller has taken it.
+  *left_over = stopping_ || draining_ > 0 || busy() || expecting() || deadline() != 0 || !config_.rma.empty();
+  return moved;
 }
 
 bool Engine::turn() {
@@ -170,12 +190,12 @@ void* Engine::on_put(std::uint64_t number, wire::SlotName slot, std::uint64_t of
 }
 
 bool Engine::drain_commands() {
-  if (!posted_.load()) return false;  // callers find the lock free
+  if (!turns_->posted()) return false;  // callers find the lock free
   std::vector<std::function<void()>> commands;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    turns_->take_posted();
     commands.swap(commands_);
-    posted_.store(false);
   }
   for (auto& command : commands) command();
   return !commands.empty();
@@ -208,8 +228,7 @@ void Engine::receive(const Incoming& message) {
   ++at->receive_sequence;
   at->heard_ns = now_ns();
   if (at->state == LinkState::kOpening) {  // the peer sends, so it knows the link
-    at->state = LinkState::kUp;
-    on_link_up(*at);
+    begin(*at);
   }
   if (prelude.type == wire::Type::kHeartbeat) return;
   if (prelude.type == wire::Type::kBye) {
@@ -219,32 +238,25 @@ void Engine::receive(const Incoming& message) {
   on_message(*at, prelude, message.bytes.data(), message.bytes.size());
 }
 
-void Engine::sleep(std::uint64_t now) {
-  sleeping_.store(true);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  bool pending;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    pending = !commands_.empty();
-  }
-  if (!pending && transport_->arm()) {
+// Lets go of the lock.
+void Engine::sleep(std::uint64_t now, std::unique_lock<std::mutex>& turn) {
+  turns_->fall_asleep();
+  if (!turns_->posted() && transport_->arm()) {
     const std::uint64_t due = next_ns(now);
     int wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
-    if (watching() && wait_ms > 0) {
-      const timespec nap{0, static_cast<long>(mover_->nap_us()) * 1000};
+    const long nap_ns = watching() ? static_cast<long>(mover_->nap_us()) * 1000 : 0;
+    turn.unlock();
+    if (nap_ns > 0 && wait_ms > 0) {
+      const timespec nap{0, nap_ns};
       pollfd any{poll_fd_, POLLIN, 0};
       static_cast<void>(ppoll(&any, 1, &nap, nullptr));
       wait_ms = 0;
     }
     epoll_event events[2];
-    const int ready = epoll_wait(poll_fd_, events, 2, wait_ms);
-    for (int i = 0; i < ready; ++i) {
-      std::uint64_t count;
-      if (events[i].data.fd == wake_fd_) static_cast<void>(!read(wake_fd_, &count, sizeof count));
-    }
+    static_cast<void>(epoll_wait(poll_fd_, events, 2, wait_ms));
     stats_.wakeups.fetch_add(1, std::memory_order_relaxed);
   }
-  sleeping_.store(false);
+  turns_->wake_up();
 }
 
 std::uint64_t Engine::next_ns(std::uint64_t now) const {

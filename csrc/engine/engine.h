@@ -19,6 +19,7 @@
 #include "engine/link.h"
 #include "engine/mover.h"
 #include "engine/outcome.h"
+#include "engine/turns.h"
 
 namespace hetkv::engine {
 
@@ -33,6 +34,7 @@ struct EngineStats {
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
+  std::atomic<std::uint64_t> caller_turns{0};  // in which something moved
   std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
   std::atomic<std::uint64_t> granted_slots{0};  // receiver: granted to senders or being unpacked; sender: granted to it
 };
@@ -136,12 +138,14 @@ class Engine : private transport::Sink {
   std::unique_ptr<Mover> mover_;
   EngineStats stats_;
   EventQueue events_;
+  const std::shared_ptr<Turns> turns_ = std::make_shared<Turns>();
   Outcomes outcomes_;
   Trace trace_;
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
   friend struct Inspect;                     // of tests/sim
+  friend class Turns;
   static constexpr int kProgressBurst = 64;  // calls of the transport's progress in a row
 
   struct Incoming {
@@ -156,25 +160,24 @@ class Engine : private transport::Sink {
   bool drain_commands();
   bool drain_messages();
   void receive(const Incoming& message);
+  void begin(Link& link);
   bool check_links(std::uint64_t now, bool due = false);
-  void sleep(std::uint64_t now);
+  bool caller_turn(bool* left_over) noexcept;
+  void sleep(std::uint64_t now, std::unique_lock<std::mutex>& turn);
   bool may_close(const Link& link, std::uint64_t now) const;
   void close_all(const Status& status);
   void transmit(Link& link, std::vector<std::uint8_t> message);
-  void wake();
 
   const int process_;
   std::vector<std::uint8_t> address_;
   std::thread thread_;
   std::mutex mutex_;  // of commands_ and accepting_
   std::vector<std::function<void()>> commands_;
-  std::atomic<bool> posted_{false};  // there are some
   bool accepting_ = false;
-  std::atomic<bool> sleeping_{false};
   bool started_ = false;
   bool threaded_ = true;
   bool stopping_ = false;
-  int wake_fd_ = -1;
+  Status broken_;  // of a turn that threw
   int poll_fd_ = -1;
   std::vector<Incoming> incoming_;
   std::map<std::uint64_t, Link*> numbers_;  // links by their number

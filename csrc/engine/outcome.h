@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/id_hash.h"
+#include "engine/turns.h"
 #include "status.h"
 #include "wire/message.h"
 
@@ -28,8 +29,10 @@ class Outcome {
   // What a caller gets events of (events.h), in addition to asking; kFailed always has one.
   enum Watch : std::uint32_t { kWatchEnd = 1, kWatchPacked = 2, kWatchLayers = 4, kWatchEvents = 7, kWatchStreams = 8 };
 
-  // Layers are global, below `num_layers`. `spin_ns`: how long a caller spins in `wait` before it sleeps.
-  Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns);
+  // Layers are global, below `num_layers`. `spin_ns`: how long a caller spins in `wait` before it sleeps. While it
+  // spins it takes the engine's turns where it may.
+  Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns,
+          std::shared_ptr<Turns> turns);
 
   const std::uint64_t handle;
   const wire::RequestId id;
@@ -67,9 +70,12 @@ class Outcome {
     void change();
   };
   template <typename There>
+  bool spin(There there, std::uint64_t deadline_ns) const;
+  template <typename There>
   bool wait_for(Word& word, There there, std::uint64_t deadline_ns, bool slept) const;
 
   const std::uint64_t spin_ns_;
+  const std::shared_ptr<Turns> turns_;
   std::atomic<Phase> phase_{Phase::kOpen};
   mutable Word phase_changes_;
   Status failure_;  // written before `phase_` says kFailed
@@ -82,7 +88,7 @@ class Outcome {
 // The requests of an engine. Thread safe.
 class Outcomes {
  public:
-  Outcomes(std::size_t num_layers, std::uint64_t spin_ns);
+  Outcomes(std::size_t num_layers, std::uint64_t spin_ns, std::shared_ptr<Turns> turns);
 
   // A request under a new handle; null: one with this id is under way.
   std::shared_ptr<Outcome> open(const wire::RequestId& id);
@@ -100,6 +106,7 @@ class Outcomes {
  private:
   const std::size_t num_layers_;
   const std::uint64_t spin_ns_;
+  const std::shared_ptr<Turns> turns_;
   mutable std::mutex mutex_;
   std::uint64_t next_handle_ = 1;
   std::unordered_map<wire::RequestId, std::shared_ptr<Outcome>, IdHash> open_;
