@@ -146,6 +146,22 @@ def traffic_table(file: Path) -> str:
     return "\n".join(lines) + ("\n\n" + " ".join(ends) if ends else "")
 
 
+def latency_table(file: Path) -> str:
+    """One small request: its stages, after a short and a long rest."""
+    run = json.loads(file.read_text())
+    stages = list(run["results"][0]["stages_us"])
+    lines = [
+        f"| one request between CPU pools, us | rest before it | visible | least | {' | '.join(stages)} |",
+        "|---|---|---|---|" + "---|" * len(stages),
+    ]
+    for row in run["results"]:
+        parts = " | ".join(f"{us:.0f}" for us in row["stages_us"].values())
+        times = f"{row['visible_us']:.0f} | {row['visible_us_least']:.0f}"
+        lines.append(f"| {row['name']} | {row['rest_us']:,} | {times} | {parts} |")
+    load = f"load average {run['load_average']:g} on {run['cpus']} cores, of which the benchmark itself keeps two busy"
+    return "\n".join(lines) + f"\n\nMedians; {load}."
+
+
 def overlap_table(file: Path) -> str:
     """What sending costs a prefill, by batch size and thread blocks of a pack."""
     run = json.loads(file.read_text())
@@ -240,6 +256,7 @@ def section() -> str:
     more = [("transfer-resharded.json", resharded_table), ("transfer-device.json", device_table)]
     more.append(("gpu-remap.json", gpu_remap_table))
     more += [("traffic-device.json", traffic_table), ("traffic.json", traffic_table)]
+    more.append(("latency.json", latency_table))
     more.append(("network.json", network_table))
     more.append(("overlap.json", overlap_table))
     more.append(("vllm_pd.json", vllm_table))
