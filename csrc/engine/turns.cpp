@@ -32,9 +32,9 @@ void Turns::wake() {
   static_cast<void>(!write(wake_fd_, &one, sizeof one));
 }
 
-// Three threads look at what the others have said after they have said something themselves, all in one total order: who
-// posts says `posted_` and looks for a caller and a sleeper, a caller that leaves unsays `taken_` and looks for commands
-// and a sleeper, the thread says `sleeping_` and looks for commands and a caller.
+// Each of three says something and then looks at what the others have said, all in one total order: who posts sets
+// `posted_` and looks for a caller and a sleeper, a caller that leaves clears `taken_` and looks for commands and a
+// sleeper, the progress thread sets `sleeping_` and looks for commands and a caller.
 void Turns::post() {
   posted_.store(true);
   if (!taken_.load() && sleeping_.load()) wake();

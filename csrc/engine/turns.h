@@ -1,6 +1,6 @@
-// Who takes the turns of an engine: its progress thread, or a caller that waits for a request and would otherwise wait
-// for that thread. One at a time. Where callers take them the thread stands back, so that a request needs one thread of a
-// process and no hand-over between two. Lives as long as the last request's outcome; thread safe.
+// Who takes the turns of an engine, one at a time: its progress thread, or a caller that waits for a request and would
+// otherwise wait for that thread, which then stands back. So a request needs one thread of a process and no hand-over
+// between two. Lives as long as the last request's outcome; thread safe.
 #pragma once
 
 #include <atomic>
