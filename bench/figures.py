@@ -158,8 +158,8 @@ def latency_table(file: Path) -> str:
         parts = " | ".join(f"{us:.0f}" for us in row["stages_us"].values())
         times = f"{row['visible_us']:.0f} | {row['visible_us_least']:.0f}"
         lines.append(f"| {row['name']} | {row['rest_us']:,} | {times} | {parts} |")
-    load = f"load average {run['load_average']:g} on {run['cpus']} cores, of which the benchmark itself keeps two busy"
-    return "\n".join(lines) + f"\n\nMedians; {load}."
+    how = ", the benchmark with real-time priority" if run["real_time"] else ""
+    return "\n".join(lines) + f"\n\nMedians. Load average {run['load_average']:g} on {run['cpus']} cores{how}."
 
 
 def overlap_table(file: Path) -> str:

@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--reps", type=int, default=300, help="requests of each row")
     options = parser.parse_args()
-    report: dict[str, Any] = {**environment(), "load_average": round(os.getloadavg()[0], 1), "results": []}
+    report: dict[str, Any] = {**environment(), "load_average": round(os.getloadavg()[0], 1)}
+    report["real_time"] = os.sched_getscheduler(0) != os.SCHED_OTHER  # under chrt, which keeps other work off the cores
+    report["results"] = []
     for case in CASES:
         for rest_us in RESTS_US:
             report["results"].append(found := measure(case, rest_us, options.reps))
