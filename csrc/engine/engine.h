@@ -34,7 +34,7 @@ struct EngineStats {
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
-  std::atomic<std::uint64_t> caller_turns{0};  // in which something moved
+  std::atomic<std::uint64_t> caller_turns{0};     // in which something moved
   std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
   std::atomic<std::uint64_t> granted_slots{0};  // receiver: granted to senders or being unpacked; sender: granted to it
 };
@@ -144,7 +144,7 @@ class Engine : private transport::Sink {
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
-  friend struct Inspect;                     // of tests/sim
+  friend struct Inspect;  // of tests/sim
   friend class Turns;
   static constexpr int kProgressBurst = 64;  // calls of the transport's progress in a row
 
