@@ -235,6 +235,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("high_priority", &EngineConfig::high_priority)
       .def_readwrite("verify_bytes", &EngineConfig::verify_bytes)
       .def_readwrite("isolate_peers", &EngineConfig::isolate_peers)
+      .def_readwrite("device_scales", &EngineConfig::device_scales)
       .def_readwrite("direct", &EngineConfig::direct)
       .def_readwrite("bundle_frames", &EngineConfig::bundle_frames)
       .def_readwrite("layer_groups", &EngineConfig::layer_groups)

@@ -35,7 +35,7 @@ endif()
 if(NOT HETKV_HIP STREQUAL "OFF")
   find_program(HETKV_HIPCC hipcc HINTS /opt/rocm/bin)
   if(HETKV_HIPCC)
-    set(hip_flags -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -I${CMAKE_SOURCE_DIR}/csrc
+    set(hip_flags -std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -I${CMAKE_SOURCE_DIR}/csrc
                   $<$<BOOL:${HETKV_WERROR}>:-Werror>)
     foreach(arch ${HETKV_HIP_ARCHITECTURES})
       list(APPEND hip_link --offload-arch=${arch})

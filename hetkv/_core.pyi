@@ -133,6 +133,7 @@ class EngineConfig:
     high_priority: bool
     verify_bytes: int
     isolate_peers: bool
+    device_scales: bool
     spin_us: int
     heartbeat_ms: int
     peer_timeout_ms: int

@@ -28,6 +28,14 @@ Status Engine::add_link(LinkConfig config, std::uint32_t* id) {
     const bool finds = !plan.fills.empty() ||
                        std::any_of(plan.segments.begin(), plan.segments.end(),
                                    [](const SegmentPlan& segment) { return segment.pool_scales.map.base != 0; });
+    const bool travel =
+        plan.scale_encoding != 0 || std::any_of(plan.segments.begin(), plan.segments.end(),
+                                                [](const SegmentPlan& segment) { return segment.wire_scales >= 0; });
+    if ((finds || travel) && device_ != nullptr && !config_.device_scales) {
+      return Status::error(Code::kUnsupported, "layer " + std::to_string(plan.layer) +
+                                                   " has scales per token or head in its blocks; a pool on a device "
+                                                   "has static scales, or none");
+    }
     if (finds && device_ != nullptr) {
       return Status::error(Code::kUnsupported, "layer " + std::to_string(plan.layer) +
                                                    " has scales in its blocks that would be found anew, or filled in, "

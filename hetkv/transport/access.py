@@ -6,6 +6,7 @@ from hetkv.control.address import Address
 from hetkv.control.secret import SECRET_ENV, HeldSecret, SecretFile, is_loopback, is_named, secrets_of
 from hetkv.control.tls import Tls, TlsConfig
 from hetkv.errors import InputError
+from hetkv.transport import device
 from hetkv.transport.config import MAX_SECONDS
 
 
@@ -19,12 +20,12 @@ def available_ciphers(needed: bool) -> tuple[str, ...]:
     return found
 
 
-def available_codecs(wanted: str) -> tuple[str, ...]:
+def available_codecs(wanted: str, on_device: bool = False) -> tuple[str, ...]:
     """What a node of `TransferConfig.codec` names. Raises `InputError` where it asks for what is not there."""
     from hetkv.core import core
 
     if wanted in ("none", "fp8", "int4"):
-        return () if wanted == "none" else (wanted,)
+        return () if wanted == "none" or (on_device and not device.DEVICE_SCALES) else (wanted,)
     if wanted == "lossless" and not core.has_zstd():
         raise InputError("codec='lossless': libzstd.so.1 is not installed here; 'auto' goes on without")
     return ("lossless",) if core.has_zstd() else ()

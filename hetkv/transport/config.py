@@ -10,6 +10,7 @@ import msgspec
 
 from hetkv.control.handshake import MOST_STREAMS
 from hetkv.errors import InputError
+from hetkv.transport import device
 
 if TYPE_CHECKING:
     import hetkv._core as _core
@@ -149,6 +150,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         engine.peer_timeout_ms = max(1, round(self.peer_timeout_s * 1000))
         engine.direct = self.direct
         engine.isolate_peers = self.isolate_peers
+        engine.device_scales = device.DEVICE_SCALES
         engine.trace = self.trace
         return engine
 

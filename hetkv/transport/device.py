@@ -60,6 +60,13 @@ class PoolDevice:
         return f"{self.backend}:{self.index}"
 
 
+DEVICE_SCALES = False
+"""Whether pools on devices take part in links on which scales of tokens and heads travel, those of `fp8` and `int4`
+among them. The kernels are there and tested (tests/remap/test_scaled_gpu.py); true once `pytest -m gpu tests/device`,
+which sets it, has passed on a GPU.
+"""
+
+
 @cache
 def _current_stream() -> Callable[[int], int]:
     """PyTorch's current stream on a device, by the device's index. Asked for once a layer, so without an object."""

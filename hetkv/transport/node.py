@@ -142,7 +142,7 @@ class Node(Talking, Generic[P]):
                 fingerprint=dict(fingerprint or {}),
                 ciphers=available_ciphers(self.config.encrypt),
                 encrypt=self.config.encrypt,
-                codecs=available_codecs(self.config.codec),
+                codecs=available_codecs(self.config.codec, on_device),
             )
             self._dispatcher = threading.Thread(target=self._dispatch, name=f"hetkv-{self.role}-events", daemon=True)
             self._dispatcher.start()

@@ -60,6 +60,17 @@ def test_conversion_with_scales_per_head(sides: str) -> None:
         settled(sender, receiver)
 
 
+def test_the_codec_is_left_out(sides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pool is on a device: its side does not name them. The link stands, and every bit arrives."""
+    monkeypatch.setenv("HETKV_SOCKET_DIR", "none")
+    source, destination = pools(dtype="bfloat16")
+    config = TransferConfig(slot_bytes=4096, window_bytes=4 * 4096, codec="fp8")
+    with connected([source], [destination], config) as ([sender], [receiver]):
+        assert [peer.codec for peer in (*sender.peers, *receiver.peers)] == ["none"] * 2
+        check_transfer(source, destination, sender, receiver, 77)
+        settled(sender, receiver)
+
+
 def test_prefill_first_chunks_and_a_held_prefix(sides: str) -> None:
     source, destination = pools()
 

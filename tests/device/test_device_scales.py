@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from hetkv.errors import UnsupportedError
 from hetkv.kv.dtypes import DType
@@ -11,21 +12,28 @@ from hetkv.kv.pool import KVPool
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 from tests.device.host import on_device
-from tests.device.test_codecs import SIDES, gpu
+from tests.device.test_codecs import SIDES, gpu, place
 from tests.device.test_gpu import to
 from tests.transport.peers import SECRET, until
-from tests.transport.test_scales import CONFIG, KV, Cache, cache, fill, kv_layout, place, transfer
+from tests.transport.test_scales import CONFIG, KV, Cache, cache, fill, kv_layout, transfer
+from tests.transport.test_scales import place as place_pool
 
 FN, E5, INT8, BF16 = DType.FLOAT8_E4M3FN, DType.FLOAT8_E5M2, DType.INT8, DType.BFLOAT16
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=gpu)])
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["host", "emulated", pytest.param("cuda", marks=gpu)])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("hetkv.transport.device.DEVICE_SCALES", True)
+    if request.param == "emulated":  # it has no handles of its memory
+        monkeypatch.setattr("tests.transport.test_scales.CONFIG", replace(CONFIG, window="host"))
     return str(request.param)
 
 
 def pair(src: tuple[DType, str], dst: tuple[DType, str]) -> tuple[Cache, Cache]:
-    source, destination = cache(place(KV, kv_layout(*src)), 1), cache(place(KV, kv_layout(*dst, 32, "hnd")), 2)
+    source, destination = (
+        cache(place_pool(KV, kv_layout(*src)), 1),
+        cache(place_pool(KV, kv_layout(*dst, 32, "hnd")), 2),
+    )
     fill(source)
     for tensor in destination.pool.layers[0].tensors.values():
         tensor.view(torch.uint8).fill_(0x5A)
@@ -52,8 +60,8 @@ def test_what_arrives_is_what_cpus_give(
     source, want = pair(*kinds)
     saturated = transfer(source, want)
     source, got = pair(*kinds)
-    if kind == "host":
-        on_device(monkeypatch, *sides)
+    if kind != "cuda":
+        place(kind, monkeypatch, *sides)
     else:
         source, got = (
             Cache(to(at.pool, "cuda:0"), at.blocks) if on else at for at, on in zip((source, got), sides, strict=True)
@@ -68,6 +76,7 @@ def test_scales_that_a_device_would_find_are_rejected_by_name(
     monkeypatch: pytest.MonkeyPatch, kinds: tuple[tuple[DType, str], tuple[DType, str]]
 ) -> None:
     """Before any request: a payload would be read twice, and its sum certify the first reading alone."""
+    monkeypatch.setattr("hetkv.transport.device.DEVICE_SCALES", True)
     on_device(monkeypatch, source=False)
     source, destination = pair(*kinds)
     with (

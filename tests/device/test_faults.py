@@ -12,10 +12,12 @@ from hetkv.errors import (
     PeerLostError,
     UnsupportedError,
 )
+from hetkv.kv.pool import KVPool
 from hetkv.transport.config import TransferConfig
 from hetkv.transport.receiver import Receiver
-from tests.device.host import SMALL, HostStream, library, on_device, options, pools
-from tests.transport.peers import SECRET, WAIT_S, check_transfer, connected, settled
+from hetkv.transport.sender import Sender
+from tests.device.host import SMALL, SPEC, HostStream, library, on_device, options, pools
+from tests.transport.peers import SECRET, WAIT_S, check_transfer, connected, settled, until
 
 
 def test_a_failing_device_fails_the_request_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +73,24 @@ def test_windows_that_the_sender_cannot_reach_are_replaced_by_others(monkeypatch
         settled(sender, receiver)
     with options("no-ipc"), pytest.raises(DeviceError, match="neither the driver nor RDMA"):
         Receiver(destination, secret=SECRET, instance="d", config=SMALL)
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_scales_in_blocks_of_a_device_pool_are_rejected_by_name(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    """Its kernels take static scales alone, so the link is rejected, before any request."""
+    on_device(monkeypatch, source=role == "sender", destination=role == "receiver")
+    made = [
+        KVPool.allocate(SPEC, 24, layout=layout, block_size=16, dtype="fp8_e4m3fn", scale="inline")
+        for layout in ("nhd", "hnd")
+    ]
+    with (
+        Sender(made[0], secret=SECRET, instance="p", config=SMALL) as sender,
+        Receiver(made[1], secret=SECRET, instance="d", config=SMALL) as receiver,
+    ):
+        here, there = (sender, receiver) if role == "sender" else (receiver, sender)
+        with pytest.raises(UnsupportedError, match="layer 0 has scales per token or head in its blocks"):
+            here.connect(there.listen())
+        until(lambda: not sender.peers and not receiver.peers)
 
 
 def test_bad_streams(monkeypatch: pytest.MonkeyPatch) -> None:

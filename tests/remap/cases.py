@@ -45,12 +45,14 @@ class Side:
             self.body, self.layout, self.block_size, self.num_blocks, self.block_ids, self.first_token, self.first_head
         )
 
-    def kernel(self, tokens: int, channels: int) -> _core.RemapSide:
+    def kernel(self, tokens: int, channels: int, per_scale: int = 0) -> _core.RemapSide:
+        """The same for the kernels; `per_scale` says nothing, as the side has no scales."""
         if self.layout is None:
-            return _core.RemapSide(_core.SegmentMap.canonical(self.body.data_ptr(), tokens, channels, self.dtype.code))
+            place = _core.SegmentMap.canonical(self.body.data_ptr(), tokens, channels, self.dtype.code)
+            return _core.RemapSide(place, channels_per_scale=per_scale)
         table = torch.tensor(list(self.block_ids), dtype=torch.int32)
         segment = _core.SegmentMap.of(self.layout, self.block_size, self.body.data_ptr())
-        return _core.RemapSide(segment, table, self.first_token, self.first_head)
+        return _core.RemapSide(segment, table, self.first_token, self.first_head, channels_per_scale=per_scale)
 
 
 def random_bytes(count: int, seed: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
     def kernel(self, tokens: int, channels: int) -> _core.RemapSide:
         if self.scales is None:
-            return self.codes.kernel(tokens, channels)
+            return self.codes.kernel(tokens, channels, channels)  # as the engine has it
         side, scales = self.codes, self.scales
         groups = self.groups
         if side.layout is None:

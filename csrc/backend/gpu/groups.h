@@ -165,11 +165,22 @@ HETKV_INLINE float value_of(std::uint32_t magnitude) {
   return low;
 }
 
-// Four values of at most 127.5 to int8: the sum with 1.5 * 2^23 is rounded to whole numbers.
+HETKV_INLINE std::int32_t nearest(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(value);
+#else
+  return static_cast<std::int32_t>(HETKV_RINT(value));
+#endif
+}
+
+// Four values of less than 127.5 to int8. Rounding is an instruction: a sum with a large number, which rounds too,
+// would be one with the product before it where the compiler may contract the two.
 HETKV_INLINE std::uint32_t encode_quad_int8(const float* values) {
   std::uint32_t word = 0;
   HETKV_UNROLL
-  for (int i = 0; i < 4; ++i) word |= (bits_of(values[i] + 12582912.0f) & 0xFFu) << (8 * i);
+  for (int i = 0; i < 4; ++i) {
+    word |= (static_cast<std::uint32_t>(nearest(values[i])) & 0xFFu) << (8 * i);
+  }
   return word;
 }
 

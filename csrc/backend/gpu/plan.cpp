@@ -185,6 +185,7 @@ bool is_flat(const remap::Job& job, const SegmentMap& map, std::int32_t channels
 
 ScaleSide plan_scales(const remap::Scales& from) {
   ScaleSide side;
+  if (from.map.base == 0) return side;  // then all else says nothing
   side.block_stride = from.map.block_stride;
   side.token_stride = from.map.token_stride;
   side.head_stride = from.map.head_stride;
