@@ -163,15 +163,18 @@ class Cluster:
         self._seek(request)
         if request.granted:
             reach = request.computed + tokens
-            self._send(request, request.computed)
+            if request.computed > request.sent:
+                self._send(request, request.computed)
             if reach > request.sent:
                 self._send(request, reach, seconds * (reach - request.sent) / tokens)
 
     def on_prefilled(self, request: Request) -> None:
         self._seek(request)
         if request.granted:
-            self._send(request, request.target)
-            self._hand_over(request)
+            if request.target > request.sent:
+                self._send(request, request.target)
+            if not request.flows:
+                self._hand_over(request)
 
     def on_room(self, instance: Instance) -> None:
         if instance.pool.role == DECODE and instance.up:

@@ -50,14 +50,12 @@ class Events:
         if not time >= self.now:
             raise ValueError(f"event at {time} s, but the clock is at {self.now} s")
         self._serial += 1
+        event = (time, self._serial, handler, argument)
         if time < self._ends:
-            insort(self._due, (time, self._serial, handler, argument))
-        else:
-            self._put((time, self._serial, handler, argument))
-
-    def _put(self, event: Event) -> None:
+            insort(self._due, event)
+            return
         try:
-            number: float = int(event[0] * self._per_second)
+            number: float = int(time * self._per_second)
         except OverflowError:
             number = math.inf
         waiting = self._later.get(number)
@@ -88,9 +86,10 @@ class Events:
         waiting = [event for events in self._later.values() for event in events]
         self._per_second *= factor
         self._later.clear()
-        self._numbers.clear()
         for event in waiting:
-            self._put(event)
+            number = event[0] * self._per_second
+            self._later.setdefault(int(number) if number < math.inf else math.inf, []).append(event)
+        self._numbers = list(self._later)
         heapify(self._numbers)
 
     def aside(self, time: float, handler: Handler, argument: Any = None) -> None:
@@ -111,14 +110,13 @@ class Events:
         """Handle events until only those put `aside` are left, the next one is later than `until` (s), or `stop`."""
         while not self._stopped:
             first = self._handled
-            for event in self._due:  # grows meanwhile, after the event in progress
-                late = event[0] > until
-                if late or self._stopped or (self._aside and len(self) <= self._aside):
+            for time, _, handler, argument in self._due:  # grows meanwhile, after the event in progress
+                if time > until or self._stopped or (self._aside and len(self) <= self._aside):
                     del self._due[: self._handled - first]
-                    if late and not self._stopped and len(self) > self._aside:
+                    if time > until and not self._stopped and len(self) > self._aside:
                         self.now = until
                     return
-                self.now, _, handler, argument = event
+                self.now = time
                 self._handled += 1
                 handler(argument)
             self._due.clear()

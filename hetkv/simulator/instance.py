@@ -62,13 +62,14 @@ class Instance:
         self._crowd: dict[Instance, None] = {}  # those of its machine that are busy, where that matters
 
     def report_to(self, changed: dict[Instance, None]) -> None:
-        """From now on, enter this instance in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
+        """From now on, enter this instance in `changed` whenever `requests` or `prompt_tokens` fall or `up` changes."""
         self._changed = changed
 
     def _count(self, requests: int, prompt_tokens: int) -> None:
         self.requests += requests
         self.prompt_tokens += prompt_tokens
-        self._changed[self] = None
+        if requests < 0 or prompt_tokens < 0:
+            self._changed[self] = None
 
     def share_machine(self, busy: dict[Instance, None]) -> None:
         """Its steps are slowed down by the instances in `busy`, which it enters while it is busy itself."""
@@ -155,7 +156,8 @@ class Instance:
         request.blocks, request.held = request.peer_blocks, request.peer_held
         request.forget_peer()
         request.visible = now
-        self.memory.share(request)
+        if request.hashes:
+            self.memory.share(request)
         self.scheduler.ready.append(request)
         self.pool.waiting.add(now, 1)
         if len(self.scheduler.ready) == 1 or not self._busy:
@@ -166,7 +168,8 @@ class Instance:
         del self.holding[request]
         self._count(-1, 0)
         self.kv.give(blocks)
-        self.kv.drop(held)
+        if held:
+            self.kv.drop(held)
         self._room()
 
     def fail(self) -> list[Request]:
@@ -193,6 +196,7 @@ class Instance:
         self._coming.clear()
         self.coming_tokens = 0
         self.up = False
+        self._changed[self] = None
         self.pool.down.add(now, 1)
         return lost
 
@@ -209,7 +213,7 @@ class Instance:
         """Choose what runs next and start it."""
         pool, scheduler, batch, now = self.pool, self.scheduler, self.scheduler.batch, self.events.now
         slow = 1 + pool.model.crowding * (len(self._crowd) - self._busy) if self._crowd else 1.0
-        if scheduler.fresh or scheduler.ready or self.kv.free < pool.pages.block * len(batch.members):
+        if scheduler.fresh or scheduler.ready or self.kv.free < pool.block_pages * len(batch.members):
             scheduler.plan_decodes()
         else:  # nothing joins, and nothing has to leave
             scheduler.preempted = False
@@ -301,13 +305,13 @@ class Instance:
 
     def _advance(self, chunks: list[Chunk]) -> list[End]:
         """Count the tokens of a step that starts now as computed; returns the prompts that it completes."""
-        ends = []
+        ends, computed = [], 0
         for request, tokens in chunks:
             request.computed += tokens
-            self.prompt_tokens -= tokens
+            computed += tokens
             if request.computed == request.target:
                 ends.append((request, request.run))
-        self._count(0, 0)
+        self._count(0, -computed)
         return ends
 
     def _computed(self, ends: list[End]) -> None:
@@ -365,7 +369,8 @@ class Instance:
         del self.scheduler.prefilling[request]
         if self.memory.settle(request):
             self.owner.on_room(self)
-        self.memory.share(request)
+        if request.hashes:
+            self.memory.share(request)
         pool, now = self.pool, self.events.now
         hand_off = pool.role == PREFILL
         if not hand_off or pool.first_token_at == PREFILL:

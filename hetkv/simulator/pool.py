@@ -57,7 +57,8 @@ class Pool:
 
     def _keep(self, kv: RequestBytes) -> None:
         self.pages = Pages.of_request(kv, self.block_size)
-        self.kv_pages = self.kv_blocks * self.pages.block
+        self.block_pages = self.pages.block  # that a sequence takes in one step at most
+        self.kv_pages = self.kv_blocks * self.block_pages
         fits = self.pages.longest(self.kv_pages, self.max_num_batched_tokens if self.chunked_prefill else inf)
         self.longest = fits if self.most_tokens is None else min(fits, self.most_tokens)
 

@@ -24,11 +24,13 @@ class RequestKV:
 
     def needed(self, tokens: int, held: tuple[int, ...]) -> int:
         """Pages of its own that a request with `tokens` in the cache needs, in addition to the prefix `held`."""
-        return self.pages.kept(tokens) - self._of_prefix(held)
+        pages = self.pages.kept(tokens)
+        return pages - self._of_prefix(held) if held else pages
 
     def computing(self, computed: int, tokens: int, held: tuple[int, ...]) -> int:
         """The same while a step computes `tokens` of its prompt after `computed` ones."""
-        return self.pages.computing(computed, tokens) - self._of_prefix(held)
+        pages = self.pages.computing(computed, tokens)
+        return pages - self._of_prefix(held) if held else pages
 
     def _of_prefix(self, held: tuple[int, ...]) -> int:
         return len(held) * self.kv.hash_tokens // self.kv.block_size
@@ -63,5 +65,6 @@ class RequestKV:
     def free(self, request: Request) -> None:
         """Give back all pages of the request."""
         self.kv.give(request.blocks)
-        self.kv.drop(request.held)
+        if request.held:
+            self.kv.drop(request.held)
         request.blocks, request.held = 0, ()

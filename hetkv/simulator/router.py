@@ -90,7 +90,9 @@ class Candidate(Protocol):
         """KV blocks that can be taken there now."""
 
     def report_to(self, changed: dict[Any, None]) -> None:
-        """From now on, enter it in `changed` whenever `requests`, `prompt_tokens` or `up` change."""
+        """From now on, enter it in `changed` whenever `requests` or `prompt_tokens` fall or `up` changes; it may be
+        entered at other times.
+        """
 
 
 T = TypeVar("T", bound=Candidate)

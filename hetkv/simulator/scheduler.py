@@ -92,7 +92,7 @@ class Scheduler:
         if self.ready:
             self._join_ready()
         self.preempted = False
-        most = self.pool.pages.block  # of one sequence in one step
+        most = self.pool.block_pages
         while self.kv.free < most * len(self.batch.members) and self.batch.growth(1) > self.kv.available:
             self._preempt(self._youngest())
             if not self.batch.members:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 class Series:
     """Time averages of a piecewise constant signal in at most `bins` (even) equal bins of `width` seconds."""
 
-    __slots__ = ("_bins", "_cursor", "_end", "_sums", "_time", "peak", "value", "width")
+    __slots__ = ("_bins", "_cursor", "_end", "_sum", "_sums", "_time", "peak", "value", "width")
 
     def __init__(self, bins: int = 512, width: float = 0.0625) -> None:
         self._bins = bins
-        self._sums = [0.0] * bins  # value x seconds
+        self._sums = [0.0] * bins  # value x seconds; of the bin in progress they are in `_sum`
+        self._sum = 0.0
         self._cursor = 0
         self._end = width
         self._time = 0.0
@@ -26,19 +27,20 @@ class Series:
     def add(self, now: float, delta: float) -> None:
         """The signal changes by `delta` at `now` (s)."""
         if now < self._end:
-            self._sums[self._cursor] += self.value * (now - self._time)
+            self._sum += self.value * (now - self._time)
             self._time = now
         else:
             self._advance(now)
-        self.value += delta
-        if self.value > self.peak:
-            self.peak = self.value
+        value = self.value = self.value + delta
+        if value > self.peak:
+            self.peak = value
 
     def set(self, now: float, value: float) -> None:
         """The signal becomes `value` at `now` (s)."""
         self.add(now, value - self.value)
 
     def _advance(self, now: float) -> None:
+        self._sums[self._cursor] = self._sum
         while now >= self._bins * self.width:
             self._double()
         while now >= self._end:
@@ -46,7 +48,7 @@ class Series:
             self._time = self._end
             self._cursor += 1
             self._end = (self._cursor + 1) * self.width
-        self._sums[self._cursor] += self.value * (now - self._time)
+        self._sum = self._sums[self._cursor] + self.value * (now - self._time)
         self._time = now
 
     def _double(self) -> None:
@@ -58,11 +60,13 @@ class Series:
 
     def integral(self, now: float) -> float:
         """Value x seconds from time 0 to `now`, which must not be before the last change."""
+        self._sums[self._cursor] = self._sum
         return float(sum(self._sums)) + self.value * (now - self._time)
 
     def averages(self, now: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Bin centres (s) and the signal's mean in each bin, up to `now`."""
         self.add(now, 0.0)
+        self._sums[self._cursor] = self._sum
         used = self._cursor + 1
         left = np.arange(used) * self.width
         spans = np.minimum(left + self.width, now) - left

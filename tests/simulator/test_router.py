@@ -64,6 +64,21 @@ def test_a_choice_is_the_least_of_all(discipline: str, monkeypatch: pytest.Monke
     assert discipline == "round_robin" or Watched.chosen > before + 1000
 
 
+@pytest.mark.parametrize("discipline", ["join_shortest_queue", "least_loaded"])
+def test_an_instance_that_was_down_while_idle_is_chosen_again(discipline: str) -> None:
+    """It has no load that falls: that it is up again is all that it reports."""
+    cluster = Cluster(pools(1), Events(), Records(), prefill_routing=discipline)
+    first, second = cluster.entry.instances
+    request = Request(0, 0.0, 10, 10)
+    for looked_at in (True, False):
+        assert cluster.entry.choose(request) is first
+        cluster.fail(first.name)
+        if looked_at:
+            assert cluster.entry.choose(request) is second
+        cluster.recover(first.name)
+    assert cluster.entry.choose(request) is first
+
+
 def test_weights_are_shares_of_the_requests_in_flight() -> None:
     found = [
         PoolPlan("aggregated", "H100-SXM", "a", weight=2.0),

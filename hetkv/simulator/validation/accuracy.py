@@ -158,6 +158,7 @@ def speed(data: Path) -> str:
         ("Azure 2023 conversation trace", 8, Traffic(trace=str(data / "traces/azure2023_conv.csv"))),
         ("Mooncake conversation trace", 8, Traffic(trace=str(data / "traces/mooncake_conversation.jsonl"))),
         ("synthetic, 100 requests/s", 8, synthetic(100.0, 1_000_000)),
+        ("synthetic, 25,600 requests/s", 2048, synthetic(25_600.0, 24_000)),
         ("synthetic, 25,600 requests/s", 2048, synthetic(25_600.0, 250_000)),
     ):
         begin, begin_cpu = time.perf_counter(), time.process_time()
