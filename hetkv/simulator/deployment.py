@@ -24,6 +24,7 @@ from hetkv.costmodel import (
     model_shape,
     step_model,
 )
+from hetkv.costmodel.catalogue import DTYPE_BYTES
 from hetkv.costmodel.textfile import load_yaml, read_utf8
 from hetkv.engines import ANY, ENGINES, Use
 from hetkv.errors import InputError
@@ -210,9 +211,14 @@ def dump_plan(plan: Plan) -> str:
 def engine_of(plan: Plan, pool: PoolPlan, origin: str = "plan") -> Engine:
     """The plan's engine settings with the pool's own over them."""
     try:
-        return msgspec.convert({**msgspec.structs.asdict(plan.engine), **pool.engine}, Engine)
+        engine = msgspec.convert({**msgspec.structs.asdict(plan.engine), **pool.engine}, Engine)
     except msgspec.ValidationError as error:
         raise InputError(f"{origin}: pool {pool.name}: engine: {error}") from None
+    for kind, dtype in (("weight", engine.weight_dtype), ("KV", engine.kv_dtype)):
+        if dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
+            raise InputError(f"{origin}: pool {pool.name}: unknown {kind} dtype {dtype!r}; known are {known}")
+    return engine
 
 
 def build_pools(

@@ -55,8 +55,7 @@ class Instance:
         self._growth = 0  # blocks its decode batch takes, accounted for at its end
         self._decodes = False  # the decode batch is part of it
         self._ends: list[End] = []  # prompts that the run in progress completes
-        self._flights = 0  # steps of prompts that the last stage has yet to end
-        self._landed = 0.0  # when the latest of them ends
+        self._flights, self._landed = 0, 0.0  # steps of prompts that the last stage has yet to end, and when it will
         self._life = 0  # a flight that was begun in an older life is void
         self._settling = False  # a flight's prompts are being handed on: nothing is started meanwhile
         self._crowd: dict[Instance, None] = {}  # those of its machine that are busy, where that matters
@@ -156,8 +155,7 @@ class Instance:
         request.blocks, request.held = request.peer_blocks, request.peer_held
         request.forget_peer()
         request.visible = now
-        if request.hashes:
-            self.memory.share(request)
+        self.memory.share(request)
         self.scheduler.ready.append(request)
         self.pool.waiting.add(now, 1)
         if len(self.scheduler.ready) == 1 or not self._busy:
@@ -168,8 +166,7 @@ class Instance:
         del self.holding[request]
         self._count(-1, 0)
         self.kv.give(blocks)
-        if held:
-            self.kv.drop(held)
+        self.kv.drop(held)
         self._room()
 
     def fail(self) -> list[Request]:
@@ -194,8 +191,7 @@ class Instance:
         self._idle()
         self._count(-self.requests, -self.prompt_tokens)
         self._coming.clear()
-        self.coming_tokens = 0
-        self.up = False
+        self.coming_tokens, self.up = 0, False
         self._changed[self] = None
         self.pool.down.add(now, 1)
         return lost
@@ -369,8 +365,7 @@ class Instance:
         del self.scheduler.prefilling[request]
         if self.memory.settle(request):
             self.owner.on_room(self)
-        if request.hashes:
-            self.memory.share(request)
+        self.memory.share(request)
         pool, now = self.pool, self.events.now
         hand_off = pool.role == PREFILL
         if not hand_off or pool.first_token_at == PREFILL:

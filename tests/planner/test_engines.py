@@ -153,3 +153,26 @@ def test_each_gpu_type_may_have_its_own_engine_and_dtype() -> None:
 def test_a_size_that_cannot_be_says_why(model: dict[str, Any], says: str) -> None:
     with pytest.raises(InfeasibleError, match=says):
         solve(small(models=[{"name": "Llama-3.1-8B", "pp": [1], **model}]), alternatives=False)
+
+
+@pytest.mark.parametrize(("field", "kind"), [("weight_dtype", "weight"), ("kv_dtype", "KV")])
+@pytest.mark.parametrize("of_gpu", [False, True], ids=["problem", "gpu"])
+def test_an_unknown_dtype_is_an_error_that_names_it(field: str, kind: str, of_gpu: bool) -> None:
+    gpu = {"gpu": "H100-SXM", "usd_per_gpu_hour": 2.5, "basis": "on_demand", "as_of": "2026-05"}
+    document = {
+        "models": [{"name": "Llama-3.1-8B"}],
+        "classes": [
+            {
+                "name": "chat",
+                "rate": 1,
+                "prompt_tokens": "512",
+                "output_tokens": "64",
+                "ttft_ms": 500,
+                "tpot_ms": 50,
+            }
+        ],
+        "gpus": [gpu | {"engine": {field: "fp3"}} if of_gpu else gpu],
+        "engine": {} if of_gpu else {field: "fp3"},
+    }
+    with pytest.raises(InputError, match=rf"^problem: .*unknown {kind} dtype 'fp3'; known are bf16, "):
+        parse_problem(document, "problem")
