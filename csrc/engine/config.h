@@ -33,7 +33,7 @@ struct EngineConfig {
   bool isolate_peers = false;    // receiver: a slot that goes to another link gets new memory; windows in host memory
   int bundle_frames = 64;        // sender: most frames of a bundle
   std::vector<std::int32_t> layer_groups;  // of each global layer: its cache group; -1: it is not in the pool
-  bool device_scales = false;              // links on which a device finds, applies or copies scales are not rejected
+  bool device_scales = false;  // links on which a device applies or copies scales that a codec sends are not rejected
   bool trace = false;
   std::string rma;  // transports of UCX on which payloads are put; empty: none
 };

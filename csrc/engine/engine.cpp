@@ -150,11 +150,16 @@ void Engine::loop() {
 
 // A turn of a caller's that waits, which holds the lock. `left_over`: a thread has to go on when it leaves.
 bool Engine::caller_turn(bool* left_over) noexcept {
+  *left_over = true;
+  if (stopping_) return false;  // what a turn that threw has left half done is not gone on with
   bool moved = false;
   try {
     moved = turn();
-  } catch (const std::exception& error) {  // as in run(), which ends the engine
-    broken_ = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
+  } catch (const std::bad_alloc&) {  // as in run(), which ends the engine
+    broken_ = Status::error(Code::kTransport, "out of memory");
+    stopping_ = true;
+  } catch (const std::exception& error) {
+    broken_ = Status::error(Code::kTransport, std::string("a turn of the engine failed: ") + error.what());
     stopping_ = true;
   }
   if (moved) stats_.caller_turns.fetch_add(1, std::memory_order_relaxed);

@@ -1,5 +1,6 @@
-// What sender and receiver share: a progress thread that owns a transport and all links. Public calls may come from any
-// thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at rest.
+// What sender and receiver share: a transport and all links, and a progress thread that takes the engine's turns, as
+// callers that wait may in its place (turns.h): one at a time. Public calls may come from any thread; they post work to
+// the next turn and return. The thread spins while there is work and sleeps at rest.
 // Time, transport and mover are given, so that a simulation can run the same engine turn by turn.
 #pragma once
 
@@ -57,7 +58,7 @@ class Engine : private transport::Sink {
   // Starts the transport and the progress thread. Call once. Without `threaded` there is no such thread: all calls come
   // from one thread of the caller's, which also calls `turn`.
   virtual Status start(bool threaded = true);
-  // One turn of the progress thread: takes what was posted and what has come, and goes on with it. False: nothing
+  // One turn: takes what was posted and what has come, and goes on with it. False: nothing
   // moved, and nothing will before a message comes, a task of the mover's ends, or `next_ns`.
   bool turn();
   // When the next deadline, heartbeat or timeout is due.
@@ -92,7 +93,7 @@ class Engine : private transport::Sink {
   std::uint64_t next_sequence(std::uint32_t id);
 
  protected:
-  // All below run on the progress thread.
+  // All below run in a turn.
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
   // Where a put of this link's goes; null where it may not.
   virtual void* place(Link& link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) = 0;

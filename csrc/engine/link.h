@@ -1,4 +1,4 @@
-// One authenticated connection to one peer rank, as the progress thread sees it.
+// One authenticated connection to one peer rank, as turns of the engine see it.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What becomes of a request, for its callers: the progress thread keeps it, any thread reads it and waits for it. No
+// What becomes of a request, for its callers: turns of the engine keep it, any thread reads it and waits for it. No
 // thread stands between the two, and nothing is allocated or woken where no thread waits.
 #pragma once
 
@@ -56,7 +56,7 @@ class Outcome {
   void watch(std::uint32_t what) { watched_.fetch_or(what); }
   bool watched(std::uint32_t what) const { return (watched_.load() & what) != 0; }
 
-  // Progress thread only.
+  // In turns only.
   void arrive(std::size_t layer);
   void advance(Phase to);
 

@@ -46,9 +46,8 @@ class Effort:
         return sum(checker.events for checker in self.checkers.values())
 
     def extend(self, events: int) -> None:
-        """Allow so many more events."""
+        """Allow so many more events; `short` still says that the limit before was met."""
         self._end += events
-        self.short = "" if self.short == "events" else self.short
 
     @property
     def spent(self) -> bool:

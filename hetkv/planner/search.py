@@ -69,6 +69,7 @@ class Search:
     undecided: UndecidedError | None = None
     slack: dict[tuple[str, str], Reach] = field(default_factory=dict)  # (model, role) to multiples of the plan's rates
     cut_off: list[Cut] = field(default_factory=list)  # pools of plans that failed on held-out seeds
+    extended: bool = False  # the neighbours of a plan that misses a target have had events of their own
     slack_of: Candidate | None = None  # the plan that `slack` was measured for to the end
     more: dict[tuple[str, str], float] = field(default_factory=dict)  # (model, role) to extra rate that is asked of it
     _asked: tuple[Any, ...] = ()  # the program before, and its solution
@@ -308,8 +309,9 @@ class Search:
         plan = self.best or self.near() or min(self.left(), key=lambda c: c.used, default=None)
         if plan is None:
             return
-        if self.best is None:
+        if self.best is None and not self.extended:
             self.effort.extend(UNMET * self.events)
+            self.extended = True
         most = plan.cost if plan.near else DEARER * max(c.cost for c in self.seen)
         for model in self.checkers:
             plan = cheaper(self.trials, model, plan, plan.cost if plan.meets else most)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +45,6 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size())
-
-    @cached_property
-    def most_characters(self) -> int | None:
-        """Of a text, that one token can stand for; None where the tokenizer may leave characters out."""
-        document = json.loads(self._tokenizer.to_str())
-        model, added = document["model"], document["added_tokens"]
-        known = model["type"] == "BPE" and (model.get("byte_fallback") or _has_bytes(document["pre_tokenizer"]))
-        growth = _most_joined(document["normalizer"])
-        if not known or growth is None or any(token["lstrip"] or token["rstrip"] for token in added):
-            return None
-        return growth * max(map(len, self._tokenizer.get_vocab()))
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids, by default with the special tokens that the checkpoint puts around a text (such as BOS).
@@ -102,8 +89,6 @@ class TextStream:
 class TokenIds:
     """In place of a `TextTokenizer` where there is none: the text is token ids, ` 17 4 23`."""
 
-    most_characters = None
-
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
@@ -125,32 +110,6 @@ class TokenIds:
     def push(self, token_id: int, last: bool = False) -> str:
         """What the token adds."""
         return self.token(token_id)
-
-
-def _has_bytes(step: Any) -> bool:
-    """Whether a step before the model has a symbol for each byte, so that none is unknown."""
-    if step is None:
-        return False
-    return step["type"] == "ByteLevel" or any(map(_has_bytes, step.get("pretokenizers", ())))
-
-
-def _most_joined(step: Any) -> int | None:
-    """Characters that a normalizer may make one of; None where it may make none of some."""
-    if step is None or step["type"] == "Prepend":
-        return 1
-    if step["type"] == "NFC":
-        return 4
-    if step["type"] == "Replace":
-        old = step["pattern"].get("String")
-        return 1 if old is not None and len(step["content"]) >= len(old) else None
-    if step["type"] != "Sequence":
-        return None
-    found = 1
-    for each in map(_most_joined, step["normalizers"]):
-        if each is None:
-            return None
-        found *= each
-    return found
 
 
 def _check_added(path: Path, tokenizer: Tokenizer) -> None:

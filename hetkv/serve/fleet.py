@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ class Fleet:
     ) -> None:
         self.scheduler, self.model = scheduler, model
         self._tokenizer, self._template, self._context = tokenizer, template, context
+        self._long_texts = ThreadPoolExecutor(1, "long texts")
 
     async def complete(self, request: Request, body: bytes, chat: bool) -> Response:
         call = parse(body, chat)
@@ -43,8 +45,8 @@ class Fleet:
             )  # fmt: skip
         if len(body) < LONG_TEXT:
             prompts = self._prompts(call)
-        else:  # in a thread, so that instances and other clients do not wait
-            prompts = await asyncio.to_thread(self._prompts, call)
+        else:  # in a thread, one after the other, so that instances and clients with short texts do not wait
+            prompts = await asyncio.get_running_loop().run_in_executor(self._long_texts, self._prompts, call)
         longest = max(map(len, prompts))
         limit = min(self._context, self.scheduler.longest or self._context)
         most = limit - longest + (limit < self._context)  # the last token needs no KV
@@ -76,12 +78,9 @@ class Fleet:
                 text = self._template.render(call.messages)
             except InputError as error:
                 raise ApiError(400, str(error), param="messages") from None
-            self._check_length(text, "messages")
             return [self._tokenizer.encode(text, special_tokens=False)]
         found = []
         for prompt in call.prompts:
-            if isinstance(prompt, str):
-                self._check_length(prompt, "prompt")
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise ApiError(400, "prompt has no tokens", param="prompt")
@@ -89,18 +88,6 @@ class Fleet:
                 raise ApiError(400, "prompt has a token id outside the vocabulary", param="prompt")
             found.append(ids)
         return found
-
-    def _check_length(self, text: str, param: str) -> None:
-        """Before seconds are spent on a text that cannot fit."""
-        most = self._tokenizer.most_characters
-        if most is not None and len(text) > most * self._context:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {self._context} tokens, and your {len(text)} characters are "
-                "more.",
-                code="context_length_exceeded",
-                param=param,
-            )
 
     async def models(self) -> dict[str, Any]:
         return {

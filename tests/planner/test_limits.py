@@ -179,3 +179,6 @@ def test_neighbours_of_a_plan_that_misses_have_events_of_their_own() -> None:
     assert search.best is not None
     assert search.best.cost <= found.cost
     assert not search.effort.spent
+    search.best = None
+    search._improve()  # once a search, however often it is taken up
+    assert search.effort._end == 80_000

@@ -90,7 +90,7 @@ class ChurnSender:
 
     def connect(self, address: str) -> None:
         """Connect again, where the link was lost."""
-        until(lambda: not self.node.peers, seconds=WAIT_S)
+        until(lambda: not self.node.peers, lambda: f"not lost: {self.node.peers}, {self.node.stats()}", WAIT_S)
         self.node.connect(address)
 
     def rest(self) -> dict[str, int]:

@@ -118,7 +118,7 @@ HETKV_CALL Converted<kTo> convert_slowly(Elements<kFrom> from, float multiplier)
   return to;
 }
 
-// Checksum and, where `to` is not 0, store of a cluster's scales; `scales` beyond `left` are zero, as is the padding.
+// Checksum and, where it `stores`, store of a cluster's scales; `scales` beyond `left` are zero, as is the padding.
 HETKV_INLINE std::uint64_t scale_words(const Job& job, const std::uint32_t (&scales)[kDepth], std::uint32_t left,
                                        std::uint64_t address, bool stores) {
   std::uint64_t total = 0;
