@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from sglang.srt.disaggregation import utils
 from sglang.srt.disaggregation.base import conn
 
 from hetkv.integrations.sglang import plugin
+from tests.integrations import test_sglang_sides
 
 DEMO = Path(__file__).parents[2] / "hetkv" / "runtime" / "data" / "demo"
 START_S, ANSWER_S = 600.0, 120.0
@@ -63,6 +65,28 @@ def test_the_backend_is_one_of_sglangs() -> None:
             assert free or set(inspect.signature(method).parameters) <= set(ours), name
 
 
+def test_a_failure_is_reported_once_the_transfer_has_ended() -> None:
+    from hetkv.integrations.sglang.transfer import HetkvKVReceiver, HetkvKVSender
+
+    sides = test_sglang_sides.Pair()
+    try:
+        for room in range(1, 20):
+            sides.expect(room, [2, 6])
+            sides.prefill.send(room, [5], slice(0, 1), False)
+            test_sglang_sides.wait(lambda room=room: sides.decode._in[room].rx is not None)
+            handles = sides.prefill._out[room].tx, sides.decode._in[room].rx
+            for kind, handle in zip((HetkvKVSender, HetkvKVReceiver), handles, strict=True):
+                request = object.__new__(kind)
+                request.kv_mgr = SimpleNamespace(prefill=sides.prefill, decode=sides.decode, check_status=None)
+                request.bootstrap_room, request.conclude_state = room, conn.KVPoll.Failed
+                while (status := request.poll()) != conn.KVPoll.Failed:
+                    assert status == conn.KVPoll.Transferring
+                assert handle is not None
+                assert handle.done()
+    finally:
+        sides.close()
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -82,7 +106,13 @@ class Pair:
         (place / "__init__.py").touch()
         (place / "_custom_ops.py").write_text("rotary_embedding = None\n")
         path = os.pathsep.join([str(place.parent), *filter(None, sys.path)])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        secret = folder / "secret"  # SGLang's ranks listen at the host's address
+        secret.write_text(os.urandom(32).hex())
+        secret.chmod(0o600)
+        environment = {
+            **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "HETKV_SECRET_FILE": str(secret),
+        }  # fmt: skip
         self._logs = [folder / f"{role}.log" for role in ("prefill", "decode")]
         self._processes = []
         for role, port, log in zip(("prefill", "decode"), self.ports, self._logs, strict=True):

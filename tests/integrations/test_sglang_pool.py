@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hetkv.control.payloads import as_payload
 from hetkv.errors import BuildError, InputError
 from hetkv.integrations.sglang import backend
-from hetkv.integrations.sglang import pool as sglang_pool
-from hetkv.integrations.sglang.pool import check, pool_of, read_aux, write_aux
+from hetkv.integrations.sglang.pool import MOST_AUX_BYTES, check, pool_of, read_aux, write_aux
 from hetkv.transport.receiver import Receiver
 from hetkv.transport.sender import Sender
 
@@ -145,7 +145,13 @@ def test_metadata_crosses_row_by_row() -> None:
     assert there[1].tolist() == [0, 1, 2, 3, 4, 102, 6, 7]
     with pytest.raises(InputError, match="has 19 bytes, the decode's 20"):
         write_aux(args[1], 5, bytes(19))
-    assert sglang_pool.MOST_AUX_BYTES == 1 << 16
+
+
+def test_metadata_of_the_largest_size_fits_into_a_payload() -> None:
+    check(SimpleNamespace(**{**vars(Cache(2).args), "aux_item_lens": [MOST_AUX_BYTES]}), PARALLEL, "early", False)
+    assert len(as_payload(bytes(MOST_AUX_BYTES))) == MOST_AUX_BYTES
+    with pytest.raises(InputError):
+        as_payload(bytes(MOST_AUX_BYTES + 1))
 
 
 @pytest.mark.parametrize("found", ["0.4.9", "0.5.22.post1", "0.5.24", "0.6.0"])

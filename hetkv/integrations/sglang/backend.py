@@ -57,5 +57,5 @@ def _add_classes(utils: Any) -> None:
         }[class_type]
 
     for module in list(sys.modules.values()):
-        if getattr(module, "get_kv_class", None) is original:
+        if getattr(module, "__dict__", {}).get("get_kv_class") is original:  # a module's own getattr may import
             module.get_kv_class = get_kv_class  # type: ignore[attr-defined]

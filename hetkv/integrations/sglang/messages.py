@@ -32,8 +32,9 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Linked(msgspec.Struct, frozen=True):
-    """A prefill rank has connected, or why it has not."""
+    """A prefill rank has connected to the decode rank at `address`, or why it has not."""
 
+    address: str
     rank_ip: str
     rank_port: int
     instance: str
@@ -43,3 +44,8 @@ class Linked(msgspec.Struct, frozen=True):
 def encode(kind: bytes, message: msgspec.Struct) -> list[bytes]:
     """The frames of a message."""
     return [kind, msgspec.msgpack.encode(message)]
+
+
+def name_of(room: int) -> str:
+    """A request on hetkv's wire."""
+    return f"sglang/{room}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import (
+    AbortNotification,
     CommonKVBootstrapServer,
     CommonKVManager,
     CommonKVReceiver,
@@ -17,6 +18,7 @@ from sglang.srt.disaggregation.common.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
+from sglang.srt.utils.network import NetworkAddress
 
 from hetkv.integrations.sglang.decode import DecodeSide
 from hetkv.integrations.sglang.model import add_heads, dtype_of, fingerprint_of
@@ -66,14 +68,60 @@ class HetkvKVManager(CommonKVManager):
                              **more: Any) -> None:  # fmt: skip
         """Send pages that are computed; called in the scheduler's thread."""
         assert self.prefill is not None
-        self.prefill.send(bootstrap_room, kv_indices, index_slice, is_last_chunk, **more)
+        if self.request_status.get(bootstrap_room) not in (None, KVPoll.Failed):
+            self.prefill.send(bootstrap_room, kv_indices, index_slice, is_last_chunk, **more)
+
+    # What follows is `manager.Manager`, which says what it is for.
+
+    def hear(self) -> list[bytes]:
+        return list(self.server_socket.recv_multipart())
+
+    def write(self, ip: str, port: int, frames: list[bytes]) -> None:
+        at = NetworkAddress(ip, port)
+        self._send_multipart_locked(at.to_tcp(), frames, is_ipv6=at.is_ipv6)
+
+    def fail(self, room: int, reason: str) -> None:
+        if room in self.request_status:  # otherwise a later request of this room would take the reason for its own
+            self.record_failure(room, reason)
+            self.update_status(room, KVPoll.Failed)
+
+    def succeed(self, room: int) -> None:
+        self.update_status(room, KVPoll.Success)
+
+    def ready(self, room: int, prefix: int) -> None:
+        self.req_to_decode_prefix_len[room] = prefix
+        self.update_status(room, KVPoll.WaitingForInput)
+
+    def sending(self, room: int) -> None:
+        self.update_status(room, KVPoll.Transferring)
+
+    def conclude(self, room: int, failure: str | None) -> None:
+        status = KVPoll.Success if failure is None else KVPoll.Failed
+        self.conclude_transfer(bootstrap_room=room, status=status, failure_reason=failure)
+
+    def take_abort(self, frames: list[bytes]) -> None:
+        abort = AbortNotification.from_zmq(frames)
+        if abort is not None:
+            self.fail(abort.room, "the decode server has given the request up")
+
+    def take_status(self, frames: list[bytes]) -> None:
+        found = self.parse_kv_status_message(frames)
+        if found is not None and found[1] == KVPoll.Failed:  # success is known here already
+            room, status, rank, reason = found
+            self.apply_prefill_status(bootstrap_room=room, status=status, prefill_rank=rank, failure_reason=reason)
 
 
 class HetkvKVSender(CommonKVSender):
-    """One request of a prefill rank."""
+    """One request of a prefill rank. What ends it returns once nothing reads its pages, as SGLang frees them next."""
+
+    def poll(self) -> Any:
+        """A failure is reported once nothing reads the request's pages."""
+        status = super().poll()
+        held = status == KVPoll.Failed and not self.kv_mgr.prefill.drained(self.bootstrap_room)
+        return KVPoll.Transferring if held else status
 
     def abort(self) -> None:
-        """SGLang frees its pages after this: nothing reads them then."""
+        """SGLang gives the request up."""
         super().abort()
         self.kv_mgr.prefill.forget(self.bootstrap_room)
 
@@ -84,7 +132,18 @@ class HetkvKVSender(CommonKVSender):
 
 
 class HetkvKVReceiver(CommonKVReceiver):
-    """One request of a decode rank."""
+    """One request of a decode rank. SGLang frees its pages after `clear`, which returns once nothing writes to them."""
+
+    def poll(self) -> Any:
+        """A failure is reported once nothing writes to the request's pages."""
+        status = super().poll()
+        held = status == KVPoll.Failed and not self.kv_mgr.decode.drained(self.bootstrap_room)
+        return KVPoll.Transferring if held else status
+
+    def failure_exception(self) -> None:
+        """Also tells the prefill, which would keep the request where it failed before it was asked for."""
+        self.ensure_abort_notified()
+        super().failure_exception()
 
     def send_metadata(self, kv_indices: Any, aux_index: int | None = None, *args: Any, **more: Any) -> None:
         """Tell the prefill, and ask for the KV."""
@@ -93,9 +152,9 @@ class HetkvKVReceiver(CommonKVReceiver):
             self.kv_mgr.decode.expect(self.bootstrap_room, kv_indices, aux_index, self.bootstrap_infos)
 
     def abort(self) -> None:
-        """SGLang frees its pages after this: nothing writes to them then."""
+        """SGLang gives the request up; `poll` says `Failed` once nothing writes to its pages."""
         super().abort()
-        self.kv_mgr.decode.forget(self.bootstrap_room)
+        self.kv_mgr.decode.drained(self.bootstrap_room)
 
     def clear(self) -> None:
         """The request has ended."""
