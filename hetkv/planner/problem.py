@@ -17,7 +17,7 @@ import yaml
 from hetkv.costmodel import Catalogue, load_catalogue, load_efficiencies, model_shape
 from hetkv.costmodel.textfile import load_yaml, read_utf8
 from hetkv.errors import InputError
-from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_engine, engine_of, parse_plan
+from hetkv.simulator.deployment import Engine, LinkPlan, Price, check_dtypes, check_engine, engine_of, parse_plan
 from hetkv.simulator.measured import with_measured_link
 from hetkv.simulator.traffic.lengths import parse_lengths
 
@@ -341,7 +341,7 @@ def _model(model: ModelSpec, index: int, problem: Problem, origin: str) -> None:
     for offer, engine in zip(problem.gpus, engines, strict=True):
         pool = {"role": "aggregated", "gpu": offer.gpu}
         plan = parse_plan({"model": model.name, "pools": [pool], "engine": msgspec.to_builtins(engine)}, where)
-        engine_of(plan, plan.pools[0], where)
+        check_dtypes(engine_of(plan, plan.pools[0], where), where)
 
 
 def _positions(spec: WorkloadClass, model: str, where: str) -> None:

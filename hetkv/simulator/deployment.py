@@ -211,14 +211,16 @@ def dump_plan(plan: Plan) -> str:
 def engine_of(plan: Plan, pool: PoolPlan, origin: str = "plan") -> Engine:
     """The plan's engine settings with the pool's own over them."""
     try:
-        engine = msgspec.convert({**msgspec.structs.asdict(plan.engine), **pool.engine}, Engine)
+        return msgspec.convert({**msgspec.structs.asdict(plan.engine), **pool.engine}, Engine)
     except msgspec.ValidationError as error:
         raise InputError(f"{origin}: pool {pool.name}: engine: {error}") from None
+
+
+def check_dtypes(engine: Engine, where: str) -> None:
+    """`InputError` names a dtype that the cost model has no figures of; the runtime has more, such as float32."""
     for kind, dtype in (("weight", engine.weight_dtype), ("KV", engine.kv_dtype)):
         if dtype not in DTYPE_BYTES:
-            known = ", ".join(DTYPE_BYTES)
-            raise InputError(f"{origin}: pool {pool.name}: unknown {kind} dtype {dtype!r}; known are {known}")
-    return engine
+            raise InputError(f"{where}: unknown {kind} dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
 
 
 def build_pools(
@@ -235,6 +237,8 @@ def build_pools(
     pools = []
     for pool in plan.pools:
         engine = engine_of(plan, pool, origin)
+        if models is None and not pool.steps:
+            check_dtypes(engine, f"{origin}: pool {pool.name}")
         with _where(f"{origin}: pool {pool.name}"):
             gpu = pool.gpu if pool.steps else catalogue.gpu(pool.gpu).name
             if models is not None:
