@@ -86,6 +86,9 @@ def with_own_descriptor(steps: Steps[T]) -> Steps[T]:
             os.close(copy)
 
 
+LOOK_S = 0.01
+
+
 class Task:
     """Steps that the reactor runs. `done(result, error)` is called in its thread once they have ended, not where they
     were stopped."""
@@ -126,24 +129,16 @@ class Reactor:
             return
         self._post(lambda: self._drop(task))
         task.ended.wait()
-        with self._lock:
-            over = self._thread is None or not (self._tasks or self._commands)
-            last = self._last if over else None
-        if last is not None:
-            last.join()
+        while (last := self._last) is not None and last.is_alive() and not (self._tasks or self._commands):
+            last.join(LOOK_S)  # it ends now, unless others start something meanwhile, with which it goes on
 
     def end(self) -> None:
         """Stop all tasks and wait for the thread: before the interpreter ends, in which it would crash."""
         if self.in_thread():
             return
-        with self._lock:
-            running = self._thread is not None
-        if running:
+        while (last := self._last) is not None and last.is_alive():
             self._post(self._drop_all)
-        with self._lock:
-            last = self._last  # what was posted may have started a thread anew, where the one before had just ended
-        if last is not None:
-            last.join()
+            last.join(LOOK_S)
 
     def in_thread(self) -> bool:
         """Whether the caller is a callback, which must not wait."""
