@@ -62,8 +62,8 @@ class PoolDevice:
 
 DEVICE_SCALES = False
 """Whether pools on devices take part in links on which scales of tokens and heads travel, those of `fp8` and `int4`
-among them. The kernels are there and tested (tests/remap/test_scaled_gpu.py); true once `pytest -m gpu tests/device`,
-which sets it, has passed on a GPU.
+among them. The kernels are there and pass their tests in the emulation (tests/remap/test_scaled_gpu.py); true once
+`pytest -m gpu tests/device`, which sets it, has passed on a GPU.
 """
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from hetkv.errors import HetkvError, InputError, PeerLostError, WaitTimeoutError
 from hetkv.integrations.sglang.ending import LOOK_S, Ending, wait_for
-from hetkv.integrations.sglang.manager import Manager
+from hetkv.integrations.sglang.manager import Manager, hear_all
 from hetkv.integrations.sglang.messages import ASK, LINKED, REGISTER, Ask, Linked, Register, encode, name_of
 from hetkv.integrations.sglang.pool import write_aux
 from hetkv.integrations.sglang.workers import Workers
@@ -73,7 +73,7 @@ class DecodeSide:
         self._in: dict[int, _Incoming] = {}
         self._lock = threading.Condition()
         self._workers = Workers("hetkv-sglang-register")
-        for body in (self._hear, self._await):
+        for body in (partial(hear_all, manager, self._take), self._await):
             threading.Thread(target=body, name="hetkv-sglang-decode", daemon=True).start()
 
     def registration(self) -> list[bytes]:
@@ -202,16 +202,6 @@ class DecodeSide:
             if now >= self._asked.setdefault(rank, now) + ASK_S:
                 self._asked[rank] = now
                 self._workers.run(rank, partial(self._manager.write, *rank, self.registration()))
-
-    def _hear(self) -> None:
-        """Body of a thread. A message that is not understood is dropped."""
-        while True:
-            frames = self._manager.hear()
-            try:
-                self._take(frames)
-            except Exception as error:
-                expected = isinstance(error, (msgspec.MsgspecError, IndexError))
-                _log.warning("a message of %d frames is dropped: %s", len(frames), error, exc_info=not expected)
 
     def _take(self, frames: list[bytes]) -> None:
         if frames[0] == LINKED:

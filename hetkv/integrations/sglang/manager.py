@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
+import msgspec
+
+from hetkv.errors import HetkvError
 from hetkv.integrations.sglang.messages import Ask
+
+_log = logging.getLogger(__name__)
 
 
 class Manager(Protocol):
@@ -46,3 +53,14 @@ class Manager(Protocol):
 
     def take_status(self, frames: list[bytes]) -> None:
         """Of a decode rank: a message of SGLang's own from a prefill rank, which may say that a request has failed."""
+
+
+def hear_all(manager: Manager, take: Callable[[list[bytes]], None]) -> NoReturn:
+    """Body of a thread: `take` each message that comes. One that is not understood is dropped."""
+    while True:
+        frames = manager.hear()
+        try:
+            take(frames)
+        except Exception as error:
+            expected = isinstance(error, (msgspec.MsgspecError, HetkvError, IndexError))
+            _log.warning("a message of %d frames is dropped: %s", len(frames), error, exc_info=not expected)

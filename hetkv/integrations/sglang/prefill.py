@@ -12,7 +12,7 @@ import msgspec
 
 from hetkv.errors import HetkvError, InputError
 from hetkv.integrations.sglang.ending import Ending, wait_for
-from hetkv.integrations.sglang.manager import Manager
+from hetkv.integrations.sglang.manager import Manager, hear_all
 from hetkv.integrations.sglang.messages import ASK, LINKED, REGISTER, Ask, Linked, Register, encode, name_of
 from hetkv.integrations.sglang.pool import read_aux
 from hetkv.integrations.sglang.workers import Workers
@@ -44,7 +44,7 @@ class PrefillSide:
         self._linked: dict[str, Peer] = {}
         """By address; each was there once."""
         self._workers = Workers("hetkv-sglang-link")
-        threading.Thread(target=self._hear, name="hetkv-sglang-prefill", daemon=True).start()
+        threading.Thread(target=hear_all, args=(manager, self._take), name="hetkv-sglang-prefill", daemon=True).start()
 
     def send(self, room: int, pages: Any, place: slice, last: bool, aux_index: int | None = None,
              wait_event: Any = None, indices_event: Any = None, **_: Any) -> None:  # fmt: skip
@@ -106,16 +106,6 @@ class PrefillSide:
         """Callback of a request's future."""
         error = tx.future.exception()
         self._manager.conclude(room, None if error is None else f"{type(error).__name__}: {error}")
-
-    def _hear(self) -> None:
-        """Body of the thread. A message that is not understood is dropped."""
-        while True:
-            frames = self._manager.hear()
-            try:
-                self._take(frames)
-            except Exception as error:
-                expected = isinstance(error, (msgspec.MsgspecError, HetkvError, IndexError))
-                _log.warning("a message of %d frames is dropped: %s", len(frames), error, exc_info=not expected)
 
     def _take(self, frames: list[bytes]) -> None:
         if frames[0] == REGISTER:
