@@ -199,7 +199,6 @@ void bind_common(EngineClass<E>& type) {
              out["failed_requests"] = at.failed_requests.load();
              out["quarantined_slots"] = at.quarantined_slots.load();
              out["wakeups"] = at.wakeups.load();
-             out["caller_turns"] = at.caller_turns.load();
              out["open_requests"] = self.outcomes().size();
              out["pending_tickets"] = at.pending_tickets.load();
              out["granted_slots"] = at.granted_slots.load();

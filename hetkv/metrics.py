@@ -27,7 +27,6 @@ COUNTERS = {
     "stale_frames": "Frames that arrived for a request which had ended; they were dropped.",
     "failed_requests": "Requests that ended in an error.",
     "wakeups": "Times that the progress thread woke from sleep.",
-    "caller_turns": "Turns of the engine that a caller took while it waited, and in which something moved.",
 }
 """Keys of `stats()` that only rise."""
 

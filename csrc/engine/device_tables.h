@@ -1,5 +1,5 @@
 // Small constants that kernels read: block tables, one upload for each request and cache group, and scale multipliers.
-// They are in device memory with a pinned twin to upload from. In turns of the engine only.
+// They are in device memory with a pinned twin to upload from. Progress thread only.
 #pragma once
 
 #include <cstdint>

@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -22,15 +23,12 @@ Engine::Engine(const EngineConfig& config, Parts parts)
       device_(std::move(parts.device)),
       transport_(std::move(parts.transport)),
       mover_(std::move(parts.mover)),
-      outcomes_(config.layer_groups.size(), std::uint64_t{config.spin_us} * 1000, turns_),
+      outcomes_(config.layer_groups.size(), std::uint64_t{config.spin_us} * 1000),
       trace_(config.trace),
       process_(getpid()) {}
 
 Engine::~Engine() {
-  {
-    const std::lock_guard<std::mutex> turn(turns_->mutex());
-    turns_->end();
-  }
+  if (wake_fd_ >= 0) close(wake_fd_);
   if (poll_fd_ >= 0) close(poll_fd_);
 }
 
@@ -39,11 +37,10 @@ Status Engine::start(bool threaded) {
   address_ = transport_->address();
   threaded_ = threaded;
   if (threaded) {
-    // A device's work belongs to the thread that its mover has entered.
-    if (auto status = turns_->start(this, device_ == nullptr); !status.ok()) return status;
+    wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     poll_fd_ = epoll_create1(EPOLL_CLOEXEC);
-    if (poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
-    for (int fd : {turns_->wake_fd(), transport_->event_fd()}) {
+    if (wake_fd_ < 0 || poll_fd_ < 0) return Status::error(Code::kTransport, "no file descriptor is left");
+    for (int fd : {wake_fd_, transport_->event_fd()}) {
       epoll_event event{};
       event.events = EPOLLIN;
       event.data.fd = fd;
@@ -78,8 +75,11 @@ bool Engine::post(std::function<void()> command) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!accepting_) return false;
     commands_.push_back(std::move(command));
+    posted_.store(true);
   }
-  turns_->post();
+  // Pairs with sleep(): it sets `sleeping_` and then looks at the commands once more.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (sleeping_.load()) wake();
   return true;
 }
 
@@ -94,13 +94,17 @@ void Engine::call(std::function<void()> command) {
   future.wait();
 }
 
+void Engine::wake() {
+  const std::uint64_t one = 1;
+  static_cast<void>(!write(wake_fd_, &one, sizeof one));
+}
+
 void Engine::run() noexcept {
   Status status = Status::error(Code::kClosed, "this side was closed");
   try {
     static_cast<void>(prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0));  // naps of microseconds, not of 50 more
     mover_->enter();
     loop();
-    if (!broken_.ok()) status = broken_;
   } catch (
       const std::exception& error) {  // out of memory or threads: nothing is left half done that stopping would use
     status = Status::error(Code::kTransport, std::string("the progress thread failed: ") + error.what());
@@ -109,7 +113,6 @@ void Engine::run() noexcept {
 }
 
 void Engine::end(const Status& status) noexcept {
-  const std::lock_guard<std::mutex> turn(turns_->mutex());
   {
     std::lock_guard<std::mutex> lock(mutex_);
     accepting_ = false;
@@ -123,49 +126,21 @@ void Engine::end(const Status& status) noexcept {
   outcomes_.end_all(status);  // what the failure left over; no caller waits forever
   mover_.reset();
   transport_.reset();
-  turns_->end();
 }
 
 void Engine::loop() {
   std::uint64_t busy_ns = now_ns();
-  for (;;) {
-    if (turns_->taken()) {
-      turns_->stand_back();
-      busy_ns = now_ns();
-    }
-    std::unique_lock<std::mutex> mine(turns_->mutex());
-    if (stopping_) return;
+  while (!stopping_) {
     const bool moved = turn();
     const std::uint64_t now = now_ns();
     if (moved) {
       busy_ns = now;
     } else if (!(busy() || expecting()) || now - busy_ns > config_.spin_us * 1000ull) {
-      if (!check_links(now, true)) sleep(now, mine);
+      if (!check_links(now, true)) sleep(now);
     } else {
-      mine.unlock();
       std::this_thread::yield();  // ranks that share a core: the one that waits makes room for the one that moves
     }
   }
-}
-
-// A turn of a caller's that waits, which holds the lock. `left_over`: a thread has to go on when it leaves.
-bool Engine::caller_turn(bool* left_over) noexcept {
-  *left_over = true;
-  if (stopping_) return false;  // what a turn that threw has left half done is not gone on with
-  bool moved = false;
-  try {
-    moved = turn();
-  } catch (const std::bad_alloc&) {  // as in run(), which ends the engine
-    broken_ = Status::error(Code::kTransport, "out of memory");
-    stopping_ = true;
-  } catch (const std::exception& error) {
-    broken_ = Status::error(Code::kTransport, std::string("a turn of the engine failed: ") + error.what());
-    stopping_ = true;
-  }
-  if (moved) stats_.caller_turns.fetch_add(1, std::memory_order_relaxed);
-  // An armed UCX worker says once that something has come, also where a caller has taken it.
-  *left_over = stopping_ || draining_ > 0 || busy() || expecting() || deadline() != 0 || !config_.rma.empty();
-  return moved;
 }
 
 bool Engine::turn() {
@@ -195,12 +170,12 @@ void* Engine::on_put(std::uint64_t number, wire::SlotName slot, std::uint64_t of
 }
 
 bool Engine::drain_commands() {
-  if (!turns_->posted()) return false;  // callers find the lock free
+  if (!posted_.load()) return false;  // callers find the lock free
   std::vector<std::function<void()>> commands;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    turns_->take_posted();
     commands.swap(commands_);
+    posted_.store(false);
   }
   for (auto& command : commands) command();
   return !commands.empty();
@@ -233,7 +208,8 @@ void Engine::receive(const Incoming& message) {
   ++at->receive_sequence;
   at->heard_ns = now_ns();
   if (at->state == LinkState::kOpening) {  // the peer sends, so it knows the link
-    begin(*at);
+    at->state = LinkState::kUp;
+    on_link_up(*at);
   }
   if (prelude.type == wire::Type::kHeartbeat) return;
   if (prelude.type == wire::Type::kBye) {
@@ -243,25 +219,32 @@ void Engine::receive(const Incoming& message) {
   on_message(*at, prelude, message.bytes.data(), message.bytes.size());
 }
 
-// Lets go of the lock.
-void Engine::sleep(std::uint64_t now, std::unique_lock<std::mutex>& turn) {
-  turns_->fall_asleep();
-  if (!turns_->posted() && transport_->arm()) {
+void Engine::sleep(std::uint64_t now) {
+  sleeping_.store(true);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  bool pending;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pending = !commands_.empty();
+  }
+  if (!pending && transport_->arm()) {
     const std::uint64_t due = next_ns(now);
     int wait_ms = due > now ? static_cast<int>((due - now) / kMs) + 1 : 0;
-    const long nap_ns = watching() ? static_cast<long>(mover_->nap_us()) * 1000 : 0;
-    turn.unlock();
-    if (nap_ns > 0 && wait_ms > 0) {
-      const timespec nap{0, nap_ns};
+    if (watching() && wait_ms > 0) {
+      const timespec nap{0, static_cast<long>(mover_->nap_us()) * 1000};
       pollfd any{poll_fd_, POLLIN, 0};
       static_cast<void>(ppoll(&any, 1, &nap, nullptr));
       wait_ms = 0;
     }
     epoll_event events[2];
-    static_cast<void>(epoll_wait(poll_fd_, events, 2, wait_ms));
+    const int ready = epoll_wait(poll_fd_, events, 2, wait_ms);
+    for (int i = 0; i < ready; ++i) {
+      std::uint64_t count;
+      if (events[i].data.fd == wake_fd_) static_cast<void>(!read(wake_fd_, &count, sizeof count));
+    }
     stats_.wakeups.fetch_add(1, std::memory_order_relaxed);
   }
-  turns_->wake_up();
+  sleeping_.store(false);
 }
 
 std::uint64_t Engine::next_ns(std::uint64_t now) const {

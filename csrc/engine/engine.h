@@ -1,6 +1,5 @@
-// What sender and receiver share: a transport and all links, and a progress thread that takes the engine's turns, as
-// callers that wait may in its place (turns.h): one at a time. Public calls may come from any thread; they post work to
-// the next turn and return. The thread spins while there is work and sleeps at rest.
+// What sender and receiver share: a progress thread that owns a transport and all links. Public calls may come from any
+// thread; they post work to the progress thread and return. The thread spins while there is work and sleeps at rest.
 // Time, transport and mover are given, so that a simulation can run the same engine turn by turn.
 #pragma once
 
@@ -20,7 +19,6 @@
 #include "engine/link.h"
 #include "engine/mover.h"
 #include "engine/outcome.h"
-#include "engine/turns.h"
 
 namespace hetkv::engine {
 
@@ -35,7 +33,6 @@ struct EngineStats {
   std::atomic<std::uint64_t> failed_requests{0};
   std::atomic<std::uint64_t> quarantined_slots{0};
   std::atomic<std::uint64_t> wakeups{0};
-  std::atomic<std::uint64_t> caller_turns{0};     // in which something moved
   std::atomic<std::uint64_t> pending_tickets{0};  // sender: tickets that wait for their request now
   std::atomic<std::uint64_t> granted_slots{0};  // receiver: granted to senders or being unpacked; sender: granted to it
 };
@@ -58,7 +55,7 @@ class Engine : private transport::Sink {
   // Starts the transport and the progress thread. Call once. Without `threaded` there is no such thread: all calls come
   // from one thread of the caller's, which also calls `turn`.
   virtual Status start(bool threaded = true);
-  // One turn: takes what was posted and what has come, and goes on with it. False: nothing
+  // One turn of the progress thread: takes what was posted and what has come, and goes on with it. False: nothing
   // moved, and nothing will before a message comes, a task of the mover's ends, or `next_ns`.
   bool turn();
   // When the next deadline, heartbeat or timeout is due.
@@ -93,7 +90,7 @@ class Engine : private transport::Sink {
   std::uint64_t next_sequence(std::uint32_t id);
 
  protected:
-  // All below run in a turn.
+  // All below run on the progress thread.
   virtual void on_message(Link& link, const wire::Prelude& prelude, const std::uint8_t* data, std::size_t size) = 0;
   // Where a put of this link's goes; null where it may not.
   virtual void* place(Link& link, wire::SlotName slot, std::uint64_t offset, std::uint64_t bytes) = 0;
@@ -139,14 +136,12 @@ class Engine : private transport::Sink {
   std::unique_ptr<Mover> mover_;
   EngineStats stats_;
   EventQueue events_;
-  const std::shared_ptr<Turns> turns_ = std::make_shared<Turns>();
   Outcomes outcomes_;
   Trace trace_;
   std::map<std::uint32_t, std::shared_ptr<Link>> links_;
 
  private:
-  friend struct Inspect;  // of tests/sim
-  friend class Turns;
+  friend struct Inspect;                     // of tests/sim
   static constexpr int kProgressBurst = 64;  // calls of the transport's progress in a row
 
   struct Incoming {
@@ -161,24 +156,25 @@ class Engine : private transport::Sink {
   bool drain_commands();
   bool drain_messages();
   void receive(const Incoming& message);
-  void begin(Link& link);
   bool check_links(std::uint64_t now, bool due = false);
-  bool caller_turn(bool* left_over) noexcept;
-  void sleep(std::uint64_t now, std::unique_lock<std::mutex>& turn);
+  void sleep(std::uint64_t now);
   bool may_close(const Link& link, std::uint64_t now) const;
   void close_all(const Status& status);
   void transmit(Link& link, std::vector<std::uint8_t> message);
+  void wake();
 
   const int process_;
   std::vector<std::uint8_t> address_;
   std::thread thread_;
   std::mutex mutex_;  // of commands_ and accepting_
   std::vector<std::function<void()>> commands_;
+  std::atomic<bool> posted_{false};  // there are some
   bool accepting_ = false;
+  std::atomic<bool> sleeping_{false};
   bool started_ = false;
   bool threaded_ = true;
   bool stopping_ = false;
-  Status broken_;  // of a turn that threw
+  int wake_fd_ = -1;
   int poll_fd_ = -1;
   std::vector<Incoming> incoming_;
   std::map<std::uint64_t, Link*> numbers_;  // links by their number

@@ -79,15 +79,10 @@ void Engine::activate_link(std::uint32_t id) {
       return;
     }
     if (at->state != LinkState::kOpening) return;
+    at->state = LinkState::kUp;
     at->heard_ns = now_ns();
-    begin(*at);
+    on_link_up(*at);
   });
-}
-
-void Engine::begin(Link& link) {
-  link.state = LinkState::kUp;
-  on_link_up(link);
-  turns_->rouse();  // it has heartbeats from now on
 }
 
 void Engine::drop_link(std::uint32_t id, Status status) {

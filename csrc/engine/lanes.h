@@ -1,5 +1,5 @@
 // What a sender still has to send: requests, their parts for each link (lanes), and the order in which a link's lanes
-// are served. In turns of the engine only.
+// are served. Progress thread only.
 #pragma once
 
 #include <cstdint>

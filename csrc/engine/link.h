@@ -1,4 +1,4 @@
-// One authenticated connection to one peer rank, as turns of the engine see it.
+// One authenticated connection to one peer rank, as the progress thread sees it.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Runs remaps for an engine: at once on the CPU, asynchronously on a GPU backend. In turns of the engine only.
+// Runs remaps for an engine: at once on the CPU, asynchronously on a GPU backend. Progress thread only.
 #pragma once
 
 #include <memory>

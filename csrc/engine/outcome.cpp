@@ -32,9 +32,8 @@ void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::uint6
 
 }  // namespace
 
-Outcome::Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns,
-                 std::shared_ptr<Turns> turns)
-    : handle(number), id(of), spin_ns_(spin_ns), turns_(std::move(turns)), layers_((num_layers + 63) / 64) {}
+Outcome::Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns)
+    : handle(number), id(of), spin_ns_(spin_ns), layers_((num_layers + 63) / 64) {}
 
 void Outcome::Word::change() {
   static_assert(sizeof value == sizeof(std::uint32_t));
@@ -43,35 +42,25 @@ void Outcome::Word::change() {
   static_cast<void>(syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0));
 }
 
-// For as long as turns of the caller's move something, and `spin_ns_` more.
-template <typename There>
-bool Outcome::spin(There there, std::uint64_t deadline_ns) const {
-  CallerTurns turns(turns_.get());
-  std::uint64_t moved_ns = system_clock()->now_ns();
-  for (std::uint64_t now = moved_ns; now < std::min(moved_ns + spin_ns_, deadline_ns);) {
-    const bool mine = turns.enter();
-    const bool moved = mine && turns.take();
-    for (int i = mine ? kLooks - 1 : 0; i < kLooks; ++i) {
-      if (there()) return true;
-      pause_core();
-    }
-    if (!moved) sched_yield();  // a core that is shared belongs to the thread that is waited for
-    now = system_clock()->now_ns();
-    if (moved) moved_ns = now;
-  }
-  return false;
-}
-
 template <typename There>
 bool Outcome::wait_for(Word& word, There there, std::uint64_t deadline_ns, bool slept) const {
   if (there()) return true;
-  if (!slept && spin(there, deadline_ns)) return true;
+  std::uint64_t now = system_clock()->now_ns();
+  const std::uint64_t spin_until = std::min(slept ? now : now + spin_ns_, deadline_ns);
+  while (now < spin_until) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (there()) return true;
+      pause_core();
+    }
+    sched_yield();  // a core that is shared belongs to the thread that is waited for
+    now = system_clock()->now_ns();
+  }
   word.sleepers.fetch_add(1);
   bool found = false;
   for (;;) {
     const std::uint32_t seen = word.value.load();
     found = there();
-    const std::uint64_t now = system_clock()->now_ns();
+    now = system_clock()->now_ns();
     if (found || now >= deadline_ns) break;
     futex_wait(word.value, seen, deadline_ns - now);
   }
@@ -99,14 +88,13 @@ void Outcome::advance(Phase to) {
   layer_changes_.change();
 }
 
-Outcomes::Outcomes(std::size_t num_layers, std::uint64_t spin_ns, std::shared_ptr<Turns> turns)
-    : num_layers_(num_layers), spin_ns_(spin_ns), turns_(std::move(turns)) {}
+Outcomes::Outcomes(std::size_t num_layers, std::uint64_t spin_ns) : num_layers_(num_layers), spin_ns_(spin_ns) {}
 
 std::shared_ptr<Outcome> Outcomes::open(const wire::RequestId& id) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto [at, fresh] = open_.try_emplace(id);
   if (!fresh) return nullptr;
-  at->second = std::make_shared<Outcome>(next_handle_++, id, num_layers_, spin_ns_, turns_);
+  at->second = std::make_shared<Outcome>(next_handle_++, id, num_layers_, spin_ns_);
   return at->second;
 }
 

@@ -1,4 +1,4 @@
-// What becomes of a request, for its callers: turns of the engine keep it, any thread reads it and waits for it. No
+// What becomes of a request, for its callers: the progress thread keeps it, any thread reads it and waits for it. No
 // thread stands between the two, and nothing is allocated or woken where no thread waits.
 #pragma once
 
@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "engine/id_hash.h"
-#include "engine/turns.h"
 #include "status.h"
 #include "wire/message.h"
 
@@ -29,10 +28,8 @@ class Outcome {
   // What a caller gets events of (events.h), in addition to asking; kFailed always has one.
   enum Watch : std::uint32_t { kWatchEnd = 1, kWatchPacked = 2, kWatchLayers = 4, kWatchEvents = 7, kWatchStreams = 8 };
 
-  // Layers are global, below `num_layers`. `spin_ns`: how long a caller spins in `wait` before it sleeps. While it
-  // spins it takes the engine's turns where it may.
-  Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns,
-          std::shared_ptr<Turns> turns);
+  // Layers are global, below `num_layers`. `spin_ns`: how long a caller spins in `wait` before it sleeps.
+  Outcome(std::uint64_t number, const wire::RequestId& of, std::size_t num_layers, std::uint64_t spin_ns);
 
   const std::uint64_t handle;
   const wire::RequestId id;
@@ -56,7 +53,7 @@ class Outcome {
   void watch(std::uint32_t what) { watched_.fetch_or(what); }
   bool watched(std::uint32_t what) const { return (watched_.load() & what) != 0; }
 
-  // In turns only.
+  // Progress thread only.
   void arrive(std::size_t layer);
   void advance(Phase to);
 
@@ -70,12 +67,9 @@ class Outcome {
     void change();
   };
   template <typename There>
-  bool spin(There there, std::uint64_t deadline_ns) const;
-  template <typename There>
   bool wait_for(Word& word, There there, std::uint64_t deadline_ns, bool slept) const;
 
   const std::uint64_t spin_ns_;
-  const std::shared_ptr<Turns> turns_;
   std::atomic<Phase> phase_{Phase::kOpen};
   mutable Word phase_changes_;
   Status failure_;  // written before `phase_` says kFailed
@@ -88,7 +82,7 @@ class Outcome {
 // The requests of an engine. Thread safe.
 class Outcomes {
  public:
-  Outcomes(std::size_t num_layers, std::uint64_t spin_ns, std::shared_ptr<Turns> turns);
+  Outcomes(std::size_t num_layers, std::uint64_t spin_ns);
 
   // A request under a new handle; null: one with this id is under way.
   std::shared_ptr<Outcome> open(const wire::RequestId& id);
@@ -106,7 +100,6 @@ class Outcomes {
  private:
   const std::size_t num_layers_;
   const std::uint64_t spin_ns_;
-  const std::shared_ptr<Turns> turns_;
   mutable std::mutex mutex_;
   std::uint64_t next_handle_ = 1;
   std::unordered_map<wire::RequestId, std::shared_ptr<Outcome>, IdHash> open_;

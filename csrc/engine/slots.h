@@ -1,6 +1,5 @@
 // The receiver's window: slots of registered memory out of one byte budget, granted to links. Each slot is an
-// allocation of its own, so that one that a silent peer may still write to can be replaced alone. In turns of the
-// engine only.
+// allocation of its own, so that one that a silent peer may still write to can be replaced alone. Progress thread only.
 #pragma once
 
 #include <cstdint>

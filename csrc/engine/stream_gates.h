@@ -28,7 +28,7 @@ class StreamGates {
   // has happened. kInvalid: a stream of another device, or one that captures a graph. kUnsupported: the
   // device's streams cannot, or too many wait already (make_stream_wait).
   Status wait(Outcome& outcome, std::int32_t layer, void* stream);
-  // In a turn, after the outcome's own change, and only where it is watched for streams.
+  // Progress thread, after the outcome's own change, and only where it is watched for streams.
   void arrived(const Outcome& outcome, std::int32_t layer);
   void close(const Outcome& outcome);
   // No stream waits for ever.

@@ -1,5 +1,5 @@
 // Links that wait for one of a few things that all links of a sender share, in the order in which they began to.
-// Whoever asks often, as a busy link does, overtakes none that asked before. In turns of the engine only.
+// Whoever asks often, as a busy link does, overtakes none that asked before. Progress thread only.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Memory that payloads pass through: this side's own (a receiver's slots, a sender's staging buffers), and a peer's
-// slots as this side reaches them. In host memory, or in a device's. In turns of the engine only.
+// slots as this side reaches them. In host memory, or in a device's. Progress thread only.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // What an engine asks of a transport: links to peers, messages in order, puts into the slots that a peer grants. Every
-// call belongs to a turn of the engine, except where a comment says otherwise; nothing blocks.
+// call belongs to the engine's progress thread, except where a comment says otherwise; nothing blocks.
 #pragma once
 
 #include <cstddef>

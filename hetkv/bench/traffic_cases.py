@@ -63,7 +63,7 @@ KINDS = {
     "ready": "all layers of all requests ready at once, handed over in one call",
     "layers": "a call a layer for all requests, one after the other",
     "order": "all layers of each request ready at once, one request after the other: in which order do they end",
-    "latency": "as ready, both sides spinning: engine threads, and the callers that wait and take their turns",
+    "latency": "as ready, both sides spinning: engine threads, and the caller that waits",
 }
 
 ORDER = (

@@ -59,7 +59,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Packs and unpacks on a device go before other work of the process. Default: a receiver's do, as they are short
     and awaited; a sender's do not, as they run during its compute."""
     spin_us: int = 1000
-    """How long the progress thread spins while there is work, and a caller that waits, before they sleep."""
+    """How long the progress thread spins while there is work, before it sleeps."""
     heartbeat_s: float = 0.5
     peer_timeout_s: float = 3.0
     """Silence after which a peer counts as lost."""
